@@ -82,7 +82,7 @@ def add_gradients(gradients, at, slope_RV, hidden_RD, weight_VD, targets_R):
     if bias is not None: bias += slope_RV.sum(0)
     slope_RV = slope_RV.to(hidden_RD.dtype)
     if hidden is not None: hidden[at] = slope_RV @ weight_VD
-    if weight is not None: weight.addmm_(slope_RV.T, hidden_RD) if weight.dtype == hidden_RD.dtype else weight.add_(slope_RV.T @ hidden_RD)
+    if weight is not None: torch.addmm(weight, slope_RV.T, hidden_RD, out=weight) if weight.dtype == hidden_RD.dtype else weight.add_(slope_RV.T @ hidden_RD)
 
 # %% ../nbs/20_losses.ipynb #c2b835aa
 def give_away(ctx, scale):

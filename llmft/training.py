@@ -193,10 +193,10 @@ class FitResult:
 def set_gradient_checkpointing(model, on:bool):
     "Recompute activations in the backward pass, or do not: the model does what the switch says."
     if on:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+        model.activation_checkpointing_enable()
         model.enable_input_require_grads()
     else:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     stray = [name for name, module in model.named_modules() if getattr(module, 'gradient_checkpointing', on) != on]
     if stray: raise LabError(f'gradient_checkpointing is {on} but {stray[0]} says otherwise: this model does not support the switch')
 

@@ -1,0 +1,231 @@
+"The promises of the fit loop: exact resume after kill -9, damaged checkpoints found, steps that do not depend on their layout."
+import errno, json, math, shutil, signal, subprocess, sys
+from pathlib import Path
+
+import numpy as np, pytest, torch
+from safetensors.torch import load_file
+
+import training_runs
+from llmft import checkpoints, training
+from llmft.adapters import add_lora
+from llmft.batches import micro_batches
+from llmft.core import LabError
+from llmft.models import load_model
+from llmft.recipe import Recipe
+from llmft.tokens import Examples
+from llmft.training import LossModel, accumulate, evaluate_loss, fit, step_batches
+
+examples = training_runs.examples
+timing = ('seconds', 'tokens_per_sec')
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('straight')
+    assert training_runs.run(folder) == 0
+    return folder
+
+
+def log_of(folder):
+    rows = [json.loads(line) for line in (Path(folder)/'log.jsonl').read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in timing} for row in rows]
+
+
+def final(folder):
+    newest = checkpoints.checkpoints(Path(folder)/'checkpoints')[0]
+    return newest.name, {file.stem: load_file(file) for file in newest.glob('*.safetensors')}
+
+
+def assert_same_run(one, other):
+    (name, groups), (other_name, other_groups) = final(one), final(other)
+    assert name == other_name == f'step-{training_runs.STEPS:06d}'
+    assert set(groups) == {'weights', 'optimiser', 'random'}
+    for stem, tensors in groups.items():
+        assert len(tensors) > 0 and set(tensors) == set(other_groups[stem])
+        for key, tensor in tensors.items(): assert torch.equal(tensor, other_groups[stem][key]), (stem, key)
+    assert log_of(one) == log_of(other)
+
+
+@pytest.mark.parametrize('point', ['inside an epoch', 'at the end of an epoch', 'in the first step', 'between writing and renaming', 'during an evaluation'])
+def test_killed_and_resumed_is_the_same_run(straight, tmp_path, point):
+    assert training_runs.run(tmp_path, point) == -signal.SIGKILL
+    assert training_runs.run(tmp_path) == 0
+    assert_same_run(straight, tmp_path)
+
+
+def test_the_log_has_every_step_once(straight):
+    steps = [row['step'] for row in log_of(straight) if 'loss' in row]
+    assert steps == list(range(1, training_runs.STEPS + 1))
+    assert [row['step'] for row in log_of(straight) if 'valid_loss' in row] == [10, 20, 30, 40]
+
+
+def test_another_seed_is_another_run(straight, tmp_path):
+    assert training_runs.run(tmp_path, seed=7) == 0
+    assert log_of(tmp_path)[0]['loss'] != log_of(straight)[0]['loss']
+
+
+def test_another_recipe_is_refused(straight, tmp_path):
+    shutil.copytree(straight, tmp_path/'run')
+    with pytest.raises(LabError, match='belongs to another run .recipe differ'): train_here(tmp_path/'run', learning_rate=5e-3)
+
+
+def train_here(folder, model=None, train=None, valid=None, **settings):
+    model = model or add_lora(load_model('preset:llama-tiny'), 4, 8, .1, ['q_proj', 'v_proj'], seed=1)
+    recipe = Recipe(**dict(dict(learning_rate=1e-2, num_epochs=4, batch_size=2, gradient_accumulation=2, max_length=24, save_every=7, keep_best=False), **settings))
+    return fit(model, train or examples(), valid or examples(6, seed=1), folder, recipe)
+
+
+def truncate(path): path.write_bytes(path.read_bytes()[:-10])
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes()); data[len(data)//2] ^= 4; path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize('harm', [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize('name', ['weights.safetensors', 'optimiser.safetensors', 'state.json', 'manifest.json'])
+def test_damage_is_found_and_the_one_before_is_used(straight, tmp_path, harm, name):
+    shutil.copytree(straight, tmp_path/'run')
+    newest, before = checkpoints.checkpoints(tmp_path/'run'/'checkpoints')[:2]
+    harm(newest/name)
+    said = []
+    assert checkpoints.latest_checkpoint(tmp_path/'run'/'checkpoints', said.append) == before
+    assert len(said) == 1 and newest.name in said[0] and 'damaged' in said[0]
+
+
+def test_a_damaged_checkpoint_costs_steps_and_nothing_else(straight, tmp_path):
+    shutil.copytree(straight, tmp_path/'run')
+    flip_a_bit(checkpoints.checkpoints(tmp_path/'run'/'checkpoints')[0]/'weights.safetensors')
+    assert training_runs.run(tmp_path/'run') == 0
+    assert_same_run(straight, tmp_path/'run')
+
+
+def test_pickles_are_refused(tmp_path):
+    step = checkpoints.save_checkpoint(tmp_path, 3, dict(weights=dict(a=torch.ones(2))), dict(step=3))
+    (step/'weights.pkl').write_bytes(b'cos\nsystem\n')
+    manifest = json.loads((step/'manifest.json').read_text())
+    (step/'manifest.json').write_text(json.dumps(dict(manifest, **{'weights.pkl': checkpoints.sha256_of(step/'weights.pkl')})))
+    with pytest.raises(LabError, match='neither safetensors nor JSON'): checkpoints.load_checkpoint(step)
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    first = checkpoints.save_checkpoint(tmp_path, 1, dict(weights=dict(a=torch.ones(2))), dict(step=1))
+    def full(*args): raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(checkpoints, 'save_file', full)
+    with pytest.raises(LabError, match='the disk is full'): checkpoints.save_checkpoint(tmp_path, 2, dict(weights=dict(a=torch.ones(2))), dict(step=2))
+    assert checkpoints.latest_checkpoint(tmp_path) == first
+    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+
+
+@pytest.fixture(scope='module')
+def ragged(): return examples(8, 60, seed=3)
+
+
+def loss_and_gradient(ragged, layout, size):
+    model = load_model('preset:llama-tiny')
+    batches, targets = step_batches(ragged, np.arange(8), Recipe(batch_size=size, gradient_accumulation=8//size, max_length=60, layout=layout))
+    loss = accumulate(LossModel(model), batches, targets)
+    return float(loss), torch.cat([p.grad.flatten() for p in model.parameters()]), batches
+
+
+def test_a_step_does_not_depend_on_its_layout(ragged):
+    loss, gradient, _ = loss_and_gradient(ragged, 'padded', 8)
+    packs = 0
+    for layout in ('padded', 'bucketed', 'packed'):
+        for size in (8, 4, 2, 1):
+            other_loss, other, batches = loss_and_gradient(ragged, layout, size)
+            packs += sum(len(batch.lengths or []) > 1 for batch in batches)
+            assert math.isclose(loss, other_loss, rel_tol=1e-5)
+            assert torch.allclose(gradient, other, rtol=1e-4, atol=1e-6) and math.isclose(gradient.norm(), other.norm(), rel_tol=1e-5)
+    assert packs >= 3
+
+
+def test_a_mean_of_means_would_be_noticed(ragged):
+    model = load_model('preset:llama-tiny')
+    losses = [(float(LossModel(model)(batch)), batch.supervised) for batch in micro_batches(ragged, np.arange(8), 2, 60, 'padded')]
+    assert len(losses) == 4
+    honest, mean_of_means = sum(l for l, _ in losses) / sum(n for _, n in losses), np.mean([l / n for l, n in losses])
+    assert abs(honest - mean_of_means) > 1e-4
+
+
+@pytest.mark.parametrize('world', [2, 3])
+def test_processes_share_a_step_without_changing_it(ragged, world):
+    recipe = Recipe(batch_size=2, gradient_accumulation=4, max_length=60)
+    shares = [step_batches(ragged, np.arange(7), recipe, world, rank) for rank in range(world)]
+    assert len({len(batches) for batches, _ in shares}) == 1 and len({targets for _, targets in shares}) == 1
+    model = load_model('preset:llama-tiny')
+    loss = sum(float(accumulate(LossModel(model), *share)) for share in shares)
+    alone = load_model('preset:llama-tiny')
+    assert math.isclose(loss, float(accumulate(LossModel(alone), *step_batches(ragged, np.arange(7), recipe))), rel_tol=1e-5)
+    for p, q in zip(model.parameters(), alone.parameters()): assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('adapt', [False, True])
+def test_gradient_checkpointing_changes_nothing_and_is_off_when_it_says_off(ragged, adapt):
+    found = {}
+    for on in (False, True):
+        model = load_model('preset:llama-tiny')
+        if adapt: model = add_lora(model, 4, 8, 0., ['q_proj', 'v_proj'], seed=1)
+        for name, parameter in model.named_parameters():
+            if 'lora_B' in name: torch.nn.init.normal_(parameter, std=.02, generator=torch.Generator().manual_seed(1))
+        training.set_gradient_checkpointing(model, on)
+        model.train()
+        assert any(getattr(module, 'gradient_checkpointing', False) for module in model.modules()) == on
+        accumulate(LossModel(model), *step_batches(ragged, np.arange(8), Recipe(batch_size=8, max_length=60)))
+        found[on] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    assert len(found[True]) == len(found[False]) > 0 and torch.allclose(found[True], found[False], rtol=1e-5, atol=1e-7)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_path):
+    model = load_model('preset:llama-tiny')
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before['lm_head.weight'] = None
+    with torch.no_grad(): model.model.layers[0].mlp.up_proj.weight[0, 0] = float('nan')
+    with pytest.raises(LabError, match='step 1: the loss is nan'): train_here(tmp_path, model)
+    for name, parameter in model.named_parameters():
+        if name != 'model.layers.0.mlp.up_proj.weight': assert torch.equal(parameter, before[name]), name
+    assert not list((tmp_path/'checkpoints').glob('step-*'))
+
+
+def test_examples_without_a_target_never_reach_a_batch():
+    from llmft.tokens import cut
+    whole = examples(10)
+    masked = Examples(whole.ids, whole.starts, whole.ends, np.zeros(len(whole.ids), bool))
+    kept, notes = cut(masked, 24)
+    assert len(kept) == 0 and notes['without_target'] == 10
+    with pytest.raises(LabError, match='no training example with a target'): fit(load_model('preset:llama-tiny'), kept, None, '.', Recipe(max_length=24))
+
+
+def test_early_stopping_stops_and_ends_with_the_best_weights(tmp_path):
+    model = load_model('preset:llama-tiny')
+    result = train_here(tmp_path, model, learning_rate=3e-2, num_epochs=30, patience=2, keep_best=True, eval_every=5, schedule='constant')
+    losses = [row['valid_loss'] for row in result.log if 'valid_loss' in row]
+    assert result.progress.stopped == 'early stopping' and result.progress.step < result.steps
+    assert min(losses[-2:]) > min(losses) and len(losses) == losses.index(min(losses)) + 3
+    assert math.isclose(evaluate_loss(model, examples(6, seed=1), 2, 24)['loss'], min(losses), rel_tol=1e-6)
+
+
+def test_a_flop_budget_is_overdrawn_by_one_step_at_most(tmp_path):
+    free = train_here(tmp_path/'free')
+    budget = free.progress.flops / 3
+    bound = train_here(tmp_path/'bound', max_flops=budget)
+    assert bound.progress.stopped == 'FLOP budget' and free.progress.stopped == 'finished'
+    flops = [row['flops'] for row in bound.log if 'flops' in row]
+    assert flops[-2] < budget <= flops[-1]
+
+
+def test_evaluation_keeps_no_logits():
+    model, held = load_model('preset:llama-tiny'), []
+    hook = model.lm_head.register_forward_hook(lambda module, inputs, output: held.append(output.shape))
+    few, many = evaluate_loss(model, examples(6), 2, 24), evaluate_loss(model, examples(60), 2, 24)
+    hook.remove()
+    assert held == [] and many['targets'] > 5 * few['targets']
+
+
+@pytest.mark.parametrize('optimiser', ['adamw', 'adamw_8bit', 'paged_adamw_8bit'])
+def test_every_optimiser_learns_and_resumes(tmp_path, optimiser):
+    whole = train_here(tmp_path/'whole', load_model('preset:llama-tiny'), optimiser=optimiser, learning_rate=3e-3)
+    losses = [row['loss'] for row in whole.log if 'loss' in row]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5])
+    shutil.copytree(tmp_path/'whole', tmp_path/'again')
+    shutil.rmtree(checkpoints.checkpoints(tmp_path/'again'/'checkpoints')[0])
+    train_here(tmp_path/'again', load_model('preset:llama-tiny'), optimiser=optimiser, learning_rate=3e-3)
+    assert log_of(tmp_path/'whole') == log_of(tmp_path/'again')
