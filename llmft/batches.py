@@ -83,13 +83,13 @@ def best_fit(sizes,         # size of each item
 layouts = ('packed', 'bucketed', 'padded')
 
 
-def micro_batches(examples:Examples,
-                  rows,              # examples of one optimiser step, as `Plan.step` gives them
-                  batch_size:int,    # rows of a padded micro-batch; packed ones hold batch_size * length slots
-                  length:int,        # longest example in slots
+def micro_batches(examples:Examples,    # all examples, of which `rows` are laid out
+                  rows,                 # examples of one optimiser step, as `Plan.step` gives them
+                  batch_size:int,       # rows of a padded micro-batch; packed ones hold batch_size * length slots
+                  length:int,           # longest example in slots
                   layout:str='packed',  # packed | bucketed | padded
-                  pad:int=0,         # token id that fills unused slots
-)->list:                             # MicroBatch objects
+                  pad:int=0,            # token id that fills unused slots
+)->list:                                # MicroBatch objects
     "Lay out the examples of one optimiser step; every layout has the same targets."
     if layout not in layouts: raise LabError(f"layout is '{layout}': choose from {', '.join(layouts)}")
     rows = np.asarray(rows)
@@ -106,11 +106,11 @@ def micro_batches(examples:Examples,
     return [_micro_batch([_example(examples, row) for row in rows[first:first + batch_size]], None, pad) for first in range(0, len(rows), batch_size)]
 
 # %% ../nbs/03_batches.ipynb #e854302b
-def evaluation_batches(examples:Examples,
-                       batch_size:int,
+def evaluation_batches(examples:Examples,    # held-out examples
+                       batch_size:int,       # rows of a padded micro-batch; packed ones hold batch_size * length slots
                        length:int,           # longest example in slots
-                       layout:str='packed',
-                       pad:int=0,
+                       layout:str='packed',  # packed | bucketed | padded
+                       pad:int=0,            # token id that fills unused slots
 ):                                           # iterator of MicroBatch
     "All examples once, longest first, in micro-batches of the given layout."
     order = np.argsort(-examples.slots, kind='stable')

@@ -25,7 +25,11 @@ def optimiser_state(optimiser,     # a torch or bitsandbytes optimiser
     return tensors, numbers
 
 
-def restore_optimiser(optimiser, names:dict, tensors:dict, numbers:dict):
+def restore_optimiser(optimiser,     # a fresh optimiser over the same parameters
+                      names:dict,    # parameter -> name
+                      tensors:dict,  # tensors by "name|key"
+                      numbers:dict,  # plain numbers by "name|key"
+):
     "Put back what `optimiser_state` took; tensors go to the device of their parameter."
     parameters = {name: parameter for parameter, name in names.items()}
     for label, value in {**tensors, **numbers}.items():
@@ -43,7 +47,9 @@ def random_state()->tuple:
     return tensors, dict(numpy=[name, *rest], python=random.getstate())
 
 
-def restore_random(tensors:dict, rest:dict):
+def restore_random(tensors:dict,  # states of the generators of PyTorch and NumPy
+                   rest:dict,     # the JSON-like rest
+):
     "Put back what `random_state` took."
     torch.set_rng_state(tensors['torch'])
     cuda = [tensors[key] for key in sorted(tensors) if key.startswith('cuda')]
@@ -112,7 +118,7 @@ def load_checkpoint(checkpoint:Path)->tuple:
     return {file.stem: load_file(file) for file in checkpoint.glob('*.safetensors')}, json.loads((checkpoint/'state.json').read_text())
 
 
-def latest_checkpoint(folder,
+def latest_checkpoint(folder,     # the run's checkpoints folder
                       say=print,  # called with one line for each checkpoint passed over
 ):                                # its folder, or None
     "The newest checkpoint that is whole; damaged ones are reported and passed over."
@@ -122,7 +128,7 @@ def latest_checkpoint(folder,
         say(f'{checkpoint.name} is damaged ({problem}): using the one before it')
 
 # %% ../nbs/21_checkpoints.ipynb #ba3af609
-def prune_checkpoints(folder,
+def prune_checkpoints(folder,          # the run's checkpoints folder
                       keep:int,        # newest checkpoints to keep
                       best_step=None,  # step of a checkpoint to keep in any case
 ):

@@ -65,7 +65,9 @@ def jsonable(value,  # anything made of dicts, lists, numbers, text, paths, nump
     return str(value)
 
 
-def write_json(path, value)->Path:
+def write_json(path,   # where the file shall stand; its folder is made when missing
+               value,  # anything `jsonable` knows
+)->Path:               # `path`
     "Write `value` to `path` as indented JSON, atomically; the path comes back."
     return write_atomic(path, json.dumps(jsonable(value), indent=1, ensure_ascii=False) + '\n')
 

@@ -45,7 +45,7 @@ def content_key(text:str)->str:
     return sha256_of(' '.join(text.split()))
 
 
-def split_documents(documents:Documents,
+def split_documents(documents:Documents,   # all documents, copies included
                     valid_share:float=.1,  # share of documents to hold out, in (0, 1)
                     seed:int=42,           # another seed, another split
 )->Corpus:                                 # `notes` counts copies dropped
@@ -62,8 +62,8 @@ def split_documents(documents:Documents,
 
 # %% ../nbs/01_corpora.ipynb #f55dafa2
 def drop_shared(train:Documents,  # loses every document that `valid` holds too
-                valid:Documents,
-)->Corpus:
+                valid:Documents,  # kept as it is
+)->Corpus:                        # `notes` counts the documents dropped
     "Keep two given sides apart: documents of `train` that stand in `valid` are dropped and counted."
     held_out = {content_key(text) for text in valid.texts}
     kept = [row for row, text in enumerate(train.texts) if content_key(text) not in held_out]
@@ -122,10 +122,10 @@ def paragraphs(text:str,        # a document
     return [(block, key if len(key) >= least else None) for block, key in blocks]
 
 
-def without_seen(documents:Documents,
-                 seen,                # set of paragraph keys that may not stand in the result
-                 least:int=200,       # characters a document must keep to stay
-)->Documents:
+def without_seen(documents:Documents,  # what to clean
+                 seen,                 # set of paragraph keys that may not stand in the result
+                 least:int=200,        # characters a document must keep to stay
+)->Documents:                          # what remains
     "`documents` without the paragraphs in `seen`; a document that loses nearly everything goes."
     texts, names = [], []
     for name, text in documents:
@@ -210,10 +210,10 @@ def read_files(path:Path,              # a file or a folder
     return Documents(list(itertools.chain(*(p.texts for p in parts))), list(itertools.chain(*(p.names for p in parts))))
 
 # %% ../nbs/01_corpora.ipynb #da342f24
-def read_hub(name:str,        # for instance "Salesforce/wikitext"
-             config:str='',   # for instance "wikitext-2-raw-v1"
-             text_field:str='text',
-)->dict:                      # split name -> Documents
+def read_hub(name:str,               # for instance "Salesforce/wikitext"
+             config:str='',          # for instance "wikitext-2-raw-v1"
+             text_field:str='text',  # column that holds the text of a row
+)->dict:                             # split name -> Documents
     "The splits of a Hugging Face data set as documents."
     import datasets
     try: loaded = datasets.load_dataset(name, config or None)

@@ -13,7 +13,7 @@ from .training import evaluate_loss
 
 # %% ../nbs/31_evaluation.ipynb #d48fa248
 def judge(model,                  # a causal language model, with or without an adapter
-          tokenizer,
+          tokenizer,              # the model's; it decides how the text is cut
           documents:Documents,    # held-out documents
           max_length:int=512,     # longest stretch scored at once, positions
           batch_size:int=4,       # rows of max_length at a time

@@ -12,7 +12,7 @@ from .core import LabError
 # %% ../nbs/30_generation.ipynb #459775e3
 @torch.no_grad()
 def complete(model,                      # a causal language model, with or without an adapter
-             tokenizer,
+             tokenizer,                  # the model's, with an end-of-text and a padding token
              prompts:list,               # texts to continue
              max_new_tokens:int=64,      # longest continuation, tokens
              temperature:float=0.,       # 0 takes the most probable token each time

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['kinds', 'types', 'english', 'number', 'Parameter', 'scalar_of', 'remedy', 'as_type', 'parse_parameters', 'shown',
-           'find_notebook', 'code_cells', 'read_parameters', 'Lines', 'StrictLoader', 'construct_lines', 'parse_yaml',
-           'parse_mapping', 'read_yaml', 'check_params', 'parse_overrides', 'check_name', 'resolve_params']
+           'find_notebook', 'code_cells', 'read_parameters', 'Lines', 'StrictLoader', 'parse_yaml', 'parse_mapping',
+           'read_yaml', 'check_params', 'parse_overrides', 'check_name', 'resolve_params']
 
 # %% ../nbs/50_params.ipynb #335e1522
 import ast, io, json, math, re, tokenize
@@ -135,7 +135,7 @@ class StrictLoader(yaml.SafeLoader):
     yaml_implicit_resolvers = {}
 
 
-def construct_lines(loader, node)->Lines:
+def _construct_lines(loader, node)->Lines:
     "A `Lines` from a YAML mapping node; a `LabError` for a key that stands twice or is not text."
     at, seen = lambda n: f'{loader.name}:{n.start_mark.line + 1}', {}
     for key, _ in node.value:
@@ -147,7 +147,7 @@ def construct_lines(loader, node)->Lines:
     return Lines({k.value: loader.construct_object(v, deep=True) for k, v in node.value}, loader.name, {k.value: k.start_mark.line + 1 for k, _ in node.value})
 
 
-StrictLoader.add_constructor('tag:yaml.org,2002:map', construct_lines)
+StrictLoader.add_constructor('tag:yaml.org,2002:map', _construct_lines)
 for tag, pattern, first in [('bool', 'true|True|TRUE|false|False|FALSE', 'tTfF'), ('int', '[-+]?(?:0|[1-9][0-9]*)', '-+0123456789'),
                             ('float', number.pattern + r'|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)', '-+.0123456789'),
                             ('null', '~|null|Null|NULL|', ['~', 'n', 'N', '']), ('merge', '<<', '<')]:
@@ -168,7 +168,9 @@ def parse_yaml(text:str,        # YAML source
     except (yaml.YAMLError, ValueError, RecursionError) as error: raise LabError(f'{name}: {" ".join(str(error).split())[:120]}: this is not valid YAML') from None
 
 
-def parse_mapping(text:str, name:str='text')->Lines:
+def parse_mapping(text:str,         # YAML source
+                  name:str='text',  # how errors call it
+)->Lines:                           # name -> value, with the line of each
     "The `name: value` lines of strict YAML `text`; no lines give an empty mapping."
     read = parse_yaml(text, name)
     if read is not None and not isinstance(read, Lines): raise LabError(f'{name}:1: holds {read.__class__.__name__}, not `name: value` lines')

@@ -68,15 +68,17 @@ schedules = dict(
     constant=lambda share, low: 1.)
 
 
-def warmup_steps(recipe:Recipe, steps:int)->int:
+def warmup_steps(recipe:Recipe,  # its `warmup_ratio`
+                 steps:int,      # optimiser steps of the whole run
+)->int:                          # optimiser steps
     "Number of steps in which the learning rate rises (the ceiling of its share)."
     return math.ceil(recipe.warmup_ratio * steps)
 
 
-def learning_rate_at(step:int,   # optimiser step, counted from 0
-                     steps:int,  # steps of the whole run
-                     recipe:Recipe,
-)->float:
+def learning_rate_at(step:int,       # optimiser step, counted from 0
+                     steps:int,      # steps of the whole run
+                     recipe:Recipe,  # peak, schedule, warm-up and final ratio
+)->float:                            # in the unit of `recipe.learning_rate`
     "The learning rate of optimiser step `step`."
     rise = warmup_steps(recipe, steps)
     if step < rise:
@@ -96,8 +98,9 @@ def _adamw_8bit(groups, paged=False, **settings):
 optimisers = dict(adamw=_adamw, adamw_8bit=_adamw_8bit, paged_adamw_8bit=lambda groups, **settings: _adamw_8bit(groups, paged=True, **settings))
 
 
-def make_optimiser(parameters,  # list of trained parameters
-                   recipe:Recipe):
+def make_optimiser(parameters,     # list of trained parameters
+                   recipe:Recipe,  # optimiser, learning rate, decays
+):                                 # a torch or bitsandbytes optimiser
     "The recipe's optimiser: weight decay on matrices, none on vectors."
     groups = [dict(params=[p for p in parameters if p.ndim >= 2], weight_decay=recipe.weight_decay), dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.)]
     return optimisers[recipe.optimiser]([group for group in groups if group['params']], lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), eps=recipe.epsilon)

@@ -19,7 +19,9 @@ from .params import parse_parameters
 escape = html.escape
 
 
-def ansi_state(state:dict, codes:list)->dict:
+def ansi_state(state:dict,  # attribute -> class, before
+               codes:list,  # numbers of one escape sequence
+)->dict:                    # attribute -> class, after
     "The text attributes after a terminal's select-graphic-rendition `codes`."
     codes = list(codes)
     while codes:
@@ -79,7 +81,10 @@ def slug(text:str)->str:
     return re.sub(r'\W+', '-', re.sub(r'<[^>]*>', '', text).lower()).strip('-')
 
 # %% ../nbs/52a_report.ipynb #70c1aee7
-def markdown_html(source:str, folder=None, attachments=None)->str:
+def markdown_html(source:str,        # markdown, raw HTML included
+                  folder=None,       # where relative images are looked for
+                  attachments=None,  # the cell's attachments: name -> {type: base64}
+)->str:                              # HTML
     "Markdown with tables, footnotes and formulas as HTML."
     import mistune
     class Renderer(mistune.HTMLRenderer):
@@ -137,7 +142,9 @@ def in_box(table:str)->str:
     return f'<div class="scroll table" tabindex="0">{table}</div>'
 
 
-def text_box(text:str, kind:str='')->str:
+def text_box(text:str,     # what was printed, escape sequences included
+             kind:str='',  # class of the box: '' or error
+)->str:                    # HTML; '' for blank text
     "Printed text in a box that scrolls; of very long text the beginning and the end."
     text = last_state(text).rstrip('\n')
     if len(text) > text_limit: text = f'{text[:text_limit // 2]}\n... {len(text) - text_limit:,} characters left out, see train.log ...\n{text[-text_limit // 2:]}'
@@ -161,7 +168,11 @@ def widget_text(model:str,   # id of the widget
     return ' '.join(filter(None, [own.strip(), *(widget_text(child.removeprefix('IPY_MODEL_'), state) for child in values.get('children', []))]))
 
 
-def rich_html(data:dict, details:dict, widgets:dict, folder=None)->str:
+def rich_html(data:dict,     # type -> content
+              details:dict,  # type -> facts, such as the width of an image in pixels
+              widgets:dict,  # id -> state of all widgets of the notebook
+              folder=None,   # where relative images are looked for
+)->str:                      # HTML
     "A displayed value, in its richest form that needs no script."
     widget = data.get('application/vnd.jupyter.widget-view+json')
     if widget: return f'<p class="progress">{escape(widget_text(widget["model_id"], widgets) or data.get("text/plain", ""))}</p>'
@@ -176,7 +187,10 @@ def rich_html(data:dict, details:dict, widgets:dict, folder=None)->str:
     return text_box(data.get('text/plain', ''))
 
 
-def output_html(output:dict, widgets:dict, folder=None)->str:
+def output_html(output:dict,   # an output of the executed notebook
+                widgets:dict,  # id -> state of all widgets of the notebook
+                folder=None,   # where relative images are looked for
+)->str:                        # HTML
     "One output of a code cell."
     if output.output_type == 'error':
         if output.ename == 'LabError': return f'<div class="oneline"><b>{escape(output.ename)}</b> {escape(output.evalue)}</div>'
@@ -187,7 +201,9 @@ def output_html(output:dict, widgets:dict, folder=None)->str:
     return f'<details class="stderr"><summary><span>{lines} line{"s" * (lines > 1)} on stderr</span></summary>{text_box(output.text)}</details>'
 
 # %% ../nbs/52a_report.ipynb #fd62fa08
-def parameters_html(source:str, params:dict)->str:
+def parameters_html(source:str,   # text of the parameters cell
+                    params:dict,  # name -> value the run had
+)->str:                           # HTML; '' when the cell declares nothing
     "A folded table of all parameters: value, default where it differs, meaning."
     try: declared = parse_parameters(source, 'parameters cell')
     except LabError: return ''
@@ -203,7 +219,11 @@ def parameters_html(source:str, params:dict)->str:
     return f'<details class="code">{title}<div class="params">{in_box(f"<table>{head}<tbody>{rows}</tbody></table>")}</div></details>'
 
 # %% ../nbs/52a_report.ipynb #5e83198a
-def cell_html(cell, params:dict, widgets:dict, folder=None)->str:
+def cell_html(cell,          # a cell of the executed notebook
+              params:dict,   # name -> value the run had
+              widgets:dict,  # id -> state of all widgets of the notebook
+              folder=None,   # where relative images are looked for
+)->str:                      # HTML; '' for what a reader has no use for
     "One cell of the executed notebook."
     if cell.cell_type == 'markdown': return markdown_html(cell.source, folder, cell.get('attachments'))
     tags = cell.metadata.get('tags', [])
@@ -228,7 +248,11 @@ def notice_html(run:dict)->str:
     return f'<div class="trouble"><p><b>{"Interrupted" if run["status"] == "interrupted" else "Failed"}{cell}.</b> {escape(run.get("error") or "")}</p></div>'
 
 # %% ../nbs/52a_report.ipynb #3145948e
-def header_html(title:str, lead:str, record:dict, sections:list)->str:
+def header_html(title:str,      # HTML
+                lead:str,       # the promise below the title, HTML, or ''
+                record:dict,    # run.json
+                sections:list,  # second-level headings
+)->str:                         # HTML
     "Name, status, title, when and where, what went wrong or what was found, and links to the sections."
     run, meta = record['run'], record['meta']
     host = meta.get('machine', {})
@@ -248,7 +272,9 @@ def plain(value)->str:
     return escape(f'{value:,}' if value.__class__ is int and abs(value) > 9999 else f'{value:.6g}' if isinstance(value, float) else 'unknown' if value is None else str(value))
 
 # %% ../nbs/52a_report.ipynb #088d4f67
-def footer_html(record:dict, metrics:dict)->str:
+def footer_html(record:dict,   # run.json
+                metrics:dict,  # metrics.json
+)->str:                        # HTML
     "Where the result comes from: run, code, versions, machine, data, and all metrics."
     run, meta = record['run'], record['meta']
     rows = dict(run=run['id'], fingerprint=meta['fingerprint']) | ({'continues': run['resumed']} if run.get('resumed') else {})

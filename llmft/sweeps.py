@@ -300,6 +300,7 @@ def local_workers(workers:int=1,  # worker processes
     import dask, distributed
     quiet = {'logging': {'distributed': 'critical', 'distributed.client': 'critical', 'distributed.worker': 'critical'}}
     settings = {**quiet, 'distributed.nanny.pre-spawn-environ': worker_environment(workers), 'distributed.scheduler.allowed-failures': tries - 1,
+                'distributed.deploy.lost-worker-timeout': '10 days',  # else a worker that is being replaced 15 s after a death is given up
                 'distributed.comm.timeouts.connect': '60s', 'distributed.worker.profile.enabled': False}
     with kept_environment(), dask.config.set(settings), tempfile.TemporaryDirectory(prefix='llmft-dask-', ignore_cleanup_errors=True) as scratch:
         for name in ('distributed', *(name for name in logging.root.manager.loggerDict if name.startswith('distributed.'))): logging.getLogger(name).setLevel(logging.CRITICAL + 1)

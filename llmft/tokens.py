@@ -81,11 +81,11 @@ def _wrap(ids, tokenizer, dtype)->np.ndarray:
     return np.array([*begin, *ids, tokenizer.eos_token_id], dtype=dtype)
 
 
-def encode(texts,                  # list of documents
-           tokenizer,
-           folder=None,            # where to keep tokens.bin, offsets.npy and tokens.json; None keeps all in memory
-           batch:int=512,          # documents tokenised at a time
-)->Examples:                       # one example a document
+def encode(texts,          # list of documents
+           tokenizer,      # as `load_tokenizer` gives it
+           folder=None,    # where to keep tokens.bin, offsets.npy and tokens.json; None keeps all in memory
+           batch:int=512,  # documents tokenised at a time
+)->Examples:               # one example a document
     "Tokenise documents into one flat array, a beginning and an end of text around each."
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     sizes, pieces = [], []
@@ -149,11 +149,11 @@ class Html(str):
     def _repr_html_(self): return str(self)
 
 
-def show_tokens(examples:Examples,
-                row:int,          # which example
-                tokenizer,
-                most:int=160,     # tokens to show
-)->Html:
+def show_tokens(examples:Examples,  # where the example is taken from
+                row:int,            # which example
+                tokenizer,          # the one that made the ids
+                most:int=160,       # tokens to show
+)->Html:                            # a line of tokens that a notebook shows in colour
     "One example with its tokens set apart; those trained on as targets are shaded."
     start, end = examples.starts[row], min(examples.ends[row], examples.starts[row] + most)
     shades = []

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WARMUP_TIMED', 'LossModel', 'step_batches', 'accumulate', 'evaluate_loss', 'Progress', 'shows_bar', 'Log',
            'train_step', 'Fit', 'FitResult', 'set_gradient_checkpointing', 'planned_steps', 'prepare', 'resume', 'save',
-           'micro_batch_flops', 'book_step', 'evaluate', 'fit']
+           'micro_batch_flops', 'book_step', 'evaluate', 'resident_bytes', 'fit']
 
 # %% ../nbs/23_training.ipynb #d5319362
 import json, math, os, sys, time
@@ -37,7 +37,13 @@ class LossModel(nn.Module):
         return head_cross_entropy(hidden_BTD.flatten(0, 1), output_head(self.model), batch.labels_BT.flatten())[0]
 
 
-def step_batches(examples:Examples, rows, recipe:Recipe, world:int=1, rank:int=0, pad:int=0)->tuple:
+def step_batches(examples:Examples,  # all training examples
+                 rows,               # examples of the step, as `Plan.step` gives them
+                 recipe:Recipe,      # layout, batch_size and max_length
+                 world:int=1,        # number of processes
+                 rank:int=0,         # which of them this is
+                 pad:int=0,          # token id that fills unused slots
+)->tuple:                            # (micro-batches of this process, targets of the step over all processes)
     "The micro-batches of one process for one optimiser step, and the number of targets of the step over all processes."
     shares = [micro_batches(examples, rows[r::world], recipe.batch_size, recipe.max_length, recipe.layout, pad) if len(rows[r::world]) else [] for r in range(world)]
     mine, most = shares[rank], max(map(len, shares))
@@ -48,7 +54,12 @@ def step_batches(examples:Examples, rows, recipe:Recipe, world:int=1, rank:int=0
     return mine, sum(batch.supervised for share in shares for batch in share)
 
 # %% ../nbs/23_training.ipynb #a94480d5
-def accumulate(loss_model, batches, targets:int, backward=lambda loss: loss.backward(), scale:float=1.)->torch.Tensor:
+def accumulate(loss_model,                             # a `LossModel`, wrapped or not
+               batches,                                # micro-batches of this process
+               targets:int,                            # targets of the optimiser step over all processes
+               backward=lambda loss: loss.backward(),  # what computes gradients of a loss
+               scale:float=1.,                         # factor on the gradients: the number of processes, where a wrapper averages over them
+)->torch.Tensor:                                       # this process's share of the mean loss, nats a target, ()
     "Add the gradients of `batches` to the parameters; the summed loss over `targets` comes back."
     total = 0.
     for batch in batches:
@@ -59,12 +70,12 @@ def accumulate(loss_model, batches, targets:int, backward=lambda loss: loss.back
 
 # %% ../nbs/23_training.ipynb #0fc84d08
 @torch.no_grad()
-def evaluate_loss(model,              # a causal language model
-                  examples:Examples,  # held-out examples
-                  batch_size:int,     # as in `Recipe`
-                  max_length:int,     # as in `Recipe`
-                  layout:str='packed',
-)->dict:                              # loss in nats a target, perplexity, number of targets
+def evaluate_loss(model,                # a causal language model
+                  examples:Examples,    # held-out examples
+                  batch_size:int,       # as in `Recipe`
+                  max_length:int,       # as in `Recipe`
+                  layout:str='packed',  # packed | bucketed | padded
+)->dict:                                # loss in nats a target, perplexity, number of targets
     "Mean loss of `model` over every target of `examples`."
     was_training, loss_model = model.training, LossModel(model).eval()
     device = next(model.parameters()).device
@@ -137,7 +148,9 @@ def _gradient_norm(accelerator, parameters, clip):
     return float(accelerator.clip_grad_norm_(parameters, clip or math.inf))
 
 
-def train_step(run, rows):
+def train_step(run,   # the `Fit` in progress; its weights move
+               rows,  # examples of the step, over all processes
+):                    # (mean loss in nats a target, gradient norm, micro-batches, targets of the step)
     "One optimiser step of `run` on examples `rows`: mean loss, gradient norm, and the micro-batches seen."
     accelerator = run.accelerator
     batches, targets = step_batches(run.train, rows, run.recipe, accelerator.num_processes, accelerator.process_index)
@@ -156,20 +169,20 @@ def train_step(run, rows):
 @dataclass
 class Fit:
     "The moving parts of a run in progress."
-    model: nn.Module
-    train: Examples
-    valid: Examples
-    recipe: Recipe
-    log: Log
-    plan: Plan = None
-    steps: int = 0
-    accelerator: Accelerator = None
-    loss_model: nn.Module = None
-    optimiser: object = None
-    parameters: list = None
-    names: dict = None
-    progress: Progress = field(default_factory=Progress)
-    started_at: int = 0   # step at which this process started or resumed
+    model: nn.Module                # as the caller gave it, trained in place
+    train: Examples                 # training examples
+    valid: Examples                 # held-out examples, or None
+    recipe: Recipe                  # how to train
+    log: Log                        # log.jsonl
+    plan: Plan = None               # which examples each step learns from
+    steps: int = 0                  # optimiser steps planned
+    accelerator: Accelerator = None # devices and processes
+    loss_model: nn.Module = None    # `model` with its loss, wrapped for the processes
+    optimiser: object = None        # wrapped likewise
+    parameters: list = None         # trained parameters
+    names: dict = None              # trained parameter -> name
+    progress: Progress = field(default_factory=Progress)  # how far it is
+    started_at: int = 0             # step at which this process started or resumed
     @property
     def folder(self): return self.log.folder/'checkpoints'
 
@@ -185,12 +198,14 @@ class FitResult:
     warmup: int                  # warm-up steps of the learning rate
     tokens_per_sec: float        # real tokens, warm-up excluded; None when nothing was timed
     flops_per_sec: float         # achieved, warm-up excluded
-    peak_bytes: int              # peak memory of the process while it trained (on a GPU: of its tensors)
+    peak_bytes: int              # peak memory of training: the model's own bytes and what training added to them
     trainable: int               # parameters trained
     first_hash: str              # hash of the trained weights before the first step
 
 # %% ../nbs/23_training.ipynb #4f3fdf40
-def set_gradient_checkpointing(model, on:bool):
+def set_gradient_checkpointing(model,    # a transformers model, with or without an adapter
+                               on:bool,  # recompute (less memory, more time) or keep activations
+):
     "Recompute activations in the backward pass, or do not: the model does what the switch says."
     if on:
         model.activation_checkpointing_enable()
@@ -201,13 +216,21 @@ def set_gradient_checkpointing(model, on:bool):
     if stray: raise LabError(f'gradient_checkpointing is {on} but {stray[0]} says otherwise: this model does not support the switch')
 
 # %% ../nbs/23_training.ipynb #ac21300d
-def planned_steps(examples:int, recipe:Recipe)->int:
+def planned_steps(examples:int,   # number of training examples
+                  recipe:Recipe,  # its rows a step, and max_steps or num_epochs
+)->int:                           # optimiser steps
     "Optimiser steps of a run over `examples` training examples."
     per_epoch = Plan(examples, recipe.batch_size * recipe.gradient_accumulation, recipe.seed).steps_per_epoch
     return recipe.max_steps or math.ceil(per_epoch * recipe.num_epochs)
 
 
-def prepare(model, train:Examples, valid:Examples, folder, recipe:Recipe, on_log=None)->Fit:
+def prepare(model,           # as for `fit`
+            train:Examples,  # training examples
+            valid:Examples,  # held-out examples, or None
+            folder,          # the run's folder; it is made when missing
+            recipe:Recipe,   # how to train
+            on_log=None,     # called with every object that is logged
+)->Fit:                      # the run, ready for its next step
     "Everything `fit` needs, at step 0 or at the last good checkpoint in `folder`."
     recipe.check()
     if not len(train): raise LabError('there is no training example with a target: give more or longer documents')
@@ -269,7 +292,10 @@ def save(run:Fit):
     run.accelerator.wait_for_everyone()
 
 # %% ../nbs/23_training.ipynb #c5e5db67
-def micro_batch_flops(model, batch:MicroBatch, recipe:Recipe)->float:
+def micro_batch_flops(model,             # its config, and its adapter when it has one
+                      batch:MicroBatch,  # its shape and documents are what counts
+                      recipe:Recipe,     # its `gradient_checkpointing`
+)->float:                                # floating point operations of matrix products
     "Hardware FLOPs of forward and backward of one micro-batch."
     adapter = getattr(model, 'peft_config', {}).get('default')
     adapted = dict(method='lora', rank=adapter.r, targets=tuple(adapter.target_modules)) if adapter else {}
@@ -277,7 +303,13 @@ def micro_batch_flops(model, batch:MicroBatch, recipe:Recipe)->float:
     return flops_step(model.config, lengths, targets_tokens=batch.supervised, gradient_checkpointing=recipe.gradient_checkpointing, **adapted)
 
 # %% ../nbs/23_training.ipynb #08a5c5ab
-def book_step(run:Fit, loss, norm, batches, targets, seconds):
+def book_step(run:Fit,  # the run in progress; its progress moves on
+              loss,     # mean loss of the step, nats a target
+              norm,     # gradient norm before clipping
+              batches,  # micro-batches of this process
+              targets,  # targets of the optimiser step over all processes
+              seconds,  # time the step took
+):
     "Count one optimiser step and log it when its turn has come."
     progress, flops = run.progress, sum(micro_batch_flops(run.model, batch, run.recipe) for batch in batches) * run.accelerator.num_processes
     tokens, slots = sum(b.tokens for b in batches), sum(b.slots for b in batches)
@@ -310,6 +342,13 @@ def evaluate(run:Fit)->bool:
     return better
 
 # %% ../nbs/23_training.ipynb #19fa16b5
+def resident_bytes(model)->int:
+    "Bytes that the weights and buffers of `model` take, quantisation constants included."
+    states = [module.weight.quant_state for module in model.modules() if getattr(getattr(module, 'weight', None), 'quant_state', None) is not None]
+    constants = [value for state in states for part in (state, state.state2) if part is not None for value in vars(part).values() if torch.is_tensor(value)]
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in [*model.parameters(), *model.buffers(), *constants]}.values())
+
+# %% ../nbs/23_training.ipynb #97c4d580
 def _walk(run:Fit):
     "Train `run` to its end."
     from tqdm.auto import tqdm
@@ -322,7 +361,7 @@ def _walk(run:Fit):
         if run.accelerator.device.type == 'cuda': torch.cuda.synchronize()
         book_step(run, loss, norm, batches, targets, time.perf_counter() - start)
         bar.update(); bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
-        if progress.step % max(1, run.steps // 10) == 0:
+        if progress.step % max(1, run.steps // 10) == 0 and 'LLMFT_MANAGED' not in os.environ:
             run.log.say(f'step {progress.step}/{run.steps}: loss {loss:.4f}, {progress.tokens / progress.seconds:,.0f} tokens/s')
         if progress.step >= run.steps: progress.stopped = 'finished'
         if recipe.max_flops and progress.flops >= recipe.max_flops: progress.stopped = 'FLOP budget'
@@ -349,6 +388,7 @@ def fit(model,             # from `load_model`, with or without an adapter; it i
         on_log=None,       # called with every object that is logged
 )->FitResult:
     "Train `model`; continue where `folder` says an earlier attempt stopped."
+    resident = resident_bytes(model)
     with Meter() as meter:
         run = prepare(model, train, valid, folder, recipe, on_log)
         first_hash = None if run.started_at else weights_hash(trainable_parameters(model))
@@ -357,4 +397,4 @@ def fit(model,             # from `load_model`, with or without an adapter; it i
     progress = run.progress
     timed = progress.timed_seconds or None
     return FitResult(progress, run.steps, run.plan.steps_per_epoch, progress.largest_slots, run.log.entries(), warmup_steps(recipe, run.steps), timed and progress.timed_tokens / timed, timed and progress.timed_flops / timed,
-                     meter.peak_bytes, sum(p.numel() for p in run.parameters), first_hash)
+                     meter.growth_bytes + resident, sum(p.numel() for p in run.parameters), first_hash)

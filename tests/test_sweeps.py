@@ -2,7 +2,7 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 
-import pytest
+import dask, pytest
 
 from llmft import sweeps
 from llmft.core import LabError
@@ -210,6 +210,7 @@ def test_two_workers_run_at_the_same_time_and_share_the_cores(project, monkeypat
 def test_clusters_do_not_get_in_each_others_way(project):
     with local_workers() as one, local_workers() as other:
         assert one.submit(os.getpid).result() != other.submit(os.getpid).result()
+        assert dask.utils.parse_timedelta(dask.config.get('distributed.deploy.lost-worker-timeout')) > 86400, 'Dask gives up workers that are being replaced'
         scratch = {Path(worker['local_directory']).parent for client in (one, other) for worker in client.scheduler_info()['workers'].values()}
     assert len(scratch) == 2 and not any(path.exists() for path in scratch)
 
