@@ -62,7 +62,7 @@ def parameter_count(config,  # a transformers config
     return dict(total=sum(parts.values()), **parts, head_tied=shape.tied)
 
 # %% ../nbs/12_cost.ipynb #f703b0b3
-def adapted_linears(config,
+def adapted_linears(config,   # a transformers config
                     targets,  # names of modules, or 'all-linear'
 )->list:                      # the linear maps of one layer that get an adapter
     "The linear maps that `targets` name; a `LabError` when a name fits none."
@@ -159,7 +159,7 @@ def _choice(what, value, options):
     return value
 
 
-def weight_bytes(config,
+def weight_bytes(config,              # a transformers config
                  precision='fp32',    # 'fp32', 'bf16' or 'fp16': of all that is not quantised
                  quantisation='none', # 'none', 'int8' or 'nf4': of the linear maps, the head excepted
 )->int:                               # bytes
@@ -173,7 +173,11 @@ def weight_bytes(config,
 optimisers = ('adamw', 'adamw_8bit', 'paged_adamw_8bit')
 
 
-def trained_tensors(config, method='full', rank=0, targets=())->list:
+def trained_tensors(config,         # a transformers config
+                    method='full',  # 'full', 'lora' or 'qlora'
+                    rank=0,         # rank of the adapter
+                    targets=(),     # what it adapts
+)->list:                            # pairs
     "(elements, how many of them) for every trained tensor."
     shape = architecture(config)
     if method != 'full': return [(rank*width, shape.layers) for linear in adapted_linears(config, targets) for width in (linear.inputs, linear.outputs)]
@@ -182,7 +186,10 @@ def trained_tensors(config, method='full', rank=0, targets=())->list:
     return [(size, shape.layers) for size in layer] + [(size, 1) for size in ends]
 
 
-def optimiser_bytes(tensors, optimiser='adamw', word=4)->int:
+def optimiser_bytes(tensors,            # from `trained_tensors`
+                    optimiser='adamw',  # 'adamw', 'adamw_8bit' or 'paged_adamw_8bit'
+                    word=4,             # bytes of a number of the trained tensors
+)->int:                                 # bytes
     "Bytes of the two moments of all `tensors`, whose numbers take `word` bytes."
     def moments(size): return 2*word*size if optimiser == 'adamw' else 2*size + 2*4*-(-size//256) if size >= 4096 else 8*size
     return sum(count*moments(size) for size, count in tensors)
@@ -199,7 +206,18 @@ def _kept_by_adapters(shape, tokens, longest, word, adapted, rank, dropout, mask
     return total
 
 
-def layer_activation_bytes(config, *, tokens, longest, precision='fp32', full=True, adapted=(), rank=0, lora_dropout=0., device='cuda', first=False)->int:
+def layer_activation_bytes(config,           # a transformers config
+                           *,
+                           tokens,           # slots of a micro-batch
+                           longest,          # longest document in it, tokens
+                           precision='fp32', # 'fp32', 'bf16' or 'fp16'
+                           full=True,        # whether the weights themselves are trained
+                           adapted=(),       # names of the adapted linear maps
+                           rank=0,           # rank of the adapter
+                           lora_dropout=0.,  # dropout of the adapter
+                           device='cuda',    # 'cuda' or 'cpu'
+                           first=False,      # whether nothing before this layer is trained
+)->int:                                      # bytes
     "Bytes that one layer keeps for its backward pass; for the arguments see `memory_breakdown`."
     shape, word = architecture(config), word_bytes[precision]
     def mask(width): return width if device == 'cpu' else 1

@@ -319,7 +319,8 @@ def run_point(notebook:str,      # path of the notebook
 )->dict:                         # run.json, or {run: {status, error}} when the run could not start
     "Execute one point in a Dask worker, sending its lines as events; the event without text says that it began."
     from distributed import get_worker
-    say = lambda text: get_worker().log_event('llmft', (label, text and str(text)))
+    worker = get_worker()  # known in this thread only; lines come from others too
+    say = lambda text: worker.log_event('llmft', (label, text and str(text)))
     say(None)  # begun
     folder, until = run_folder(notebook, params), time.monotonic() + patience
     while is_held(folder) and time.monotonic() < until: time.sleep(.2)
