@@ -248,10 +248,10 @@ def step_memory(way:str,         # 'ours', or one of `peers`
     with tempfile.TemporaryDirectory() as folder:
         if way == 'ours':
             model = adapted_model(setting, 'documents')
-            work = lambda: fit(model, examples, None, folder, recipe_of(setting, 'packed'), lambda entry: block.losses.append(entry['loss'])).peak_bytes
+            work = lambda: fit(model, examples, None, folder, recipe_of(setting, 'packed'), lambda entry: block.losses.append(entry['loss']))
         else: work = watch(peer_trainer(way, setting, examples, folder), block).train
-        with Meter() as meter: found = work()
-    return dict(peak_bytes=(found if way == 'ours' else meter.peak_bytes) - meter.start_bytes, start_bytes=meter.start_bytes, loss=block.losses[0], kind=meter.memory_kind)
+        with Meter() as meter: work()
+    return dict(peak_bytes=meter.growth_bytes, start_bytes=meter.start_bytes, loss=block.losses[0], kind=meter.memory_kind)
 
 
 def in_process(function:str,  # name of a function of this module

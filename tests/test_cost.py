@@ -142,7 +142,7 @@ def test_activations_are_what_autograd_keeps(name, method, precision):
     predicted = memory_breakdown(model.config, tokens=192, longest=lengths[0], method='lora' if 'lora' in method else 'full', precision=precision, rank=8, targets=targets,
         lora_dropout=dropout, gradient_checkpointing='checkpointing' in method, device='cpu')['activations']
     expected = kept(model, lengths)
-    assert abs(predicted/expected - 1) < .03, f'{predicted/expected:.4f}'
+    assert abs(predicted/expected - 1) < (.05 if name == 'gpt2-tiny' else .02), f'{predicted/expected:.4f}'
 
 
 @pytest.mark.parametrize('quantisation', ['nf4', 'int8'])
