@@ -165,7 +165,7 @@ def test_gpt2_is_not_quantised():
 @pytest.mark.parametrize('kind', ['adamw', 'adamw_8bit'])
 def test_bytes_of_an_optimiser(kind):
     import bitsandbytes
-    config = configuration('llama-6x256')
+    config = configuration('llama-tiny')
     parameters = [torch.nn.Parameter(torch.zeros(size)) for size, count in trained_tensors(config) for _ in range(count)]
     for parameter in parameters: parameter.grad = torch.ones_like(parameter)
     optimiser = torch.optim.AdamW(parameters) if kind == 'adamw' else bitsandbytes.optim.AdamW8bit(parameters)
