@@ -151,12 +151,13 @@ def _cache(machine):
     return folder/f'peaks-{hashlib.sha256(repr(sorted(machine.items())).encode()).hexdigest()[:12]}.json'
 
 
-def machine_peaks(fresh=False, # measure again
+def machine_peaks(fresh=False,   # measure again
+                  achieved=None, # operations per second seen in real work: a remembered peak below it was measured on a busy machine
 )->dict:                       # matmul_flops_per_sec (fp32), matmul_flops_per_sec_bf16, matmul_flops_per_sec_fp16, copy_bytes_per_sec, device, kind, threads, ...
     "The machine's peaks, measured the first time (about two seconds) and remembered."
     machine = _machine()
     file = _cache(machine)
-    if file.exists() and not fresh: return read_json(file)
+    if file.exists() and not fresh and (achieved or 0) <= (known := read_json(file))['matmul_flops_per_sec']: return known
     kind = machine['kind']
     size = None if kind == 'cuda' else 1024
     peaks = dict(matmul_flops_per_sec=matmul_peak(kind), matmul_flops_per_sec_bf16=matmul_peak(kind, torch.bfloat16, size),

@@ -372,7 +372,9 @@ def provenance(record:dict,  # run.json
     "One line that says what ran, when, from which commit, and where it is."
     run, git = record['run'], record['meta']['git']
     commit = f"{git['commit'][:10]}{' with changes' if git['dirty'] else ''}" if git['commit'] else 'no git'
-    return f"{run['notebook']}/{run['name']} · run {run['id']} · fingerprint {record['meta']['fingerprint']} · {commit} · {folder}"
+    where = Path(folder).absolute()
+    where = where.relative_to(project_root()) if where.is_relative_to(project_root()) else where
+    return f"{run['notebook']}/{run['name']} · run {run['id']} · fingerprint {record['meta']['fingerprint']} · {commit} · {where}"
 
 # %% ../nbs/51_run.ipynb #4f5e33cc
 def end_unmanaged(run:Run):

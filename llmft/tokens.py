@@ -156,10 +156,13 @@ def show_tokens(examples:Examples,  # where the example is taken from
 )->Html:                            # a line of tokens that a notebook shows in colour
     "One example with its tokens set apart; those trained on as targets are shaded."
     start, end = examples.starts[row], min(examples.ends[row], examples.starts[row] + most)
-    shades = []
+    shades, pieces = [], []
     for position in range(start, end):
-        trained = position > start and (examples.loss is None or examples.loss[position])
-        text = html.escape(tokenizer.decode([int(examples.ids[position])])).replace('\n', '⏎<br>')
+        pieces.append(int(examples.ids[position]))
+        text = tokenizer.decode(pieces)
+        if text.endswith('\ufffd') and len(pieces) < 4 and position + 1 < end: continue  # a character spelled in bytes
+        trained, pieces = position > start and (examples.loss is None or examples.loss[position]), []
+        text = html.escape(text).replace('\n', '⏎<br>')
         shades.append(f'<span style="border-radius:3px;margin-right:1px;{"background:#0072b233" if trained else "opacity:.6"}">{text}</span>')
     rest = examples.ends[row] - end
     more = f' <i>and {rest:,} more tokens</i>' if rest else ''

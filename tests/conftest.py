@@ -1,9 +1,12 @@
 """For every test: no network, two processes that do not fight for the cores, and tests that measure run alone."""
-import fcntl, importlib.util, os, tempfile
+import fcntl, importlib.util, os, signal, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+# A shell that runs its jobs in the background makes them deaf to Ctrl-C, and so everything they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 offline = Path(__file__).parent/'offline'
 spec = importlib.util.spec_from_file_location('offline', offline/'sitecustomize.py')
