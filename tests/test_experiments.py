@@ -62,7 +62,7 @@ def test_the_comparison_reads_all_three(runs, outputs):
 
 
 def test_pretraining_exports_a_model_with_its_card(outputs):
-    notebook, params = resolve_params([root/'params/pretrain/base.yaml'], overrides(outputs=str(outputs), max_steps=3, num_samples=4), True)
+    notebook, params = resolve_params([root/'params/pretrain/base.yaml'], overrides(outputs=str(outputs), max_steps=3, num_samples=4, num_eval_samples=1), True)
     record = execute_run(notebook, params, on_line=lambda line: None)
     assert record['run']['status'] == 'done', record['run']['error']
     model = outputs/'pretrain'/'base'/'model'
