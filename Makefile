@@ -21,7 +21,6 @@ install: .venv/installed
 
 report: install
 	@HF_HUB_OFFLINE=1 $(BIN)/llmft run params/sweeps/quickstart.yaml
-	@echo "open $(CURDIR)/outputs/compare/quickstart/report.html"
 
 test: install
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
