@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['function_modules', 'function_eval_modules', 'base_eval_modules', 'topic_eval', 'left_out', 'builtin_parts',
            'text_endings', 'row_endings', 'Documents', 'Corpus', 'content_key', 'split_documents', 'drop_shared',
-           'library_files', 'library_functions', 'paragraphs', 'without_seen', 'paragraph_keys', 'builtin_part',
-           'read_rows', 'read_files', 'read_hub', 'load_corpus']
+           'library_files', 'library_tests', 'bundled_packages', 'library_functions', 'paragraphs', 'without_seen',
+           'paragraph_keys', 'builtin_part', 'read_rows', 'read_files', 'read_hub', 'load_corpus']
 
 # %% ../nbs/01_corpora.ipynb #49b7ed45
-import ast, itertools, re, sysconfig
+import ast, itertools, re, sysconfig, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from .core import LabError, find_path, nearest, sha256_of, short_hash
@@ -94,6 +94,31 @@ def library_files(modules=None,  # top-level names to take; None takes all that 
             if text.strip(): texts.append(text); names.append(name.as_posix())
     return Documents(texts, names)
 
+# %% ../nbs/01_corpora.ipynb #d5dd9a26
+def library_tests()->Documents:
+    "Test files of the standard library, without those of modules that some other part holds."
+    root = Path(sysconfig.get_paths()['stdlib'])
+    held_out = function_modules | function_eval_modules | base_eval_modules
+    texts, names = [], []
+    for file in sorted(root.rglob('*.py')):
+        name = file.relative_to(root)
+        if not {'test', 'tests', 'idle_test'} & set(name.parts) or 'site-packages' in name.parts: continue
+        if held_out & {word for part in name.with_suffix('').parts for word in (part, *part.split('_'))}: continue
+        text = file.read_text(encoding='utf-8', errors='replace')
+        if text.strip() and '\ufffd' not in text: texts.append(text); names.append(name.as_posix())
+    return Documents(texts, names)
+
+
+def bundled_packages()->Documents:
+    "Source files inside the wheels that `ensurepip` carries; none where a distribution removed them."
+    wheels = sorted((Path(sysconfig.get_paths()['stdlib'])/'ensurepip'/'_bundled').glob('*.whl'))
+    texts, names = [], []
+    for wheel in map(zipfile.ZipFile, wheels):
+        for name in sorted(name for name in wheel.namelist() if name.endswith('.py')):
+            text = wheel.read(name).decode('utf-8', errors='replace')
+            if text.strip() and '\ufffd' not in text: texts.append(text); names.append(name)
+    return Documents(texts, names)
+
 # %% ../nbs/01_corpora.ipynb #52d6c91e
 def library_functions(modules,             # top-level module names
                       least:int=120,       # characters a function must have
@@ -142,33 +167,49 @@ def paragraph_keys(documents:Documents)->set:
 _parts = {}
 
 
-def _topics(held_out:bool)->Documents:
-    "The topics of one side, from the longest to the shortest, each without what a longer one said."
+def _topics(names, seen)->Documents:
+    "The topics in `names`, from the longest to the shortest, each without what a longer one or `seen` said."
     from pydoc_data.topics import topics
-    side = sorted((name for name in topics if (name in topic_eval) == held_out), key=lambda name: (-len(topics[name]), name))
-    seen, texts, names = (set() if held_out else paragraph_keys(_topics(True))), [], []
-    for name in side:
-        for text in without_seen(Documents([topics[name]], [name]), seen).texts: texts.append(text); names.append(name)
-        seen |= paragraph_keys(Documents([topics[name]], [name]))
-    return Documents(texts, names)
+    texts, kept = [], []
+    for name in sorted(names & set(topics), key=lambda name: (-len(topics[name]), name)):
+        for text in without_seen(Documents([topics[name]], [name]), seen).texts: texts.append(text); kept.append(name)
+        seen = seen | paragraph_keys(Documents([topics[name]], [name]))
+    return Documents(texts, kept)
+
+
+def _first_copies(documents)->Documents:
+    "`documents` without further copies of a text."
+    first = {content_key(text): row for row, text in reversed(list(enumerate(documents.texts)))}
+    return Documents([documents.texts[row] for row in sorted(first.values())], [documents.names[row] for row in sorted(first.values())])
+
+
+def _held_out(part)->Documents:
+    "A part that is never trained on."
+    if part == 'base_eval': return library_files(base_eval_modules)
+    return _topics(topic_eval, set()) if part == 'topics_eval' else library_functions(function_eval_modules)
+
+
+def _trained(part)->Documents:
+    "A part to train on, without any paragraph of a held-out part."
+    from pydoc_data.topics import topics
+    seen = set().union(*(paragraph_keys(builtin_part(held_out)) for held_out in builtin_parts if held_out.endswith('_eval')))
+    if part == 'topics': return _topics(set(topics) - topic_eval, seen)
+    if part == 'base':
+        found = [library_files(), library_tests(), bundled_packages()]
+        found = Documents(*(list(itertools.chain(*column)) for column in zip(*((p.texts, p.names) for p in found))))
+        return without_seen(_first_copies(found), seen)
+    functions = library_functions(function_modules)
+    kept = [row for row, text in enumerate(functions.texts) if not seen & paragraph_keys(Documents([text], ['']))]
+    return Documents([functions.texts[row] for row in kept], [functions.names[row] for row in kept])
 
 
 def builtin_part(part:str,  # one of `builtin_parts`
 )->Documents:
     "One named part of the built-in corpus; the same text on every machine with the same Python."
     if part not in builtin_parts: raise LabError(f"there is no built-in part '{part}'{nearest(part, builtin_parts)}: choose from {', '.join(builtin_parts)}")
-    if part in _parts: return _parts[part]
-    if part == 'base': found = library_files()
-    elif part == 'topics': found = _topics(False)
-    elif part == 'functions':
-        found = library_functions(function_modules)
-        found = drop_shared(found, library_functions(function_eval_modules)).train
-    else:
-        seen = set().union(*(paragraph_keys(builtin_part(p)) for p in ('base', 'topics', 'functions')))
-        found = without_seen(dict(base_eval=lambda: library_files(base_eval_modules), topics_eval=lambda: _topics(True),
-                                  functions_eval=lambda: library_functions(function_eval_modules))[part](), seen)
-    if not len(found): raise LabError(f"this Python has no text for the built-in part '{part}': use a Python with its standard library's sources")
-    return _parts.setdefault(part, found)
+    if part not in _parts: _parts[part] = _held_out(part) if part.endswith('_eval') else _trained(part)
+    if not len(_parts[part]): raise LabError(f"this Python has no text for the built-in part '{part}': use a Python with its standard library's sources")
+    return _parts[part]
 
 # %% ../nbs/01_corpora.ipynb #bb892b6d
 text_endings = ('.txt', '.md', '.rst', '.py')
