@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MarkedMemory', 'SampledMemory', 'CudaMemory', 'memory_watch', 'synchronise', 'Meter', 'TensorMemory',
-           'return_freed_memory', 'matmul_peak', 'copy_peak', 'machine_peaks', 'per_second', 'share_of_peak']
+           'return_freed_memory', 'matmul_peak', 'copy_peak', 'known_peaks', 'machine_peaks', 'per_second',
+           'share_of_peak']
 
 # %% ../nbs/13_meter.ipynb #3fbdf8ad
 import contextlib, ctypes, functools, gc, hashlib, os, platform, sys, threading, time, psutil, torch
@@ -198,18 +199,23 @@ def _cache(machine):
     return folder/f'peaks-{hashlib.sha256(repr(sorted(machine.items())).encode()).hexdigest()[:12]}.json'
 
 
+def known_peaks():
+    "The machine's peaks as they were measured before; `None` when they never were."
+    file = _cache(_machine())
+    return read_json(file) if file.exists() else None
+
+
 def machine_peaks(fresh=False,   # measure again
                   achieved=None, # operations per second seen in real work: a remembered peak below it was measured on a busy machine
 )->dict:                       # matmul_flops_per_sec (fp32), matmul_flops_per_sec_bf16, matmul_flops_per_sec_fp16, copy_bytes_per_sec, device, kind, threads, ...
     "The machine's peaks, measured the first time (about two seconds) and remembered."
-    machine = _machine()
-    file = _cache(machine)
-    if file.exists() and not fresh and (achieved or 0) <= (known := read_json(file))['matmul_flops_per_sec']: return known
+    machine, known = _machine(), known_peaks()
+    if known and not fresh and (achieved or 0) <= known['matmul_flops_per_sec']: return known
     kind = machine['kind']
     size = None if kind == 'cuda' else 1024
     peaks = dict(matmul_flops_per_sec=matmul_peak(kind), matmul_flops_per_sec_bf16=matmul_peak(kind, torch.bfloat16, size),
         matmul_flops_per_sec_fp16=matmul_peak(kind, torch.float16) if kind == 'cuda' else None, copy_bytes_per_sec=copy_peak(kind), **machine)
-    try: write_json(file, peaks)
+    try: write_json(_cache(machine), peaks)
     except OSError: pass
     return peaks
 
