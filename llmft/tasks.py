@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['builtin_valid_modules', 'builtin_checks', 'problem_template', 'expert_prompt', 'losses', 'long_policies', 'Task',
            'as_task', 'function_tasks', 'read_table', 'load_tasks', 'check_template', 'prompt_of', 'answer_of',
-           'encode_tasks']
+           'prompt_rows', 'encode_tasks']
 
 # %% ../nbs/05_tasks.ipynb #a45d147d
 import ast, itertools, json
@@ -213,14 +213,23 @@ losses = ('completion', 'all')
 long_policies = ('truncate', 'drop', 'error')
 
 
-def _token_rows(tasks, tokenizer, template, system_prompt):
-    "(prompt ids, answer ids) of each task; the answer ends with an end of text."
-    begin, end = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], tokenizer.eos_token_id
-    ids = lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)['input_ids'] if texts else []
-    prompts = ids([prompt_of(task, template, system_prompt, tokenizer) for task in tasks])
-    answers = ids([answer_of(task, template, system_prompt, tokenizer) for task in tasks])
-    for prompt, answer in zip(prompts, answers):
-        yield (prompt if prompt[:1] == begin else begin + prompt), [*itertools.takewhile(lambda token: token != end, answer), end]
+def prompt_rows(tasks:list,         # of `Task`
+                tokenizer,          # as `load_tokenizer` gives it
+                template:str,       # as in `check_template`
+                system_prompt:str,  # put where the template says
+)->list:                            # token ids of each prompt, with the beginning of text
+    "What a model is given to answer `tasks`; in training the same tokens stand before each answer."
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    prompts = [prompt_of(task, template, system_prompt, tokenizer) for task in tasks]
+    rows = tokenizer(prompts, add_special_tokens=False, verbose=False)['input_ids'] if tasks else []
+    return [row if begin and row[:1] == begin else begin + row for row in rows]
+
+
+def _answer_rows(tasks, tokenizer, template, system_prompt):
+    "The token ids of each answer, with one end of text."
+    end, answers = tokenizer.eos_token_id, [answer_of(task, template, system_prompt, tokenizer) for task in tasks]
+    rows = tokenizer(answers, add_special_tokens=False, verbose=False)['input_ids'] if tasks else []
+    return [[*itertools.takewhile(lambda token: token != end, row), end] for row in rows]
 
 
 def encode_tasks(tasks:list,                      # of `Task`
@@ -235,7 +244,7 @@ def encode_tasks(tasks:list,                      # of `Task`
     check_template(template, tokenizer)
     if loss_on not in losses: raise LabError(f"loss_on is '{loss_on}'{nearest(loss_on, losses)}: choose from {', '.join(losses)}")
     if too_long not in long_policies: raise LabError(f"too_long is '{too_long}'{nearest(too_long, long_policies)}: choose from {', '.join(long_policies)}; half an answer is no example of its own")
-    rows = list(_token_rows(tasks, tokenizer, template, system_prompt))
+    rows = list(zip(prompt_rows(tasks, tokenizer, template, system_prompt), _answer_rows(tasks, tokenizer, template, system_prompt)))
     sizes, prompts = np.array([len(p) + len(a) for p, a in rows], dtype=np.int64), np.array([len(p) for p, _ in rows], dtype=np.int64)
     ends = np.cumsum(sizes)
     ids = np.fromiter(itertools.chain.from_iterable(itertools.chain(*row) for row in rows), dtype=np.uint16 if len(tokenizer) <= 2**16 else np.uint32, count=int(sizes.sum()))
