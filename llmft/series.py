@@ -279,7 +279,7 @@ def write_series(folder,      # receives train_texts.txt, val_texts.txt, test_te
         write_atomic(folder/f'{names[split]}_texts.txt', '\n'.join(lines) + '\n')
     arrays = dict(factors_NV=factors_NV, times_T=series.times_T, **{f'{split}_rows': part for split, part in rows.items()})
     np.savez(folder/'factors.npz', **arrays)
-    metadata = dict(settings, **series.notes, sizes={split: len(part) for split, part in rows.items()}, variables=series.values_NTV.shape[2], steps=series.values_NTV.shape[1])
+    metadata = settings | series.notes | dict(sizes={split: len(part) for split, part in rows.items()}, variables=series.values_NTV.shape[2], steps=series.values_NTV.shape[1])
     write_json(folder/'metadata.json', metadata)
     return metadata
 
