@@ -258,6 +258,7 @@ def memory_breakdown(config,                       # a transformers config
                      device='cuda',                # 'cuda' or 'cpu': what dropout keeps
                      nproc=1,                      # processes that train together
                      strategy='none',              # 'none', 'ddp', 'zero2', 'zero3' or 'fsdp2': what they divide among them
+                     offloaded=(),                 # what a GPU keeps in main memory between its uses: 'weights', 'optimiser'
 )->dict:                                           # bytes: weights, gradients, optimiser, activations, logits, backward, and gathered where there is any; total is the peak, less than their sum
     "Bytes of a training step in one process by tenant, and the peak of the three moments."
     shape, full = architecture(config), _choice('method', method, ('full', 'lora', 'qlora')) == 'full'
@@ -271,6 +272,7 @@ def memory_breakdown(config,                       # a transformers config
         dict(tokens=tokens, longest=longest, precision=precision, full=full, adapted=_adapters(config, 0 if full else rank, targets), rank=rank, lora_dropout=lora_dropout, device=device))
     head = shape.words*shape.width if full else 0
     parts |= passing
+    parts |= {name: 0 for name in offloaded if device == 'cuda'}
     gathered = parts.get('gathered', 0)
     there = parts['weights'] + parts['optimiser'] + gathered + (parts['gradients'] if accumulation > 1 else 0)
     moments = dict(loss=there + parts['activations'] + parts['logits'] + 4*head, last_layer=there + parts['activations'] - last + parts['backward'] + word*head,
