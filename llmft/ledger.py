@@ -176,12 +176,15 @@ class Ledger:
         "Count the step that was done."
         self.account.book(self.run, step, self.count(lengths), flops, tokens)
 
-    def book_forecast(self, rows:int,  # sequences
-                      length:int,      # positions of each at the end
+    def book_forecast(self, rows:int,  # trajectories
+                      samples:int,     # continuations of each
+                      prompt:int,      # positions of a prompt
+                      length:int,      # positions of a prompt with its continuation
                       number:int=0,    # which forecast of the run this is
     ):
-        "Note the operations of reading and writing `rows` sequences, beside the budget: with a cache every position is computed once."
-        self.account.book(self.run, number, self.forward(rows, length), 0., rows*length, 'forecast')
+        "Note the operations of a forecast, beside the budget: with a cache every position is computed once, a prompt once for all its samples."
+        start, end = self.forward(rows, prompt), self.forward(rows, length)
+        self.account.book(self.run, number, start + samples*(end - start), 0., rows*(prompt + samples*(length - prompt)), 'forecast')
 
     def steps_left(self, lengths, # positions of the documents of a usual step
     )->int:                       # steps
