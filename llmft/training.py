@@ -280,6 +280,9 @@ def document_lengths(batch:MicroBatch)->list:
     return batch.lengths or [batch.ids_BT.shape[1]] * batch.ids_BT.shape[0]
 
 
+def _all_lengths(batches): return [length for batch in batches for length in document_lengths(batch)]
+
+
 def micro_batch_flops(model,             # its config, and its adapter when it has one
                       batch:MicroBatch,  # its shape and documents are what counts
                       recipe:Recipe,     # its `gradient_checkpointing`
@@ -305,7 +308,7 @@ def book_step(run:Fit,  # the run in progress; its progress moves on
     progress.largest_slots = max(progress.largest_slots, *(batch.slots for batch in batches))
     progress.flops += flops; progress.seconds += seconds
     progress.loss_sum += loss * targets; progress.loss_targets += targets
-    if run.ledger: run.ledger.book(progress.step, tokens, [length for batch in batches for length in document_lengths(batch)], flops)
+    if run.ledger: run.ledger.book(progress.step, tokens, _all_lengths(batches), flops)
     if progress.step - run.started_at > WARMUP_TIMED:
         progress.timed_tokens += tokens; progress.timed_slots += slots; progress.timed_flops += flops; progress.timed_seconds += seconds
     if progress.step % run.recipe.log_every and progress.step < run.steps: return
@@ -357,11 +360,11 @@ def watched_step(run:Fit,      # the run in progress
     return done
 
 # %% ../nbs/23_training.ipynb #1b5663c7
-def _affordable(run, flops)->bool:
+def _affordable(run, flops, batches)->bool:
     "Whether the budgets of the run and of its ledger leave room for `flops` more; a `LabError` when the run's own is smaller than one step."
     budget = run.recipe.max_flops
     if budget and not run.progress.step and flops > budget: raise LabError(f'max_flops is {budget:.4g} and one optimiser step takes {flops:.4g}: raise max_flops, or make the step smaller')
-    return (not budget or run.progress.flops + flops <= budget) and (run.ledger is None or run.ledger.allows(flops))
+    return (not budget or run.progress.flops + flops <= budget) and (run.ledger is None or run.ledger.allows(flops, run.progress.step + 1, _all_lengths(batches)))
 
 
 def _end_of_budget(run):
@@ -382,7 +385,7 @@ def _walk(run:Fit):
         shares = step_shares(run.train, run.plan.step(progress.step), recipe, run.team.world)
         everyone, targets = [batch for share in shares for batch in share], targets_of(shares)
         flops = sum(micro_batch_flops(run.model, batch, recipe) for batch in everyone)
-        if not _affordable(run, flops): _end_of_budget(run); break
+        if not _affordable(run, flops, everyone): _end_of_budget(run); break
         loss, norm = watched_step(run, shares[run.team.rank], targets)
         if run.team.device.type == 'cuda': torch.cuda.synchronize()
         book_step(run, loss, norm, everyone, targets, flops, time.perf_counter() - start)
@@ -409,7 +412,7 @@ def fit(model,             # from `load_model`, with or without an adapter; it i
         folder,            # the run's folder: log.jsonl and checkpoints/
         recipe:Recipe,     # how to train
         on_log=None,       # called with every object that is logged
-        ledger=None,       # asked `allows(flops)` before a step and told `book(step, tokens, lengths, flops)` after it; None sets no common budget
+        ledger=None,       # asked `allows(flops, step, lengths)` before a step and told `book(step, tokens, lengths, flops)` after it; None sets no common budget
         processes:Processes=None,  # how the processes that all call this share the work; None is one process, or DDP
 )->FitResult:
     "Train `model`; continue where `folder` says an earlier attempt stopped."
