@@ -23,7 +23,8 @@ def program_of(task:Task,    # its `setup`, `lead`
     "The program that an answer stands for."
     fenced = re.search(r'```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)', answer, flags=re.DOTALL)
     code = (fenced[1] if fenced else answer).replace('\r\n', '\n')
-    if task.lead and not re.match(r'\s*\n*(def|class|import|from|async|@)\b', code) and not re.search(r'^def ', code, flags=re.MULTILINE) or (task.lead and code[:1] in ' \t'): code = _body(code)
+    defines = re.search(r'^(async def|def|class|import|from|@)', code, flags=re.MULTILINE)
+    if task.lead and (code.strip('\n')[:1].isspace() or not defines): code = _body(code)
     return '\n'.join(part.rstrip('\n') for part in (task.setup, task.lead, code) if part) + '\n'
 
 
