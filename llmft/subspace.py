@@ -207,8 +207,12 @@ class Subspace(nn.Module):
         "The trained tensors: v or its codebook, and the gates."
         return [p for p in (self.v, self.gates, self.codebook) if p is not None and p.requires_grad]
     def state(self):
-        "Changes whenever a trained number does."
-        return tuple((id(p), p._version) for p in (self.v, self.gates, self.codebook) if p is not None)
+        "The numbers that decide the parameters, copied: fused optimisers change them without a trace."
+        return [p.detach().clone() for p in (self.v, self.gates, self.codebook, self.fixed_shares) if p is not None]
+    def is_state(self, state):
+        "Whether the numbers are still what `state` said."
+        mine = [p.detach() for p in (self.v, self.gates, self.codebook, self.fixed_shares) if p is not None]
+        return state is not None and len(state) == len(mine) and all(a.device == b.device and torch.equal(a, b) for a, b in zip(state, mine))
     def train(self, mode=True):
         self.take_back()  # tensors lent to a forward pass that had no backward
         return super().train(mode)
@@ -264,13 +268,12 @@ def symbols(self):
 @torch.no_grad()
 def values(self):
     "All parameters, flat, in float32; computed once for each state of the trained numbers."
-    state = self.state()
-    if self.cached[0] == state and self.cached[1].device == self.v.device: return self.cached[1]
+    if self.is_state(self.cached[0]): return self.cached[1]
     v, parts = self.used(), []
     for (low, high, layer, kind), projection in zip(self.blocks, self.projections):
         weight, _ = self.weights(low, high, layer, kind)
         parts.append(projection(v[low:high] if weight is None else v[low:high] * weight))
-    self.cached = state, torch.cat(parts).add_(self.start) if len(parts) > 1 else parts[0] + self.start
+    self.cached = self.state(), torch.cat(parts).add_(self.start) if len(parts) > 1 else parts[0] + self.start
     return self.cached[1]
 
 
@@ -297,9 +300,9 @@ def pull(self, slope_D):
 def lend(self, *_):
     "Before a forward pass of the model: give the layers their parameters."
     if not (torch.is_grad_enabled() and self.trained()): return self.write()
-    if self.gates is not None and self.training and self.fixed_shares is None and self.counted != self.v._version:
+    if self.gates is not None and self.training and self.fixed_shares is None and (self.counted is None or not torch.equal(self.counted, self.v)):
         with torch.no_grad(): self.gates[-1] += 1
-        self.counted = self.v._version
+        self.counted = self.v.detach().clone()
     flat = _Lend.apply(self, *self.trained())
     for (module, name), parameter, piece in zip(self.owners, self.parameters_of, flat.split(self.sizes)):
         module._parameters[name] = piece.view(parameter.shape).to(parameter.dtype)
@@ -319,7 +322,7 @@ def take_back(self):
 def write(self):
     "Write the current values into the layers' own parameters."
     self.take_back()
-    if self.seen == self.state(): return
+    if self.is_state(self.seen): return
     for parameter, piece in zip(self.parameters_of, self.values().split(self.sizes)): parameter.copy_(piece.view(parameter.shape))
     self.seen = self.state()
 
