@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['fused', 'modes', 'frozen_gpt2', 'LowRank', 'add_low_rank', 'SubspaceConfig', 'layer_of', 'share_out', 'Subspace',
            'shares', 'current_temperature', 'weights', 'used', 'symbols', 'values', 'pull', 'lend', 'take_back',
-           'write', 'attach', 'code_gates', 'quantise', 'finish', 'describe', 'save_subspace', 'load_subspace']
+           'write', 'attach', 'code_gates', 'quantise', 'finish', 'GateTrace', 'describe', 'save_subspace',
+           'load_subspace']
 
 # %% ../nbs/14a_subspace.ipynb #b61a6f8a
 import json, math, re, torch
@@ -374,6 +375,19 @@ def finish(self):
     self.v.copy_(self.used())
     self.codebook = None
     return levels.cpu().numpy()
+
+# %% ../nbs/14a_subspace.ipynb #e69c4921
+class GateTrace:
+    "The shares of all layers after each logged step, kept in a file."
+    def __init__(self, path, subspace): self.path, self.subspace = Path(path), subspace
+    def note(self, step:int):
+        "Append the shares after `step`."
+        if self.subspace.gates is None: return
+        with self.path.open('a') as file: file.write(json.dumps([step, self.subspace.shares().detach().tolist()]) + '\n')
+    def read(self):
+        "(steps, shares of each layer) as tensors; the last note of a step counts."
+        rows = dict(json.loads(line) for line in self.path.read_text().splitlines()) if self.path.exists() else {}
+        return torch.tensor(sorted(rows), dtype=torch.int64), torch.tensor([rows[step] for step in sorted(rows)])
 
 # %% ../nbs/14a_subspace.ipynb #9097c4ae
 def describe(subspace:Subspace)->dict:

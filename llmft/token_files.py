@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['printable', 'letters15', 'boundaries', 'TokenFile', 'Characters', 'Subwords', 'make_encoder', 'predator_prey',
-           'document_stream', 'prepare_tokens', 'read_token_file']
+           'document_stream', 'prepare_tokens', 'token_folder', 'read_token_file']
 
 # %% ../nbs/06_token_files.ipynb #81678a7b
 import fcntl, itertools, json, os, re, sysconfig
@@ -242,6 +242,13 @@ def prepare_tokens(folder,         # train.bin, val.bin and what belongs to them
         return facts
 
 # %% ../nbs/06_token_files.ipynb #64a285f8
+def token_folder(outputs:str,  # folder of all runs
+                 **source,     # what the tokens are made from: the arguments of `prepare_tokens`
+)->Path:                       # outputs/tokens/<hash of the source>
+    "Where runs on the same source share their token files."
+    return find_path(outputs)/'tokens'/f"{re.sub(r'[^a-z]+', '-', source['data'].lower()).strip('-')}-{short_hash(source)}"
+
+
 def read_token_file(folder,             # from `prepare_tokens`, or any with train.bin
                     side:str='train',   # train | val
 )->TokenFile:
