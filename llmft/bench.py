@@ -44,7 +44,8 @@ def log_normal_documents(count:int,       # documents
     rng = purpose_rng(seed, 'bench documents')
     lengths = np.clip(rng.lognormal(np.log(median), spread, count), low, high).astype(np.int64)
     weights = 1 / (10. + np.arange(vocabulary - 2))
-    ids = 2 + rng.permutation(vocabulary - 2)[rng.choice(vocabulary - 2, int(lengths.sum()), p=weights / weights.sum())]
+    words = purpose_rng(0, 'bench words').permutation(vocabulary - 2)
+    ids = 2 + words[rng.choice(vocabulary - 2, int(lengths.sum()), p=weights / weights.sum())]
     ends = np.cumsum(lengths)
     return Examples(ids.astype(np.uint32), ends - lengths, ends)
 

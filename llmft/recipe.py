@@ -98,9 +98,11 @@ def _adamw_8bit(groups, paged=False, **settings):
 optimisers = dict(adamw=_adamw, adamw_8bit=_adamw_8bit, paged_adamw_8bit=lambda groups, **settings: _adamw_8bit(groups, paged=True, **settings))
 
 
-def make_optimiser(parameters,     # list of trained parameters
+def make_optimiser(parameters,     # list of trained parameters; each may carry `learning_rate_ratio` and `decayed`
                    recipe:Recipe,  # optimiser, learning rate, decays
-):                                 # a torch or bitsandbytes optimiser
-    "The recipe's optimiser: weight decay on matrices, none on vectors."
-    groups = [dict(params=[p for p in parameters if p.ndim >= 2], weight_decay=recipe.weight_decay), dict(params=[p for p in parameters if p.ndim < 2], weight_decay=0.)]
-    return optimisers[recipe.optimiser]([group for group in groups if group['params']], lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), eps=recipe.epsilon)
+):                                 # a torch or bitsandbytes optimiser whose groups know their `ratio` to the recipe's learning rate
+    "The recipe's optimiser: weight decay on matrices, none on vectors, unless a parameter says otherwise."
+    groups = {}
+    for p in parameters: groups.setdefault((not getattr(p, 'decayed', p.ndim >= 2), getattr(p, 'learning_rate_ratio', 1.)), []).append(p)
+    groups = [dict(params=members, weight_decay=0. if bare else recipe.weight_decay, ratio=ratio, lr=recipe.learning_rate * ratio) for (bare, ratio), members in sorted(groups.items(), key=lambda item: item[0])]
+    return optimisers[recipe.optimiser](groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), eps=recipe.epsilon)

@@ -11,7 +11,7 @@ from llmft.adapters import add_lora
 from llmft.batches import micro_batches
 from llmft.core import LabError
 from llmft.models import load_model
-from llmft.recipe import Recipe
+from llmft.recipe import Recipe, make_optimiser
 from llmft.tokens import Examples
 from llmft.training import LossModel, accumulate, evaluate_loss, fit, step_batches
 
@@ -69,10 +69,10 @@ def test_another_recipe_is_refused(straight, tmp_path):
     with pytest.raises(LabError, match='belongs to another run .recipe differ'): train_here(tmp_path/'run', learning_rate=5e-3)
 
 
-def train_here(folder, model=None, train=None, valid=None, **settings):
+def train_here(folder, model=None, train=None, valid=None, ledger=None, **settings):
     model = model or add_lora(load_model('preset:llama-tiny'), 4, 8, .1, ['q_proj', 'v_proj'], seed=1)
     recipe = Recipe(**dict(dict(learning_rate=1e-2, num_epochs=4, batch_size=2, gradient_accumulation=2, max_length=24, save_every=7, keep_best=False), **settings))
-    return fit(model, train or examples(), valid or examples(6, seed=1), folder, recipe)
+    return fit(model, train or examples(), valid or examples(6, seed=1), folder, recipe, ledger=ledger)
 
 
 def truncate(path): path.write_bytes(path.read_bytes()[:-10])
@@ -166,6 +166,7 @@ def test_gradient_checkpointing_changes_nothing_and_is_off_when_it_says_off(ragg
         if adapt: model = add_lora(model, 4, 8, 0., ['q_proj', 'v_proj'], seed=1)
         for name, parameter in model.named_parameters():
             if 'lora_B' in name: torch.nn.init.normal_(parameter, std=.02, generator=torch.Generator().manual_seed(1))
+        training.set_gradient_checkpointing(model, not on)
         training.set_gradient_checkpointing(model, on)
         model.train()
         assert any(getattr(module, 'gradient_checkpointing', False) for module in model.modules()) == on
@@ -203,13 +204,36 @@ def test_early_stopping_stops_and_ends_with_the_best_weights(tmp_path):
     assert math.isclose(evaluate_loss(model, examples(6, seed=1), 2, 24)['loss'], min(losses), rel_tol=1e-6)
 
 
-def test_a_flop_budget_is_overdrawn_by_one_step_at_most(tmp_path):
+def test_a_flop_budget_is_never_overdrawn(tmp_path):
     free = train_here(tmp_path/'free')
     budget = free.progress.flops / 3
     bound = train_here(tmp_path/'bound', max_flops=budget)
     assert bound.progress.stopped == 'FLOP budget' and free.progress.stopped == 'finished'
     flops = [row['flops'] for row in bound.log if 'flops' in row]
-    assert flops[-2] < budget <= flops[-1]
+    assert flops[-1] <= budget < flops[-1] + max(after - before for before, after in zip([0] + flops, flops))
+    with pytest.raises(LabError, match='one optimiser step takes'): train_here(tmp_path/'tiny', max_flops=1.)
+
+
+class Purse:
+    "A ledger that can pay for so many steps."
+    def __init__(self, steps): self.steps, self.booked = steps, []
+    def allows(self, flops): return len(self.booked) < self.steps
+    def book(self, step, tokens, lengths, flops): self.booked.append((step, tokens, sum(lengths), flops))
+
+
+def test_a_ledger_is_told_of_every_step_and_ends_the_run(tmp_path):
+    purse = Purse(3)
+    result = train_here(tmp_path, ledger=purse)
+    assert result.progress.stopped == 'FLOP budget' and [row[0] for row in purse.booked] == [1, 2, 3]
+    assert sum(row[3] for row in purse.booked) == result.progress.flops and sum(row[1] for row in purse.booked) == result.progress.tokens
+    assert result.log[-1]['step'] == 3 and 'valid_loss' in result.log[-1]
+
+
+def test_a_parameter_may_have_a_rate_and_a_decay_of_its_own():
+    still, moving, decayed = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+    still.learning_rate_ratio, decayed.decayed = 0., True
+    groups = make_optimiser([still, moving, decayed], Recipe(learning_rate=.1, weight_decay=.5)).param_groups
+    assert {(group['ratio'], group['weight_decay']) for group in groups} == {(0., 0.), (1., 0.), (1., .5)}
 
 
 def test_evaluation_keeps_no_logits():
