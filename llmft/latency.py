@@ -22,7 +22,7 @@ def answer_all(model,               # a causal language model
                stop_ids=(),         # tokens that end an answer
                pad_id:int=0,        # fills short prompts
                warmup_tokens:int=4, # tokens of a first call on the first batch, which is not counted; 0 for none
-               say=lambda done: None,  # told the number of prompts done after each batch
+               say=lambda done: None,  # told the number of prompts done, ten times at most
 ):                                  # (list of `Generated`, one a batch; peak memory in bytes: the weights and what answering added)
     "Greedy answers to all of `rows`, after a warm-up that does not count."
     if batch_size < 1: raise LabError(f'batch_size is {batch_size}: give at least 1')
@@ -32,7 +32,8 @@ def answer_all(model,               # a causal language model
     with Meter() as meter:
         for at in range(0, len(rows), batch_size):
             parts.append(generate(model, rows[at:at + batch_size], max_new_tokens, **options))
-            say(min(at + batch_size, len(rows)))
+            done = min(at + batch_size, len(rows))
+            if 10*done // len(rows) > 10*at // len(rows): say(done)
     on_gpu = next(model.parameters()).is_cuda
     return parts, meter.peak_bytes if on_gpu else resident_bytes(model) + meter.growth_bytes
 
