@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WARMUP_TIMED', 'LossModel', 'blank_batch', 'step_shares', 'targets_of', 'step_batches', 'accumulate', 'evaluate_loss',
            'train_step', 'Fit', 'FitResult', 'set_gradient_checkpointing', 'planned_steps', 'prepare', 'resume', 'save',
-           'document_lengths', 'micro_batch_flops', 'book_step', 'evaluate', 'resident_bytes', 'fit']
+           'document_lengths', 'micro_batch_flops', 'book_step', 'evaluate', 'resident_bytes', 'watched_step', 'fit']
 
 # %% ../nbs/23_training.ipynb #d5319362
 import math, os, time
@@ -21,7 +21,7 @@ from .checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, 
 from .core import LabError, jsonable, purpose_rng, seed_everything, short_hash
 from .cost import flops_step
 from .losses import head_cross_entropy
-from .meter import Meter
+from .meter import Meter, TensorMemory
 from .models import hidden_states, output_head
 from .progress import Log, Progress, shows_bar
 from .recipe import Recipe, learning_rate_at, warmup_steps
@@ -164,6 +164,7 @@ class Fit:
     names: dict = None              # trained parameter -> name
     progress: Progress = field(default_factory=Progress)  # how far it is
     started_at: int = 0             # step at which this process started or resumed
+    watched: dict = field(default_factory=dict)  # what tensors took in one step of this process, on a CPU: see `watched_step`
     @property
     def folder(self): return self.log.folder/'checkpoints'
 
@@ -179,9 +180,11 @@ class FitResult:
     warmup: int                  # warm-up steps of the learning rate
     tokens_per_sec: float        # real tokens, warm-up excluded; None when nothing was timed
     flops_per_sec: float         # achieved, warm-up excluded
-    peak_bytes: int              # peak memory of training: the model's own bytes and what training added to them; of the process with most
+    peak_bytes: int              # peak memory of training's tensors, of the process with most: PyTorch's count on a GPU, of the step in `watched` on a CPU; of the process when neither is there
     trainable: int               # parameters trained
     first_hash: str              # hash of the trained weights before the first step
+    process_bytes: int = None    # the model's own bytes and the growth of the process, freed and unreturned memory included; None on a GPU
+    watched: dict = None         # the step whose tensors were counted on a CPU: step, slots, longest, bytes; None on a GPU
 
 # %% ../nbs/23_training.ipynb #4f3fdf40
 def set_gradient_checkpointing(model,    # a transformers model, with or without an adapter
@@ -340,6 +343,19 @@ def resident_bytes(model,           # whole, or cut by a strategy
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 # %% ../nbs/23_training.ipynb #97c4d580
+def watched_step(run:Fit,      # the run in progress
+                 batches,      # micro-batches of this process
+                 targets:int,  # targets of the step over all processes
+)->tuple:                      # (mean loss in nats a target, gradient norm)
+    "`train_step`; on a CPU the memory of its tensors goes to `run.watched` when it is the step to look at."
+    nth, largest = run.progress.step - run.started_at + 1, max(batches, key=lambda batch: batch.slots)
+    due = nth >= min(WARMUP_TIMED, run.steps - run.started_at) and largest.slots > 1.1 * run.watched.get('slots', 0)
+    if not due or run.team.device.type != 'cpu': return train_step(run, batches, targets)
+    with TensorMemory() as memory: done = train_step(run, batches, targets)
+    if memory.peak_bytes: run.watched = dict(step=run.progress.step + 1, slots=largest.slots, longest=max(document_lengths(largest)), bytes=resident_bytes(run.model, run.optimiser) + memory.peak_bytes)
+    return done
+
+# %% ../nbs/23_training.ipynb #0a5d63d1
 def _affordable(run, flops)->bool:
     "Whether the budgets of the run and of its ledger leave room for `flops` more; a `LabError` when the run's own is smaller than one step."
     budget = run.recipe.max_flops
@@ -366,7 +382,7 @@ def _walk(run:Fit):
         everyone, targets = [batch for share in shares for batch in share], targets_of(shares)
         flops = sum(micro_batch_flops(run.model, batch, recipe) for batch in everyone)
         if not _affordable(run, flops): _end_of_budget(run); break
-        loss, norm = train_step(run, shares[run.team.rank], targets)
+        loss, norm = watched_step(run, shares[run.team.rank], targets)
         if run.team.device.type == 'cuda': torch.cuda.synchronize()
         book_step(run, loss, norm, everyone, targets, flops, time.perf_counter() - start)
         bar.update(); bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
@@ -402,7 +418,8 @@ def fit(model,             # from `load_model`, with or without an adapter; it i
     with Meter() as meter:
         _walk(run)
         if run.valid is not None and recipe.keep_best and run.progress.best_step != run.progress.step: _restore_best(run)
-    progress, timed = run.progress, run.progress.timed_seconds or None
-    peak = meter.peak_bytes if meter.memory_kind == 'CudaMemory' else meter.growth_bytes + resident
+    progress, timed, grown = run.progress, run.progress.timed_seconds or None, meter.growth_bytes + resident
+    peak = meter.peak_bytes if meter.memory_kind == 'CudaMemory' else run.watched.get('bytes', grown)
+    peak, grown, watched = max(run.team.gather((peak, grown, run.watched or None)), key=lambda held: held[0])
     return FitResult(progress, run.steps, run.plan.steps_per_epoch, progress.largest_slots, run.log.entries(), warmup_steps(recipe, run.steps), timed and progress.timed_tokens / timed, timed and progress.timed_flops / timed,
-                     max(run.team.gather(peak)), sum(map(math.prod, run.shapes.values())), None if run.started_at else first_hash)
+                     peak, sum(map(math.prod, run.shapes.values())), None if run.started_at else first_hash, None if meter.memory_kind == 'CudaMemory' else grown, watched)
