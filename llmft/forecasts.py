@@ -186,7 +186,7 @@ def _first_guess(given_NTV, step_time, floor):
 
 def refit_predator_prey(given_NTV,     # given steps, scaled or not
                         horizon,       # steps to forecast
-                        step_time=.25, # time between two steps
+                        step_time=.4, # time between two steps
                         rounds=40,     # Levenberg-Marquardt steps
                         floor=.005,    # smallest value in a logarithm: half of the last decimal
 )->np.ndarray:                         # (N, H, V)
