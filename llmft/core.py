@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['assets', 'LabError', 'nearest', 'require', 'write_atomic', 'jsonable', 'write_json', 'read_json', 'sha256_of',
-           'short_hash', 'seed_everything', 'purpose_rng', 'project_root', 'find_path']
+           'short_hash', 'seed_everything', 'purpose_rng', 'project_root', 'find_path', 'hub_answers']
 
 # %% ../nbs/00_core.ipynb #bc07d841
 import contextlib, difflib, hashlib, importlib, json, os, random, tempfile
@@ -121,3 +121,11 @@ def find_path(name)->Path:
     "`name` as it is when it exists, else the same under `project_root()`; it need not exist there."
     path = Path(name).expanduser()
     return path if path.is_absolute() or path.exists() else project_root()/path
+
+# %% ../nbs/00_core.ipynb #0dbede7d
+def hub_answers()->bool:
+    "Whether the Hugging Face hub may be asked (HF_HUB_OFFLINE is not set) and answers within three seconds."
+    from huggingface_hub import constants, get_session
+    if constants.HF_HUB_OFFLINE: return False
+    try: return get_session().head(constants.ENDPOINT, timeout=3).status_code < 500
+    except Exception: return False

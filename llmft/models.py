@@ -9,14 +9,13 @@ __all__ = ['presets', 'hub_presets', 'precisions', 'quantisations', 'model_confi
 # %% ../nbs/10_models.ipynb #eb016ce8
 import contextlib, itertools, logging, tempfile, torch
 from pathlib import Path
-from huggingface_hub import constants as hub_constants, get_session
 from safetensors import SafetensorError
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AutoConfig, AutoModelForCausalLM, AttentionInterface, AttentionMaskInterface, BitsAndBytesConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
-from .core import LabError, assets, find_path, nearest, purpose_rng, require
+from .core import LabError, assets, find_path, hub_answers, nearest, purpose_rng, require
 
 # %% ../nbs/10_models.ipynb #bd09a1cb
 _llama32 = dict(model_type='llama', head_dim=128, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072, rms_norm_eps=1e-5,
@@ -68,18 +67,11 @@ def _local_folder(name):
     return None
 
 
-def _hub_answers():
-    "Whether the hub may be asked, and answers."
-    if hub_constants.HF_HUB_OFFLINE: return False
-    try: return get_session().head(hub_constants.ENDPOINT, timeout=3).status_code < 500
-    except Exception: return False
-
-
 def _fetch(loader, name, options):
     "`loader.from_pretrained` of a hub name, from the cache or else from the hub; a `LabError` when it is in neither."
     why = 'it is not in the cache and the hub cannot be reached'
     for local in (True, False):
-        if not local and not _hub_answers(): break
+        if not local and not hub_answers(): break
         try: return loader.from_pretrained(name, local_files_only=local, **options)
         except (OSError, ValueError) as error:
             if not local: why = ' '.join(str(error).split())[:160]

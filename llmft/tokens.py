@@ -11,7 +11,7 @@ import html, json, os
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from .core import LabError, assets, find_path, sha256_of, write_atomic, write_json
+from .core import LabError, assets, find_path, hub_answers, sha256_of, write_atomic, write_json
 
 # %% ../nbs/02_tokens.ipynb #f7947650
 special_tokens = ('<|endoftext|>', '<|system|>', '<|user|>', '<|assistant|>')
@@ -42,7 +42,7 @@ def load_tokenizer(name:str,  # "base", a folder, or a hub name
     "The tokenizer of a model; a `LabError` in one line when there is none."
     from transformers import AutoTokenizer
     where = assets/'base' if name == 'base' else find_path(name) if find_path(name).exists() else name
-    try: tokenizer = AutoTokenizer.from_pretrained(where, clean_up_tokenization_spaces=False)
+    try: tokenizer = AutoTokenizer.from_pretrained(where, clean_up_tokenization_spaces=False, local_files_only=isinstance(where, Path) or not hub_answers())
     except Exception as error:
         raise LabError(f"no tokenizer for '{name}' ({type(error).__name__}): give a folder that holds tokenizer.json, a hub name in the cache or reachable, or use --small") from None
     if tokenizer.eos_token_id is None: raise LabError(f"the tokenizer of '{name}' has no end-of-text token: generation would never stop; choose another")

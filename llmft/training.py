@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WARMUP_TIMED', 'LossModel', 'step_batches', 'accumulate', 'evaluate_loss', 'train_step', 'Fit', 'FitResult',
            'set_gradient_checkpointing', 'planned_steps', 'prepare', 'resume', 'save', 'document_lengths',
-           'micro_batch_flops', 'book_step', 'evaluate', 'resident_bytes', 'fit']
+           'micro_batch_flops', 'book_step', 'evaluate', 'resident_bytes', 'watched_step', 'fit']
 
 # %% ../nbs/23_training.ipynb #d5319362
 import math, os, time
@@ -20,7 +20,7 @@ from .checkpoints import latest_checkpoint, load_checkpoint, optimiser_state, pr
 from .core import LabError, jsonable, seed_everything, short_hash
 from .cost import flops_step
 from .losses import head_cross_entropy
-from .meter import Meter
+from .meter import Meter, TensorMemory
 from .models import hidden_states, output_head
 from .progress import Log, Progress, shows_bar
 from .recipe import Recipe, learning_rate_at, make_optimiser, warmup_steps
@@ -133,6 +133,7 @@ class Fit:
     names: dict = None              # trained parameter -> name
     progress: Progress = field(default_factory=Progress)  # how far it is
     started_at: int = 0             # step at which this process started or resumed
+    watched: dict = field(default_factory=dict)  # what tensors took in one step of this process, on a CPU: see `watched_step`
     @property
     def folder(self): return self.log.folder/'checkpoints'
 
@@ -148,9 +149,11 @@ class FitResult:
     warmup: int                  # warm-up steps of the learning rate
     tokens_per_sec: float        # real tokens, warm-up excluded; None when nothing was timed
     flops_per_sec: float         # achieved, warm-up excluded
-    peak_bytes: int              # peak memory of training: the model's own bytes and what training added to them
+    peak_bytes: int              # peak memory of training's tensors: PyTorch's count on a GPU, of the step in `watched` on a CPU; of the process when neither is there
     trainable: int               # parameters trained
     first_hash: str              # hash of the trained weights before the first step
+    process_bytes: int = None    # the model's own bytes and the growth of the process, freed and unreturned memory included; None on a GPU
+    watched: dict = None         # the step whose tensors were counted on a CPU: step, slots, longest, bytes; None on a GPU
 
 # %% ../nbs/23_training.ipynb #4f3fdf40
 def set_gradient_checkpointing(model,    # a transformers model, with or without an adapter
@@ -306,6 +309,21 @@ def resident_bytes(model)->int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in [*model.parameters(), *model.buffers(), *constants]}.values())
 
 # %% ../nbs/23_training.ipynb #97c4d580
+def watched_step(run:Fit,      # the run in progress
+                 batches,      # micro-batches of this process
+                 targets:int,  # targets of the step over all processes
+)->tuple:                      # (mean loss in nats a target, gradient norm)
+    "`train_step`; on a CPU the memory of its tensors goes to `run.watched` when it is the step to look at."
+    nth, largest = run.progress.step - run.started_at + 1, max(batches, key=lambda batch: batch.slots)
+    due = nth >= min(WARMUP_TIMED, run.steps - run.started_at) and largest.slots > 1.1 * run.watched.get('slots', 0)
+    if not due or run.accelerator.device.type != 'cpu': return train_step(run, batches, targets)
+    with TensorMemory() as memory: done = train_step(run, batches, targets)
+    state = {id(value): value for moments in _inner(run.optimiser).state.values() for value in moments.values() if torch.is_tensor(value)}
+    held = resident_bytes(run.model) + sum(value.nbytes for value in state.values())
+    if memory.peak_bytes: run.watched = dict(step=run.progress.step + 1, slots=largest.slots, longest=max(document_lengths(largest)), bytes=held + memory.peak_bytes)
+    return done
+
+# %% ../nbs/23_training.ipynb #1b5663c7
 def _affordable(run, flops)->bool:
     "Whether the budgets of the run and of its ledger leave room for `flops` more; a `LabError` when the run's own is smaller than one step."
     budget = run.recipe.max_flops
@@ -331,7 +349,7 @@ def _walk(run:Fit):
         batches, targets = step_batches(run.train, run.plan.step(progress.step), recipe, run.accelerator.num_processes, run.accelerator.process_index)
         flops = sum(micro_batch_flops(run.model, batch, recipe) for batch in batches) * run.accelerator.num_processes
         if not _affordable(run, flops): _end_of_budget(run); break
-        loss, norm = train_step(run, batches, targets)
+        loss, norm = watched_step(run, batches, targets)
         if run.accelerator.device.type == 'cuda': torch.cuda.synchronize()
         book_step(run, loss, norm, batches, targets, flops, time.perf_counter() - start)
         bar.update(); bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
@@ -369,6 +387,6 @@ def fit(model,             # from `load_model`, with or without an adapter; it i
         _walk(run)
         if run.valid is not None and recipe.keep_best and run.progress.best_step != run.progress.step: _restore_best(run)
     progress = run.progress
-    timed = progress.timed_seconds or None
+    timed, grown = progress.timed_seconds or None, meter.growth_bytes + resident
     return FitResult(progress, run.steps, run.plan.steps_per_epoch, progress.largest_slots, run.log.entries(), warmup_steps(recipe, run.steps), timed and progress.timed_tokens / timed, timed and progress.timed_flops / timed,
-                     meter.growth_bytes + resident, sum(p.numel() for p in run.parameters), first_hash)
+                     run.watched.get('bytes', grown), sum(p.numel() for p in run.parameters), first_hash, None if meter.memory_kind == 'CudaMemory' else grown, run.watched or None)

@@ -2,6 +2,7 @@
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 
+from llmft import corpora
 from llmft.core import LabError
 from llmft.corpora import Documents, builtin_part, builtin_parts, content_key, drop_shared, load_corpus, paragraph_keys, split_documents
 
@@ -25,6 +26,13 @@ def test_the_base_model_never_saw_the_text_that_fine_tuning_uses():
     for part in ('functions', 'functions_eval', 'base_eval'):
         held_out = {name.split(':')[0].split('/')[0].removesuffix('.py') for name in builtin_part(part).names}
         assert len(held_out) > 5 and not held_out & modules
+
+
+def test_a_function_with_a_held_out_paragraph_is_dropped_whole(monkeypatch):
+    function, name = builtin_part('functions').texts[0], builtin_part('functions').names[0]
+    monkeypatch.setattr(corpora, '_parts', {**corpora._parts, 'functions_eval': Documents([function], ['held out'])})
+    found = corpora._trained('functions')
+    assert function not in found.texts and len(builtin_part('functions')) - len(found) >= 1 and name not in found.names
 
 
 def test_parts_are_the_same_every_time():

@@ -1,11 +1,12 @@
 """Models: packed documents stay apart, quantised gradients are right, weights depend on the seed alone, and nothing asks the network."""
 import os, shutil, subprocess, sys, time
 
-import pytest, torch
+import huggingface_hub, pytest, torch
 from transformers import AutoModelForCausalLM
 from llmft import models
 from llmft.core import LabError, assets
 from llmft.models import hidden_states, load_model, model_config, output_head, presets, quantised_share
+from llmft.tokens import load_tokenizer
 
 shapes = ['llama-tiny', 'gpt2-tiny', 'qwen2-tiny']
 each_shape = pytest.mark.parametrize('shape', shapes)
@@ -212,15 +213,19 @@ def test_a_model_that_is_not_there_is_one_line_at_once(name):
 
 
 def test_an_unreachable_hub_is_noticed_at_once(monkeypatch):
-    monkeypatch.setattr(models.hub_constants, 'HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(models, 'get_session', lambda: (_ for _ in ()).throw(OSError('no route')))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(huggingface_hub, 'get_session', lambda: (_ for _ in ()).throw(OSError('no route')))
+    start = time.perf_counter()
     with pytest.raises(LabError, match='the hub cannot be reached'): model_config('nobody/nothing')
+    with pytest.raises(LabError, match='no tokenizer'): load_tokenizer('nobody/nothing')
+    assert time.perf_counter() - start < 5
 
 
 def test_local_models_ask_no_network_even_when_they_may(tmp_path):
     "The guard on every socket (tests/offline) notes each attempt, also in this process of its own, where HF_HUB_OFFLINE is not set."
     code = f"""
 from llmft.models import load_model, model_config
+from llmft.tokens import load_tokenizer
 load_model('preset:llama-tiny').save_pretrained({str(tmp_path)!r})
 for quantisation in ('none', 'int8', 'nf4'): load_model({str(tmp_path)!r}, quantisation=quantisation)
 model_config('meta-llama/Llama-3.2-3B-Instruct'), model_config({str(tmp_path)!r})"""

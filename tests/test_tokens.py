@@ -25,6 +25,11 @@ def test_a_number_has_a_token_per_digit(tokenizer, number):
     assert len(tokenizer(str(number), add_special_tokens=False)['input_ids']) == len(str(number))
 
 
+def test_digits_stay_single_however_often_a_number_was_seen():
+    trained = train_tokenizer(['in 1999 and 1999 or 1999, ' * 50] * 20, 400)
+    assert len(trained('1999', add_special_tokens=False)['input_ids']) == 4
+
+
 ragged = st.lists(st.integers(1, 70), min_size=1, max_size=25)
 
 
@@ -73,7 +78,9 @@ def test_layouts_hold_the_same_targets_inside_their_documents(lengths, size, lay
     assert sum(b.tokens for b in batches) == whole.slots.sum()
     for batch in batches:
         assert batch.slots <= max(size * 70, 70)
-        if layout == 'packed': assert sum(batch.lengths) == batch.slots == batch.tokens
+        if layout == 'packed':
+            assert sum(batch.lengths) == batch.slots == batch.tokens
+            assert batch.positions_BT[0].tolist() == [position for length in batch.lengths for position in range(length)]
 
 
 @settings(max_examples=60, deadline=None)

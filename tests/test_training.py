@@ -166,6 +166,7 @@ def test_gradient_checkpointing_changes_nothing_and_is_off_when_it_says_off(ragg
         if adapt: model = add_lora(model, 4, 8, 0., ['q_proj', 'v_proj'], seed=1)
         for name, parameter in model.named_parameters():
             if 'lora_B' in name: torch.nn.init.normal_(parameter, std=.02, generator=torch.Generator().manual_seed(1))
+        training.set_gradient_checkpointing(model, not on)
         training.set_gradient_checkpointing(model, on)
         model.train()
         assert any(getattr(module, 'gradient_checkpointing', False) for module in model.modules()) == on
