@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['defaults', 'gpus', 'share_of_peak', 'settings_of', 'processes_here', 'count_parameters', 'read_lengths', 'count_rows',
-           'count_steps', 'padded_lengths', 'count_work', 'count_memory', 'find_device', 'make_plan', 'plan_rows',
-           'plan_text']
+           'count_steps', 'padded_lengths', 'count_work', 'count_memory', 'foreseen_batch', 'find_device', 'make_plan',
+           'plan_rows', 'plan_text']
 
 # %% ../nbs/54a_plan.ipynb #c11ccffa
 import math
@@ -15,7 +15,7 @@ from .cost import families, flops_step, lora_parameter_count, memory_breakdown, 
 
 # %% ../nbs/54a_plan.ipynb #75e6e5c1
 defaults = dict(model='base', method='', precision='fp32', quantisation='none', mixed_precision='no', optimiser='adamw', lora_rank=0, lora_targets=(), lora_dropout=0., gradient_checkpointing=False,
-    batch_size=1, gradient_accumulation=1, max_length=512, layout='packed', too_long='split', num_epochs=1., max_steps=0, num_samples=0, warmup_ratio=0., seed=42, nproc=1, strategy='none',
+    batch_size=1, gradient_accumulation=1, max_length=512, layout='packed', too_long='split', num_epochs=1., max_steps=0, num_samples=0, warmup_ratio=0., seed=42, nproc=1, strategy='none', target_effective_batch=0, smallest_batch=1, largest_batch=0, memory_limit_gb=0.,
     offload_optimiser=False, offload_weights=False, data='', text_field='')
 
 
@@ -136,6 +136,22 @@ def count_memory(config,        # a transformers config
         rank=found.lora_rank, targets=found.lora_targets, lora_dropout=found.lora_dropout, gradient_checkpointing=found.gradient_checkpointing, accumulation=math.ceil(mine/found.batch_size),
         device=kind, nproc=found.nproc, strategy=found.strategy, offloaded=[name for name in ('optimiser', 'weights') if getattr(found, f'offload_{name}')])
 
+# %% ../nbs/54a_plan.ipynb #dbe10633
+def foreseen_batch(config,  # a transformers config
+                   found,   # from `settings_of`; `batch_size` and `gradient_accumulation` are set where the run would search for them
+                   device,  # from `find_device`
+)->str:                     # where the batch size comes from
+    "Settle the batch size; a `LabError` when not even the smallest fits."
+    if not found.target_effective_batch: return 'batch_size'
+    from llmft.largest_batch import split_step
+    limit = found.memory_limit_gb*2**30 or .9*device['memory_bytes']
+    size = lambda batch: count_memory(config, SimpleNamespace(**vars(found) | dict(batch_size=batch, gradient_accumulation=2)), device['kind'])
+    sizes = range(found.smallest_batch, max(found.smallest_batch, found.largest_batch) + 1)
+    fitting = [batch for batch in sizes if config.model_type in families and size(batch)['total'] <= limit]
+    if config.model_type in families and not fitting: raise LabError(f'a batch of {found.smallest_batch} is foreseen to need {size(found.smallest_batch)["total"]/2**30:.2f} GiB and {limit/2**30:.2f} are allowed: shorten max_length, or quantise')
+    found.batch_size, found.gradient_accumulation = split_step(found.target_effective_batch, max(fitting or [found.smallest_batch]))
+    return 'foreseen: the largest that fits, for a step of target_effective_batch'
+
 # %% ../nbs/54a_plan.ipynb #1e4f1266
 _columns = ('memory_gib', 'bf16_tflops', 'fp32_tflops', 'bandwidth_gb_per_sec')
 gpus = {name: dict(zip(_columns, numbers)) for name, numbers in {
@@ -176,13 +192,14 @@ def make_plan(params:dict,    # name -> value of all parameters of a notebook
     if not 0 < share <= 1: raise LabError(f'--share {share}: give a share of the peak above 0 and up to 1')
     config, precision = model_config(found.model), found.precision if found.mixed_precision == 'no' else found.mixed_precision
     counts, lengths, device = count_parameters(config, found), None if rows else read_lengths(found), find_device(gpu, precision)
+    batch_source = foreseen_batch(config, found, device)
     rows, source = count_rows(found, rows, lengths)
     steps = count_steps(found, rows)
     work, memory = count_work(config, found, steps, rows, lengths), count_memory(config, found, device['kind'], lengths)
     speed = device['peak_flops'] and device['peak_flops']*share*found.nproc
     seconds = work['flops']/speed if work['flops'] and speed else None
     return dict(model=found.model, architecture=config.model_type, method=found.method, quantisation=found.quantisation, precision=precision, nproc=found.nproc, strategy=found.strategy, parameters=counts['total'], trainable=counts['trainable'],
-        quantised_share=counts['quantised']/counts['total'], rows=rows, rows_from=source, max_length=found.max_length, lengths_from='counted' if lengths else 'every row taken as max_length',
+        quantised_share=counts['quantised']/counts['total'], rows=rows, rows_from=source, batch_size=found.batch_size, gradient_accumulation=found.gradient_accumulation, batch_from=batch_source, max_length=found.max_length, lengths_from='counted' if lengths else 'every row taken as max_length',
         steps=steps['total'], steps_per_epoch=steps['per_epoch'], warmup_steps=steps['warmup'], **work, memory=memory, device=device, share_of_peak=share, seconds=seconds,
         fits=None if memory is None else memory['total'] < device['memory_bytes'])
 
@@ -212,6 +229,7 @@ def plan_rows(plan:dict,  # from `make_plan`
     room = '' if plan['fits'] is None else f" ({'fits' if plan['fits'] else 'DOES NOT FIT'} {size(device['memory_bytes'])} of {device['name']})"
     return [('model', f"{plan['model']} ({plan['architecture']}), {plan['method']}, {plan['precision']}, {processes}"), ('parameters', _number(plan['parameters'])),
         ('trained', f"{_number(plan['trainable'])} ({plan['trainable']/plan['parameters']:.2%})"), ('quantised', f"{plan['quantised_share']:.1%}"), ('rows', f"{_number(plan['rows'])} ({plan['rows_from']})"),
+        ('batch', f"{plan['batch_size']} x {plan['gradient_accumulation']} rows a step ({plan['batch_from']})"),
         ('steps', f"{_number(plan['steps_per_epoch'])} an epoch, {_number(plan['steps'])} in all, warm-up {_number(plan['warmup_steps'])}"),
         ('tokens', f"{_number(plan['tokens'])} ({plan['lengths_from']})"), ('operations', _number(plan['flops'], ' FLOPs')), ('memory', f"{size(memory.get('total'))} a process{room}"), ('of which', tenants or '–'),
         ('time', f"{_time(plan['seconds'])} at {plan['share_of_peak']:.0%} of {_number(device['peak_flops'] and device['peak_flops']/1e12, ' TFLOP/s')} ({device['source']}); evaluation and loading not counted")]

@@ -67,6 +67,17 @@ def test_what_cannot_be_planned_is_said_in_one_line(words, message, capsys):
     assert message in error and error.startswith('llmft: ') and '\n' not in error
 
 
+with_a_model = [path for path in sorted((root/'params').glob('*/[!_]*.yaml')) if path.parent.name != 'sweeps' and 'model' in resolve_params([path])[1]]
+
+
+@pytest.mark.parametrize('path', with_a_model, ids=lambda path: f'{path.parent.name}/{path.stem}')
+def test_every_config_can_be_planned(path):
+    "Whichever notebook it belongs to, a number of rows is all that may be missing."
+    plan = make_plan(resolve_params([path])[1], gpu='h100', rows=4530)
+    assert len(with_a_model) >= 7 and all(plan[key] for key in ('parameters', 'trainable', 'steps', 'flops', 'seconds')) and 2**20 < plan['memory']['total'] < 80*2**30
+    if path.stem == 'diverse': assert (plan['trainable'], plan['steps_per_epoch'], plan['steps'], plan['warmup_steps']) == (36_929_536, 284, 852, 26)
+
+
 def test_runs_without_a_model_are_refused(capsys):
     assert call(['plan', str(root/'params/bench/training.yaml')]) == 2 and 'nothing to plan' in capsys.readouterr().err
 
