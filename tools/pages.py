@@ -102,6 +102,9 @@ def arguments(node):
     return [row for row in rows if row[0] not in ('self', 'cls')]
 
 
+def in_parameters(head, rows): return '<div class="parameters" markdown="1">\n\n' + '\n'.join([head, '| --- | --- | --- | --- |', *rows]) + '\n\n</div>'
+
+
 def shown_type(node):
     "The type of a parameter, and its default: of a command-line option the value it has when it is not given."
     return ast.unparse(node) if node is not None else ''
@@ -151,7 +154,7 @@ def api_entry(module, name, page, shown='', level=3):
     note = next((notes[line] for line in range(last, node.lineno - 1, -1) if line in notes and line not in {row[3] for row in rows}), '')
     if note or (returns is not None and rows): lines.append(f'| *returns* | {code_span(shown_type(returns))} | | {cell_text(linked(note, page))} |')
     documented = any(notes.get(row[3]) for row in rows) or note
-    if lines and documented: text.append('| parameter | type | default | meaning |\n| --- | --- | --- | --- |\n' + '\n'.join(lines) + '\n{ .parameters }')
+    if lines and documented: text.append(in_parameters('| parameter | type | default | meaning |', lines))
     return '\n\n'.join(text + [api_entry(module, f'{name}.{method}', page, level=4) for method in methods(node)])
 
 
@@ -161,7 +164,7 @@ def parameter_table(source, prefix=''):
     "The parameters cell of an experiment as a table; each row has an anchor, its name after `prefix`."
     rows = [f'| <span id="{prefix}{p.name}"></span>{code_span(p.name)} | {code_span(p.type)} | {code_span(json.dumps(p.default, ensure_ascii=False))} | {cell_text(html.escape(p.help, quote=False))} |'
             for p in parse_parameters(source, 'parameters cell')]
-    return '| parameter | type | default | meaning, unit |\n| --- | --- | --- | --- |\n' + '\n'.join(rows) + '\n{ .parameters }'
+    return in_parameters('| parameter | type | default | meaning, unit |', rows)
 
 
 # ---- cells
