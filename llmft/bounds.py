@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_share', 'smoothing_width', 'lowest_loss', 'smoothed_bits', 'kl_coins', 'kl_inverse', 'subsampling_bound',
-           'kl_bound', 'full_bound', 'topk_bound', 'token_bound', 'shared_delta']
+           'kl_bound', 'full_bound', 'topk_bound', 'token_bound', 'shared_delta', 'coverage']
 
 # %% ../nbs/41_bounds.ipynb #58b064b5
 import math
@@ -155,3 +155,26 @@ def shared_delta(delta:float,  # probability that any of the claims may fail wit
     "What remains for each of `claims` bounds, so that all hold together."
     if claims < 1: raise LabError(f'claims is {claims}: give at least 1')
     return check_share('delta', delta) / claims
+
+# %% ../nbs/41_bounds.ipynb #7e5e7126
+def coverage(losses_HN,         # loss of every document of the population under every predictor
+             width:float,       # of the interval the losses lie in
+             lowest:float,      # where it begins
+             n:int,             # documents drawn in a game
+             m:int,             # of them scored
+             games:int=1000,    # how many
+             delta:float=.05,   # probability that a bound may fail with
+             seed:int=0,        # of the draws
+)->dict:                        # for each form: share of games in which it held, mean slack; and the mean gap between truth and sample
+    "How often, and by how much, the bound of the predictor that looks best lies above its true risk."
+    losses, rng = np.asarray(losses_HN), np.random.default_rng(seed)
+    truth, bits, rows = losses.mean(1), math.log2(len(losses)), []
+    for _ in range(games):
+        drawn = rng.integers(0, losses.shape[1], n)
+        risks = losses[:, drawn[:m]].mean(1)
+        best = int(np.argmin(risks))
+        settings = dict(bits=bits, n=n, m=m, width=width, delta=delta, choices=len(losses))
+        rows.append((truth[best], risks[best], subsampling_bound(risks[best], **settings), kl_bound(risks[best], **settings, lowest=lowest)))
+    true, risk, loose, tight = np.array(rows).T
+    return dict(hoeffding=float((loose >= true).mean()), kl=float((tight >= true).mean()), hoeffding_slack=float((loose - true).mean()), kl_slack=float((tight - true).mean()),
+                sample_gap=float((true - risk).mean()), games=games, n=n, m=m, predictors=len(losses), delta=delta)

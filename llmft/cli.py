@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['headline', 'app', 'text_table', 'show_table', 'is_sweep', 'jobs_of', 'run_here', 'run_jobs', 'is_single',
            'metrics_of', 'key_metrics', 'closing', 'status_of', 'exit_status', 'standing', 'as_json', 'run_command',
-           'run_row', 'ls_command', 'params_command', 'plan_row', 'plan_command', 'call', 'main']
+           'run_row', 'ls_command', 'params_command', 'verify_command', 'plan_row', 'plan_command', 'call', 'main']
 
 # %% ../nbs/55_cli.ipynb #944647c5
 import json, os, shutil, sys
@@ -205,6 +205,23 @@ def params_command(
     if as_object: print(json.dumps(dict(notebook=find_notebook(notebook).stem, parameters=rows), ensure_ascii=False))
     else: show_table(rows, ['name', 'type', 'default', 'meaning'])
 
+# %% ../nbs/55_cli.ipynb #a78cbf68
+@app.command('verify')
+def verify_command(
+    certificate:str=typer.Argument(..., help='A certificate, as sublora_bounds writes it.', show_default=False),  # path
+    data:str=typer.Option('', '--data', metavar='PATH', help='Folder of the token files, when it is not where the certificate says.', show_default=False),  # folder
+    as_object:bool=typer.Option(False, '--json', help='Print one JSON object instead of the table.'),  # for scripts
+):
+    "Check a certificate: rebuild its model, score it again, recompute its claims."
+    from llmft.certificates import verify
+    found = verify(certificate, data or None)
+    holds = all(claim['holds'] for claim in found.values())
+    if as_object: print(json.dumps(dict(status='holds' if holds else 'does not hold', claims=found)))
+    else:
+        show_table([dict(claim=name, claimed=f"{claim['claimed']:.3f}", recomputed=f"{claim['recomputed']:.6f}", holds='yes' if claim['holds'] else 'NO') for name, claim in found.items()], ['claim', 'claimed', 'recomputed', 'holds'])
+        print(f"{certificate}: {'every claim holds' if holds else 'NOT every claim holds'}")
+    return 0 if holds else 1
+
 # %% ../nbs/55_cli.ipynb #3bf5d1b3
 def plan_row(point,     # a `Point`
              plan:dict, # what `make_plan` said about it
@@ -246,7 +263,7 @@ def call(arguments:list)->int:
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if not hasattr(error, 'format_message'): raise
-        command = f'llmft {arguments[0]}' if arguments[0] in ('run', 'ls', 'params', 'plan') else 'llmft'
+        command = f'llmft {arguments[0]}' if arguments[0] in ('run', 'ls', 'params', 'plan', 'verify') else 'llmft'
         refuse(f"{' '.join(error.format_message().split())} ({command} --help shows what there is)")
     return 2
 

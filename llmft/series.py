@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scalings', 'Series', 'predator_prey', 'simulate', 'check_series', 'load_series', 'check_codec', 'scale_factors',
            'round_series', 'encode', 'Decoded', 'decode', 'unscale', 'Serialisation', 'codec_tokens', 'probe',
-           'split_rows', 'windows', 'write_series', 'Split', 'read_split']
+           'split_rows', 'windows', 'write_series', 'prepare_series', 'Split', 'read_split']
 
 # %% ../nbs/04_series.ipynb #6255d355
 import math, re
@@ -38,19 +38,21 @@ def predator_prey(parameters_N4, # a, b, g, d of each trajectory
 
 def simulate(count:int,            # trajectories
              steps:int=100,        # time steps of each
-             step_time:float=.25,  # time between two steps
-             spread:float=.5,      # rates are drawn from 1 - spread to 1 + spread
+             step_time:float=.4,   # time between two steps
+             spread:float=.2,      # rates are drawn from 1 - spread to 1 + spread
+             farthest:float=6.,    # initial values are drawn from a fifth of the equilibrium to so many times it
              seed:int=0,           # the only thing the draws depend on, beside `count`
 )->Series:
     "Draw parameters and initial values, and solve; a `LabError` when there is nothing to solve."
     if not 0 <= spread < 1: raise LabError(f'spread is {spread}: rates are drawn from 1 - spread to 1 + spread and must stay positive')
+    if not farthest > .2: raise LabError(f'farthest is {farthest}: give more than 0.2 times the equilibrium')
     if count < 1 or steps < 2 or not step_time > 0: raise LabError(f'simulate: {count} trajectories of {steps} steps, {step_time} apart: give at least 1, at least 2, and a time above 0')
     rng = purpose_rng(seed, 'predator-prey')
-    parameters_N4, share_N2 = rng.uniform(1 - spread, 1 + spread, (count, 4)), rng.uniform(.2, 4, (count, 2))
+    parameters_N4, share_N2 = rng.uniform(1 - spread, 1 + spread, (count, 4)), rng.uniform(.2, farthest, (count, 2))
     a, b, g, d = parameters_N4.T
     times_T = np.arange(steps)*step_time
     pieces = [predator_prey(parameters_N4[i:i + 500], (share_N2*np.stack([g/d, a/b], 1))[i:i + 500], times_T) for i in range(0, count, 500)]
-    return Series(np.concatenate(pieces).astype(np.float32), times_T, dict(source='simulated', trajectories=count, steps=steps, step_time=step_time, spread=spread, seed=seed))
+    return Series(np.concatenate(pieces).astype(np.float32), times_T, dict(source='simulated', trajectories=count, steps=steps, step_time=step_time, spread=spread, farthest=farthest, seed=seed))
 
 # %% ../nbs/04_series.ipynb #23389c2c
 def check_series(values_NTV, # trajectories
@@ -282,6 +284,26 @@ def write_series(folder,      # receives train_texts.txt, val_texts.txt, test_te
     metadata = settings | series.notes | dict(sizes={split: len(part) for split, part in rows.items()}, variables=series.values_NTV.shape[2], steps=series.values_NTV.shape[1])
     write_json(folder/'metadata.json', metadata)
     return metadata
+
+
+def prepare_series(folder,               # receives texts, factors and metadata
+                   path:str='',          # HDF5 file; '' simulates
+                   simulate_count:int=1000,  # trajectories to simulate
+                   precision:int=2,      # decimals
+                   alpha:float=10.,      # what the 99th percentile becomes
+                   scaling:str='context',# context | per_trajectory | global
+                   context:int=50,       # given steps, for scaling `context`
+                   split_seed:int=42,    # of the permutation
+                   **simulation,         # of `simulate`
+):                                       # (Series, rows of each split, factors, metadata)
+    "From a file or a simulation to what a study reads; a `LabError` for anything that can not be used, before anything is written."
+    check_codec(precision, alpha)
+    series = load_series(path) if path else simulate(simulate_count, **simulation)
+    check_series(series.values_NTV, path or 'the simulation')
+    rows = split_rows(len(series), split_seed)
+    factors = scale_factors(series.values_NTV, scaling, alpha, context, rows['train'])
+    metadata = write_series(folder, series, rows, factors, precision=precision, alpha=alpha, scaling=scaling, context=context, split_seed=split_seed)
+    return series, rows, factors, metadata
 
 
 @dataclass

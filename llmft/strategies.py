@@ -7,7 +7,7 @@ __all__ = ['strategies', 'Processes', 'check_processes', 'Team', 'Stretch', 'Str
            'zero_config', 'ZeroTeam', 'make_team']
 
 # %% ../nbs/22b_strategies.ipynb #a3b6b787
-import contextlib, importlib.util, logging, math, os
+import contextlib, importlib, importlib.util, logging, math, os
 from dataclasses import dataclass
 import torch, torch.distributed as dist
 from accelerate import Accelerator
@@ -183,20 +183,19 @@ def quiet_deepspeed():
     if not torch.cuda.is_available(): os.environ.setdefault('DS_ACCELERATOR', 'cpu')
     deepspeed = require('deepspeed', 'zero')
     for name in ('DeepSpeed', 'deepspeed'): logging.getLogger(name).setLevel(logging.ERROR)
-    import deepspeed.comm.torch as communication
-    if not torch.cuda.is_available(): communication.build_shm_op = lambda: None
+    if not torch.cuda.is_available(): importlib.import_module('deepspeed.comm.torch').build_shm_op = lambda: None
     return deepspeed
 
 
 def zero_config(processes:Processes,  # stage and offloading
                 recipe:Recipe,        # its clipping
                 world:int,            # number of processes
-                dtype=torch.float32,  # of the trained weights
+                trained:list,         # trained parameters: their dtype and number
 )->dict:
-    "DeepSpeed's configuration; accumulation is left to the loop."
-    on_host = dict(device='cpu', pin_memory=torch.cuda.is_available())
-    zero = dict(stage=int(processes.strategy[-1]), **(dict(offload_optimizer=on_host) if processes.offload_optimiser else {}), **(dict(offload_param=on_host) if processes.offload_weights else {}))
-    return dict(train_batch_size=world, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=recipe.clip, zero_optimization=zero, bf16=dict(enabled=dtype == torch.bfloat16),
+    "DeepSpeed's configuration; accumulation is left to the loop, and no buffer is larger than all gradients."
+    on_host, most = dict(device='cpu', pin_memory=torch.cuda.is_available()), min(5 * 10**8, sum(p.numel() for p in trained))
+    zero = dict(stage=int(processes.strategy[-1]), reduce_bucket_size=most, allgather_bucket_size=most, **(dict(offload_optimizer=on_host) if processes.offload_optimiser else {}), **(dict(offload_param=on_host) if processes.offload_weights else {}))
+    return dict(train_batch_size=world, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=recipe.clip, zero_optimization=zero, bf16=dict(enabled=trained[0].dtype == torch.bfloat16),
                 zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False, steps_per_print=10**9)
 
 # %% ../nbs/22b_strategies.ipynb #4b65f8f9
@@ -208,7 +207,7 @@ class ZeroTeam(StretchTeam):
         if self.processes.strategy == 'zero3':
             for parameter in output_head(loss_model.model).parameters(): deepspeed.zero.register_external_parameter(loss_model, parameter)
         self.optimiser = make_optimiser(trained, recipe)
-        self.loss_model, *_ = deepspeed.initialize(model=loss_model, optimizer=self.optimiser, config=zero_config(self.processes, recipe, self.world, trained[0].dtype), dist_init_required=False)
+        self.loss_model, *_ = deepspeed.initialize(model=loss_model, optimizer=self.optimiser, config=zero_config(self.processes, recipe, self.world, trained), dist_init_required=False)
         self.zero = self.loss_model.optimizer
         self.flats = self.zero.fp32_partitioned_groups_flat if self.processes.strategy == 'zero3' else self.zero.single_partition_of_fp32_groups
         return self.loss_model, self.optimiser

@@ -35,7 +35,7 @@ def frozen_gpt2(layers:int=12,          # transformer blocks
     "A randomly initialised, frozen GPT-2; a `LabError` for a shape that does not fit together."
     if width % heads: raise LabError(f'width is {width} and heads is {heads}: the heads must share the width evenly')
     config = GPT2Config(n_layer=layers, n_head=heads, n_embd=width, n_positions=block, vocab_size=vocabulary, bos_token_id=None, eos_token_id=None,
-                        resid_pdrop=0., embd_pdrop=0., attn_pdrop=0., attn_implementation='documents')
+                        activation_function='gelu_pytorch_tanh', resid_pdrop=0., embd_pdrop=0., attn_pdrop=0., attn_implementation='documents')
     with torch.random.fork_rng(devices=[]): model = GPT2LMHeadModel(config)
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2: parameter.fill_(float(name.endswith('weight')))

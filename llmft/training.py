@@ -180,7 +180,7 @@ class FitResult:
     warmup: int                  # warm-up steps of the learning rate
     tokens_per_sec: float        # real tokens, warm-up excluded; None when nothing was timed
     flops_per_sec: float         # achieved, warm-up excluded
-    peak_bytes: int              # peak memory of training's tensors: PyTorch's count on a GPU, of the step in `watched` on a CPU; of the process when neither is there
+    peak_bytes: int              # peak memory of training's tensors, of the process with most: PyTorch's count on a GPU, of the step in `watched` on a CPU; of the process when neither is there
     trainable: int               # parameters trained
     first_hash: str              # hash of the trained weights before the first step
     process_bytes: int = None    # the model's own bytes and the growth of the process, freed and unreturned memory included; None on a GPU
@@ -355,11 +355,10 @@ def watched_step(run:Fit,      # the run in progress
     due = nth >= min(WARMUP_TIMED, run.steps - run.started_at) and largest.slots > 1.1 * run.watched.get('slots', 0)
     if not due or run.team.device.type != 'cpu': return train_step(run, batches, targets)
     with TensorMemory() as memory: done = train_step(run, batches, targets)
-    held = resident_bytes(run.model, run.optimiser)
-    if memory.peak_bytes: run.watched = dict(step=run.progress.step + 1, slots=largest.slots, longest=max(document_lengths(largest)), bytes=held + memory.peak_bytes)
+    if memory.peak_bytes: run.watched = dict(step=run.progress.step + 1, slots=largest.slots, longest=max(document_lengths(largest)), bytes=resident_bytes(run.model, run.optimiser) + memory.peak_bytes)
     return done
 
-# %% ../nbs/23_training.ipynb #1b5663c7
+# %% ../nbs/23_training.ipynb #0a5d63d1
 def _affordable(run, flops, batches)->bool:
     "Whether the budgets of the run and of its ledger leave room for `flops` more; a `LabError` when the run's own is smaller than one step."
     budget = run.recipe.max_flops
@@ -423,7 +422,7 @@ def fit(model,             # from `load_model`, with or without an adapter; it i
         _walk(run)
         if run.valid is not None and recipe.keep_best and run.progress.best_step != run.progress.step: _restore_best(run)
     progress, timed, grown = run.progress, run.progress.timed_seconds or None, meter.growth_bytes + resident
-    on_gpu = meter.memory_kind == 'CudaMemory'
+    peak = meter.peak_bytes if meter.memory_kind == 'CudaMemory' else run.watched.get('bytes', grown)
+    peak, grown, watched = max(run.team.gather((peak, grown, run.watched or None)), key=lambda held: held[0])
     return FitResult(progress, run.steps, run.plan.steps_per_epoch, progress.largest_slots, run.log.entries(), warmup_steps(recipe, run.steps), timed and progress.timed_tokens / timed, timed and progress.timed_flops / timed,
-                     max(run.team.gather(meter.peak_bytes if on_gpu else run.watched.get('bytes', grown))), sum(map(math.prod, run.shapes.values())), None if run.started_at else first_hash,
-                     None if on_gpu else max(run.team.gather(grown)), run.watched or None)
+                     peak, sum(map(math.prod, run.shapes.values())), None if run.started_at else first_hash, None if meter.memory_kind == 'CudaMemory' else grown, watched)
