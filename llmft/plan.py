@@ -134,7 +134,7 @@ def count_memory(config,        # a transformers config
     longest = max(lengths) if lengths else found.max_length
     return memory_breakdown(config, tokens=min(mine, found.batch_size)*longest, longest=longest, method=found.method, precision=found.precision, quantisation=found.quantisation, optimiser=found.optimiser,
         rank=found.lora_rank, targets=found.lora_targets, lora_dropout=found.lora_dropout, gradient_checkpointing=found.gradient_checkpointing, accumulation=math.ceil(mine/found.batch_size),
-        device=kind, nproc=found.nproc, strategy=found.strategy, offloaded=[name for name in ('optimiser', 'weights') if getattr(found, f'offload_{name}')])
+        device=kind, mixed=found.mixed_precision != 'no', nproc=found.nproc, strategy=found.strategy, offloaded=[name for name in ('optimiser', 'weights') if getattr(found, f'offload_{name}')])
 
 # %% ../nbs/54a_plan.ipynb #dbe10633
 def foreseen_batch(config,  # a transformers config

@@ -170,4 +170,4 @@ def test_predicted_memory_is_within_15_percent_of_the_measured(row, tmp_path):
     done = fit(net, examples(full), None, tmp_path, Recipe.from_params(type('Params', (), params | dict(max_steps=3, num_epochs=1.))))
     predicted = memory_breakdown(net.config, tokens=done.watched['slots'], longest=done.watched['longest'], method=params['method'], gradient_checkpointing=params['gradient_checkpointing'], device='cpu', **adapter)
     assert done.watched['step'] == 3 and done.peak_bytes == done.watched['bytes']
-    assert abs(predicted['total']/done.peak_bytes - 1) < .15, {name: round(value/2**20, 1) for name, value in predicted.items()}
+    assert abs(predicted['total']/done.peak_bytes - 1) < .08, {name: round(value/2**20, 1) for name, value in predicted.items()}
