@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['kinds', 'sweep_keys', 'stage_keys', 'summary_keys', 'tries', 'at', 'placed', 'check_keys', 'overlay', 'read_sweep',
            'Point', 'has_small', 'stage_starts', 'combinations', 'as_name', 'point_name', 'overrides_for',
-           'check_overrides', 'stage_points', 'summary_point', 'shown_folder', 'expand', 'sweep_points', 'needs',
-           'finished', 'worker_environment', 'kept_environment', 'local_workers', 'run_point', 'outcome', 'told',
-           'ready_points', 'run_stage', 'mended', 'run_stages', 'sweep_report']
+           'check_overrides', 'filled', 'stage_points', 'summary_point', 'shown_folder', 'expand', 'sweep_points',
+           'needs', 'finished', 'worker_environment', 'kept_environment', 'local_workers', 'run_point', 'outcome',
+           'told', 'ready_points', 'run_stage', 'mended', 'run_stages', 'sweep_report']
 
 # %% ../nbs/54_sweeps.ipynb #4ce504df
 import collections, contextlib, itertools, logging, os, re, string, tempfile, time
@@ -181,23 +181,38 @@ def check_overrides(overrides, # texts of the form name=value
         if name not in names: raise LabError(f'-p {text}: no notebook of the sweep has {name}{nearest(name, names)}')
 
 # %% ../nbs/54_sweeps.ipynb #e0351901
+def filled(given,       # the texts and values of a stage's params
+           values:dict, # all parameters of the point
+)->dict:                # the texts of `given` that have braces, filled in
+    "`{name}` in a stage's params replaced by the point's own values; a `LabError` for an unknown name."
+    found = {}
+    for key, text in given.items():
+        if not (isinstance(text, str) and '{' in text): continue
+        try: found[key] = text.format(**{name: as_name(value) if name != 'outputs' else value for name, value in values.items()})
+        except (KeyError, ValueError, IndexError) as error: raise LabError(f'{at(given, key)}{key} {text!r}: {error} is no parameter of the notebook') from None
+    return found
+
+# %% ../nbs/54_sweeps.ipynb #f83bc805
 def stage_points(stage,       # a stage from the file
                  sweep:str,   # name of the sweep
                  small:bool,  # use the overlays for small machines
                  overrides=(),# texts of the form name=value
 )->list:                      # its `Point`s
     "All runs of a stage with complete, checked parameters."
-    points = []
-    for config, notebook, start in stage_starts(stage, small):
+    points, starts = [], stage_starts(stage, small)
+    for config, notebook, start in starts:
         declared = read_parameters(notebook)
         given = stage.get('params', {}) if isinstance(stage.get('params'), dict) else stage.get('override', {})
         if isinstance(stage.get('params'), dict) and 'override' in stage: raise LabError(f"{at(stage, 'override')}override belongs to a list of parameter files: write the values into params")
         if 'name' in given: raise LabError(f"{at(given, 'name')}names come from the `name` of the stage: move it there")
         literals = check_params(notebook, given, declared, defaults=False)
         last = check_params(notebook, overrides_for(overrides, declared), declared, defaults=False)
-        for own in combinations(stage, notebook, declared):
+        cells = combinations(stage, notebook, declared)
+        tried = dict(configurations=len(starts) * len(cells)) if any(p.name == 'configurations' for p in declared) else {}
+        for own in cells:
             if both := set(own) & set(last): raise LabError(f'{at(stage)}-p {min(both)}: {min(both)} varies in this stage: change it in the file')
-            values = start | literals | own | last
+            values = start | tried | literals | own | last
+            values |= filled(given, values)
             name = point_name(stage, values | dict(config=config), own, sweep)
             points.append(Point(notebook, values | dict(name=name), at(stage, 'name' if 'name' in stage else None)))
     return points
