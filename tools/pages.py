@@ -191,7 +191,7 @@ def code_cell(cell, page, module, folder, count):
     source = source_of(cell)
     if source.startswith('try: import google.colab'): return ''
     parts = [] if re.search(r'^#\s*\|\s*echo:\s*false', cell.source, flags=re.MULTILINE) or not source.strip() else [f'````python\n{source}\n````']
-    outputs = ''.join(output_html(output, {}) for output in cell.outputs)
+    outputs = re.sub(r' (?:href|id)="#?[^":]*"', '', ''.join(output_html(output, {}) for output in cell.outputs))  # anchors of a page within the page
     if outputs: parts.append(f'<div class="output" data-search-exclude>{saved_images(outputs, folder, Path(page).stem, count)}</div>')
     return '\n\n'.join(parts)
 
