@@ -7,7 +7,7 @@ __all__ = ['lean_classes', 'steady_ropes', 'most_packed', 'linear_map', 'is_lean
            'ModelDecoder', 'decoder_for']
 
 # %% ../nbs/30_decoder.ipynb #c1a51e55
-import functools, inspect, torch
+import contextlib, functools, inspect, torch
 from types import SimpleNamespace
 from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention as sdpa, silu
 from .core import LabError
@@ -96,17 +96,31 @@ def prefill_mask(starts_B,  # first real slot of each row
 most_packed = 2**30  # bytes of weights that are copied into another order, at most
 
 
+def _joined(modules, norm, rows, packs):
+    "What linear layers with one input do, as one function that gives one output each, and what is left of the weights of the norm before them."
+    plain = all(_is_plain(module) and module.weight.device.type == 'cpu' and module.weight.dtype == torch.float32 for module in modules)
+    if not (packs and rows > 2 and plain and sum(module.weight.numel() for module in modules) >= 2**16 and torch.backends.mkldnn.is_available()):
+        maps = [linear_map(module, rows, packs) for module in modules]
+        return lambda inputs_RI: [one(inputs_RI) for one in maps], norm
+    biases = [torch.zeros(module.out_features) if module.bias is None else module.bias for module in modules]
+    bias = None if all(module.bias is None for module in modules) else torch.cat(biases)
+    product, sizes = _packed(torch.cat([module.weight for module in modules]) * norm, bias), [module.out_features for module in modules]
+    return lambda inputs_RI: product(inputs_RI).split(sizes, -1), None
+
+
 def _parts(layer, rows, packs):
     "The linear maps and norm weights of one layer."
     attention, mlp = layer.self_attn, layer.mlp
-    maps = dict(q=attention.q_proj, k=attention.k_proj, v=attention.v_proj, o=attention.o_proj, gate=mlp.gate_proj, up=mlp.up_proj, down=mlp.down_proj)
-    return SimpleNamespace(before=layer.input_layernorm.weight, after=layer.post_attention_layernorm.weight, **{name: linear_map(module, rows, packs) for name, module in maps.items()})
+    qkv, before = _joined([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm.weight, rows, packs)
+    gate_up, after = _joined([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm.weight, rows, packs)
+    return SimpleNamespace(before=before, qkv=qkv, o=linear_map(attention.o_proj, rows, packs), after=after, gate_up=gate_up, down=linear_map(mlp.down_proj, rows, packs))
 
 
 class LeanDecoder:
     "Prefill and single steps of a Llama or Qwen2 on its own weights, with a cache reserved for `slots` positions."
     def __init__(self, model, slots, rows=1, steps=0):
         self.net, self.slots, self.used = causal_model(model), slots, 0
+        self.calls_modules = any(linear_map(module) is module for module in self.net.modules() if hasattr(module, 'in_features'))
         packs = steps >= 16 and sum(weight.numel() * 4 for weight in self.net.parameters()) <= most_packed
         config, attention = self.net.config, self.net.model.layers[0].self_attn
         self.head_width, self.scale, self.epsilon = attention.head_dim, attention.scaling, config.rms_norm_eps
@@ -136,6 +150,9 @@ class LeanDecoder:
         self.starts_B, self.mask = self.starts_B[rows], None if self.mask is None else self.mask[rows]
 
     def _forward(self, ids_BT, mask):
+        with contextlib.nullcontext() if self.calls_modules else torch.inference_mode(): return self._logits(ids_BT, mask)
+
+    def _logits(self, ids_BT, mask):
         places_BT = (torch.arange(self.used, self.used + ids_BT.shape[1], device=ids_BT.device) - self.starts_B[:, None]).clamp_(min=0)
         angles = self.cos_SD[places_BT], self.sin_SD[places_BT]
         stream_RW = self.embed(ids_BT).flatten(0, 1)
@@ -143,18 +160,20 @@ class LeanDecoder:
             normed_RW = rms_norm(stream_RW, stream_RW.shape[1:], layer.before, self.epsilon)
             stream_RW = stream_RW + layer.o(self._attend(layer, normed_RW, ids_BT.shape, cache, angles, mask))
             normed_RW = rms_norm(stream_RW, stream_RW.shape[1:], layer.after, self.epsilon)
-            stream_RW = stream_RW + layer.down(silu(layer.gate(normed_RW)) * layer.up(normed_RW))
+            gate_RM, up_RM = layer.gate_up(normed_RW)
+            stream_RW = stream_RW + layer.down(silu(gate_RM) * up_RM)
         self.used += ids_BT.shape[1]
         last_BW = stream_RW.unflatten(0, ids_BT.shape)[:, -1]
         return self.head(rms_norm(last_BW, last_BW.shape[1:], self.norm, self.epsilon))
 
     def _attend(self, layer, normed_RW, shape, cache, angles, mask):
         "What the new tokens read from the cache, after their own keys and values were written to it: (rows x tokens, heads x head width)."
-        turned = rotate(torch.cat([layer.q(normed_RW), layer.k(normed_RW)], -1).view(*shape, -1, self.head_width), *angles)
+        query_RH, key_RG, value_RG = layer.qkv(normed_RW)
+        turned = rotate(torch.cat([query_RH, key_RG], -1).view(*shape, -1, self.head_width), *angles)
         query_BTHD, key_BTGD = turned[:, :, :self.heads], turned[:, :, self.heads:]
         now, end = self.used, self.used + shape[1]
         cache[0][:, :, now:end] = key_BTGD.transpose(1, 2)
-        cache[1][:, :, now:end] = layer.v(normed_RW).view(*shape, -1, self.head_width).transpose(1, 2)
+        cache[1][:, :, now:end] = value_RG.unflatten(1, (-1, self.head_width)).unflatten(0, shape).transpose(1, 2)
         keys, values = (tensor[:, :, :end] for tensor in cache)
         if shape[1] == 1:  # the heads that share a key are the queries of one attention
             out = sdpa(query_BTHD.reshape(shape[0], self.groups, -1, self.head_width), keys, values, attn_mask=mask, scale=self.scale)
