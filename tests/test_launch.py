@@ -40,6 +40,7 @@ def runs(tmp_path_factory):
         shutil.copytree(folder/f'{method}-alone', folder/f'{method}-{strategy}-from-one')
         rank_runs.drop_last(folder/f'{method}-{strategy}-from-one')
         cases.append(dict(folder=str(folder/f'{method}-{strategy}-from-one'), model=str(folder/'model'), method=method, strategy=strategy))
+    cases.append(dict(folder=str(folder/'dropout'), model=str(folder/'model'), method='lora', strategy='ddp', dropout=.1, again=True))
     (folder/'cases.json').write_text(json.dumps(cases))
     done = two_ranks(rank_runs.__file__, folder/'cases.json')
     assert done.returncode == 0, done.stderr[-4000:]
@@ -85,6 +86,14 @@ def test_resumed_with_as_many_ranks_is_the_same_run(runs, method, strategy):
     assert log_of(one, 'step', 'loss', 'valid_loss') == log_of(again, 'step', 'loss', 'valid_loss')
     for stem, tensors in final(one).items():
         for name, tensor in tensors.items(): assert torch.equal(tensor, final(again)[stem][name]), (stem, name)
+
+
+def test_each_rank_draws_its_own_dropout_and_draws_it_again_after_a_resume(runs):
+    assert log_of(runs/'dropout', 'step', 'loss', 'valid_loss') == log_of(runs/'dropout-again', 'step', 'loss', 'valid_loss') != log_of(runs/'lora-ddp', 'step', 'loss', 'valid_loss')
+    one, again = final(runs/'dropout'), final(runs/'dropout-again')
+    assert not torch.equal(one['random']['torch'], one['random.rank00001']['torch'])
+    for stem in ('weights', 'random', 'random.rank00001'):
+        for name, tensor in one[stem].items(): assert torch.equal(tensor, again[stem][name]), (stem, name)
 
 
 @each_way
