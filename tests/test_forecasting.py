@@ -81,6 +81,8 @@ def test_booking_twice_counts_once_and_a_half_line_is_cut(tmp_path):
     for _ in range(3):
         assert account.reserve('a', 1, 40., 1.)
         account.book('a', 1, 40., 1., 5)
+    full = Account(account.path, budget=40)
+    assert full.reserve('a', 1, 40., 1.) and not full.reserve('a', 2, 1., 1.), 'a step that is there already needs no room'
     whole = account.path.read_bytes()
     for cut in range(1, 30, 7):
         account.path.write_bytes(whole + b'{"run": "b", "kind": "booked", "what": "train"'[:cut])
