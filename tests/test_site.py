@@ -9,6 +9,7 @@ import pytest
 root = Path(__file__).parent.parent
 missing = [package for package in ('mkdocs', 'material', 'playwright') if importlib.util.find_spec(package) is None]
 pytestmark = [pytest.mark.serial, pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed: pip install -e '.[docs]'")]
+timed_out = __import__('playwright.sync_api', fromlist=['TimeoutError']).TimeoutError if not missing else TimeoutError
 chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
 phone, desk = dict(width=390, height=844), dict(width=1280, height=900)
@@ -190,9 +191,14 @@ def test_concepts_have_figures(browser, address, pages):
 
 def search(page, words):
     "The titles and addresses that the site's search gives."
-    page.locator('label[for=__search]').first.click() if page.viewport_size['width'] < 960 else page.locator('.md-search__input').click()
-    page.locator('.md-search__input').fill(words)
-    page.wait_for_selector('.md-search-result__link', timeout=60_000)
+    box = page.locator('.md-search__input')
+    box.click()
+    for _ in range(20):  # what is typed before the index has come is not answered
+        box.fill('')
+        box.press_sequentially(words)
+        with contextlib.suppress(timed_out):
+            page.wait_for_selector('.md-search-result__link', timeout=3_000)
+            break
     return page.eval_on_selector_all('.md-search-result__link', 'links => links.map(link => link.getAttribute("href"))')
 
 

@@ -145,7 +145,7 @@ def api_entry(module, name, page, shown='', level=3):
     if node is None: return with_links(shown, page)
     rows, notes = arguments(node), module_source(module)[2]
     address = f'{repository}/blob/{branch}/llmft/{module}.py#L{node.lineno}'
-    text = [f'{"#" * level} {name.replace("_", chr(92) + "_")} {{ #{name.lower()} .api }}', f'<a class="source" href="{address}">source</a>', f'```python {{ .signature }}\n{signature(node, name, rows)}\n```']
+    text = [f'{"#" * level} {name.replace("_", chr(92) + "_")} {{ #{name.lower()} .api }}', f'<a class="source" data-search-exclude href="{address}">source</a>', f'```python {{ .signature }}\n{signature(node, name, rows)}\n```']
     if promise := ast.get_docstring(node): text.append(linked(promise, page))
     meaning = lambda line: cell_text(linked(notes.get(line, ''), page))
     lines = [f'| {code_span(argument)} | {code_span(shown_type(kind))} | {code_span(default_of(default))} | {meaning(line)} |' for argument, kind, default, line in rows]
