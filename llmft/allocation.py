@@ -188,7 +188,7 @@ def paired_test(differences)->dict:
     "Mean of paired differences, its t-test against zero: n, mean, p (None where it cannot be computed)."
     values = np.asarray(list(differences), dtype=float)
     n, mean, spread = len(values), float(values.mean()) if len(values) else None, float(values.std(ddof=1)) if len(values) > 1 else None
-    if not spread: return dict(n=n, mean=mean, p=None)
+    if spread is None or spread <= 1e-12 * max(1e-12, abs(mean)): return dict(n=n, mean=mean, p=None)
     from scipy.stats import t
     return dict(n=n, mean=mean, p=float(2 * t.sf(abs(mean) / (spread / math.sqrt(n)), n - 1)))
 
