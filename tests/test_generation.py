@@ -116,14 +116,16 @@ def test_rows_that_stop_leave_the_batch_and_the_others_do_not_notice(shape):
     assert theirs(model, prompts[0], 24, eos_token_id=stops)[:-1] == made.ids[0]
 
 
-def test_compaction_really_happens(monkeypatch):
+def test_compaction_happens_and_keeps_each_row_its_own(monkeypatch):
     sizes, step = [], LeanDecoder.step
     monkeypatch.setattr(LeanDecoder, 'step', lambda self, ids_B: sizes.append(len(ids_B)) or step(self, ids_B))
-    model = model_of('llama-tiny')
-    free = generate(model, [[row + 3] for row in range(8)], 12).ids
+    model, prompts = model_of('base'), [[300 + 211*row, 77 + row, 1000 - row] for row in range(9)]
+    free = generate(model, prompts, 12).ids
     sizes.clear()
-    made = generate(model, [[row + 3] for row in range(8)], 12, stop_ids={ids[1] for ids in free[:6]})
-    assert sizes[0] == 8 and sizes[-1] <= 4 and made.stopped.count('length') <= 2
+    stops = {ids[2] for ids in free[::2]} - {token for ids in free[1::2] for token in ids}
+    made = generate(model, prompts, 12, stop_ids=stops)
+    assert sizes[0] == 9 and sizes[-1] <= 4 and len({tuple(ids) for ids in made.ids[1::2]}) == 4
+    assert [made.ids[row] for row in (1, 3, 5, 7)] == free[1::2] and all(ids == full[:len(ids)] for ids, full in zip(made.ids, free))
 
 
 @each_shape
