@@ -67,8 +67,8 @@ def colour_of(name:str)->str:
 def _panels(title, note, count, size):
     "A `Plot` of several axes side by side under one title."
     plot = Plot(figsize=size, layout='constrained')
-    plot.suptitle(f'{title}\n', x=.01, ha='left', fontsize=type_scale['title'], fontweight='bold', color=ink)
-    plot.text(.01, .93, note, fontsize=type_scale['small'], color=muted, va='top')
+    plot.suptitle(title + '\n' * (1 + (count[0] > 1)), x=.01, ha='left', fontsize=type_scale['title'], fontweight='bold', color=ink)
+    plot.text(.01, 1 - 28 / 72 / size[1], note, fontsize=type_scale['small'], color=muted, va='top')
     return plot, [plot.add_subplot(*count, index + 1) for index in range(count[0] * count[1])]
 
 
@@ -134,6 +134,7 @@ def allocation_grid(groups:list)->Plot:
         if key in ('empirical_bpd', 'bound_value'):
             known = [g[key] for g in groups]
             axes.set_ylim(max(0, min(known) - .35 * (max(known) - min(known)) - .02 * max(known)), None)
+            axes.set_ylabel(MEASURES[key] + ' (axis cut)')
     panels[3].axhline(0, color=muted, linewidth=.8)
     panels[0].legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=len(budgets))
     return plot

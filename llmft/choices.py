@@ -15,14 +15,14 @@ attentions = ('documents', 'sdpa', 'eager', 'flash_attention_2')
 
 def usable_attention(attention:str,        # documents | sdpa | eager | flash_attention_2
                      precision:str='fp32', # of the weights: fp32 | bf16 | fp16
-                     say=print,            # told in one line when another one is used
+                     say=print,            # told when another one is used
 )->str:                                    # the implementation to load the model with
     "`attention` where it can be had, else `documents`. `LabError` for one that does not exist."
     if attention not in attentions: raise LabError(f"attention is '{attention}'{nearest(attention, attentions)}: choose from {', '.join(attentions)}")
     if attention != 'flash_attention_2': return attention
     wanting = [what for what, there in (('the package flash-attn', importlib.util.find_spec('flash_attn')), ('a CUDA device', torch.cuda.is_available()), ('precision bf16 or fp16', precision != 'fp32')) if not there]
     if not wanting: return attention
-    say(f"attention 'flash_attention_2' needs {' and '.join(wanting)}, so 'documents' (SDPA inside each document) is used: the same result, at another speed")
+    say(f"flash_attention_2 is replaced by documents (SDPA inside each document; the same result, at another speed):\nit needs {', '.join(wanting)}")
     return 'documents'
 
 # %% ../nbs/10a_choices.ipynb #cdb63e92

@@ -12,6 +12,7 @@ import json, os, shutil, sys
 from datetime import datetime
 from pathlib import Path
 import typer
+from .clusters import cluster_settings
 from .core import LabError, find_path, read_json
 from .execute import execute_run, row_text
 from .params import find_notebook, read_parameters, read_yaml, resolve_params, shown
@@ -81,15 +82,17 @@ def run_here(point,           # a `Point`
 def run_jobs(jobs:list,        # as from `jobs_of`
              workers:int=1,    # worker processes for sweeps, and for several configs
              fresh:bool=False, # run again what is done
+             cluster:str='',   # address of a Dask scheduler, or slurm; '' for this machine
+             settings=None,    # of the cluster
 )->list:                       # how each run ended
     "Do all work of a call; it ends early when a run is interrupted."
     if workers < 1: raise LabError(f'--workers {workers}: give at least 1')
     if workers > 1: jobs = [[sum((stages[0] for stages in jobs if is_single(stages)), [])], *(stages for stages in jobs if not is_single(stages))]
     results = []
     for stages in filter(lambda stages: stages[0], jobs):
-        if is_single(stages): results.append(run_here(stages[0][0], fresh))
+        if is_single(stages) and not cluster: results.append(run_here(stages[0][0], fresh))
         else:
-            results += run_stages(stages, workers, fresh, lambda line: print(line, flush=True))
+            results += run_stages(stages, workers, fresh, lambda line: print(line, flush=True), cluster, settings)
             print(sweep_report(results[-sum(map(len, stages)):]))
         if any(result['status'] == 'interrupted' for result in results): break
     return results
@@ -162,11 +165,13 @@ def run_command(
     override:list[str]=typer.Option([], '-p', metavar='NAME=VALUE', help='Set a parameter; may be repeated.', show_default=False),  # texts name=value
     workers:int=typer.Option(1, '--workers', help='Worker processes for sweeps and for several configs.'),  # processes
     fresh:bool=typer.Option(False, '--fresh', help='Run again what is already done.'),  # ignore finished runs
+    cluster:str=typer.Option('', '--cluster', help='Run on the workers of a Dask scheduler (tcp://host:8786) or on SLURM (slurm, with -p queue=... and the like).', show_default=False),  # where
     as_object:bool=typer.Option(False, '--json', help='End the output with one JSON object.'),  # for scripts
 ):
     "Run experiments: one run per config, or all points of a sweep."
+    settings, override = cluster_settings(cluster, override)
     jobs = jobs_of(params, override, small)
-    try: results = run_jobs(jobs, workers, fresh)
+    try: results = run_jobs(jobs, workers, fresh, cluster, settings)
     except KeyboardInterrupt: results = [standing(point) for stages in jobs for stage in stages for point in stage]
     print(closing(results))
     if status_of(results) == 'interrupted': print('llmft: interrupted: the same command goes on from the last checkpoint', file=sys.stderr)

@@ -37,7 +37,7 @@ def _kmeans(values_D, q, rounds=100):
         levels = moved
     return levels
 
-# %% ../nbs/40_coding.ipynb #a702dc10
+
 def _round(costs, sums, squares, d):
     "From the least cost of the first j numbers in one cluster less, (d + 1,), that with one more, and where the last cluster begins."
     best, start = np.full(d + 1, np.inf), np.zeros(d + 1, dtype=np.int64)
@@ -76,7 +76,7 @@ def _optimal(values_D, q):
 
 codebooks = dict(uniform=_uniform, kmeans=_kmeans, optimal=_optimal)
 
-# %% ../nbs/40_coding.ipynb #f0988fdf
+
 def make_codebook(values_D,           # the trained vector, (d,)
                   levels:int=11,      # q, odd, so that zero can be one of them
                   kind:str='kmeans',  # uniform | kmeans | optimal

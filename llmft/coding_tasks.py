@@ -110,7 +110,7 @@ def score(attempts:list,  # of `Attempt`, equally many for each problem
     for k in ks:
         values = [pass_at_k(found['samples'], sum(each), k) for each in by_name.values()]
         mean = sum(values) / n
-        found |= {f'pass@{k}': mean, f'pass@{k}_error': math.sqrt(sum((value - mean)**2 for value in values) / (n - 1) / n) if n > 1 else None}
+        found |= {f'pass@{k}': mean, f'pass@{k}_error': math.sqrt(sum((value - mean)**2 for value in values) / (n - 1) / n) if len(set(values)) > 1 else None}
     return found
 
 # %% ../nbs/34_coding_tasks.ipynb #94712df7

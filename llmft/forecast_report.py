@@ -56,7 +56,9 @@ def panels(rows:int,      # panels down
 variables = ('prey', 'predator')
 
 
-def key(plot, axes):
+def key(plot, # the figure
+        axes, # whose lines are named
+):
     "One legend for all panels, below them."
     handles, labels = axes.get_legend_handles_labels()
     plot.legend(handles, labels, loc='outside lower left', ncols=3, frameon=False, fontsize=type_scale['small'])

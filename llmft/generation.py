@@ -89,7 +89,7 @@ def _batch(model, prompts, rows, max_new_tokens, temperature, top_p, seed, stop_
     device, first = next(model.parameters()).device, rows[0] // samples
     wanted, clock, laps = prompts[first:rows[-1] // samples + 1], _Clock(), []
     ids_PT, starts_P = _pad_left(wanted, pad_id, device)
-    decoder = decoder_for(model, ids_PT.shape[1] + max_new_tokens)
+    decoder = decoder_for(model, ids_PT.shape[1] + max_new_tokens, len(rows), max_new_tokens)
     logits_RV = decoder.begin(ids_PT, starts_P)
     if samples > 1:
         copies = [row // samples - first for row in rows]

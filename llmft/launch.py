@@ -132,7 +132,9 @@ def culprit(failures:list,  # dicts with rank, exitcode and time, as torchrun te
     return min(failures, key=order)
 
 
-def tell_failure(place, world:int)->Exception:
+def tell_failure(place,      # the folder launch/ of the run
+                 world:int,  # number of ranks
+)->Exception:                # a `LabError` when that is what the rank met
     "The error to raise for ranks that failed: which, and why."
     errors = {error['rank']: error for error in map(read_json, Path(place).glob('error-*.json'))}
     failures = read_json(Path(place)/'failures.json') if (Path(place)/'failures.json').exists() else []
@@ -193,7 +195,7 @@ def take_weights(model,        # built like the one that was trained; changed in
         if (found := weights[name]).shape != parameter.shape: raise LabError(f'{name} has shape {tuple(found.shape)} in checkpoint {step} and {tuple(parameter.shape)} in the model')
         parameter.copy_(found)
 
-
+# %% ../nbs/25_launch.ipynb #d33d46d3
 def launch(build,         # a function of a module: `build(params)` gives (model, training examples, held-out examples or None)
            params,        # what `build` reads; nproc, strategy and offloading are read here
            model,         # what `build` gives, built already; it is trained

@@ -134,7 +134,8 @@ class Account:
              what:str='train',# train counts against the budget; forecast is shown beside it
     ):
         "Count a step that was done, once."
-        with self.open() as append: append(run=run, kind='booked', what=what, step=step, study=study, hardware=hardware, tokens=tokens)
+        with self.open() as append:
+            if self.steps.get(run, {}).get((what, step), {}).get('kind') != 'booked': append(run=run, kind='booked', what=what, step=step, study=study, hardware=hardware, tokens=tokens)
 
     def left(self, but:str='', # a run whose own steps are not counted
     )->float:                  # operations; infinity without a budget

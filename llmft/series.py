@@ -164,18 +164,43 @@ class Decoded:
 
 
 def _read_fields(buffer, starts, ends, precision):
-    "Values of the fields of a byte buffer; NaN where a field is no plain number."
-    width = 17
-    at = ends[:, None] - np.arange(1, width + 1)
-    inside = at >= starts[:, None]
-    characters = np.where(inside, buffer[np.maximum(at, 0)], 0)
-    digit, point = inside & (characters >= 48) & (characters < 58), inside & (characters == 46)
-    decimals = np.where(point.any(1), point.argmax(1), 0)
-    good = (digit | point == inside).all(1) & (point.sum(1) <= 1) & (ends - starts <= width) & (ends - starts - decimals - point.any(1) >= 1)
-    good &= (decimals >= 1) == point.any(1) if precision is None else (decimals == precision) & point.any(1)
-    place = np.arange(width) - (np.arange(width) > decimals[:, None])*point.any(1)[:, None]
-    whole = (np.where(digit, characters - 48, 0).astype(np.int64)*10**np.minimum(place, 17)).sum(1)
+    "Values of the fields of a byte buffer, all fields at once from the last character to the first; NaN where a field is no plain number."
+    lengths, whole, point_at = ends - starts, np.zeros(len(ends), np.int64), np.full(len(ends), -1)
+    good = (lengths >= 1) & (lengths <= 17)
+    for place in range(min(int(lengths.max(initial=0)), 17)):
+        character, inside = buffer[np.maximum(ends - 1 - place, 0)], place < lengths
+        digit, point = inside & (character >= 48) & (character < 58), inside & (character == 46) & (point_at < 0)
+        whole += digit*(character.astype(np.int64) - 48)*np.where(point_at < 0, 10**place, 10**max(place - 1, 0))
+        good &= digit | point | ~inside
+        point_at[point] = place
+    pointed, decimals = point_at >= 0, np.maximum(point_at, 0)
+    good &= (lengths - decimals - pointed >= 1) & ((decimals >= 1) == pointed if precision is None else decimals == precision)
     return np.where(good, whole/10.**decimals, np.nan)
+
+
+def _decode_regular(texts, steps, variables, precision):
+    "Values of texts that all have exactly `steps` steps of `variables` fields; `None` when one has not."
+    joined = '\n'.join(texts) + '\n'
+    if not joined.isascii(): return None
+    buffer = np.frombuffer(joined.encode(), np.uint8)
+    ends = np.flatnonzero((buffer == ord(',')) | (buffer == ord(';')) | (buffer == ord('\n')))
+    pattern = np.tile(np.array([ord(',')]*(variables - 1) + [ord(';')], np.uint8), steps)
+    pattern[-1] = ord('\n')
+    if len(ends) != len(texts)*len(pattern) or (buffer[ends].reshape(len(texts), -1) != pattern).any(): return None
+    return _read_fields(buffer, np.concatenate([[0], ends[:-1] + 1]), ends, precision).reshape(len(texts), steps, variables)
+
+
+def _decode_ragged(texts, steps, variables, precision):
+    "Values of any texts: steps with another number of fields, and missing steps, are NaN."
+    values = np.full((len(texts), steps, variables), np.nan)
+    rows = [text.split(';')[:steps] for text in texts]
+    keep = [(row, step, part) for row, parts in enumerate(rows) for step, part in enumerate(parts) if part.count(',') == variables - 1 and part.isascii()]
+    if not keep: return values
+    buffer = np.frombuffer(','.join(part for _, _, part in keep).encode() + b',', np.uint8)
+    ends = np.flatnonzero(buffer == ord(','))
+    at_row, at_step = np.array([(row, step) for row, step, _ in keep]).T
+    values[at_row, at_step] = _read_fields(buffer, np.concatenate([[0], ends[:-1] + 1]), ends, precision).reshape(-1, variables)
+    return values
 
 
 def decode(texts,           # what was written
@@ -184,17 +209,12 @@ def decode(texts,           # what was written
            precision=None,  # decimals each number must have; None takes any
 )->Decoded:
     "Read texts strictly; what can not be read is counted, never repaired."
-    values = np.full((len(texts), steps, variables), np.nan)
-    for first in range(0, len(texts), 2000):
-        rows = [text.split(';')[:steps] for text in texts[first:first + 2000]]
-        keep = [(row, step, part) for row, parts in enumerate(rows) for step, part in enumerate(parts) if part.count(',') == variables - 1 and part.isascii()]
-        if not keep: continue
-        buffer = np.frombuffer(','.join(part for _, _, part in keep).encode() + b',', np.uint8)
-        ends = np.flatnonzero(buffer == ord(','))
-        read = _read_fields(buffer, np.concatenate([[0], ends[:-1] + 1]), ends, precision).reshape(-1, variables)
-        at_row, at_step = np.array([(row, step) for row, step, _ in keep]).T
-        values[first + at_row, at_step] = np.where(np.isnan(read).any(1, keepdims=True), np.nan, read)
-    return Decoded(values, np.isnan(values[:, :, 0]).sum(1) if variables else np.zeros(len(texts), int))
+    pieces = [texts[first:first + 1000] for first in range(0, len(texts), 1000)]
+    regular = [_decode_regular(piece, steps, variables, precision) for piece in pieces]
+    values = [_decode_ragged(piece, steps, variables, precision) if found is None else found for piece, found in zip(pieces, regular)]
+    values = np.concatenate(values) if values else np.zeros((0, steps, variables))
+    values[np.isnan(values).any(2)] = np.nan
+    return Decoded(values, np.isnan(values[:, :, 0]).sum(1))
 
 # %% ../nbs/04_series.ipynb #17fd35a0
 def unscale(values_NTV, # scaled, as `decode` gives them

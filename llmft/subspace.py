@@ -241,7 +241,12 @@ def current_temperature(self):
 
 
 @_patch
-def weights(self, low, high, layer, kind):
+def weights(self,
+            low:int,   # first coordinate of a block
+            high:int,  # one past its last
+            layer,     # the layer whose gate weighs them, or None
+            kind,      # the factor, A or B
+):                     # two tensors (high - low,), or None and None
     "(weight of each coordinate of a block, its slope by γ); None and None where there is no gate."
     if layer is None or self.config.mode != 'learned': return None, None
     place, t = (torch.arange(high - low, device=self.v.device) + .5) / (high - low), self.current_temperature()
@@ -360,7 +365,10 @@ def code_gates(self, codes=None):
 
 
 @_patch
-def quantise(self, codebook_Q, train=True):
+def quantise(self,
+             codebook_Q,       # levels, (q,)
+             train:bool=True,  # train the levels too
+):
     "Use the levels `codebook_Q` from now on, and train them with v when `train` says so."
     self.codebook = nn.Parameter(torch.as_tensor(codebook_Q, dtype=torch.float32, device=self.v.device), requires_grad=train)
     self.codebook.decayed = False

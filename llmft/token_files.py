@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['printable', 'letters15', 'boundaries', 'TokenFile', 'Characters', 'Subwords', 'make_encoder', 'predator_prey',
-           'document_stream', 'prepare_tokens', 'token_folder', 'read_token_file']
+           'document_stream', 'write_side', 'token_folder', 'prepare_tokens', 'read_token_file']
 
 # %% ../nbs/06_token_files.ipynb #81678a7b
 import fcntl, itertools, json, os, re, sysconfig
@@ -147,7 +147,7 @@ def _hub_rows(name, config, text_field, side):
     own = next((split for split in ('validation', 'valid', 'test') if split in splits), None)
     return (row[text_field] for row in splits[own if own and side == 'val' else 'train']), own is not None
 
-# %% ../nbs/06_token_files.ipynb #6a84eae0
+
 def _one_by_one(data, side, config, text_field, valid_share, seed):
     "The texts of one side of a source."
     path = find_path(data)
@@ -180,8 +180,13 @@ def document_stream(data:str,                # simulated:predator_prey, builtin:
     while texts := list(itertools.islice(rows, batch)): yield texts
 
 # %% ../nbs/06_token_files.ipynb #157f3edb
-def _write_side(folder, side, batches, encoder, note_every=8):
-    "Write one side to folder/side.bin; its offsets come back."
+def write_side(folder,   # a `Path`, there already
+               side:str, # train | val
+               batches,  # iterator of lists of texts, the same at every call
+               encoder,  # from `make_encoder`
+               note_every:int=8,  # batches between notes of how far it is
+):                       # offsets, int64, (n + 1,)
+    "Write one side to folder/side.bin, going on where an earlier call stopped; a `LabError` for an empty document."
     parts = {kind: folder/f'.{side}.{kind}.partial' for kind in ('bin', 'sizes')}
     note = folder/f'.{side}.json'
     state = read_json(note) if note.exists() and all(part.exists() for part in parts.values()) else dict(batches=0, tokens=0, documents=0)
@@ -214,6 +219,13 @@ def _alone(folder):
         yield
 
 
+def token_folder(outputs:str,  # folder of all runs
+                 **source,     # what the tokens are made from: the arguments of `prepare_tokens`
+)->Path:                       # outputs/tokens/<hash of the source>
+    "Where runs on the same source share their token files."
+    return find_path(outputs)/'tokens'/f"{re.sub(r'[^a-z]+', '-', source['data'].lower()).strip('-')}-{short_hash(source)}"
+
+
 def prepare_tokens(folder,         # train.bin, val.bin and what belongs to them
                    data:str,       # as for `document_stream`
                    tokenizer:str,  # as for `make_encoder`
@@ -231,7 +243,7 @@ def prepare_tokens(folder,         # train.bin, val.bin and what belongs to them
         encoder, facts = make_encoder(tokenizer), {}
         for side, most in (('train', documents), ('val', valid_documents)):
             if not (folder/f'{side}.bin').exists() or not (folder/f'{side}_offsets.npy').exists():
-                np.save(folder/f'{side}_offsets.npy', _write_side(folder, side, document_stream(data, side, most, **options), encoder))
+                np.save(folder/f'{side}_offsets.npy', write_side(folder, side, document_stream(data, side, most, **options), encoder))
             offsets = np.load(folder/f'{side}_offsets.npy')
             if len(offsets) < 2: raise LabError(f'{data} gives no {side} document: change valid_share or add documents')
             facts[side] = dict(documents=len(offsets) - 1, tokens=int(offsets[-1]), sha256=sha256_of(folder/f'{side}.bin'))
@@ -241,14 +253,7 @@ def prepare_tokens(folder,         # train.bin, val.bin and what belongs to them
         write_json(folder/'tokens.json', facts)
         return facts
 
-# %% ../nbs/06_token_files.ipynb #64a285f8
-def token_folder(outputs:str,  # folder of all runs
-                 **source,     # what the tokens are made from: the arguments of `prepare_tokens`
-)->Path:                       # outputs/tokens/<hash of the source>
-    "Where runs on the same source share their token files."
-    return find_path(outputs)/'tokens'/f"{re.sub(r'[^a-z]+', '-', source['data'].lower()).strip('-')}-{short_hash(source)}"
-
-
+# %% ../nbs/06_token_files.ipynb #c8a66470
 def read_token_file(folder,             # from `prepare_tokens`, or any with train.bin
                     side:str='train',   # train | val
 )->TokenFile:

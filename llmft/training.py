@@ -58,7 +58,9 @@ def step_shares(examples:Examples,  # all training examples
     return [share + [blank] * (most - len(share)) for share in shares]
 
 
-def targets_of(shares)->int: return sum(batch.supervised for share in shares for batch in share)
+def targets_of(shares)->int:
+    "Number of targets of all micro-batches of all processes."
+    return sum(batch.supervised for share in shares for batch in share)
 
 
 def step_batches(examples:Examples,  # all training examples

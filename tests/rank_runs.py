@@ -3,7 +3,7 @@ import copy, json, os, shutil, sys
 from pathlib import Path
 
 quantised = ('nf4', 'lora')
-BASE = dict(learning_rate=1e-2, max_steps=6, batch_size=2, gradient_accumulation=2, max_length=24, save_every=3, eval_every=3, keep_best=False, clip=.3, warmup_ratio=0., schedule='constant')
+BASE = dict(learning_rate=1e-2, max_steps=4, batch_size=2, gradient_accumulation=2, max_length=24, save_every=2, eval_every=2, keep_best=False, clip=.3, warmup_ratio=0., schedule='constant')
 
 
 def examples(count=40, length=24, seed=0):

@@ -1,5 +1,5 @@
 """The account of operations under kills and crowds, the grammar, and the study's sweeps."""
-import itertools, json, os, re, signal, subprocess, sys, textwrap, time
+import contextlib, io, itertools, json, os, re, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -22,6 +22,16 @@ def python(text, *arguments, wait=True):
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-2000:]
     return out
+
+
+def here(text, *arguments):
+    "Run Python `text` in this process; what it printed."
+    out, before = io.StringIO(), sys.argv
+    sys.argv = ['-c', *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out): exec(compile(textwrap.dedent(text), 'here', 'exec'), {'__name__': '__main__'})
+    finally: sys.argv = before
+    return out.getvalue()
 
 
 # ---- the rules of the study
@@ -71,6 +81,8 @@ def test_booking_twice_counts_once_and_a_half_line_is_cut(tmp_path):
     for _ in range(3):
         assert account.reserve('a', 1, 40., 1.)
         account.book('a', 1, 40., 1., 5)
+    full = Account(account.path, budget=40)
+    assert full.reserve('a', 1, 40., 1.) and not full.reserve('a', 2, 1., 1.), 'a step that is there already needs no room'
     whole = account.path.read_bytes()
     for cut in range(1, 30, 7):
         account.path.write_bytes(whole + b'{"run": "b", "kind": "booked", "what": "train"'[:cut])
@@ -122,20 +134,20 @@ def lines_of(path): return sorted((line['run'], line['step'], line['study'], lin
 
 def test_the_account_is_exact_after_kill_and_resume(tmp_path):
     for name in ('calm', 'killed'): (tmp_path/name).mkdir()
-    calm = python(run_of_three, tmp_path/'calm', 0, 0, 'run')
+    calm = here(run_of_three, tmp_path/'calm', 0, 0, 'run')
     process = python(run_of_three, tmp_path/'killed', 7, 0, 'run', wait=False)
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
     early = statement(Account(tmp_path/'killed/ledger.jsonl'))[0]
     assert (early['steps'], early['open']) == (7, 1)
-    again = python(run_of_three, tmp_path/'killed', 0, 0, 'run')
+    again = here(run_of_three, tmp_path/'killed', 0, 0, 'run')
     assert 'resumed at step 4' in again and again.splitlines()[-1] == calm.splitlines()[-1]
     assert lines_of(tmp_path/'killed/ledger.jsonl') == lines_of(tmp_path/'calm/ledger.jsonl')
     row, whole = statement(Account(tmp_path/'killed/ledger.jsonl'))
     assert (row['steps'], row['open']) == (9, 0) and whole['hardware'] == pytest.approx(float(calm.split()[-2]))
     # the same run with a budget that ends inside it stops at that step, evaluates and says so
     studies = [line[2] for line in lines_of(tmp_path/'calm/ledger.jsonl')]
-    bound = python(run_of_three, tmp_path, 0, sum(studies[:5]) + studies[5]/2, 'bound').split('\n')[-2].split()
+    bound = here(run_of_three, tmp_path, 0, sum(studies[:5]) + studies[5]/2, 'bound').split('\n')[-2].split()
     assert bound[:3] == ['FLOP', 'budget', '5'] and bound[-1] == 'True'
 
 

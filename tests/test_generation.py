@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 
 from llmft.adapters import add_lora
 from llmft.core import LabError
-from llmft.decoder import LeanDecoder, ModelDecoder, decoder_for, is_lean
+from llmft.decoder import LeanDecoder, ModelDecoder, is_lean, linear_map
 from llmft.generation import choose, complete, generate
 from llmft.models import load_model, presets
 from llmft.tokens import load_tokenizer
@@ -56,9 +56,10 @@ def test_logits_of_ragged_batches_are_those_of_single_rows(shape):
     model, rows = model_of(shape), [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
     more = torch.randint(1, 511, (12, 3), generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[0]*(7 - len(row)) + row for row in rows])
-    for way in {ModelDecoder, type(decoder_for(model, 8))}:
+    ways = [lambda: ModelDecoder(model, 19)] + [lambda: LeanDecoder(model, 19, 3, steps) for steps in (0, 16) if is_lean(model)]
+    for way in ways:
         with torch.no_grad():
-            decoder = way(model, 19)
+            decoder = way()
             logits = [decoder.begin(ids, torch.tensor([7 - len(row) for row in rows])), *(decoder.step(step) for step in more)]
             for number, row in enumerate(rows):
                 alone = model(torch.tensor([[*row, *more[:, number].tolist()]])).logits[0, len(row) - 1:]
@@ -77,6 +78,21 @@ def test_adapters_and_quantised_layers_decode_as_in_the_model(shape, quantisatio
     assert model.training and made.ids == [theirs(model.eval(), prompt, 8) for prompt in ([5, 6, 7], [8])]
     with model.disable_adapter(): off = generate(model, [[5, 6, 7]], 8).ids
     assert off == generate(load_model(f'preset:{shape}', quantisation=quantisation), [[5, 6, 7]], 8).ids != made.ids[:1]
+
+
+@pytest.mark.parametrize('rows', [1, 2, 16])
+@pytest.mark.parametrize('bias', [False, True])
+def test_special_products_are_the_usual_one(rows, bias):
+    layer, inputs = torch.nn.Linear(1024, 4096, bias=bias), torch.randn(rows, 1024)
+    with torch.no_grad():
+        ways = [linear_map(layer, rows, packs) for packs in (False, True)]
+        for way in ways: torch.testing.assert_close(way(inputs), layer(inputs), atol=1e-4, rtol=0)
+    assert (ways[1].__qualname__ if rows > 2 else ways[0].__qualname__).split('.')[0] == ('_packed' if rows > 2 else '_in_stripes')
+
+
+def test_a_packed_batch_gives_the_tokens_of_transformers():
+    model, prompts = model_of('base'), [[7 + row, 300 + row, 12] for row in range(5)]
+    assert generate(model, prompts, 20).ids == [theirs(model, prompt, 20) for prompt in prompts]
 
 
 def test_trained_weights_are_read_and_not_remembered():

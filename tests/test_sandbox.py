@@ -29,7 +29,7 @@ def test_a_good_program_passes(guarded):
 @pytest.mark.parametrize('program', [
     'import os\nwhile True: os.fork()',
     'import subprocess; subprocess.run(["true"])',
-    'import os; os.system("true")',
+    'import os\nif os.system("true"): raise PermissionError',
     'import multiprocessing as m; p = m.Process(target=print); p.start(); p.join(); assert p.exitcode == 0',
     'import os; os.kill(os.getppid(), 9)',
     f'open({str(outside)!r}, "w")',
@@ -79,7 +79,7 @@ def test_memory_output_and_files_have_limits(guarded):
     assert printed.status == 'output' and len(printed.stdout) <= 2**16
     many = run_program('for n in range(10**9): open(str(n), "w").write("x" * 10**5)', seconds=30, file_mb=1)
     assert many.status == 'output', many
-    assert run_program('import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()', seconds=20).status in ('failed', 'killed', 'memory')
+    assert run_program('import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()', seconds=2).status in ('failed', 'killed', 'memory', 'timeout')
 
 
 @pytest.mark.parametrize('program', ['import os; os._exit(0)', 'import sys; sys.exit(0)', 'exit()', 'raise SystemExit', 'import os, signal; os.kill(os.getpid(), signal.SIGKILL)', 'x ='])

@@ -9,6 +9,7 @@ import pytest
 root = Path(__file__).parent.parent
 missing = [package for package in ('mkdocs', 'material', 'playwright') if importlib.util.find_spec(package) is None]
 pytestmark = [pytest.mark.serial, pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed: pip install -e '.[docs]'")]
+timed_out = __import__('playwright.sync_api', fromlist=['TimeoutError']).TimeoutError if not missing else TimeoutError
 chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
 phone, desk = dict(width=390, height=844), dict(width=1280, height=900)
@@ -122,10 +123,12 @@ def test_reference_lists_every_parameter(site, pages):
 @pytest.fixture(scope='module')
 def address(site):
     "The site on this machine."
-    handler = type('Quiet', (http.server.SimpleHTTPRequestHandler,), dict(log_message=lambda *_: None))
-    server = http.server.ThreadingHTTPServer(('localhost', 0), functools.partial(handler, directory=str(site['folder'])))
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_): pass
+        def translate_path(self, path): return super().translate_path(path.removeprefix('/llmft'))  # as published, below the project's name
+    server = http.server.ThreadingHTTPServer(('localhost', 0), functools.partial(Handler, directory=str(site['folder'])))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f'http://localhost:{server.server_address[1]}/'
+    yield f'http://localhost:{server.server_address[1]}/llmft/'
     server.shutdown()
 
 
@@ -188,9 +191,14 @@ def test_concepts_have_figures(browser, address, pages):
 
 def search(page, words):
     "The titles and addresses that the site's search gives."
-    page.locator('label[for=__search]').first.click() if page.viewport_size['width'] < 960 else page.locator('.md-search__input').click()
-    page.locator('.md-search__input').fill(words)
-    page.wait_for_selector('.md-search-result__link', timeout=20_000)
+    box = page.locator('.md-search__input')
+    box.click()
+    for _ in range(20):  # what is typed before the index has come is not answered
+        box.fill('')
+        box.press_sequentially(words)
+        with contextlib.suppress(timed_out):
+            page.wait_for_selector('.md-search-result__link', timeout=3_000)
+            break
     return page.eval_on_selector_all('.md-search-result__link', 'links => links.map(link => link.getAttribute("href"))')
 
 
@@ -207,7 +215,7 @@ def test_opened_as_a_file_it_shows_and_searches(browser, site):
     home = f"file://{site['folder']}/"
     with tab(browser, [home], viewport=desk) as (page, trouble):
         page.goto(home + 'training.html')
-        assert page.locator('h1').inner_text() == 'training'
+        assert page.locator('h1').inner_text().startswith('training')
         assert any('sweeps.html' in link for link in search(page, 'expand sweep'))
         assert not trouble, trouble
 
@@ -217,7 +225,7 @@ def test_text_can_be_read_in_both_colour_schemes(browser, address, scheme):
     "Contrast of text on its ground: 4.5 at least (WCAG AA), for body, links, code, tables and captions."
     script = '''() => { const parse = c => c.match(/[\\d.]+/g).map(Number), light = c => { const [r, g, b] = parse(c).map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b };
       const ground = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor; if (parse(c).length < 4 || parse(c)[3] > 0) return c } return 'rgb(255,255,255)' };
-      return ['article p', 'article a', 'article pre code span', 'article td', 'article th', '.lead', '.md-nav__link', '.md-footer__title'].flatMap(s => [...document.querySelectorAll(s)].slice(0, 40).map(e => {
+      return ['article p', 'article a:not(.headerlink)', 'article pre code span', 'article td', 'article th', '.lead', '.md-nav__link', '.md-footer__title'].flatMap(s => [...document.querySelectorAll(s)].slice(0, 40).map(e => {
         const [a, b] = [light(getComputedStyle(e).color), light(ground(e))].sort((x, y) => y - x); return [s, (a + .05) / (b + .05), e.textContent.slice(0, 30)] })) }'''
     with tab(browser, [address], viewport=desk, color_scheme=scheme) as (page, trouble):
         page.goto(address + 'losses.html')

@@ -207,6 +207,8 @@ t.prepare_tokens({str(tmp_path/'a')!r}, 'simulated:predator_prey', 'characters:a
     assert subprocess.run([sys.executable, '-c', text], cwd=root, capture_output=True).returncode == -signal.SIGKILL
     left = (tmp_path/'a'/'.train.bin.partial').stat().st_size
     assert 0 < left < 300 * 65 * 2
+    for part in ('bin', 'sizes'):  # what was written after the last note
+        with (tmp_path/'a'/f'.train.{part}.partial').open('ab') as file: file.write(bytes(range(48)))
     resumed = prepare_tokens(tmp_path/'a', 'simulated:predator_prey', 'characters:abcdefghijklmno', 300, 8, batch=10)
     fresh = prepare_tokens(tmp_path/'b', 'simulated:predator_prey', 'characters:abcdefghijklmno', 300, 8, batch=10)
     assert resumed == fresh and (tmp_path/'a'/'train.bin').read_bytes() == (tmp_path/'b'/'train.bin').read_bytes()

@@ -145,7 +145,7 @@ def api_entry(module, name, page, shown='', level=3):
     if node is None: return with_links(shown, page)
     rows, notes = arguments(node), module_source(module)[2]
     address = f'{repository}/blob/{branch}/llmft/{module}.py#L{node.lineno}'
-    text = [f'{"#" * level} {name.replace("_", chr(92) + "_")} {{ #{name.lower()} .api }}', f'<a class="source" href="{address}">source</a>', f'```python {{ .signature }}\n{signature(node, name, rows)}\n```']
+    text = [f'{"#" * level} {name.replace("_", chr(92) + "_")} {{ #{name.lower()} .api }}', f'<a class="source" data-search-exclude href="{address}">source</a>', f'```python {{ .signature }}\n{signature(node, name, rows)}\n```']
     if promise := ast.get_docstring(node): text.append(linked(promise, page))
     meaning = lambda line: cell_text(linked(notes.get(line, ''), page))
     lines = [f'| {code_span(argument)} | {code_span(shown_type(kind))} | {code_span(default_of(default))} | {meaning(line)} |' for argument, kind, default, line in rows]
@@ -191,7 +191,7 @@ def code_cell(cell, page, module, folder, count):
     source = source_of(cell)
     if source.startswith('try: import google.colab'): return ''
     parts = [] if re.search(r'^#\s*\|\s*echo:\s*false', cell.source, flags=re.MULTILINE) or not source.strip() else [f'````python\n{source}\n````']
-    outputs = ''.join(output_html(output, {}) for output in cell.outputs)
+    outputs = re.sub(r' (?:href|id)="#?[^":]*"', '', ''.join(output_html(output, {}) for output in cell.outputs))  # anchors of a page within the page
     if outputs: parts.append(f'<div class="output" data-search-exclude>{saved_images(outputs, folder, Path(page).stem, count)}</div>')
     return '\n\n'.join(parts)
 
