@@ -270,7 +270,7 @@ def memory_breakdown(config,                       # a transformers config
     tensors, number = trained_tensors(config, method, rank, targets), word if full else 4
     gradients = number*sum(size*count for size, count in tensors)
     parts = dict(weights=weight_bytes(config, precision, quantisation) + (0 if full else gradients), gradients=gradients, optimiser=optimiser_bytes(tensors, optimiser, number))
-    parts |= _divided(parts, _choice('strategy', strategy, strategies), nproc, _ends_and_two_layers(shape, parts['weights']), full)
+    parts |= _divided(parts, _choice('strategy', strategy, strategies), nproc, _whole(config, shape, parts['weights'], strategy), full)
     passing, last = _passing(config, shape, tokens, word, gradient_checkpointing, loss_chunk_bytes, quantisation != 'none' and shape.quantisable,
         dict(tokens=tokens, longest=longest, precision=precision, full=full, adapted=_adapters(config, 0 if full else rank, targets), rank=rank, lora_dropout=lora_dropout, device=device, mixed=mixed))
     head = shape.words*shape.width if full else 0
@@ -284,8 +284,9 @@ def memory_breakdown(config,                       # a transformers config
     return parts | dict(total=max(moments.values()))
 
 
-def _ends_and_two_layers(shape, weights):
+def _whole(config, shape, weights, strategy):
     "The share of `weights`, in bytes, that is whole in every process while the rest is divided."
+    if strategy == 'zero3': return round(weights*min(1, 1e9/parameter_count(config)['total']))
     layer = sum(linear.size for linear in shape.linears)
     return round(weights*min(1, (shape.words*shape.width*(2 - shape.tied) + 2*layer)/(shape.words*shape.width*(2 - shape.tied) + shape.layers*layer)))
 
@@ -293,7 +294,7 @@ def _ends_and_two_layers(shape, weights):
 def _divided(parts, strategy, nproc, whole, full):
     "Weights, gradients and optimiser of one of `nproc` processes, and what it holds besides in order to work with them."
     mine = {name: -(-parts[name]//nproc) if name in strategies[strategy] else parts[name] for name in ('weights', 'gradients', 'optimiser')}
-    gathered = whole*(1 + full) if 'weights' in strategies[strategy] and nproc > 1 else parts['gradients'] if strategy == 'ddp' and nproc > 1 else 0
+    gathered = whole*(1 + (full and strategy == 'fsdp2')) if 'weights' in strategies[strategy] and nproc > 1 else parts['gradients'] if strategy == 'ddp' and nproc > 1 else 0
     return mine | (dict(gathered=gathered) if gathered else {})
 
 
