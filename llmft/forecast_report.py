@@ -21,8 +21,8 @@ published = dict(
             (3, 5e-5, 2): 1.748, (3, 5e-5, 4): 1.760, (3, 5e-5, 8): 1.590, (3, 1e-4, 2): 1.373, (3, 1e-4, 4): 1.382, (3, 1e-4, 8): .835},
     context={128: .620, 512: .561, 768: .598},
     final=dict(valid_mae=.2185, step=4500),
-    test=[dict(run='published: untrained, p2', mae=357.2, mae_median=3.80, n=150), dict(run='published: untrained, p3', mae=3805.9, mae_median=4.38, n=150),
-          dict(run='published: LoRA, p2', mae=.974, mae_median=.849, mse=2.743, n=150)],
+    test=[dict(run='published: untrained, p2', mae=357.2, mae_median=3.80, trajectories=150), dict(run='published: untrained, p3', mae=3805.9, mae_median=4.38, trajectories=150),
+          dict(run='published: LoRA, p2', mae=.974, mae_median=.849, mse=2.743, trajectories=150)],
     flops=1.0303e17, hours=dict(search=4.5, context=1., final=.83))
 
 
@@ -282,7 +282,7 @@ def context_figure(rows:list,  # dicts with context_length, valid_mae, flops_stu
     plot, axes = panels(1, 2, 'Length of training windows', note, 2.8)
     for axis, name, label, colour in zip(axes[0], ('valid_mae', 'flops_study'), ('validation MAE, scaled units', "operations, the study's rules"), palette):
         axis.plot([row['context_length'] for row in rows], [row.get(name) if known(row.get(name)) else np.nan for row in rows], 'o-', color=colour, markersize=5)
-        axis.set(xlabel='context, tokens', ylabel=label, ylim=(0, None))
+        axis.set(xlabel='context, tokens', ylabel=label, ylim=(0, 1.15*max([row[name] for row in rows if known(row.get(name))], default=1)))
         axis.set_xticks([row['context_length'] for row in rows])
     return plot
 
