@@ -14,7 +14,7 @@ from .adapters import add_lora
 from .bench import Block, peer_data, run_python, watch
 from .core import LabError, nearest, require
 from .meter import Meter
-from .models import load_model
+from .models import load_model, model_config
 from .recipe import Recipe
 from .tokens import Examples
 from .training import LossModel, accumulate, evaluate_loss, fit, step_batches
@@ -135,7 +135,7 @@ def instruct_memory(way:str,                 # one of `ways`
 )->dict:                                     # peak_bytes above what the process held with the model loaded
     "Peak memory of training in this process. For a process of its own, as `measured` makes it."
     from llmft.bench import log_normal_documents
-    rows = rows or log_normal_documents(2 * setting.batch_size * setting.accumulation, 4096, setting.seed, median=setting.max_length / 4, spread=.6, high=setting.max_length)
+    rows = rows or log_normal_documents(2 * setting.batch_size * setting.accumulation, model_config(setting.model).vocab_size, setting.seed, median=setting.max_length / 4, spread=.6, high=setting.max_length)
     with tempfile.TemporaryDirectory() as folder:
         if way.startswith('ours'):
             model = instruct_model(setting, 'documents')
