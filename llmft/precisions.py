@@ -47,7 +47,8 @@ class Int4Linear(torch.nn.Module):
         self.out_features, self.in_features = layer.weight.shape
         self.group = group_for(self.out_features, self.in_features)
         codes_OI, scales_GO2 = four_bits(layer.weight.detach(), self.group)
-        packed = torch._convert_weight_to_int4pack_for_cpu(codes_OI, 1) if codes_OI.device.type == 'cpu' else torch._convert_weight_to_int4pack((codes_OI[:, ::2] << 4 | codes_OI[:, 1::2]).byte(), 8)
+        tiles = next(tiles for tiles in (8, 4, 2) if self.in_features % (16*tiles) == 0)
+        packed = torch._convert_weight_to_int4pack_for_cpu(codes_OI, 1) if codes_OI.device.type == 'cpu' else torch._convert_weight_to_int4pack((codes_OI[:, ::2] << 4 | codes_OI[:, 1::2]).byte(), tiles)
         self.multiply = torch._weight_int4pack_mm_for_cpu if codes_OI.device.type == 'cpu' else torch._weight_int4pack_mm
         for name, tensor in (('packed', packed), ('scales', scales_GO2), ('bias', layer.bias.detach().bfloat16() if layer.bias is not None else None)): self.register_buffer(name, tensor)
 
