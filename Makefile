@@ -1,17 +1,18 @@
-# make report | test | lab | docs | readme | install       PYTHON=python3.12 chooses the Python that .venv is made with
+# make report | test | lab | docs | docs-serve | readme | install       PYTHON=python3.12 chooses the Python that .venv is made with
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 export PYTHONNOUSERSITE = 1
 
-.PHONY: help report test lab docs readme install
+.PHONY: help report test lab docs docs-serve readme install
 help:
 	@echo 'make report   install, fine-tune the small base model three ways and open the way to the reports (minutes)'
 	@echo 'make test     every notebook and tests/, on two processes'
 	@echo 'make lab      JupyterLab on the notebooks (LAB=--no-browser and the like are passed on)'
 	@echo 'make readme   README.md from nbs/index.ipynb'
-	@echo 'make docs     the docs site, or what it is made from where Quarto is missing'
+	@echo 'make docs     the docs site, in _docs'
+	@echo 'make docs-serve  shows it on localhost (PORT=8000), and builds it first where there is none'
 	@echo 'make install  only make .venv and install into it'
 
 .venv/installed: settings.ini setup.py pyproject.toml tools/install.sh
@@ -22,7 +23,12 @@ install: .venv/installed
 report: install
 	@HF_HUB_OFFLINE=1 $(BIN)/llmft run params/sweeps/quickstart.yaml
 
-test: install
+# What the docs and their tests need beside the rest; make report does not.
+.venv/docs: .venv/installed
+	@$(BIN)/python -m pip install -q --progress-bar off --disable-pip-version-check -e '.[docs]' 2> >(grep -v 'is ignored: it is neither' >&2)
+	@touch .venv/docs
+
+test: .venv/docs
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests
 
 lab: install
@@ -31,5 +37,8 @@ lab: install
 readme: install
 	@$(BIN)/python tools/readme.py
 
-docs: install
+docs: .venv/docs
 	@$(BIN)/python tools/docs.py
+
+docs-serve: .venv/docs
+	@$(BIN)/python tools/docs.py --serve --port $(or $(PORT),8000)

@@ -23,6 +23,11 @@ def _adaptable(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
+def _linear_names(model):
+    "Last parts of the names of all linear maps of `model` but its output head."
+    return sorted({name.rsplit('.', 1)[-1] for name, module in _adaptable(model).items() if module is not output_head(model) and not isinstance(module, torch.nn.Embedding)})
+
+
 def _check_targets(model, targets):
     "A `LabError` unless each of `targets` names modules of `model` whose weights are their own."
     modules = _adaptable(model)
@@ -60,7 +65,8 @@ def add_lora(model,             # a model from `load_model`, quantised or not; i
     if not (alpha > 0 and math.isfinite(alpha)): raise LabError(f'alpha is {alpha}: give a positive number, often twice the rank')
     _check_targets(model, targets)
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets[0] if targets == ['all-linear'] else targets,
+    if targets == ['all-linear']: targets = _linear_names(model)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets,
         task_type='CAUSAL_LM', fan_in_fan_out=transposed)
     with _own_seed(seed): return get_peft_model(model, config)
 

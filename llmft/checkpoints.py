@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np, torch
 from safetensors.torch import load_file, save_file
 from .core import LabError, jsonable, sha256_of, write_json
+from .shards import Piece, part_file, part_groups, save_pieces
 
 # %% ../nbs/21_checkpoints.ipynb #c87a1c61
 def optimiser_state(optimiser,     # a torch or bitsandbytes optimiser
@@ -67,31 +68,54 @@ def _flush(path):
     finally: os.close(handle)
 
 
+def _write_groups(partial, groups, rank)->dict:
+    "Write the groups of one process; file name -> hash."
+    files = []
+    for stem, tensors in groups.items():
+        pieces = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Piece)}
+        files.append(partial/(part_file(stem, rank) if pieces else f'{stem}.safetensors'))
+        if pieces: save_pieces(pieces, files[-1])
+        else: save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, files[-1])
+    for file in files: _flush(file)
+    return {file.name: sha256_of(file) for file in files}
+
+
+def _seal(partial, target, hashes, state):
+    "Make the files in `partial` the checkpoint `target`."
+    write_json(partial/'state.json', state)
+    _flush(partial/'state.json')
+    write_json(partial/'manifest.json', {**hashes, 'state.json': sha256_of(partial/'state.json')})
+    if target.exists(): shutil.rmtree(target)
+    os.replace(partial, target)
+    _flush(target.parent)
+
+
 def save_checkpoint(folder,         # the run's checkpoints folder
                     step:int,       # optimiser steps done
-                    groups:dict,    # file stem -> {name: tensor}
+                    groups:dict,    # file stem -> {name: tensor, or the `Piece` of it that this process holds}
                     state:dict,     # everything else, JSON-like
+                    rank:int=0,     # number of this process; all of them call
+                    gather=lambda value: [value],  # gives every process the values of all, in the order of their ranks
 )->Path:                            # folder/step-000040
-    "Write one checkpoint beside its place and rename it there; a `LabError` when the disk is full."
-    folder = Path(folder)
+    "Write one checkpoint beside its place and rename it there; a `LabError` in every process when the disk of one is full."
+    folder, failure, hashes = Path(folder), None, {}
     target, partial = folder/f'step-{step:06d}', folder/f'.step-{step:06d}.partial'
-    shutil.rmtree(partial, ignore_errors=True)
+    if rank == 0: shutil.rmtree(partial, ignore_errors=True)
+    gather(None)  # nobody writes before the old files are gone
     try:
-        partial.mkdir(parents=True)
-        for stem, tensors in groups.items():
-            save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, partial/f'{stem}.safetensors')
-        write_json(partial/'state.json', state)
-        files = sorted(partial.iterdir())
-        for file in files: _flush(file)
-        write_json(partial/'manifest.json', {file.name: sha256_of(file) for file in files})
-        if target.exists(): shutil.rmtree(target)
-        os.replace(partial, target)
-        _flush(folder)
+        partial.mkdir(parents=True, exist_ok=True)
+        hashes = _write_groups(partial, groups, rank)
+    except Exception as error: failure = error
+    try:
+        told = gather((hashes, failure and f'{type(failure).__name__}: {failure}'))
+        if other := next((why for _, why in told if why), None): raise failure or LabError(f'another process could not write checkpoint {step}: {other}')
+        if rank == 0: _seal(partial, target, {name: digest for written, _ in told for name, digest in written.items()}, state)
     except Exception as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if rank == 0: shutil.rmtree(partial, ignore_errors=True)
         if getattr(error, 'errno', None) == errno.ENOSPC or 'No space left' in str(error):
             raise LabError(f'the disk is full: checkpoint {step} was not written to {folder}; earlier ones are intact. Free some space and run again to resume') from None
         raise
+    gather(None)  # nobody goes on before it stands
     return target
 
 # %% ../nbs/21_checkpoints.ipynb #a25a601f
@@ -112,10 +136,11 @@ def checkpoints(folder)->list:
 
 
 def load_checkpoint(checkpoint:Path)->tuple:
-    "(groups of tensors, state) of one checkpoint; a `LabError` that says what is damaged."
+    "(stem -> mapping of names to whole tensors, state) of one checkpoint; a `LabError` that says what is damaged."
     problem = damage(checkpoint)
     if problem: raise LabError(f'checkpoint {checkpoint} is damaged: {problem}')
-    return {file.stem: load_file(file) for file in checkpoint.glob('*.safetensors')}, json.loads((checkpoint/'state.json').read_text())
+    whole = {file.stem: load_file(file) for file in checkpoint.glob('*.safetensors') if '.part' not in file.name}
+    return whole | part_groups(checkpoint), json.loads((checkpoint/'state.json').read_text())
 
 
 def latest_checkpoint(folder,     # the run's checkpoints folder

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['headline', 'app', 'text_table', 'show_table', 'is_sweep', 'jobs_of', 'run_here', 'run_jobs', 'is_single',
            'metrics_of', 'key_metrics', 'closing', 'status_of', 'exit_status', 'standing', 'as_json', 'run_command',
-           'run_row', 'ls_command', 'params_command', 'plan_row', 'plan_command', 'call', 'main']
+           'run_row', 'ls_command', 'params_command', 'verify_command', 'plan_row', 'plan_command', 'call', 'main']
 
 # %% ../nbs/55_cli.ipynb #944647c5
 import json, os, shutil, sys
 from datetime import datetime
 from pathlib import Path
 import typer
+from .clusters import cluster_settings
 from .core import LabError, find_path, read_json
 from .execute import execute_run, row_text
 from .params import find_notebook, read_parameters, read_yaml, resolve_params, shown
@@ -81,15 +82,17 @@ def run_here(point,           # a `Point`
 def run_jobs(jobs:list,        # as from `jobs_of`
              workers:int=1,    # worker processes for sweeps, and for several configs
              fresh:bool=False, # run again what is done
+             cluster:str='',   # address of a Dask scheduler, or slurm; '' for this machine
+             settings=None,    # of the cluster
 )->list:                       # how each run ended
     "Do all work of a call; it ends early when a run is interrupted."
     if workers < 1: raise LabError(f'--workers {workers}: give at least 1')
     if workers > 1: jobs = [[sum((stages[0] for stages in jobs if is_single(stages)), [])], *(stages for stages in jobs if not is_single(stages))]
     results = []
     for stages in filter(lambda stages: stages[0], jobs):
-        if is_single(stages): results.append(run_here(stages[0][0], fresh))
+        if is_single(stages) and not cluster: results.append(run_here(stages[0][0], fresh))
         else:
-            results += run_stages(stages, workers, fresh, lambda line: print(line, flush=True))
+            results += run_stages(stages, workers, fresh, lambda line: print(line, flush=True), cluster, settings)
             print(sweep_report(results[-sum(map(len, stages)):]))
         if any(result['status'] == 'interrupted' for result in results): break
     return results
@@ -162,11 +165,13 @@ def run_command(
     override:list[str]=typer.Option([], '-p', metavar='NAME=VALUE', help='Set a parameter; may be repeated.', show_default=False),  # texts name=value
     workers:int=typer.Option(1, '--workers', help='Worker processes for sweeps and for several configs.'),  # processes
     fresh:bool=typer.Option(False, '--fresh', help='Run again what is already done.'),  # ignore finished runs
+    cluster:str=typer.Option('', '--cluster', help='Run on the workers of a Dask scheduler (tcp://host:8786) or on SLURM (slurm, with -p queue=... and the like).', show_default=False),  # where
     as_object:bool=typer.Option(False, '--json', help='End the output with one JSON object.'),  # for scripts
 ):
     "Run experiments: one run per config, or all points of a sweep."
+    settings, override = cluster_settings(cluster, override)
     jobs = jobs_of(params, override, small)
-    try: results = run_jobs(jobs, workers, fresh)
+    try: results = run_jobs(jobs, workers, fresh, cluster, settings)
     except KeyboardInterrupt: results = [standing(point) for stages in jobs for stage in stages for point in stage]
     print(closing(results))
     if status_of(results) == 'interrupted': print('llmft: interrupted: the same command goes on from the last checkpoint', file=sys.stderr)
@@ -204,6 +209,23 @@ def params_command(
     rows = [dict(name=p.name, type=p.type, default=p.default if as_object else json.dumps(p.default, ensure_ascii=False), meaning=p.help) for p in read_parameters(notebook)]
     if as_object: print(json.dumps(dict(notebook=find_notebook(notebook).stem, parameters=rows), ensure_ascii=False))
     else: show_table(rows, ['name', 'type', 'default', 'meaning'])
+
+# %% ../nbs/55_cli.ipynb #a78cbf68
+@app.command('verify')
+def verify_command(
+    certificate:str=typer.Argument(..., help='A certificate, as sublora_bounds writes it.', show_default=False),  # path
+    data:str=typer.Option('', '--data', metavar='PATH', help='Folder of the token files, when it is not where the certificate says.', show_default=False),  # folder
+    as_object:bool=typer.Option(False, '--json', help='Print one JSON object instead of the table.'),  # for scripts
+):
+    "Check a certificate: rebuild its model, score it again, recompute its claims."
+    from llmft.certificates import verify
+    found = verify(certificate, data or None)
+    holds = all(claim['holds'] for claim in found.values())
+    if as_object: print(json.dumps(dict(status='holds' if holds else 'does not hold', claims=found)))
+    else:
+        show_table([dict(claim=name, claimed=f"{claim['claimed']:.3f}", recomputed=f"{claim['recomputed']:.6f}", holds='yes' if claim['holds'] else 'NO') for name, claim in found.items()], ['claim', 'claimed', 'recomputed', 'holds'])
+        print(f"{certificate}: {'every claim holds' if holds else 'NOT every claim holds'}")
+    return 0 if holds else 1
 
 # %% ../nbs/55_cli.ipynb #3bf5d1b3
 def plan_row(point,     # a `Point`
@@ -246,7 +268,7 @@ def call(arguments:list)->int:
     except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if not hasattr(error, 'format_message'): raise
-        command = f'llmft {arguments[0]}' if arguments[0] in ('run', 'ls', 'params', 'plan') else 'llmft'
+        command = f'llmft {arguments[0]}' if arguments[0] in ('run', 'ls', 'params', 'plan', 'verify') else 'llmft'
         refuse(f"{' '.join(error.format_message().split())} ({command} --help shows what there is)")
     return 2
 

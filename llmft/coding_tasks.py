@@ -23,7 +23,8 @@ def program_of(task:Task,    # its `setup`, `lead`
     "The program that an answer stands for."
     fenced = re.search(r'```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)', answer, flags=re.DOTALL)
     code = (fenced[1] if fenced else answer).replace('\r\n', '\n')
-    if task.lead and not re.match(r'\s*\n*(def|class|import|from|async|@)\b', code) and not re.search(r'^def ', code, flags=re.MULTILINE) or (task.lead and code[:1] in ' \t'): code = _body(code)
+    defines = re.search(r'^(async def|def|class|import|from|@)', code, flags=re.MULTILINE)
+    if task.lead and (code.strip('\n')[:1].isspace() or not defines): code = _body(code)
     return '\n'.join(part.rstrip('\n') for part in (task.setup, task.lead, code) if part) + '\n'
 
 
@@ -109,7 +110,7 @@ def score(attempts:list,  # of `Attempt`, equally many for each problem
     for k in ks:
         values = [pass_at_k(found['samples'], sum(each), k) for each in by_name.values()]
         mean = sum(values) / n
-        found |= {f'pass@{k}': mean, f'pass@{k}_error': math.sqrt(sum((value - mean)**2 for value in values) / (n - 1) / n) if n > 1 else None}
+        found |= {f'pass@{k}': mean, f'pass@{k}_error': math.sqrt(sum((value - mean)**2 for value in values) / (n - 1) / n) if len(set(values)) > 1 else None}
     return found
 
 # %% ../nbs/34_coding_tasks.ipynb #94712df7

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['function_modules', 'function_eval_modules', 'base_eval_modules', 'topic_eval', 'left_out', 'builtin_parts',
            'text_endings', 'row_endings', 'Documents', 'Corpus', 'content_key', 'split_documents', 'drop_shared',
-           'library_files', 'library_tests', 'bundled_packages', 'library_functions', 'paragraphs', 'without_seen',
-           'paragraph_keys', 'builtin_part', 'read_rows', 'read_files', 'read_hub', 'load_corpus']
+           'library_files', 'library_tests', 'bundled_packages', 'functions_in', 'library_functions', 'paragraphs',
+           'without_seen', 'paragraph_keys', 'builtin_part', 'read_rows', 'read_files', 'read_hub', 'load_corpus']
 
 # %% ../nbs/01_corpora.ipynb #49b7ed45
 import ast, itertools, re, sysconfig, zipfile
@@ -120,12 +120,12 @@ def bundled_packages()->Documents:
     return Documents(texts, names)
 
 # %% ../nbs/01_corpora.ipynb #52d6c91e
-def library_functions(modules,             # top-level module names
-                      least:int=120,       # characters a function must have
+def functions_in(files:Documents,   # Python source
+                 least:int=120,     # characters a function must have
 )->Documents:
-    "Functions and methods of `modules`, one document each, named `file.py:qualified_name`."
+    "Functions and methods of Python `files`, one document each, named `file.py:qualified_name`."
     texts, names = [], []
-    for name, source in library_files(modules):
+    for name, source in files:
         try: tree = ast.parse(source)
         except SyntaxError: continue
         lines = source.splitlines()
@@ -137,6 +137,13 @@ def library_functions(modules,             # top-level module names
                 text = '\n'.join(line[margin:] for line in lines[node.lineno - 1:node.end_lineno]) + '\n'
                 if len(text) >= least: texts.append(text); names.append(f'{name}:{prefix}{node.name}')
     return Documents(texts, names)
+
+
+def library_functions(modules,             # top-level module names
+                      least:int=120,       # characters a function must have
+)->Documents:
+    "Functions and methods of standard-library `modules`."
+    return functions_in(library_files(modules), least)
 
 # %% ../nbs/01_corpora.ipynb #021efb23
 def paragraphs(text:str,        # a document

@@ -203,12 +203,12 @@ def optimiser_bytes(tensors,            # from `trained_tensors`
     return sum(count*moments(size) for size, count in tensors)
 
 # %% ../nbs/12_cost.ipynb #0e72d614
-def _kept_by_adapters(shape, tokens, longest, word, adapted, rank, dropout, mask, first):
-    "Bytes per token of what the adapters of one layer keep; the `first` layer has no gradient to pass below, so no mask."
+def _kept_by_adapters(shape, tokens, longest, word, adapted, rank, dropout, mask, first, inner=4):
+    "Bytes per token of what the adapters of one layer keep, `inner` for a number; the `first` layer has no gradient to pass below, so no mask."
     total, seen, own = 0, set(), dropout > 0 or word < 4
     for linear in (linear for linear in shape.linears if linear.name in adapted):
         there = linear.place in seen or (linear.place == 'attention out' and tokens <= longest)
-        total += 4*rank + (4*linear.inputs if own or not there else 0)
+        total += inner*rank + (inner*linear.inputs if own or not there else 0)
         if dropout and not (first and linear.place == 'attention in'): total += mask(4)*linear.inputs
         seen.add(linear.place)
     return total
@@ -225,14 +225,16 @@ def layer_activation_bytes(config,           # a transformers config
                            lora_dropout=0.,  # dropout of the adapter
                            device='cuda',    # 'cuda' or 'cpu'
                            first=False,      # whether nothing before this layer is trained
+                           mixed=False,      # whether products are in 16 bits over fp32 weights
 )->int:                                      # bytes
     "Bytes that one layer keeps for its backward pass; for the arguments see `memory_breakdown`."
-    shape, word = architecture(config), word_bytes[precision]
+    shape, word = architecture(config), 2 if mixed else word_bytes[precision]
     def mask(width): return width if device == 'cpu' else 1
     norm = 4*shape.width + 4 if shape.gated else word*shape.width + 8
     per_token = norm*(1 + (full or not first)) + word*(2*shape.query + 2*shape.key_value) + 4*shape.heads + word*shape.mlp*(3 if shape.gated else 4)
-    if full: per_token += word*(2*shape.width*(1 + shape.gated) + shape.mlp + shape.query*(tokens > longest))
-    else: per_token += _kept_by_adapters(shape, tokens, longest, word, adapted, rank, lora_dropout, mask, first)
+    if full and mixed: per_token += 4*2*shape.width*shape.gated + word*(sum(linear.inputs for linear in shape.linears) - shape.query*(tokens <= longest))
+    elif full: per_token += word*(2*shape.width*(1 + shape.gated) + shape.mlp + shape.query*(tokens > longest))
+    else: per_token += _kept_by_adapters(shape, tokens, longest, word, adapted, rank, lora_dropout, mask, first, word if mixed else 4)
     if shape.dropout: per_token += 2*mask(word)*shape.width
     if shape.attention_dropout and device == 'cpu': per_token += 4*3*shape.heads*longest + word*shape.query*(2 if tokens <= longest else -1)
     return tokens*per_token
@@ -258,7 +260,9 @@ def memory_breakdown(config,                       # a transformers config
                      device='cuda',                # 'cuda' or 'cpu': what dropout keeps
                      nproc=1,                      # processes that train together
                      strategy='none',              # 'none', 'ddp', 'zero2', 'zero3' or 'fsdp2': what they divide among them
-)->dict:                                           # bytes: weights, gradients, optimiser, activations, logits, backward, and gathered where there is any; total is the peak, less than their sum
+                     mixed=False,                  # whether products are in 16 bits over fp32 weights (autocast)
+                     offloaded=(),                 # what a GPU keeps in main memory between its uses: 'weights', 'optimiser'
+)->dict:                                           # bytes: weights, gradients, optimiser, activations, logits, backward, and gathered and copies where there are any; total is the peak, less than their sum
     "Bytes of a training step in one process by tenant, and the peak of the three moments."
     shape, full = architecture(config), _choice('method', method, ('full', 'lora', 'qlora')) == 'full'
     _choice('optimiser', optimiser, optimisers)
@@ -266,20 +270,23 @@ def memory_breakdown(config,                       # a transformers config
     tensors, number = trained_tensors(config, method, rank, targets), word if full else 4
     gradients = number*sum(size*count for size, count in tensors)
     parts = dict(weights=weight_bytes(config, precision, quantisation) + (0 if full else gradients), gradients=gradients, optimiser=optimiser_bytes(tensors, optimiser, number))
-    parts |= _divided(parts, _choice('strategy', strategy, strategies), nproc, _ends_and_two_layers(shape, parts['weights']), full)
+    parts |= _divided(parts, _choice('strategy', strategy, strategies), nproc, _whole(config, shape, parts['weights'], strategy), full)
     passing, last = _passing(config, shape, tokens, word, gradient_checkpointing, loss_chunk_bytes, quantisation != 'none' and shape.quantisable,
-        dict(tokens=tokens, longest=longest, precision=precision, full=full, adapted=_adapters(config, 0 if full else rank, targets), rank=rank, lora_dropout=lora_dropout, device=device))
+        dict(tokens=tokens, longest=longest, precision=precision, full=full, adapted=_adapters(config, 0 if full else rank, targets), rank=rank, lora_dropout=lora_dropout, device=device, mixed=mixed))
     head = shape.words*shape.width if full else 0
     parts |= passing
+    if mixed and (full or not gradient_checkpointing): parts['copies'] = 2*shape.layers*sum(linear.size for linear in shape.linears if quantisation == 'none')
+    parts |= {name: 0 for name in offloaded if device == 'cuda'}
     gathered = parts.get('gathered', 0)
-    there = parts['weights'] + parts['optimiser'] + gathered + (parts['gradients'] if accumulation > 1 else 0)
-    moments = dict(loss=there + parts['activations'] + parts['logits'] + 4*head, last_layer=there + parts['activations'] - last + parts['backward'] + word*head,
+    there = parts['weights'] + parts['optimiser'] + gathered + parts.get('copies', 0) + (parts['gradients'] if accumulation > 1 else 0)
+    moments = dict(loss=there + parts['activations'] + parts['logits'] + 4*head + 2*mixed*shape.words*shape.width, last_layer=there + parts['activations'] - last + parts['backward'] + word*head,
         end=parts['weights'] + parts['optimiser'] + gathered + parts['gradients'] + word*head*(shape.tied or accumulation > 1))
     return parts | dict(total=max(moments.values()))
 
 
-def _ends_and_two_layers(shape, weights):
+def _whole(config, shape, weights, strategy):
     "The share of `weights`, in bytes, that is whole in every process while the rest is divided."
+    if strategy == 'zero3': return round(weights*min(1, 1e9/parameter_count(config)['total']))
     layer = sum(linear.size for linear in shape.linears)
     return round(weights*min(1, (shape.words*shape.width*(2 - shape.tied) + 2*layer)/(shape.words*shape.width*(2 - shape.tied) + shape.layers*layer)))
 
@@ -287,7 +294,7 @@ def _ends_and_two_layers(shape, weights):
 def _divided(parts, strategy, nproc, whole, full):
     "Weights, gradients and optimiser of one of `nproc` processes, and what it holds besides in order to work with them."
     mine = {name: -(-parts[name]//nproc) if name in strategies[strategy] else parts[name] for name in ('weights', 'gradients', 'optimiser')}
-    gathered = whole*(1 + full) if 'weights' in strategies[strategy] and nproc > 1 else parts['gradients'] if strategy == 'ddp' and nproc > 1 else 0
+    gathered = whole*(1 + (full and strategy == 'fsdp2')) if 'weights' in strategies[strategy] and nproc > 1 else parts['gradients'] if strategy == 'ddp' and nproc > 1 else 0
     return mine | (dict(gathered=gathered) if gathered else {})
 
 
@@ -297,7 +304,7 @@ def _passing(config, shape, tokens, word, again, chunk_bytes, quantised, layer):
     layers = shape.layers*word*shape.width*tokens if again else (shape.layers - 1)*one + first
     last = 16 + (4 if shape.gated else word)*shape.width + word*shape.width*(1 + (shape.gated and layer['full']))
     if shape.embedding_dropout and (again or layer['full']): last += shape.width*(word if layer['device'] == 'cpu' else 1)
-    row = shape.words*(4 if word == 4 else 6)
+    row = shape.words*(4 if word == 4 and not layer['mixed'] else 6)
     backward = tokens*word*(3*shape.mlp + shape.width) + (one if again else 0) + (word*max(linear.size for linear in shape.linears) if quantised else 0)
     passing = dict(activations=layers + last*tokens, logits=row*max(1, min(tokens, chunk_bytes//row)) + tokens*word*shape.width, backward=backward)
     return passing, last*tokens

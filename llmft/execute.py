@@ -39,9 +39,10 @@ def kernel_environment(ticket:dict,   # what the notebook's `start_run` needs to
 # %% ../nbs/53_execute.ipynb #cc3e2f3c
 class Session:
     "One execution: the kernel's process, and why it was stopped when it was."
-    def __init__(self, folder, lock:int, on_line, grace_seconds:float=30):
+    def __init__(self, folder, lock:int, on_line, grace_seconds:float=30, environment=None):
         self.folder, self.lock, self.grace_seconds, self.on_line = Path(folder), lock, grace_seconds, on_line
         self.process = self.reason = self.notebook = self.section = None
+        self.environment = environment or {}
         self.files, self.timers = tempfile.TemporaryDirectory(prefix='llmft-', ignore_cleanup_errors=True), []
         self.kernel_log = Path(self.files.name)/'kernel.log'
 
@@ -86,7 +87,7 @@ def manager_class(session:Session):
 
         async def _async_launch_kernel(self, kernel_cmd, **kwargs):
             command = [sys.executable, '-c', bootstrap, str(os.getpid()), '-f', self.connection_file, '--HistoryManager.enabled=False']
-            kwargs |= dict(env=kernel_environment(dict(folder=str(session.folder), lock=session.lock)), cwd=str(project_root()), pass_fds=[session.lock])
+            kwargs |= dict(env=kernel_environment(dict(folder=str(session.folder), lock=session.lock)) | session.environment, cwd=str(project_root()), pass_fds=[session.lock])
             with session.kernel_log.open('wb') as log: await super()._async_launch_kernel(command, **kwargs | dict(stdout=log, stderr=log))
             session.process = self.provisioner.process
     return LabKernelManager
@@ -332,6 +333,7 @@ def execute_run(notebook,                   # path or name of the experiment not
                 fresh:bool=False,           # run although an equal run is done, and from the start
                 timeout_seconds:float=None, # stop after this time; `None` for no limit
                 on_line=print,              # gets each line of progress
+                environment:dict=None,      # what to add to the environment of the run
 )->dict:                                    # run.json; its `run` has status, error and cell
     "Run `notebook` with `params` in outputs/notebook/name, and leave a report and a true record there."
     notebook = find_notebook(notebook)
@@ -339,7 +341,7 @@ def execute_run(notebook,                   # path or name of the experiment not
     folder = run_folder(notebook, params)
     record = open_folder(folder, params, notebook, fresh=fresh, keep_done=True)
     if record['run']['status'] == 'done': return record
-    session = Session(folder, held[str(folder)], on_line)
+    session = Session(folder, held[str(folder)], on_line, environment=environment)
     with signals_to(session):
         progress = Progress(session)
         try:

@@ -294,7 +294,7 @@ def frontier(points:dict,            # name -> (x, y); a pair with an unknown ha
 
 # %% ../nbs/52_figures.ipynb #75625972
 @mpl.rc_context(style)
-def memory_bars(predicted:dict,      # name -> {part: bytes}; a part named total is left out of the stack
+def memory_bars(predicted:dict,      # name -> {part: bytes}; one named total is the peak, where the parts are not all there at once
                 measured:dict=None,  # name -> peak, bytes, or None when unknown
                 title:str='Memory: predicted and measured',  # what is shown
                 note:str='',         # what was measured, and how
@@ -304,6 +304,7 @@ def memory_bars(predicted:dict,      # name -> {part: bytes}; a part named total
     something([part for parts in predicted.values() for part in parts.values() if known(part)], 'memory_bars', 'a memory breakdown of at least one run')
     parts = list(dict.fromkeys(part for named in predicted.values() for part in named if part != 'total'))
     totals = {name: sum(named.get(part) or 0 for part in parts) for name, named in predicted.items()}
+    peaks = {name: named.get('total') or totals[name] for name, named in predicted.items()}
     unit, size = byte_unit([*totals.values(), *(value for value in measured.values() if known(value))])
     lines = math.ceil(len(parts)/5)
     plot, axes = new_plot(title, note + '\n'*(lines + bool(note)), height=1.5 + .15*lines + .62*len(predicted))
@@ -316,8 +317,8 @@ def memory_bars(predicted:dict,      # name -> {part: bytes}; a part named total
         peak, over = measured.get(name), ''
         if known(peak):
             axes.barh(row + .19, peak/size, height=.34, color=muted)
-            over = f' ({100*peak/totals[name] - 100:+.0f} %)'.replace('-', '−') if totals[name] else ''
-        for offset, text, end in ((-.19, show_number(float(totals[name]/size)), totals[name]/size),
+            over = f' ({100*peak/peaks[name] - 100:+.0f} %)'.replace('-', '−') if peaks[name] else ''
+        for offset, text, end in ((-.19, 'peak '*('total' in named) + show_number(float(peaks[name]/size)), totals[name]/size),
                                   (.19, f"measured {show_number(float(peak/size)) if known(peak) else '–'}{over}", (peak or 0)/size if known(peak) else 0)):
             axes.annotate(text, (end, row + offset), (5, 0), textcoords='offset points', va='center', fontsize=type_scale['small'], color=ink)
     axes.legend(loc='lower left', bbox_to_anchor=(-.008, 1), ncols=5, borderaxespad=.1, handlelength=1, handleheight=1, columnspacing=1.2)

@@ -73,7 +73,9 @@ def _step(model, recipe, batch, accumulation):
     batches, targets = step_batches(examples, np.arange(batch), replace(recipe, batch_size=batch))
     try:
         with torch.autocast(kind, dtype, enabled=dtype == torch.float16 or recipe.mixed_precision == 'bf16'):
-            for _ in range(min(2, accumulation)): accumulate(LossModel(model), [each.to(device) for each in batches], targets)
+            if accumulation > 1:
+                for parameter in parameters: parameter.grad = torch.zeros_like(parameter)
+            accumulate(LossModel(model), [each.to(device) for each in batches], targets)
         optimiser.step()
     finally:
         for parameter in parameters: parameter.grad = None
@@ -92,7 +94,7 @@ def try_batch(model,             # from `load_model`, with or without an adapter
               recipe:Recipe,     # max_length, optimiser, checkpointing, precision
               batch:int,         # rows of full length
               limit:int,         # bytes, from `memory_limit`
-              accumulation:int=1,  # micro-batches of a step: with more than one, gradients are there during the backward pass
+              accumulation:int=1,  # micro-batches of a step: from the second on, gradients are there before the backward pass
               **facts,           # precision and quantisation, for the prediction
 )->Trial:
     "Whether a training step on `batch` rows of full length stays within `limit`."

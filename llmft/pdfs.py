@@ -55,7 +55,7 @@ def read_pdf(path:Path,                # the file
     found.text = '\f'.join(text.strip() for text, _ in pages)
     found.characters = len(found.text.strip())
     if not found.characters and any(image for _, image in pages): found.skipped = 'scanned: its pages hold images and no text'
-    elif found.characters < min_characters: found.skipped = f'too short: {found.characters} characters, fewer than {min_characters}'
+    elif found.characters < min_characters: found.skipped = f'too short: under {min_characters} characters'
     return found
 
 # %% ../nbs/01a_pdfs.ipynb #b295d2ac

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scalings', 'Series', 'predator_prey', 'simulate', 'check_series', 'load_series', 'check_codec', 'scale_factors',
            'round_series', 'encode', 'Decoded', 'decode', 'unscale', 'Serialisation', 'codec_tokens', 'probe',
-           'split_rows', 'windows', 'write_series', 'Split', 'read_split']
+           'split_rows', 'windows', 'write_series', 'prepare_series', 'Split', 'read_split']
 
 # %% ../nbs/04_series.ipynb #6255d355
 import math, re
@@ -38,19 +38,21 @@ def predator_prey(parameters_N4, # a, b, g, d of each trajectory
 
 def simulate(count:int,            # trajectories
              steps:int=100,        # time steps of each
-             step_time:float=.25,  # time between two steps
-             spread:float=.5,      # rates are drawn from 1 - spread to 1 + spread
+             step_time:float=.4,   # time between two steps
+             spread:float=.2,      # rates are drawn from 1 - spread to 1 + spread
+             farthest:float=6.,    # initial values are drawn from a fifth of the equilibrium to so many times it
              seed:int=0,           # the only thing the draws depend on, beside `count`
 )->Series:
     "Draw parameters and initial values, and solve; a `LabError` when there is nothing to solve."
     if not 0 <= spread < 1: raise LabError(f'spread is {spread}: rates are drawn from 1 - spread to 1 + spread and must stay positive')
+    if not farthest > .2: raise LabError(f'farthest is {farthest}: give more than 0.2 times the equilibrium')
     if count < 1 or steps < 2 or not step_time > 0: raise LabError(f'simulate: {count} trajectories of {steps} steps, {step_time} apart: give at least 1, at least 2, and a time above 0')
     rng = purpose_rng(seed, 'predator-prey')
-    parameters_N4, share_N2 = rng.uniform(1 - spread, 1 + spread, (count, 4)), rng.uniform(.2, 4, (count, 2))
+    parameters_N4, share_N2 = rng.uniform(1 - spread, 1 + spread, (count, 4)), rng.uniform(.2, farthest, (count, 2))
     a, b, g, d = parameters_N4.T
     times_T = np.arange(steps)*step_time
     pieces = [predator_prey(parameters_N4[i:i + 500], (share_N2*np.stack([g/d, a/b], 1))[i:i + 500], times_T) for i in range(0, count, 500)]
-    return Series(np.concatenate(pieces).astype(np.float32), times_T, dict(source='simulated', trajectories=count, steps=steps, step_time=step_time, spread=spread, seed=seed))
+    return Series(np.concatenate(pieces).astype(np.float32), times_T, dict(source='simulated', trajectories=count, steps=steps, step_time=step_time, spread=spread, farthest=farthest, seed=seed))
 
 # %% ../nbs/04_series.ipynb #23389c2c
 def check_series(values_NTV, # trajectories
@@ -162,18 +164,43 @@ class Decoded:
 
 
 def _read_fields(buffer, starts, ends, precision):
-    "Values of the fields of a byte buffer; NaN where a field is no plain number."
-    width = 17
-    at = ends[:, None] - np.arange(1, width + 1)
-    inside = at >= starts[:, None]
-    characters = np.where(inside, buffer[np.maximum(at, 0)], 0)
-    digit, point = inside & (characters >= 48) & (characters < 58), inside & (characters == 46)
-    decimals = np.where(point.any(1), point.argmax(1), 0)
-    good = (digit | point == inside).all(1) & (point.sum(1) <= 1) & (ends - starts <= width) & (ends - starts - decimals - point.any(1) >= 1)
-    good &= (decimals >= 1) == point.any(1) if precision is None else (decimals == precision) & point.any(1)
-    place = np.arange(width) - (np.arange(width) > decimals[:, None])*point.any(1)[:, None]
-    whole = (np.where(digit, characters - 48, 0).astype(np.int64)*10**np.minimum(place, 17)).sum(1)
+    "Values of the fields of a byte buffer, all fields at once from the last character to the first; NaN where a field is no plain number."
+    lengths, whole, point_at = ends - starts, np.zeros(len(ends), np.int64), np.full(len(ends), -1)
+    good = (lengths >= 1) & (lengths <= 17)
+    for place in range(min(int(lengths.max(initial=0)), 17)):
+        character, inside = buffer[np.maximum(ends - 1 - place, 0)], place < lengths
+        digit, point = inside & (character >= 48) & (character < 58), inside & (character == 46) & (point_at < 0)
+        whole += digit*(character.astype(np.int64) - 48)*np.where(point_at < 0, 10**place, 10**max(place - 1, 0))
+        good &= digit | point | ~inside
+        point_at[point] = place
+    pointed, decimals = point_at >= 0, np.maximum(point_at, 0)
+    good &= (lengths - decimals - pointed >= 1) & ((decimals >= 1) == pointed if precision is None else decimals == precision)
     return np.where(good, whole/10.**decimals, np.nan)
+
+
+def _decode_regular(texts, steps, variables, precision):
+    "Values of texts that all have exactly `steps` steps of `variables` fields; `None` when one has not."
+    joined = '\n'.join(texts) + '\n'
+    if not joined.isascii(): return None
+    buffer = np.frombuffer(joined.encode(), np.uint8)
+    ends = np.flatnonzero((buffer == ord(',')) | (buffer == ord(';')) | (buffer == ord('\n')))
+    pattern = np.tile(np.array([ord(',')]*(variables - 1) + [ord(';')], np.uint8), steps)
+    pattern[-1] = ord('\n')
+    if len(ends) != len(texts)*len(pattern) or (buffer[ends].reshape(len(texts), -1) != pattern).any(): return None
+    return _read_fields(buffer, np.concatenate([[0], ends[:-1] + 1]), ends, precision).reshape(len(texts), steps, variables)
+
+
+def _decode_ragged(texts, steps, variables, precision):
+    "Values of any texts: steps with another number of fields, and missing steps, are NaN."
+    values = np.full((len(texts), steps, variables), np.nan)
+    rows = [text.split(';')[:steps] for text in texts]
+    keep = [(row, step, part) for row, parts in enumerate(rows) for step, part in enumerate(parts) if part.count(',') == variables - 1 and part.isascii()]
+    if not keep: return values
+    buffer = np.frombuffer(','.join(part for _, _, part in keep).encode() + b',', np.uint8)
+    ends = np.flatnonzero(buffer == ord(','))
+    at_row, at_step = np.array([(row, step) for row, step, _ in keep]).T
+    values[at_row, at_step] = _read_fields(buffer, np.concatenate([[0], ends[:-1] + 1]), ends, precision).reshape(-1, variables)
+    return values
 
 
 def decode(texts,           # what was written
@@ -182,17 +209,12 @@ def decode(texts,           # what was written
            precision=None,  # decimals each number must have; None takes any
 )->Decoded:
     "Read texts strictly; what can not be read is counted, never repaired."
-    values = np.full((len(texts), steps, variables), np.nan)
-    for first in range(0, len(texts), 2000):
-        rows = [text.split(';')[:steps] for text in texts[first:first + 2000]]
-        keep = [(row, step, part) for row, parts in enumerate(rows) for step, part in enumerate(parts) if part.count(',') == variables - 1 and part.isascii()]
-        if not keep: continue
-        buffer = np.frombuffer(','.join(part for _, _, part in keep).encode() + b',', np.uint8)
-        ends = np.flatnonzero(buffer == ord(','))
-        read = _read_fields(buffer, np.concatenate([[0], ends[:-1] + 1]), ends, precision).reshape(-1, variables)
-        at_row, at_step = np.array([(row, step) for row, step, _ in keep]).T
-        values[first + at_row, at_step] = np.where(np.isnan(read).any(1, keepdims=True), np.nan, read)
-    return Decoded(values, np.isnan(values[:, :, 0]).sum(1) if variables else np.zeros(len(texts), int))
+    pieces = [texts[first:first + 1000] for first in range(0, len(texts), 1000)]
+    regular = [_decode_regular(piece, steps, variables, precision) for piece in pieces]
+    values = [_decode_ragged(piece, steps, variables, precision) if found is None else found for piece, found in zip(pieces, regular)]
+    values = np.concatenate(values) if values else np.zeros((0, steps, variables))
+    values[np.isnan(values).any(2)] = np.nan
+    return Decoded(values, np.isnan(values[:, :, 0]).sum(1))
 
 # %% ../nbs/04_series.ipynb #17fd35a0
 def unscale(values_NTV, # scaled, as `decode` gives them
@@ -282,6 +304,26 @@ def write_series(folder,      # receives train_texts.txt, val_texts.txt, test_te
     metadata = settings | series.notes | dict(sizes={split: len(part) for split, part in rows.items()}, variables=series.values_NTV.shape[2], steps=series.values_NTV.shape[1])
     write_json(folder/'metadata.json', metadata)
     return metadata
+
+
+def prepare_series(folder,               # receives texts, factors and metadata
+                   path:str='',          # HDF5 file; '' simulates
+                   simulate_count:int=1000,  # trajectories to simulate
+                   precision:int=2,      # decimals
+                   alpha:float=10.,      # what the 99th percentile becomes
+                   scaling:str='context',# context | per_trajectory | global
+                   context:int=50,       # given steps, for scaling `context`
+                   split_seed:int=42,    # of the permutation
+                   **simulation,         # of `simulate`
+):                                       # (Series, rows of each split, factors, metadata)
+    "From a file or a simulation to what a study reads; a `LabError` for anything that can not be used, before anything is written."
+    check_codec(precision, alpha)
+    series = load_series(path) if path else simulate(simulate_count, **simulation)
+    check_series(series.values_NTV, path or 'the simulation')
+    rows = split_rows(len(series), split_seed)
+    factors = scale_factors(series.values_NTV, scaling, alpha, context, rows['train'])
+    metadata = write_series(folder, series, rows, factors, precision=precision, alpha=alpha, scaling=scaling, context=context, split_seed=split_seed)
+    return series, rows, factors, metadata
 
 
 @dataclass

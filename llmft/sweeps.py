@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['kinds', 'sweep_keys', 'stage_keys', 'summary_keys', 'tries', 'at', 'placed', 'check_keys', 'overlay', 'read_sweep',
            'Point', 'has_small', 'stage_starts', 'combinations', 'as_name', 'point_name', 'overrides_for',
-           'check_overrides', 'stage_points', 'summary_point', 'shown_folder', 'expand', 'sweep_points', 'needs',
-           'finished', 'worker_environment', 'kept_environment', 'local_workers', 'run_point', 'outcome', 'told',
-           'ready_points', 'run_stage', 'mended', 'run_stages', 'sweep_report']
+           'check_overrides', 'filled', 'stage_points', 'summary_point', 'shown_folder', 'expand', 'sweep_points',
+           'needs', 'finished', 'worker_environment', 'kept_environment', 'local_workers', 'run_point', 'outcome',
+           'told', 'ready_points', 'patiently', 'run_stage', 'mended', 'run_stages', 'sweep_report']
 
 # %% ../nbs/54_sweeps.ipynb #4ce504df
 import collections, contextlib, itertools, logging, os, re, string, tempfile, time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from .clusters import gpu_slots, remote_workers, resources_of, slots_of
 from .core import LabError, nearest, project_root
 from .execute import execute_run
 from .params import Lines, check_name, check_params, find_notebook, parse_overrides, read_parameters, read_yaml, resolve_params
@@ -181,23 +182,38 @@ def check_overrides(overrides, # texts of the form name=value
         if name not in names: raise LabError(f'-p {text}: no notebook of the sweep has {name}{nearest(name, names)}')
 
 # %% ../nbs/54_sweeps.ipynb #e0351901
+def filled(given,       # the texts and values of a stage's params
+           values:dict, # all parameters of the point
+)->dict:                # the texts of `given` that have braces, filled in
+    "`{name}` in a stage's params replaced by the point's own values; a `LabError` for an unknown name."
+    found = {}
+    for key, text in given.items():
+        if not (isinstance(text, str) and '{' in text): continue
+        try: found[key] = text.format(**{name: as_name(value) if name != 'outputs' else value for name, value in values.items()})
+        except (KeyError, ValueError, IndexError) as error: raise LabError(f'{at(given, key)}{key} {text!r}: {error} is no parameter of the notebook') from None
+    return found
+
+# %% ../nbs/54_sweeps.ipynb #f83bc805
 def stage_points(stage,       # a stage from the file
                  sweep:str,   # name of the sweep
                  small:bool,  # use the overlays for small machines
                  overrides=(),# texts of the form name=value
 )->list:                      # its `Point`s
     "All runs of a stage with complete, checked parameters."
-    points = []
-    for config, notebook, start in stage_starts(stage, small):
+    points, starts = [], stage_starts(stage, small)
+    for config, notebook, start in starts:
         declared = read_parameters(notebook)
         given = stage.get('params', {}) if isinstance(stage.get('params'), dict) else stage.get('override', {})
         if isinstance(stage.get('params'), dict) and 'override' in stage: raise LabError(f"{at(stage, 'override')}override belongs to a list of parameter files: write the values into params")
         if 'name' in given: raise LabError(f"{at(given, 'name')}names come from the `name` of the stage: move it there")
         literals = check_params(notebook, given, declared, defaults=False)
         last = check_params(notebook, overrides_for(overrides, declared), declared, defaults=False)
-        for own in combinations(stage, notebook, declared):
+        cells = combinations(stage, notebook, declared)
+        tried = dict(configurations=len(starts) * len(cells)) if any(p.name == 'configurations' for p in declared) else {}
+        for own in cells:
             if both := set(own) & set(last): raise LabError(f'{at(stage)}-p {min(both)}: {min(both)} varies in this stage: change it in the file')
-            values = start | literals | own | last
+            values = start | tried | literals | own | last
+            values |= filled(given, values)
             name = point_name(stage, values | dict(config=config), own, sweep)
             points.append(Point(notebook, values | dict(name=name), at(stage, 'name' if 'name' in stage else None)))
     return points
@@ -316,19 +332,23 @@ def run_point(notebook:str,      # path of the notebook
               fresh:bool=False,  # start again what is unfinished
               since:float=0,     # time it was submitted, seconds since 1970
               patience:float=60, # seconds to wait for the lock of the folder
+              place:str=None,    # folder to work in, the same on all machines; None stays where the worker is
 )->dict:                         # run.json, or {run: {status, error}} when the run could not start
     "Execute one point in a Dask worker, sending its lines as events; the event without text says that it began."
     from distributed import get_worker
     worker = get_worker()  # known in this thread only; lines come from others too
     say = lambda text: worker.log_event('llmft', (label, text and str(text)))
     say(None)  # begun
+    try: os.chdir(place or '.')
+    except OSError: return dict(run=dict(status='failed', error=f'{worker.address} does not see the folder {place}: start workers where the disk of the project is'))
     folder, until = run_folder(notebook, params), time.monotonic() + patience
     while is_held(folder) and time.monotonic() < until: time.sleep(.2)
     try:
         record = read_run(folder) if (folder/'run.json').exists() else None
         again = record is not None and datetime.fromisoformat(record['run']['started']).timestamp() >= int(since)
         if again and record['run']['status'] != 'done': say('goes on after its worker died')
-        return execute_run(Path(notebook), params, fresh=not again and (fresh or record is not None and record['run']['status'] == 'done'), on_line=say)
+        with gpu_slots(params.get('nproc', 1)) as environment:
+            return execute_run(Path(notebook), params, fresh=not again and (fresh or record is not None and record['run']['status'] == 'done'), on_line=say, environment=environment)
     except LabError as error: return dict(run=dict(status='failed', error=str(error), cell=None))
 
 
@@ -373,21 +393,38 @@ def ready_points(stage,       # `Point`s of one stage
     return ready
 
 
+def patiently(running,  # what as_completed gives
+              fill,     # called every second, in case workers have joined
+):                      # iterator of futures that have ended
+    "Futures as they end, filling new workers meanwhile."
+    while not running.is_empty():
+        if running.has_ready(): yield next(running)
+        else: fill(); time.sleep(1)
+
+
 def run_stage(client,         # a Dask client
               points,         # `Point`s to run
               results:dict,   # folder -> outcome, added to
               begun,          # label -> times a worker began it
-              workers:int=1,  # runs at a time
+              workers=1,      # runs at a time, or a function that tells
               fresh:bool=False, # start again what is unfinished
               say=print,      # called with (label, text)
+              cluster:str='', # where the workers are, when not here
 ):
     "Run the points of one stage on the workers; none stops the others."
     from distributed import as_completed
-    submit = lambda point: client.submit(run_point, str(point.notebook), point.params, point.label, fresh, since, pure=False, key=f'{point.label}-{time.time_ns()}')
+    away = (lambda params: dict(resources=resources_of(client, params))) if cluster else lambda params: {}
+    submit = lambda point: client.submit(run_point, str(point.notebook), point.params, point.label, fresh, since, place=str(Path.cwd()) if cluster else None, pure=False, key=f'{point.label}-{time.time_ns()}', **away(point.params))
+    slots = workers if callable(workers) else lambda: workers
     since, waiting = time.time(), list(points)
-    futures = {submit(point): point for point in [waiting.pop(0) for _ in range(min(workers, len(waiting)))]}
+    futures = {submit(point): point for point in [waiting.pop(0) for _ in range(min(slots(), len(waiting)))]}
     running = as_completed(list(futures), loop=client.loop)
-    for future in running:
+    def send(points):
+        for point in points:
+            futures[new := submit(point)] = point
+            running.add(new)
+    def fill(): send([waiting.pop(0) for _ in range(min(slots() - len(futures), len(waiting)))])
+    for future in patiently(running, fill) if cluster else running:
         point, error = futures.pop(future), future.exception()
         again = error.__class__.__name__ == 'KilledWorker' and begun[point.label] < tries  # it only waited on a worker that others brought down
         if error is None: record = future.result()
@@ -396,9 +433,8 @@ def run_stage(client,         # a Dask client
         if not again:
             results[point.folder] = outcome(point, record)
             say(point.label, told(results[point.folder]))
-        for next_point in [point] if again else [waiting.pop(0)] if waiting else []:
-            futures[new := submit(next_point)] = next_point
-            running.add(new)
+        if again: send([point])
+        else: fill()
 
 # %% ../nbs/54_sweeps.ipynb #0f99d91d
 @contextlib.contextmanager
@@ -416,8 +452,10 @@ def run_stages(stages,            # lists of `Point`s, as from `expand`
                workers:int=1,     # worker processes on this machine
                fresh:bool=False,  # run again what is done
                on_line=print,     # called with each line of progress
+               cluster:str='',    # where: this machine, the address of a Dask scheduler, or slurm
+               settings=None,     # of the cluster, as from `cluster_settings`
 )->list:                          # one dict per point: notebook, name, folder, status, error, cell, seconds, report
-    "Run stages of points in order on local Dask workers."
+    "Run stages of points in order on Dask workers, here or on a cluster."
     if workers < 1: raise LabError(f'--workers {workers}: give at least 1')
     results, earlier, begun = {}, [], collections.Counter()
     def say(label, text):
@@ -427,8 +465,10 @@ def run_stages(stages,            # lists of `Point`s, as from `expand`
         client = None
         for stage in stages:
             ready = ready_points(stage, results, earlier, fresh, say)
-            if ready and client is None: client = stack.enter_context(local_workers(min(workers, max(map(len, stages))), say))
-            if ready: run_stage(client, ready, results, begun, workers, fresh, say)
+            if ready and client is None:
+                most = min(workers, max(map(len, stages)))
+                client = stack.enter_context(remote_workers(cluster, most, settings, say) if cluster else local_workers(most, say))
+            if ready: run_stage(client, ready, results, begun, (lambda: slots_of(client, most)) if cluster else workers, fresh, say, cluster)
             earlier += stage
     return [results[point.folder] for stage in stages for point in stage]
 

@@ -174,3 +174,12 @@ def test_a_merged_model_is_saved_and_loaded_as_a_plain_one(quantisation, tmp_pat
     merged = merge_adapter(trained(quantisation=quantisation))
     merged.save_pretrained(tmp_path)
     assert torch.equal(logits(load_model(str(tmp_path)).eval()), logits(merged))
+
+
+@pytest.mark.parametrize('shape', ['llama-tiny', 'gpt2-tiny'])
+def test_all_linear_is_known_by_short_names_however_few_the_layers(shape):
+    model = add_lora(load_model(f'preset:{shape}'), 2, 4, 0., ['all-linear'], seed=0)
+    names = set(model.peft_config['default'].target_modules)
+    assert len(names) >= 3 and not any('.' in name for name in names) and 'lm_head' not in names
+    adapted = {name for name, module in model.named_modules() if hasattr(module, 'lora_A')}
+    assert len(adapted) == sum(name.rsplit('.', 1)[-1] in names for name, _ in load_model(f'preset:{shape}').named_modules())

@@ -113,7 +113,7 @@ def test_documents_cost_their_own_squares():
     assert flops_forward(config, [512]) - flops_forward(config, [256, 256]) == 2*4*64*(512**2 - 2*256**2)
 
 
-def kept(model, lengths):
+def kept(model, lengths, mixed=False):
     "Bytes of the distinct tensors that autograd keeps after a forward pass, those of the model itself left out."
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     found, alive = {}, []
@@ -124,7 +124,7 @@ def kept(model, lengths):
         return tensor
     ids = torch.randint(5, 300, (1, sum(lengths)))
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast('cpu', torch.bfloat16, enabled=mixed):
         hidden = hidden_states(model, ids, position_ids_BT=positions, document_lengths=lengths if len(lengths) > 1 else None)
     return sum(found.values()) + (0 if hidden.untyped_storage().data_ptr() in found else hidden.nbytes)
 
@@ -143,6 +143,19 @@ def test_activations_are_what_autograd_keeps(name, method, precision):
         lora_dropout=dropout, gradient_checkpointing='checkpointing' in method, device='cpu')['activations']
     expected = kept(model, lengths)
     assert abs(predicted/expected - 1) < (.05 if name == 'gpt2-tiny' else .02), f'{predicted/expected:.4f}'
+
+
+@pytest.mark.parametrize('method', ['full', 'lora', 'lora dropout', 'packed'])
+@pytest.mark.parametrize('name', ['llama-tiny', 'llama-6x256'])
+def test_activations_of_mixed_precision(name, method):
+    "What autograd keeps under autocast: 16-bit copies of inputs and weights, fp32 norms."
+    model, dropout, targets = load_model(f'preset:{name}'), .1*('dropout' in method), ['q_proj', 'v_proj']
+    if 'lora' in method: model = add_lora(model, 8, 16, dropout, targets, seed=0)
+    model.train()
+    lengths = [96, 96] if method == 'packed' else [192]
+    parts = memory_breakdown(model.config, tokens=192, longest=lengths[0], method='lora' if 'lora' in method else 'full', rank=8, targets=targets, lora_dropout=dropout, mixed=True, device='cpu')
+    expected = kept(model, lengths, mixed=True)
+    assert abs((parts['activations'] + parts['copies'])/expected - 1) < .05, f"{(parts['activations'] + parts['copies'])/expected:.4f}"
 
 
 @pytest.mark.parametrize('quantisation', ['nf4', 'int8'])

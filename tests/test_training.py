@@ -217,7 +217,7 @@ def test_a_flop_budget_is_never_overdrawn(tmp_path):
 class Purse:
     "A ledger that can pay for so many steps."
     def __init__(self, steps): self.steps, self.booked = steps, []
-    def allows(self, flops): return len(self.booked) < self.steps
+    def allows(self, flops, step, lengths): return len(self.booked) < self.steps
     def book(self, step, tokens, lengths, flops): self.booked.append((step, tokens, sum(lengths), flops))
 
 
