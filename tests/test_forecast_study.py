@@ -25,7 +25,7 @@ def study(tmp_path_factory):
     "The results of all stages, by name."
     outputs, found = tmp_path_factory.mktemp('outputs'), {}
     found['data'] = execute('params/forecast_data/p2.yaml', outputs, simulate=40, steps=24, given=14)
-    common = dict(data=str(found['data'][2]), ledger='s', max_flops=5.5*step, shorten=False, given=14, context_length=32, lora_rank=2, lora_targets=['q_proj', 'v_proj'], valid_trajectories=2, valid_horizon=2, valid_samples=2, max_steps=4, eval_every=2)
+    common = dict(data=str(found['data'][2]), ledger='s', max_flops=5.5*step, shorten=False, given=14, max_length=32, lora_rank=2, lora_targets=['q_proj', 'v_proj'], valid_trajectories=2, valid_horizon=2, valid_samples=2, max_steps=4, eval_every=2)
     found['search'] = execute('params/forecast_train/search.yaml', outputs, **common)
     found['final'] = execute('params/forecast_train/final.yaml', outputs, **dict(common, start=str(found['search'][2])))
     found['test'] = execute('params/forecast_eval/final.yaml', outputs, data=str(found['data'][2]), start=str(found['final'][2]), given=14, horizon=10, num_samples=3, samples=2, ledger='s')

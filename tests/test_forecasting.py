@@ -234,12 +234,12 @@ def test_the_sweeps_are_the_studys():
     for small in (False, True):
         data, search, page = expand(root/'params/sweeps/forecast_search.yaml', small)
         assert (len(data), len(search), len(page)) == (2, 18, 1)
-        points = {(p.params['learning_rate'], p.params['lora_rank'], p.params['precision']) for p in search}
+        points = {(p.params['learning_rate'], p.params['lora_rank'], p.params['decimals']) for p in search}
         rates = sorted({rate for rate, _, _ in points})
         assert points == set(itertools.product(rates, (2, 4, 8), (2, 3))) and len(rates) == 3
-        assert all(f"p{p.params['precision']}" in p.params['data'] for p in search)
+        assert all(f"p{p.params['decimals']}" in p.params['data'] for p in search)
         context, _ = expand(root/'params/sweeps/forecast_context.yaml', small)
-        assert [p.params['context_length'] for p in context] == [128, 512, 768] and context[0].params['start'] in {str(p.folder.relative_to(root)) for p in search}
+        assert [p.params['max_length'] for p in context] == [128, 512, 768] and context[0].params['start'] in {str(p.folder.relative_to(root)) for p in search}
         stages = expand(root/'params/sweeps/forecast_study.yaml', small)
         assert [len(stage) for stage in stages] == [2, 2, 18, 3, 1, 1, 1]
         budgets = {p.params['max_flops'] for stage in stages for p in stage if 'max_flops' in p.params}
