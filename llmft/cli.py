@@ -248,9 +248,9 @@ def plan_command(
     as_object:bool=typer.Option(False, '--json', help='Print one JSON object instead of text.'),  # for scripts
 ):
     "What runs will take: parameters, steps, operations, memory, time. Needs neither weights nor network."
-    from llmft.plan import make_plan, plan_text
-    points = [point for stages in jobs_of(params, override, small) for stage in stages for point in stage if 'model' in point.params]
-    if not points: raise LabError(f"{' '.join(map(str, params))}: no run in it has a parameter `model`: there is nothing to plan")
+    from llmft.plan import make_plan, plan_text, trains_a_model
+    points = [point for stages in jobs_of(params, override, small) for stage in stages for point in stage if trains_a_model(point.params)]
+    if not points: raise LabError(f"{' '.join(map(str, params))}: no run in it trains a model that has a name: there is nothing to plan")
     plans = [make_plan(point.params, gpu, rows, share) for point in points]
     if as_object: print(json.dumps(dict(plans=[dict(run=point.label, **plan) for point, plan in zip(points, plans)]), ensure_ascii=False))
     elif len(plans) == 1: print(plan_text(plans[0]))

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['presets', 'hub_presets', 'precisions', 'quantisations', 'model_config', 'DocumentLengths', 'documents_attention',
-           'causal_model', 'output_head', 'hidden_states', 'disable_cpu_repacking', 'quantised_share', 'load_model']
+           'causal_model', 'output_head', 'hidden_states', 'disable_cpu_repacking', 'mend_cpu_dequantising',
+           'quantised_share', 'load_model']
 
 # %% ../nbs/10_models.ipynb #eb016ce8
-import contextlib, itertools, logging, tempfile, torch
+import contextlib, functools, itertools, logging, math, tempfile, torch, warnings
 from pathlib import Path
 from safetensors import SafetensorError
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -182,6 +183,18 @@ def disable_cpu_repacking(model):
     return model
 
 
+@functools.cache
+def mend_cpu_dequantising():
+    "Have bitsandbytes read 4-bit matrices on a CPU block by block, also where a row is no whole number of blocks; the library that holds the kernel comes back."
+    library, kernel = torch.library.Library('bitsandbytes', 'IMPL'), torch.library.get_kernel('bitsandbytes::dequantize_4bit', 'CPU')
+    def whole(keys, packed, scales, block, kind, shape, dtype):
+        return kernel.call_boxed(keys, packed, scales, block, kind, [math.prod(shape)] if shape[-1] % block else shape, dtype).view(shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # that a kernel is overridden, which is meant
+        library.impl('dequantize_4bit', whole, 'CPU', with_keyset=True, allow_override=True)
+    return library
+
+
 def quantised_share(model,  # any model, with or without an adapter
 )->dict:                    # quantised: parameters held in 4 or 8 bits; total: all parameters; share: their ratio
     "How much of `model` is really quantised, counted in its layers rather than read from its configuration."
@@ -242,6 +255,7 @@ def load_model(name:str,                   # 'preset:NAME' (random weights), 'ba
     options = dict(dtype=precisions[precision], attn_implementation=attention)
     if quantisation != 'none':
         require('bitsandbytes', 'dev')
+        if quantisation == 'nf4': mend_cpu_dequantising()
         options['quantization_config'] = quantisations[quantisation](precisions[precision])
     with _own_seed(seed):
         model = _random(model_config(name), options) if name.startswith('preset:') else _pretrained(_local_folder(name) or name, options)

@@ -382,6 +382,7 @@ def repository():
 def test_no_file_names_a_machine():
     place, looked = re.compile('(?<![\\w.~:/])/(?:' + 'root|home|Users|work|opt' + r')/[\w.]'), 0
     for path in repository():
+        if path.parent == root/'nbs'/'studies': continue  # these quote the commands of the references to the letter
         try: text = path.read_text(encoding='utf-8')
         except UnicodeDecodeError: continue
         looked += 1

@@ -156,6 +156,14 @@ def test_nf4_decodes_one_token_as_written_out(shape):
     with torch.no_grad(): torch.testing.assert_close(model(ids).logits, exact(ids).logits, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize('shape', ['llama-tiny', 'qwen2-tiny'])
+def test_nf4_weights_are_the_nearest_codes_in_every_row(shape):
+    "Rows of 176 numbers are no whole number of blocks of 64."
+    exact, held = load_model(f'preset:{shape}').state_dict(), load_model(f'preset:{shape}', quantisation='nf4').dequantize().state_dict()
+    names = [name for name in exact if 'proj.weight' in name]
+    assert len(names) == 14 and all((held[name] - exact[name]).std() < .1 * exact[name].std() for name in names)
+
+
 @pytest.mark.parametrize('quantisation', ['nf4', 'int8'])
 @each_shape
 def test_quantised_share_counts_layers(shape, quantisation):

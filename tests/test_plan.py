@@ -10,7 +10,7 @@ from llmft.core import LabError, project_root
 from llmft.cost import memory_breakdown
 from llmft.models import load_model, model_config
 from llmft.params import resolve_params
-from llmft.plan import count_memory, count_rows, count_steps, count_work, find_device, make_plan, padded_lengths, plan_text, read_lengths, settings_of
+from llmft.plan import count_memory, count_rows, count_steps, count_work, find_device, make_plan, padded_lengths, plan_text, read_lengths, settings_of, trains_a_model
 from llmft.recipe import Recipe
 from llmft.tokens import Examples
 from llmft.training import fit
@@ -67,14 +67,14 @@ def test_what_cannot_be_planned_is_said_in_one_line(words, message, capsys):
     assert message in error and error.startswith('llmft: ') and '\n' not in error
 
 
-with_a_model = [path for path in sorted((root/'params').glob('*/[!_]*.yaml')) if path.parent.name != 'sweeps' and 'model' in resolve_params([path])[1]]
+with_a_model = [path for path in sorted((root/'params').glob('*/[!_]*.yaml')) if path.parent.name != 'sweeps' and trains_a_model(resolve_params([path])[1])]
 
 
 @pytest.mark.parametrize('path', with_a_model, ids=lambda path: f'{path.parent.name}/{path.stem}')
 def test_every_config_can_be_planned(path):
     "Whichever notebook it belongs to, a number of rows is all that may be missing."
     plan = make_plan(resolve_params([path])[1], gpu='h100', rows=4530)
-    assert len(with_a_model) >= 7 and all(plan[key] for key in ('parameters', 'trainable', 'steps', 'flops', 'seconds')) and 2**20 < plan['memory']['total'] < 80*2**30
+    assert len(with_a_model) >= 25 and all(plan[key] for key in ('parameters', 'trainable', 'steps', 'flops', 'seconds')) and 2**20 < plan['memory']['total'] < 80*2**30
     if path.stem == 'diverse': assert (plan['trainable'], plan['steps_per_epoch'], plan['steps'], plan['warmup_steps']) == (36_929_536, 284, 852, 26)
 
 
