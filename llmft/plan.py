@@ -28,8 +28,6 @@ def settings_of(params:dict,     # name -> value of all parameters of a notebook
 )->SimpleNamespace:              # the same, with what is missing filled in
     "What decides the cost of a run; `method` is full, lora or qlora, and `quantisation` is what it really uses."
     found = SimpleNamespace(**defaults | params)
-    if 'weights' in params: found.precision = params['weights']  # where `precision` is the number of decimals of a series
-    if 'context_length' in params: found.max_length = params['context_length']
     if not found.method: found.method = 'full' if not found.lora_rank else 'lora' if found.quantisation == 'none' else 'qlora'
     if found.method != 'qlora': found.quantisation = 'none'
     if found.method == 'full': found.lora_rank, found.lora_targets = 0, ()
