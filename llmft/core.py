@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['assets', 'LabError', 'nearest', 'require', 'write_atomic', 'jsonable', 'write_json', 'read_json', 'sha256_of',
-           'short_hash', 'seed_everything', 'purpose_rng', 'project_root', 'find_path', 'hub_answers']
+           'short_hash', 'seed_everything', 'purpose_rng', 'project_root', 'find_path', 'hub_answers', 'shows_bar']
 
 # %% ../nbs/00_core.ipynb #bc07d841
-import contextlib, difflib, hashlib, importlib, json, os, random, tempfile
+import contextlib, difflib, hashlib, importlib, json, os, random, sys, tempfile
 from pathlib import Path
 
 # %% ../nbs/00_core.ipynb #2d7e8946
@@ -129,3 +129,9 @@ def hub_answers()->bool:
     if constants.HF_HUB_OFFLINE: return False
     try: return get_session().head(constants.ENDPOINT, timeout=3).status_code < 500
     except Exception: return False
+
+# %% ../nbs/00_core.ipynb #4a85b7ac
+def shows_bar()->bool:
+    "Whether somebody watches a terminal or a live notebook; otherwise progress is plain lines."
+    kernels = sys.modules.get('ipykernel.kernelapp')
+    return sys.stderr.isatty() or bool(kernels and kernels.IPKernelApp.initialized() and 'LLMFT_MANAGED' not in os.environ)

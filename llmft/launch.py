@@ -14,8 +14,8 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch, torch.distributed as dist
 from .checkpoints import load_checkpoint
-from .core import LabError, project_root, read_json, write_json
-from .progress import Progress, shows_bar
+from .core import LabError, project_root, read_json, shows_bar, write_json
+from .progress import Progress
 from .recipe import Recipe
 from .strategies import Processes, check_processes
 from .training import FitResult, fit, planned_steps

@@ -10,7 +10,7 @@ __all__ = ['PdfFile', 'read_pdf', 'write_pdf', 'write_bad_pdfs', 'read_pdfs', 'p
 import collections, contextlib, datetime, itertools, json, os, queue, re, signal, subprocess, sys, textwrap, threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from .core import LabError, find_path, purpose_rng, write_atomic, write_json
+from .core import LabError, find_path, purpose_rng, shows_bar, write_atomic, write_json
 from .corpora import Corpus, Documents, builtin_part, content_key
 
 # %% ../nbs/01a_pdfs.ipynb #8f06925c
@@ -147,7 +147,7 @@ def read_pdfs(folder,                   # searched with all folders below it
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     threads = [threading.Thread(target=_worker, args=(jobs, results, (seconds, max_pages, min_characters)), daemon=True) for _ in range(min(workers or cores, len(paths)))]
     for thread in threads: thread.start()
-    shown = sys.stderr.isatty() or ('ipykernel' in sys.modules and 'LLMFT_MANAGED' not in os.environ)
+    shown = shows_bar()
     files = [results.get() for _ in tqdm(paths, unit='file', desc='PDFs', disable=not shown)]
     for thread in threads: thread.join()
     return sorted(files, key=lambda file: file.name)

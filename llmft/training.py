@@ -18,12 +18,12 @@ from torch import nn
 from .adapters import trainable_parameters, weights_hash
 from .batches import IGNORED, MicroBatch, Plan, evaluation_batches, micro_batches
 from .checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, random_state, restore_random, save_checkpoint
-from .core import LabError, jsonable, purpose_rng, seed_everything, short_hash
+from .core import LabError, jsonable, purpose_rng, seed_everything, short_hash, shows_bar
 from .cost import flops_step
 from .losses import head_cross_entropy
 from .meter import Meter, TensorMemory
 from .models import hidden_states, output_head
-from .progress import Log, Progress, shows_bar
+from .progress import Log, Progress
 from .recipe import Recipe, learning_rate_at, warmup_steps
 from .strategies import Processes, Team, make_team
 from .tokens import Examples
