@@ -12,7 +12,7 @@ import csv, io, math
 import matplotlib as mpl
 import numpy as np
 from .core import LabError
-from .figures import Plot, faint, ground, ink, muted, palette, place_labels, show_number, style, type_scale
+from .figures import Plot, ground, ink, muted, palette, place_labels, style, type_scale
 
 # %% ../nbs/52c_allocation.ipynb #ee637253
 MEASURES = dict(empirical_bpd='BPD on the sample', kl_divergence='KL (K ln 2), nats', bound_value='bound, bits per token', compressed_size_bits='size, bits')

@@ -16,7 +16,7 @@ from .bounds import full_bound, kl_bound, lowest_loss, shared_delta, smoothing_w
 from .coding import charged_bits, decode_message
 from .core import LabError, find_path, jsonable, read_json, sha256_of, write_atomic
 from .models import load_model
-from .scoring import ALPHAS, TOP_K, draw_sample, score_documents, score_tokens
+from .scoring import draw_sample, score_documents, score_tokens
 from .subspace import SubspaceConfig, add_low_rank, attach, describe, frozen_gpt2
 from .token_files import read_token_file
 

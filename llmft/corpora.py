@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['function_modules', 'function_eval_modules', 'base_eval_modules', 'topic_eval', 'left_out', 'builtin_parts',
-           'text_endings', 'row_endings', 'Documents', 'Corpus', 'content_key', 'split_documents', 'drop_shared',
-           'library_files', 'library_tests', 'bundled_packages', 'functions_in', 'library_functions', 'paragraphs',
-           'without_seen', 'paragraph_keys', 'builtin_part', 'read_rows', 'read_files', 'read_hub', 'load_corpus']
+           'text_endings', 'row_endings', 'Documents', 'Corpus', 'content_key', 'is_held_out', 'split_documents',
+           'drop_shared', 'library_files', 'library_tests', 'bundled_packages', 'functions_in', 'library_functions',
+           'paragraphs', 'without_seen', 'paragraph_keys', 'builtin_part', 'read_rows', 'read_files', 'read_hub',
+           'load_corpus']
 
 # %% ../nbs/01_corpora.ipynb #49b7ed45
 import ast, itertools, re, sysconfig, zipfile
@@ -45,6 +46,14 @@ def content_key(text:str)->str:
     return sha256_of(' '.join(text.split()))
 
 
+def is_held_out(text:str,     # or a key of it
+                share:float,  # of all texts, in (0, 1)
+                seed:int,     # another seed, another split
+)->bool:
+    "Whether a text belongs to the held-out side: a hash decides, so that copies share a side."
+    return int(sha256_of(f'{seed} {text}')[:12], 16) < share * 16**12
+
+
 def split_documents(documents:Documents,   # all documents, copies included
                     valid_share:float=.1,  # share of documents to hold out, in (0, 1)
                     seed:int=42,           # another seed, another split
@@ -56,7 +65,7 @@ def split_documents(documents:Documents,   # all documents, copies included
         key = content_key(text)
         if key in seen: continue
         seen.add(key)
-        sides[int(sha256_of(f'{seed} {key}')[:12], 16) < valid_share * 16**12].append(row)
+        sides[is_held_out(key, valid_share, seed)].append(row)
     pick = lambda rows: Documents([documents.texts[r] for r in rows], [documents.names[r] for r in rows])
     return Corpus(pick(sides[False]), pick(sides[True]), dict(duplicates=len(documents) - len(seen)))
 

@@ -9,7 +9,7 @@ __all__ = ['lean_classes', 'steady_ropes', 'most_packed', 'linear_map', 'is_lean
 # %% ../nbs/30_decoder.ipynb #c1a51e55
 import contextlib, functools, inspect, torch
 from types import SimpleNamespace
-from torch.nn.functional import embedding, linear, rms_norm, scaled_dot_product_attention as sdpa, silu
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention as sdpa, silu
 from .core import LabError
 from .models import causal_model
 

@@ -11,7 +11,6 @@ __all__ = ['orders', 'ridges', 'point_forecast', 'whole', 'r_squared', 'point_er
 import math
 import numpy as np
 from .core import LabError
-from .series import predator_prey
 
 # %% ../nbs/04a_forecasts.ipynb #11b600d2
 def point_forecast(samples_NSHV, # decoded samples; NaN where malformed

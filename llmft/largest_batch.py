@@ -8,10 +8,9 @@ __all__ = ['memory_limit', 'return_memory', 'Trial', 'worst_examples', 'out_of_m
 
 # %% ../nbs/26_largest_batch.ipynb #ce06090f
 import ctypes, gc, math, psutil, torch
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
-from .batches import MicroBatch
 from .core import LabError, read_json, write_json
 from .cost import memory_breakdown
 from .meter import Meter

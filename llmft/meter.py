@@ -8,7 +8,7 @@ __all__ = ['MarkedMemory', 'SampledMemory', 'CudaMemory', 'memory_watch', 'synch
            'share_of_peak']
 
 # %% ../nbs/13_meter.ipynb #3fbdf8ad
-import contextlib, ctypes, functools, gc, hashlib, os, platform, sys, threading, time, psutil, torch
+import ctypes, functools, gc, hashlib, os, platform, sys, threading, time, psutil, torch
 from pathlib import Path
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile

@@ -10,7 +10,7 @@ __all__ = ['held', 'packages', 'reserve_bytes', 'lock_path', 'holder_of', 'boot_
            'end_unmanaged', 'watch_cells', 'start_run']
 
 # %% ../nbs/51_run.ipynb #2efab354
-import ast, atexit, errno, importlib.metadata, json, os, platform, secrets, shutil, socket, subprocess, sys, time
+import ast, atexit, errno, importlib.metadata, json, os, platform, secrets, socket, subprocess, sys, time
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace

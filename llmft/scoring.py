@@ -7,7 +7,7 @@ __all__ = ['SLIDE', 'ALPHAS', 'TOP_K', 'Windows', 'make_windows', 'score_windows
            'draw_sample', 'score_tokens']
 
 # %% ../nbs/42_scoring.ipynb #a5c7c251
-import math, torch
+import torch
 import numpy as np
 from dataclasses import dataclass
 from .bounds import smoothed_bits

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 from .core import LabError, jsonable, nearest, sha256_of, short_hash, write_atomic
-from .models import causal_model, output_head
+from .models import causal_model
 from .projections import make_projection, normal_numbers, on_grid, raw_numbers
 
 # %% ../nbs/14a_subspace.ipynb #ea1f7212

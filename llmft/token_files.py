@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from .core import LabError, find_path, nearest, purpose_rng, read_json, sha256_of, short_hash, write_atomic, write_json
-from .corpora import Documents, builtin_part, functions_in, library_files, library_tests, row_endings, text_endings
+from .core import LabError, find_path, nearest, purpose_rng, read_json, sha256_of, short_hash, write_json
+from .corpora import Documents, builtin_part, functions_in, is_held_out, library_files, library_tests, row_endings, text_endings
 from .tokens import Examples, load_tokenizer, tokenizer_hash
 
 # %% ../nbs/06_token_files.ipynb #8c54fd05
@@ -108,11 +108,6 @@ def predator_prey(count:int,     # documents
     return [row.tobytes().decode() for row in codes]
 
 # %% ../nbs/06_token_files.ipynb #4e6c578f
-def _held_out(text, share, seed):
-    "Whether a text belongs to the held-out side."
-    return int(sha256_of(f'{seed} {text}')[:12], 16) < share * 16**12
-
-
 def _functions(everything, least=120, most=1200):
     "The functions of the standard library and its tests, or of the modules the shipped base has never seen: of moderate length, printable ASCII, each once, in an order that a hash decides."
     if not everything: return sorted({*builtin_part('functions').texts, *builtin_part('functions_eval').texts}, key=sha256_of)
@@ -156,7 +151,7 @@ def _one_by_one(data, side, config, text_field, valid_share, seed):
         files = sorted(f for f in path.rglob('*') if f.suffix in text_endings + row_endings) if path.is_dir() else [path]
         rows, own = itertools.chain.from_iterable(_file_rows(file, text_field) for file in files), False
     else: rows, own = _hub_rows(data, config, text_field, side)
-    return rows if own else (text for text in rows if _held_out(text, valid_share, seed) == (side == 'val'))
+    return rows if own else (text for text in rows if is_held_out(text, valid_share, seed) == (side == 'val'))
 
 
 def document_stream(data:str,                # simulated:predator_prey, builtin:functions, builtin:all_functions, a file or folder, or a hub name

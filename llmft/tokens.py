@@ -11,7 +11,7 @@ import html, json, os
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from .core import LabError, assets, find_path, hub_answers, sha256_of, write_atomic, write_json
+from .core import LabError, assets, find_path, hub_answers, sha256_of, write_json
 
 # %% ../nbs/02_tokens.ipynb #f7947650
 special_tokens = ('<|endoftext|>', '<|system|>', '<|user|>', '<|assistant|>')
