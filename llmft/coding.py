@@ -9,7 +9,8 @@ __all__ = ['codebooks', 'assign', 'make_codebook', 'in_float16', 'entropy', 'ref
 # %% ../nbs/40_coding.ipynb #150a2718
 import math, struct
 import numpy as np
-from .core import LabError, nearest, require
+from constriction import stream
+from .core import LabError, nearest
 
 # %% ../nbs/40_coding.ipynb #4d8b34b4
 def assign(values_D,    # numbers, (d,)
@@ -138,13 +139,13 @@ class Bits:
 def _model(counts_Q):
     "The coder's model of symbols with these counts, all above 0."
     counts = np.asarray(counts_Q, dtype=np.float64)
-    return require('constriction', 'dev').stream.model.Categorical(counts / counts.sum(), perfect=False)
+    return stream.model.Categorical(counts / counts.sum(), perfect=False)
 
 
 def _coded(symbols_D, counts_Q):
     "The symbols as bytes; none when there is only one symbol to choose from. Zero bytes at the end are left out."
     if len(counts_Q) < 2: return b''
-    encoder = require('constriction', 'dev').stream.queue.RangeEncoder()
+    encoder = stream.queue.RangeEncoder()
     encoder.encode(np.asarray(symbols_D, dtype=np.int32), _model(counts_Q))
     return encoder.get_compressed().astype('>u4').tobytes().rstrip(b'\0')
 
@@ -153,7 +154,7 @@ def _decoded(data, counts_Q, d):
     "The d symbols that `_coded` turned into `data`."
     if len(counts_Q) < 2: return np.zeros(d, dtype=np.int32)
     words = np.frombuffer(data + b'\0' * (-len(data) % 4), dtype='>u4').astype(np.uint32)
-    return require('constriction', 'dev').stream.queue.RangeDecoder(words).decode(_model(counts_Q), d)
+    return stream.queue.RangeDecoder(words).decode(_model(counts_Q), d)
 
 # %% ../nbs/40_coding.ipynb #96f2fa0e
 def encode_message(values_D,        # d numbers, each one of the levels

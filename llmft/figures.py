@@ -382,7 +382,7 @@ def best_rows(values,    # one value per row
 
 # %% ../nbs/52_figures.ipynb #6cc7d064
 table_style = """<style>.llmft-table{overflow-x:auto;max-width:100%;margin:.6em 0}.llmft-table table{border-collapse:collapse;font-size:.92em;margin:0;border:0}
-.llmft-table th,.llmft-table td{padding:.4em .8em;text-align:right;white-space:nowrap;border:0;border-bottom:1px solid rgba(128,128,128,.3);background:none;font-variant-numeric:tabular-nums}
+.llmft-table th,.llmft-table td{padding:.4em .6em;text-align:right;white-space:nowrap;border:0;border-bottom:1px solid rgba(128,128,128,.3);background:none;font-variant-numeric:tabular-nums}
 .llmft-table th{border-bottom:2px solid rgba(128,128,128,.6);vertical-align:bottom}.llmft-table .text{text-align:left}.llmft-table td.text{white-space:normal;vertical-align:top;min-width:5em}.llmft-table small{display:block;opacity:.7;font-weight:normal}</style>"""
 
 

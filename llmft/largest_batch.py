@@ -8,12 +8,13 @@ __all__ = ['memory_limit', 'return_memory', 'Trial', 'worst_examples', 'out_of_m
 
 # %% ../nbs/26_largest_batch.ipynb #ce06090f
 import ctypes, gc, math, psutil, torch
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import numpy as np
 from .core import LabError, read_json, write_json
 from .cost import memory_breakdown
-from .meter import Meter
+from .meter import Meter, TensorMemory
 from .recipe import Recipe, make_optimiser
 from .tokens import Examples
 from .training import LossModel, accumulate, resident_bytes, set_gradient_checkpointing, step_batches
@@ -105,8 +106,8 @@ def try_batch(model,             # from `load_model`, with or without an adapter
     try:
         resident = resident_bytes(model)
         enforce(min(1., limit / torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 1.)
-        with torch.random.fork_rng(), Meter() as meter: _step(model, recipe, batch, accumulation)
-        trial.peak_bytes, trial.seconds = meter.growth_bytes + resident, meter.seconds
+        with torch.random.fork_rng(), Meter() as meter, nullcontext() if torch.cuda.is_available() else TensorMemory() as tensors: _step(model, recipe, batch, accumulation)
+        trial.peak_bytes, trial.seconds = resident + (getattr(tensors, 'peak_bytes', None) or meter.growth_bytes), meter.seconds
         trial.fits, trial.why = (True, '') if trial.peak_bytes <= limit else (False, 'peak above the limit')
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error): raise

@@ -9,7 +9,7 @@ __all__ = ['answer_all', 'percentile', 'rates', 'peer_greedy', 'timed']
 import gc, statistics, torch
 from .core import LabError
 from .generation import Generated, generate
-from .meter import Meter, per_second
+from .meter import Meter, TensorMemory, per_second
 from .models import causal_model
 from .precisions import bytes_a_step
 from .training import resident_bytes
@@ -34,8 +34,10 @@ def answer_all(model,               # a causal language model
             parts.append(generate(model, rows[at:at + batch_size], max_new_tokens, **options))
             done = min(at + batch_size, len(rows))
             if 10*done // len(rows) > 10*at // len(rows): say(done)
-    on_gpu = next(model.parameters()).is_cuda
-    return parts, meter.peak_bytes if on_gpu else resident_bytes(model) + meter.growth_bytes
+    if next(model.parameters()).is_cuda: return parts, meter.peak_bytes
+    longest = max(range(0, len(rows), batch_size), key=lambda at: max(map(len, rows[at:at + batch_size])))
+    with TensorMemory() as tensors: generate(model, rows[longest:longest + batch_size], max_new_tokens, **options)
+    return parts, resident_bytes(model) + (tensors.peak_bytes or meter.growth_bytes)
 
 # %% ../nbs/33a_latency.ipynb #b9469c49
 def percentile(values,  # numbers, at least one

@@ -26,6 +26,7 @@ from .models import hidden_states, output_head
 from .progress import Log, Progress
 from .recipe import Recipe, learning_rate_at, warmup_steps
 from .strategies import Processes, Team, make_team
+from .subspace import LowRank
 from .tokens import Examples
 
 # %% ../nbs/23_training.ipynb #9ff556b4
@@ -285,14 +286,21 @@ def document_lengths(batch:MicroBatch)->list:
 def _all_lengths(batches): return [length for batch in batches for length in document_lengths(batch)]
 
 
+def _adapted(model):
+    "What `flops_step` must know of the branches beside frozen layers: those of PEFT, or of a subspace (a branch of the head is left out)."
+    adapter = getattr(model, 'peft_config', {}).get('default')
+    if adapter: return dict(method='lora', rank=adapter.r, targets=tuple(adapter.target_modules))
+    branches = {name.replace('.layer', '').rsplit('.', 1)[-1]: module for name, module in model.named_modules() if isinstance(module, LowRank)}
+    rank = max((module.A.shape[0] for module in branches.values()), default=0)
+    return dict(method='lora', rank=rank, targets=tuple(branches.keys() - {'lm_head'})) if branches else {}
+
+
 def micro_batch_flops(model,             # its config, and its adapter when it has one
                       batch:MicroBatch,  # its shape and documents are what counts
                       recipe:Recipe,     # its `gradient_checkpointing`
 )->float:                                # floating point operations of matrix products
     "Hardware FLOPs of forward and backward of one micro-batch."
-    adapter = getattr(model, 'peft_config', {}).get('default')
-    adapted = dict(method='lora', rank=adapter.r, targets=tuple(adapter.target_modules)) if adapter else {}
-    return flops_step(model.config, document_lengths(batch), targets_tokens=batch.supervised, gradient_checkpointing=recipe.gradient_checkpointing, **adapted)
+    return flops_step(model.config, document_lengths(batch), targets_tokens=batch.supervised, gradient_checkpointing=recipe.gradient_checkpointing, **_adapted(model))
 
 # %% ../nbs/23_training.ipynb #08a5c5ab
 def book_step(run:Fit,  # the run in progress; its progress moves on
