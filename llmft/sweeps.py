@@ -292,7 +292,7 @@ tries = 3  # times a run may take its worker process down before it counts as fa
 
 
 def worker_environment(workers:int)->dict:
-    "Environment of each of `workers` processes on this machine: its share of the cores as thread counts, when they are several."
+    "Environment of each of `workers` runs at a time on this machine: its share of the cores as thread counts, when they are several."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     names = 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'
     return {name: os.environ.get(name, str(max(1, cores//workers))) for name in names} if workers > 1 else {}
@@ -315,7 +315,7 @@ def local_workers(workers:int=1,  # worker processes
     "A Dask cluster of single-threaded worker processes on this machine, without dashboard and without log noise."
     import dask, distributed
     quiet = {'logging': {'distributed': 'critical', 'distributed.client': 'critical', 'distributed.worker': 'critical'}}
-    settings = {**quiet, 'distributed.nanny.pre-spawn-environ': worker_environment(workers), 'distributed.scheduler.allowed-failures': tries - 1,
+    settings = {**quiet, 'distributed.nanny.pre-spawn-environ': {}, 'distributed.scheduler.allowed-failures': tries - 1,
                 'distributed.deploy.lost-worker-timeout': '10 days',  # else a worker that is being replaced 15 s after a death is given up
                 'distributed.comm.timeouts.connect': '60s', 'distributed.worker.profile.enabled': False}
     with kept_environment(), dask.config.set(settings), tempfile.TemporaryDirectory(prefix='llmft-dask-', ignore_cleanup_errors=True) as scratch:
@@ -333,6 +333,7 @@ def run_point(notebook:str,      # path of the notebook
               since:float=0,     # time it was submitted, seconds since 1970
               patience:float=60, # seconds to wait for the lock of the folder
               place:str=None,    # folder to work in, the same on all machines; None stays where the worker is
+              threads:dict={},   # environment of the run, from `worker_environment`
 )->dict:                         # run.json, or {run: {status, error}} when the run could not start
     "Execute one point in a Dask worker, sending its lines as events; the event without text says that it began."
     from distributed import get_worker
@@ -348,7 +349,7 @@ def run_point(notebook:str,      # path of the notebook
         again = record is not None and datetime.fromisoformat(record['run']['started']).timestamp() >= int(since)
         if again and record['run']['status'] != 'done': say('goes on after its worker died')
         with gpu_slots(params.get('nproc', 1)) as environment:
-            return execute_run(Path(notebook), params, fresh=not again and (fresh or record is not None and record['run']['status'] == 'done'), on_line=say, environment=environment)
+            return execute_run(Path(notebook), params, fresh=not again and (fresh or record is not None and record['run']['status'] == 'done'), on_line=say, environment=threads | environment)
     except LabError as error: return dict(run=dict(status='failed', error=str(error), cell=None))
 
 
@@ -410,11 +411,12 @@ def run_stage(client,         # a Dask client
               fresh:bool=False, # start again what is unfinished
               say=print,      # called with (label, text)
               cluster:str='', # where the workers are, when not here
+              threads:dict={},# environment of the runs, from `worker_environment`
 ):
     "Run the points of one stage on the workers; none stops the others."
     from distributed import as_completed
     away = (lambda params: dict(resources=resources_of(client, params))) if cluster else lambda params: {}
-    submit = lambda point: client.submit(run_point, str(point.notebook), point.params, point.label, fresh, since, place=str(Path.cwd()) if cluster else None, pure=False, key=f'{point.label}-{time.time_ns()}', **away(point.params))
+    submit = lambda point: client.submit(run_point, str(point.notebook), point.params, point.label, fresh, since, place=str(Path.cwd()) if cluster else None, threads=threads, pure=False, key=f'{point.label}-{time.time_ns()}', **away(point.params))
     slots = workers if callable(workers) else lambda: workers
     since, waiting = time.time(), list(points)
     futures = {submit(point): point for point in [waiting.pop(0) for _ in range(min(slots(), len(waiting)))]}
@@ -468,7 +470,7 @@ def run_stages(stages,            # lists of `Point`s, as from `expand`
             if ready and client is None:
                 most = min(workers, max(map(len, stages)))
                 client = stack.enter_context(remote_workers(cluster, most, settings, say) if cluster else local_workers(most, say))
-            if ready: run_stage(client, ready, results, begun, (lambda: slots_of(client, most)) if cluster else workers, fresh, say, cluster)
+            if ready: run_stage(client, ready, results, begun, (lambda: slots_of(client, most)) if cluster else workers, fresh, say, cluster, {} if cluster else worker_environment(min(workers, len(stage))))
             earlier += stage
     return [results[point.folder] for stage in stages for point in stage]
 

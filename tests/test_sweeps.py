@@ -199,12 +199,11 @@ def test_a_point_that_only_waited_on_a_dying_worker_is_tried_again(project, monk
 
 def test_two_workers_run_at_the_same_time_and_share_the_cores(project, monkeypatch):
     for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'): monkeypatch.delenv(name, raising=False)
-    text = stage + '    name: p-{seed}\n    params: {action: meet}\n    matrix: {seed: [1, 2]}\n'
+    text = stage + '    name: p-{seed}\n    params: {action: meet}\n    matrix: {seed: [1, 2]}\n  - params: [params/act/one.yaml]\n    name: alone\n'
     assert set(outcomes(run_stages(expand(sweep(text)), workers=2)).values()) == {'done'}
-    threads = [json.loads(Path(f'outputs/act/p-{seed}/metrics.json').read_text())['threads'] for seed in (1, 2)]
-    assert threads == [str(max(1, len(os.sched_getaffinity(0))//2))]*2
-    assert set(outcomes(run_stages(expand(sweep(stage + '    name: alone\n')), workers=1)).values()) == {'done'}
-    assert json.loads(Path('outputs/act/alone/metrics.json').read_text())['threads'] == '', 'one worker uses all cores'
+    threads = {name: json.loads(Path(f'outputs/act/{name}/metrics.json').read_text())['threads'] for name in ('p-1', 'p-2', 'alone')}
+    share = str(max(1, len(os.sched_getaffinity(0))//2))
+    assert threads == {'p-1': share, 'p-2': share, 'alone': ''}, 'a run that is alone in its stage uses all cores'
 
 
 def test_clusters_do_not_get_in_each_others_way(project):
