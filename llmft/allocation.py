@@ -206,9 +206,9 @@ def hypotheses(rows:list,    # the runs' rows
             mine = at.get((budget, name), {})
             found.append(dict(hypothesis='an uneven split lowers the bound', comparison=f'{name} against fixed 0.5, d = {budget:,}', unit='bits per token', **paired_test([mine[s] - even[s] for s in mine if s in even])))
         seeds, layers, gamma = gates_of(rows, budget)
-        for index, layer in enumerate(layers): found.append(dict(hypothesis='gates leave one half', comparison=f'layer {layer}, d = {budget:,}', unit='share', **paired_test(gamma[:, index] - .5)))
+        for index, layer in enumerate(layers): found.append(dict(hypothesis='gates leave one half', comparison=f'{"the head" if layer == "head" else f"layer {layer}"}, d = {budget:,}', unit='share', **paired_test(gamma[:, index] - .5)))
         depth = np.arange(len([layer for layer in layers if layer != 'head']))
-        if len(depth) > 1: found.append(dict(hypothesis='gates follow depth', comparison=f'slope by layer, d = {budget:,}', unit='share per layer', **paired_test(np.polyfit(depth, gamma[:, :len(depth)].T, 1)[0])))
+        if len(depth) > 1: found.append(dict(hypothesis='gates follow depth', comparison=f'slope by layer, d = {budget:,}', unit='share per layer', **paired_test(np.round(np.polyfit(depth, gamma[:, :len(depth)].T, 1)[0], 9))))
     for test in found:
         same = sum(other['hypothesis'] == test['hypothesis'] for other in found)
         test['p'] = None if test['p'] is None else min(1., test['p'] * same)

@@ -28,6 +28,13 @@ def held(file, how):
         yield
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    "The tests of a file share what it sets up, so one process takes them all; notebooks, which share nothing, go wherever there is room."
+    for item in items:
+        if item.path.name != 'test_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
     "A test marked `serial` waits until no other test runs, and holds all others back; whoever waits first goes first."

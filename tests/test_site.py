@@ -8,7 +8,7 @@ import pytest
 
 root = Path(__file__).parent.parent
 missing = [package for package in ('mkdocs', 'material', 'playwright') if importlib.util.find_spec(package) is None]
-pytestmark = [pytest.mark.serial, pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed: pip install -e '.[docs]'")]
+pytestmark = pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed: pip install -e '.[docs]'")
 timed_out = __import__('playwright.sync_api', fromlist=['TimeoutError']).TimeoutError if not missing else TimeoutError
 chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
@@ -50,6 +50,7 @@ def pages(site):
     return {path.relative_to(site['folder']).as_posix(): Page(path.read_text(encoding='utf-8')) for path in sorted(site['folder'].rglob('*.html'))}
 
 
+@pytest.mark.serial  # the site is built here, and timed
 def test_every_notebook_is_a_page(site, pages):
     sources = [*root.glob('nbs/**/*.ipynb'), *root.glob('nbs/**/*.qmd'), *root.glob('nbs/**/*.qmd.py')]
     reports = list(root.glob('outputs/gallery/*/*/report.html'))
