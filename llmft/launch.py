@@ -75,7 +75,7 @@ def be_a_rank(file):
     dist.destroy_process_group()
 
 # %% ../nbs/25_launch.ipynb #fc51c7b0
-rank_code = 'import sys; from llmft.launch import be_a_rank; be_a_rank(sys.argv[1])'
+rank_code = 'import os, sys; from llmft.launch import be_a_rank; be_a_rank(sys.argv[1]); sys.stdout.flush(); os._exit(0)'  # threads of libraries can abort an interpreter that takes itself down
 agent_code = '''
 import ctypes, json, signal, sys
 if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it ends its ranks first

@@ -28,11 +28,12 @@ def held(file, how):
         yield
 
 
-@pytest.hookimpl(tryfirst=True)
+longest = ('test_notebooks', 'test_launch', 'test_site', 'test_sweeps', 'test_sublora', 'test_experiments', 'test_forecast_study', 'test_study_experiments')  # minutes each
+
+
 def pytest_collection_modifyitems(items):
-    "The tests of a file share what it sets up, so one process takes them all; notebooks, which share nothing, go wherever there is room."
-    for item in items:
-        if item.path.name != 'test_notebooks.py': item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    "The files that take minutes go first, so that both processes end at about the same time."
+    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
 
 
 @pytest.hookimpl(wrapper=True)

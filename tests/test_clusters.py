@@ -48,7 +48,6 @@ def end(processes):
     for process in processes: process.wait()
 
 
-@pytest.mark.serial
 def test_a_killed_worker_process_loses_nothing_and_does_nothing_twice(project, tmp_path_factory):
     notebook('act', common + 'seed: int = 0  # which', start.format('act'), steps, 'run.finish(dict(first=first), "ok")')
     started, address = processes_of(tmp_path_factory.mktemp('cluster'), 2)
@@ -63,7 +62,6 @@ def test_a_killed_worker_process_loses_nothing_and_does_nothing_twice(project, t
     assert Counter(line for line in heard if 'done in' in line.partition('] ')[2]).total() == 3 and any('goes on after its worker died' in line for line in heard)
 
 
-@pytest.mark.serial
 def test_runs_do_not_meet_on_a_gpu(project, tmp_path_factory):
     notebook('act', common + 'seed: int = 0  # which', start.format('act'), gpus)
     folder = tmp_path_factory.mktemp('cluster')
@@ -94,7 +92,8 @@ def test_the_job_that_slurm_gets():
     assert 'gres' not in without and 'GPU' not in without and '#SBATCH -p' not in without
 
 
-def test_what_cannot_be_meant_is_said_before_work(project):
+def test_what_cannot_be_meant_is_said_before_work(project, monkeypatch):
+    monkeypatch.setattr(clusters, 'patience', 1)
     stages = expand(sweep('name: s\nstages:\n  - notebook: act\n'))
     with pytest.raises(LabError, match='give slurm, or the address'): run_stages(stages, cluster='here')
     with pytest.raises(LabError, match='no Dask scheduler answers'): run_stages(stages, cluster='tcp://127.0.0.1:9')

@@ -226,7 +226,6 @@ print(json.dumps(dict(measured=meter.growth_bytes, **plan)))
 '''
 
 
-@pytest.mark.serial
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc' or torch.cuda.is_available(), reason='the peak is that of resident memory under glibc')
 @pytest.mark.parametrize('again', ['', 'again'])
 @pytest.mark.parametrize('method', ['full', 'lora'])

@@ -129,7 +129,9 @@ def test_the_warm_up_is_made_and_not_counted(monkeypatch):
     calls, inner = [], latency.generate
     monkeypatch.setattr(latency, 'generate', lambda model, rows, new, **options: calls.append((len(rows), new)) or inner(model, rows, new, **options))
     parts, _ = answer_all(load_model('preset:llama-tiny'), [[5], [6], [7]], 2, 6, warmup_tokens=3)
-    assert calls == [(2, 3), (2, 6), (1, 6)] and sum(part.new_tokens for part in parts) == 18
+    answered = [(2, 6), (1, 6)]
+    again = [] if torch.cuda.is_available() else [(2, 6)]  # on a CPU one batch is answered a second time, for its memory
+    assert calls == [(2, 3)] + answered + again and sum(part.new_tokens for part in parts) == 18
 
 
 def test_tokens_are_counted_from_ids_and_prompts_apart():

@@ -57,7 +57,6 @@ def test_the_worst_batch_takes_a_whole_step(net, monkeypatch):
     assert seen == [(144, 144, {48})] and len(steps) == 1 and all(steps[0])
 
 
-@pytest.mark.serial
 def test_memory_grows_with_the_batch_and_is_given_back(net):
     small, large = (try_batch(net, Recipe(max_length=256), batch, 2**34) for batch in (4, 64))
     again = try_batch(net, Recipe(max_length=256), 4, 2**34)

@@ -62,7 +62,6 @@ def close(one, other, relative):
         for a, b in zip(mine, theirs): assert a == b if a is None or isinstance(a, int) else math.isclose(a, b, rel_tol=relative), (mine, theirs)
 
 
-@pytest.mark.serial
 @each_way
 def test_two_ranks_lose_what_one_process_loses(runs, method, strategy):
     keys = 'step', 'loss', 'grad_norm', 'learning_rate', 'tokens', 'targets', 'flops', 'valid_loss', 'valid_targets'
@@ -126,7 +125,6 @@ def alive(text):
     return [process.pid for process in psutil.process_iter(['cmdline']) if text in ' '.join(process.info['cmdline'] or [])]
 
 
-@pytest.mark.serial
 def test_launched_ranks_give_what_one_process_gives_and_a_death_is_told(runs, tmp_path, monkeypatch):
     "First rank 1 is killed in its third step; then the same run goes on from its checkpoint, by the strategy that cuts weights, and ends as one process does."
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]))
@@ -192,7 +190,6 @@ def test_weights_of_another_model_are_not_taken(tmp_path):
     with pytest.raises(LabError, match=r'weight has shape \(0,\)'): take_weights(torch.nn.Linear(2, 1), tmp_path, 4)
 
 
-@pytest.mark.serial
 @pytest.mark.skipif(not with_deepspeed, reason='deepspeed is not installed')
 def test_the_experiment_reads_the_same_with_two_ranks(tmp_path):
     "QLoRA by ZeRO-3, from the file of the study, at a small scale: the report, the adapter and the numbers of a run in one process."

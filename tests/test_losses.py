@@ -210,7 +210,6 @@ def peak(how, rows, words, trained='frozen'):
     return int(subprocess.run([sys.executable, '-c', measure, how, str(rows), str(words), trained], capture_output=True, text=True, check=True).stdout)
 
 
-@pytest.mark.serial
 @pytest.mark.skipif(sys.platform != 'linux', reason='the peak is read from /proc')
 @pytest.mark.parametrize('how', ['linear', 'wrapped'])
 def test_peak_does_not_grow_with_vocabulary_times_tokens(how):
@@ -222,7 +221,6 @@ def test_peak_does_not_grow_with_vocabulary_times_tokens(how):
     assert peak('plain', 2048, 64_000) > 1.8*logits
 
 
-@pytest.mark.serial
 @pytest.mark.skipif(sys.platform != 'linux', reason='the peak is read from /proc')
 def test_peak_of_a_trained_head_is_its_gradient_and_a_chunk():
     assert peak('linear', 2048, 64_000, 'trained') < 64_000*32*4*1.3 + 2**23*1.6 + 2048*32*4*4
