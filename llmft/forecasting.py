@@ -11,8 +11,7 @@ import torch
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from peft import PeftModel
-from .adapters import trainable_parameters
+from .adapters import load_adapter, trainable_parameters
 from .checkpoints import load_checkpoint
 from .core import LabError, find_path, read_json
 from .forecasts import nll_per_value, point_errors, point_forecast, spread_scores
@@ -242,11 +241,9 @@ def series_windows(folder,         # of a forecast_data run
 def with_adapter(net,            # the base model
                  start,          # folder of the forecast_train run whose adapter is put on
                  trainable:bool=False,  # whether it will be trained on
-)->PeftModel:
+)->torch.nn.Module:
     "The model with the adapter of an earlier run; a `LabError` when there is none."
-    folder = find_path(start)/'adapter'
-    if not (folder/'adapter_config.json').exists(): raise LabError(f'{start} holds no adapter: run it first, or give the folder of a finished forecast_train run')
-    return PeftModel.from_pretrained(net, folder, is_trainable=trainable)
+    return load_adapter(net, find_path(start)/'adapter', trainable)
 
 # %% ../nbs/32_forecasting.ipynb #15f70d98
 def kept_steps(folder,  # the folder given to `fit`

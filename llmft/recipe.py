@@ -93,7 +93,8 @@ def _adamw(groups, **settings): return torch.optim.AdamW(groups, fused=True, **s
 
 def _adamw_8bit(groups, paged=False, **settings):
     from bitsandbytes import optim
-    return (optim.PagedAdamW8bit if paged else optim.AdamW8bit)(groups, **settings)
+    on_gpu = any(p.is_cuda for group in groups for p in group['params'])  # elsewhere there is nothing to page out of
+    return (optim.PagedAdamW8bit if paged and on_gpu else optim.AdamW8bit)(groups, **settings)
 
 optimisers = dict(adamw=_adamw, adamw_8bit=_adamw_8bit, paged_adamw_8bit=lambda groups, **settings: _adamw_8bit(groups, paged=True, **settings))
 

@@ -69,7 +69,7 @@ fused = dict(q_proj=0, k_proj=1, v_proj=2)  # thirds of GPT-2's c_attn
 
 def _spans(model, target):
     "(name, module, start, stop) of every layer that `target` means."
-    named = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D, LowRank)) and '.layer' not in name]
+    named = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D, LowRank)) and 'layer' not in name.split('.')]
     own = [(name, module, 0, module.nf if isinstance(module, Conv1D) else module.out_features) for name, module in named if name.rsplit('.', 1)[-1] == target]
     thirds = [(name, module) for name, module in named if name.endswith('c_attn')] if target in fused and not own else []
     if thirds: own = [(name, module, fused[target] * out, (fused[target] + 1) * out) for name, module in thirds for out in [(module.nf if isinstance(module, Conv1D) else module.out_features) // 3]]
