@@ -34,9 +34,10 @@ def _packed(weight, bias):
 
 def _in_stripes(weight, bias, stripes=16):
     "A product with `weight` for one or two rows at a time, a stripe of outputs after the other; more rows go the usual way."
+    striped = weight.unflatten(0, (stripes, -1))
     def few(inputs_RI):
         if len(inputs_RI) > 2: return linear(inputs_RI, weight, bias)
-        outputs_RO = torch.bmm(weight.unflatten(0, (stripes, -1)), inputs_RI.t().expand(stripes, -1, -1)).flatten(0, 1).t()
+        outputs_RO = torch.bmm(striped, inputs_RI.t().expand(stripes, -1, -1)).flatten(0, 1).t()
         return outputs_RO if bias is None else outputs_RO + bias
     return few
 
@@ -50,7 +51,7 @@ def linear_map(module,        # of a model: a linear layer, quantised or with an
         weight, bias = module.weight, module.bias
         if weight.device.type == 'cpu' and weight.dtype == torch.float32:
             if packs and rows > 2 and weight.numel() >= 2**17 and torch.backends.mkldnn.is_available(): return _packed(weight, bias)
-            if rows <= 2 and weight.numel() >= 2**22 and len(weight) % 16 == 0: return _in_stripes(weight, bias)
+            if rows <= 2 and weight.numel() >= 2**15 and len(weight) % 16 == 0: return _in_stripes(weight, bias)
         return functools.partial(linear, weight=weight, bias=bias)
     if not _is_plain_lora(module): return module
     base, names = linear_map(module.base_layer, rows, packs), [name for name in module.active_adapters if name in module.lora_A]

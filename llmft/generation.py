@@ -74,6 +74,13 @@ def _pad_left(prompts, pad_id, device):
     return torch.tensor([[pad_id]*start + list(row) for start, row in zip(starts, prompts)], device=device), torch.tensor(starts, device=device)
 
 
+def _choose_among(logits_RV, may_RV, draws_R, temperature, top_p):
+    "`choose` among the tokens each row may take; columns that no row may take are left out before anything is sorted."
+    columns_K = may_RV.any(0).nonzero()[:, 0]
+    if not len(columns_K): columns_K = torch.arange(may_RV.shape[1], device=may_RV.device)  # `choose` says what is wrong
+    return columns_K[choose(logits_RV[:, columns_K].masked_fill(~may_RV[:, columns_K], -math.inf), draws_R, temperature, top_p)]
+
+
 class _Clock:
     "Seconds since the last look, once the device has done its work."
     def __init__(self): synchronise(); self.last = time.perf_counter()
@@ -99,8 +106,9 @@ def _batch(model, prompts, rows, max_new_tokens, temperature, top_p, seed, stop_
     out, held, live = [[] for _ in rows], list(range(len(rows))), set(range(len(rows)))  # held: rows in the decoder; live: those that go on
     stopped = ['length' for _ in rows]
     for step in range(max_new_tokens):
-        if allowed is not None: logits_RV = logits_RV.masked_fill(~torch.as_tensor(allowed(step, new_BN[:, :step]), device=device).expand(len(rows), -1)[held], -math.inf)
-        ids_R = choose(logits_RV, None if draws_BN is None else draws_BN[held, step], temperature, top_p)
+        draws_R = None if draws_BN is None else draws_BN[held, step]
+        if allowed is None: ids_R = choose(logits_RV, draws_R, temperature, top_p)
+        else: ids_R = _choose_among(logits_RV, torch.as_tensor(allowed(step, new_BN[:, :step]), device=device).expand(len(rows), -1)[held], draws_R, temperature, top_p)
         tokens = ids_R.tolist()
         laps.append(clock.lap())
         for place, (row, token) in enumerate(zip(held, tokens)):

@@ -52,8 +52,8 @@ def _targets(hidden_RD, head, targets_R, chunk_bytes):
     for rows in row_chunks(len(targets_R), size, 8, chunk_bytes):
         logits = head(hidden_RD[rows]).float()
         truth = logits.gather(1, targets_R[rows, None])
-        logs.append(truth[:, 0] - torch.logsumexp(logits, 1))
-        ranks.append((logits > truth).sum(1))
+        logs.append(-torch.nn.functional.cross_entropy(logits, targets_R[rows], reduction='none'))
+        ranks.append(torch.gt(logits, truth, out=logits).sum(1).long())  # in the place of the logits: whole numbers below 2**24 are exact
     return torch.cat(logs), torch.cat(ranks)
 
 

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np, torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import nn
 from .adapters import trainable_parameters, weights_hash
 from .batches import IGNORED, MicroBatch, Plan, evaluation_batches, micro_batches
@@ -26,7 +26,7 @@ from .models import hidden_states, output_head
 from .progress import Log, Progress
 from .recipe import Recipe, learning_rate_at, warmup_steps
 from .strategies import Processes, Team, make_team
-from .subspace import LowRank
+from .subspace import LowRank, Subspace
 from .tokens import Examples
 
 # %% ../nbs/23_training.ipynb #9ff556b4
@@ -226,7 +226,10 @@ def prepare(model,           # as for `fit`
     if (longest := int(train.slots.max())) > recipe.max_length: raise LabError(f'a training example has {longest} positions and max_length is {recipe.max_length}: cut the examples first')
     seed_everything(recipe.seed)
     half = next(p.dtype for p in model.parameters() if p.is_floating_point()) == torch.float16
-    accelerator = Accelerator(mixed_precision='fp16' if half else recipe.mixed_precision, cpu=not torch.cuda.is_available())
+    gradients_only = DistributedDataParallelKwargs(broadcast_buffers=False)  # buffers are constants here, a subspace's projections among them
+    accelerator = Accelerator(mixed_precision='fp16' if half else recipe.mixed_precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[gradients_only])
+    if processes and processes.strategy not in ('none', 'ddp') and any(isinstance(module, Subspace) for module in model.modules()):
+        raise LabError(f'strategy {processes.strategy} cuts weights apart, and a subspace lends whole ones at every step: choose ddp, where only the coordinates are exchanged')
     team = make_team(accelerator, processes)
     if team.rank: torch.manual_seed(int(purpose_rng(recipe.seed, 'process', team.rank).integers(2**62)))  # dropout of its own
     Path(folder).mkdir(parents=True, exist_ok=True)

@@ -20,9 +20,18 @@ def build(params):
     from llmft.adapters import add_lora
     from llmft.models import load_model
     model = load_model(params.model, quantisation='nf4' if params.method == 'nf4' else 'none', seed=3)
+    if params.method in ('uniform', 'learned'): return in_subspace(model, params.method), examples(), examples(6, seed=1)
     if params.method != 'full': model = add_lora(model, 4, 8, params.dropout, ['q_proj', 'v_proj', 'down_proj'], seed=1)
     if getattr(params, 'die', None) is not None: arrange_death(params.die)
     return model, examples(), examples(6, seed=1)
+
+
+def in_subspace(model, mode):
+    "The model with its adapters as a function of 40 numbers."
+    from llmft.subspace import SubspaceConfig, add_low_rank, attach
+    subspace = attach(model, add_low_rank(model, ['q_proj', 'v_proj'], 4, dropout=0.), SubspaceConfig(40, mode, anneal_steps=4))
+    if subspace.gates is not None: subspace.gates.decayed = False
+    return model
 
 
 def arrange_death(how):

@@ -14,9 +14,11 @@ from llmft.launch import launch, take_weights
 from llmft.models import load_model
 from llmft.recipe import Recipe
 from llmft.strategies import Processes, check_processes
+from llmft.training import fit
 
 with_deepspeed = strategies.importlib.util.find_spec('deepspeed') is not None
 ways = [('full', way) for way in ('ddp', 'fsdp2', 'zero2', 'zero3')] + [('lora', way) for way in ('ddp', 'fsdp2', 'zero2', 'zero3')] + [('nf4', way) for way in ('ddp', 'zero2', 'zero3')]
+ways += [('uniform', 'ddp'), ('learned', 'ddp')]  # subspaces
 ways = [pair for pair in ways if with_deepspeed or not pair[1].startswith('zero')]
 each_way = pytest.mark.parametrize('method,strategy', ways)
 
@@ -66,6 +68,12 @@ def close(one, other, relative):
 def test_two_ranks_lose_what_one_process_loses(runs, method, strategy):
     keys = 'step', 'loss', 'grad_norm', 'learning_rate', 'tokens', 'targets', 'flops', 'valid_loss', 'valid_targets'
     close(log_of(runs/f'{method}-alone', *keys), log_of(runs/f'{method}-{strategy}', *keys), 2e-5)
+
+
+def test_a_subspace_is_not_cut():
+    net, *data = rank_runs.build(SimpleNamespace(model='preset:llama-tiny', method='uniform', dropout=0.))
+    with pytest.raises(LabError, match='strategy fsdp2 cuts weights apart.*choose ddp'): fit(net, *data, 'never', Recipe(**rank_runs.BASE), processes=Processes(2, 'fsdp2'))
+    assert not Path('never').exists()
 
 
 @each_way
