@@ -37,6 +37,13 @@ def test_every_stage_is_done(study):
     assert {name: record['run']['status'] for name, (record, _, _) in study.items()} == dict.fromkeys(study, 'done'), {name: record['run']['error'] for name, (record, _, _) in study.items()}
 
 
+def test_a_run_that_finds_the_budget_used_up_says_so_before_training(study):
+    outputs = study['data'][2].parents[1]
+    record, _, folder = execute('params/forecast_train/search.yaml', outputs, name='late', data=str(study['data'][2]), ledger='s', max_flops=5.5*step, given=14, max_length=32, lora_rank=2, lora_targets=['q_proj', 'v_proj'], valid_trajectories=2, valid_horizon=2, valid_samples=2, max_steps=4)
+    assert record['run']['status'] == 'failed' and 's.jsonl has booked' in record['run']['error'] and 'name another ledger' in record['run']['error']
+    assert not (folder/'checkpoints').exists()
+
+
 def test_data_leaves_texts_tokens_and_metadata(study):
     _, metrics, folder = study['data']
     assert (metrics['train'], metrics['valid'], metrics['test']) == (28, 6, 6) and len((folder/'train_texts.txt').read_text().splitlines()) == 28
