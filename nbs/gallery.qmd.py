@@ -18,6 +18,8 @@ for notebook in dict.fromkeys(record['run']['notebook'] for record in records):
         run = record['run']
         if run['notebook'] != notebook: continue
         facts = f"{run['started'][:10]} · {run['seconds']:,.0f} s · {record['meta']['machine']['cores']} cores"
-        print(f'<a class="card" href="{record["page"]}.html"><img src="{record["page"]}.png" alt="the first figure of {html.escape(run["name"])}" loading="lazy"><b>{html.escape(run["name"])}</b>'
+        drawn = 'src="data:image/png;base64,' in (root/'outputs'/record['page']/'report.html').read_text(encoding='utf-8')
+        picture = f'<img src="{record["page"]}.png" alt="the first figure of {html.escape(run["name"])}" loading="lazy">' if drawn else ''
+        print(f'<a class="card" href="{record["page"]}.html">{picture}<b>{html.escape(run["name"])}</b>'
               f'<span>{html.escape(run.get("verdict") or "")}</span><span>{facts}</span></a>')
     print('</div>\n')
