@@ -98,15 +98,14 @@ most_packed = 2**30  # bytes of weights that are copied into another order, at m
 
 
 def _joined(modules, norm, rows, packs):
-    "What linear layers with one input do, as one function that gives one output each, and what is left of the weights of the norm before them."
+    "What linear layers with one input do, as one function that gives their outputs side by side, and the weights of the norm before them, `None` where they are multiplied in."
     plain = all(_is_plain(module) and module.weight.device.type == 'cpu' and module.weight.dtype == torch.float32 for module in modules)
     if not (packs and rows > 2 and plain and sum(module.weight.numel() for module in modules) >= 2**16 and torch.backends.mkldnn.is_available()):
         maps = [linear_map(module, rows, packs) for module in modules]
-        return lambda inputs_RI: [one(inputs_RI) for one in maps], norm
+        return lambda inputs_RI: torch.cat([one(inputs_RI) for one in maps], -1), norm
     biases = [torch.zeros(module.out_features) if module.bias is None else module.bias for module in modules]
     bias = None if all(module.bias is None for module in modules) else torch.cat(biases)
-    product, sizes = _packed(torch.cat([module.weight for module in modules]) * norm, bias), [module.out_features for module in modules]
-    return lambda inputs_RI: product(inputs_RI).split(sizes, -1), None
+    return _packed(torch.cat([module.weight for module in modules]) * (norm * len(norm)**.5), bias), None
 
 
 def _parts(layer, rows, packs):
@@ -127,7 +126,9 @@ class LeanDecoder:
         self.head_width, self.scale, self.epsilon = attention.head_dim, attention.scaling, config.rms_norm_eps
         self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
         self.embed, self.norm = self.net.get_input_embeddings(), self.net.model.norm.weight
-        self.layers, self.head = [_parts(layer, rows, packs) for layer in self.net.model.layers], linear_map(self.net.get_output_embeddings(), rows, packs)
+        self.layers = [_parts(layer, rows, packs) for layer in self.net.model.layers]
+        self.head, self.last = _joined([self.net.get_output_embeddings()], self.norm, rows, packs)
+        self.floor = self.norm.new_tensor(self.epsilon * len(self.norm)).sqrt()
         cos, sin = self.net.model.rotary_emb(self.norm, torch.arange(slots, device=self.norm.device)[None])
         self.cos_SD, self.sin_SD = cos[0], torch.cat(sin[0].neg().chunk(2, -1)[:1] + sin[0].chunk(2, -1)[1:], -1)
 
@@ -158,23 +159,26 @@ class LeanDecoder:
         angles = self.cos_SD[places_BT], self.sin_SD[places_BT]
         stream_RW = self.embed(ids_BT).flatten(0, 1)
         for layer, cache in zip(self.layers, self.cache):
-            normed_RW = rms_norm(stream_RW, stream_RW.shape[1:], layer.before, self.epsilon)
-            stream_RW = stream_RW + layer.o(self._attend(layer, normed_RW, ids_BT.shape, cache, angles, mask))
-            normed_RW = rms_norm(stream_RW, stream_RW.shape[1:], layer.after, self.epsilon)
-            gate_RM, up_RM = layer.gate_up(normed_RW)
-            stream_RW = stream_RW + layer.down(silu(gate_RM) * up_RM)
+            stream_RW = stream_RW + layer.o(self._attend(layer, self._normed(stream_RW, layer.before), ids_BT.shape, cache, angles, mask))
+            gate_RM, up_RM = layer.gate_up(self._normed(stream_RW, layer.after)).chunk(2, -1)
+            stream_RW = stream_RW + layer.down(silu(gate_RM).mul_(up_RM))
         self.used += ids_BT.shape[1]
         last_BW = stream_RW.unflatten(0, ids_BT.shape)[:, -1]
-        return self.head(rms_norm(last_BW, last_BW.shape[1:], self.norm, self.epsilon))
+        return self.head(self._normed(last_BW, self.last))
+
+    def _normed(self, stream_RW, weight):
+        "Each row over its root mean square, times `weight`; over its length where there is none."
+        if weight is not None: return rms_norm(stream_RW, stream_RW.shape[1:], weight, self.epsilon)
+        return stream_RW / torch.hypot(torch.linalg.vector_norm(stream_RW, dim=-1, keepdim=True), self.floor)
 
     def _attend(self, layer, normed_RW, shape, cache, angles, mask):
         "What the new tokens read from the cache, after their own keys and values were written to it: (rows x tokens, heads x head width)."
-        query_RH, key_RG, value_RG = layer.qkv(normed_RW)
-        turned = rotate(torch.cat([query_RH, key_RG], -1).view(*shape, -1, self.head_width), *angles)
-        query_BTHD, key_BTGD = turned[:, :, :self.heads], turned[:, :, self.heads:]
+        heads_BTED = layer.qkv(normed_RW).view(*shape, -1, self.head_width)
+        turned_BTED, value_BTGD = rotate(heads_BTED[:, :, :-self.groups], *angles), heads_BTED[:, :, -self.groups:]
+        query_BTHD, key_BTGD = turned_BTED[:, :, :self.heads], turned_BTED[:, :, self.heads:]
         now, end = self.used, self.used + shape[1]
         cache[0][:, :, now:end] = key_BTGD.transpose(1, 2)
-        cache[1][:, :, now:end] = value_RG.unflatten(1, (-1, self.head_width)).unflatten(0, shape).transpose(1, 2)
+        cache[1][:, :, now:end] = value_BTGD.transpose(1, 2)
         keys, values = (tensor[:, :, :end] for tensor in cache)
         if shape[1] == 1:  # the heads that share a key are the queries of one attention
             out = sdpa(query_BTHD.reshape(shape[0], self.groups, -1, self.head_width), keys, values, attn_mask=mask, scale=self.scale)

@@ -109,13 +109,14 @@ def _batch(model, prompts, rows, max_new_tokens, temperature, top_p, seed, stop_
         draws_R = None if draws_BN is None else draws_BN[held, step]
         if allowed is None: ids_R = choose(logits_RV, draws_R, temperature, top_p)
         else: ids_R = _choose_among(logits_RV, torch.as_tensor(allowed(step, new_BN[:, :step]), device=device).expand(len(rows), -1)[held], draws_R, temperature, top_p)
-        tokens = ids_R.tolist()
+        tokens, shown = ids_R.tolist(), [pad_id]*len(rows)
         laps.append(clock.lap())
-        for place, (row, token) in enumerate(zip(held, tokens)):
+        for row, token in zip(held, tokens):
             if row not in live: continue
-            new_BN[row, step] = token
+            shown[row] = token
             if token in stop_ids: stopped[row] = 'stop'; live.discard(row)
             else: out[row].append(token)
+        new_BN[:, step] = torch.tensor(shown, device=device)
         if on_token is not None: on_token(step, new_BN[:, step])
         if not live or step + 1 == max_new_tokens: break
         if 2*len(live) <= len(held):

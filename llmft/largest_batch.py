@@ -17,7 +17,7 @@ from .cost import memory_breakdown
 from .meter import Meter, TensorMemory
 from .recipe import Recipe, make_optimiser
 from .tokens import Examples
-from .training import LossModel, accumulate, resident_bytes, set_gradient_checkpointing, step_batches
+from .training import LossModel, accumulate, resident_bytes, set_gradient_checkpointing, step_batches, training_method
 
 # %% ../nbs/26_largest_batch.ipynb #ac58d4a7
 def memory_limit(limit_gb:float=0.,  # what may be used, GiB; 0 for what there is
@@ -83,10 +83,9 @@ def _step(model, recipe, batch, accumulation):
 
 def _predicted(model, recipe, batch, accumulation, **facts):
     "Bytes by the formulas, or `None` for an architecture they do not know."
-    adapter = getattr(model, 'peft_config', {}).get('default')
-    told = dict(method='lora', rank=adapter.r, targets=tuple(adapter.target_modules), lora_dropout=adapter.lora_dropout) if adapter else dict(method='full')
+    dropout = getattr(getattr(model, 'peft_config', {}).get('default'), 'lora_dropout', 0.)
     try: return memory_breakdown(model.config, tokens=batch * recipe.max_length, longest=recipe.max_length, optimiser=recipe.optimiser, gradient_checkpointing=recipe.gradient_checkpointing, accumulation=accumulation,
-                                 device=next(model.parameters()).device.type, **told, **facts)['total']
+                                 device=next(model.parameters()).device.type, lora_dropout=dropout, **training_method(model), **facts)['total']
     except LabError: return None
 
 

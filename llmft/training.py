@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['WARMUP_TIMED', 'LossModel', 'blank_batch', 'step_shares', 'targets_of', 'step_batches', 'accumulate', 'evaluate_loss',
-           'train_step', 'Fit', 'FitResult', 'set_gradient_checkpointing', 'planned_steps', 'prepare', 'resume', 'save',
-           'document_lengths', 'micro_batch_flops', 'book_step', 'evaluate', 'resident_bytes', 'watched_step', 'fit']
+           'train_step', 'Fit', 'FitResult', 'set_gradient_checkpointing', 'planned_steps', 'training_method',
+           'prepare', 'resume', 'save', 'document_lengths', 'micro_batch_flops', 'book_step', 'evaluate',
+           'resident_bytes', 'watched_step', 'fit']
 
 # %% ../nbs/23_training.ipynb #d5319362
 import math, os, time
@@ -165,6 +166,7 @@ class Fit:
     shapes: dict = None             # name -> shape of all trained parameters, before they were cut
     parameters: list = None         # trained parameters
     names: dict = None              # trained parameter -> name
+    method: dict = None             # from `training_method`, for the FLOPs of a step
     progress: Progress = field(default_factory=Progress)  # how far it is
     started_at: int = 0             # step at which this process started or resumed
     watched: dict = field(default_factory=dict)  # what tensors took in one step of this process, on a CPU: see `watched_step`
@@ -211,6 +213,15 @@ def planned_steps(examples:int,   # number of training examples
     return recipe.max_steps or math.ceil(per_epoch * recipe.num_epochs)
 
 
+def training_method(model)->dict:
+    "What `flops_step` and `memory_breakdown` are told of `model`: whether all of it is trained, or branches beside frozen layers (one beside the head is left out)."
+    adapter = getattr(model, 'peft_config', {}).get('default')
+    if adapter: return dict(method='lora', rank=adapter.r, targets=tuple(adapter.target_modules))
+    branches = [(name.removesuffix('.layer').rpartition('.')[2], module) for name, module in model.named_modules() if isinstance(module, LowRank)]
+    if not branches: return dict(method='full')
+    return dict(method='lora', rank=max(len(module.A) for _, module in branches), targets=tuple({layer for layer, _ in branches} - {'lm_head'}))
+
+
 def prepare(model,           # as for `fit`
             train:Examples,  # training examples
             valid:Examples,  # held-out examples, or None
@@ -238,6 +249,7 @@ def prepare(model,           # as for `fit`
     run.steps = planned_steps(len(train), recipe)
     set_gradient_checkpointing(model, recipe.gradient_checkpointing)
     model.train()
+    run.method = training_method(model)
     run.shapes = {name: list(parameter.shape) for name, parameter in trainable_parameters(model).items()}
     if not run.shapes: raise LabError('no parameter is trainable: add an adapter to a frozen or quantised model')
     run.loss_model, run.optimiser = team.wrap(LossModel(model, recipe.mixed_precision == 'bf16' and type(team) is not Team), recipe)
@@ -289,21 +301,13 @@ def document_lengths(batch:MicroBatch)->list:
 def _all_lengths(batches): return [length for batch in batches for length in document_lengths(batch)]
 
 
-def _adapted(model):
-    "What `flops_step` must know of the branches beside frozen layers: those of PEFT, or of a subspace (a branch of the head is left out)."
-    adapter = getattr(model, 'peft_config', {}).get('default')
-    if adapter: return dict(method='lora', rank=adapter.r, targets=tuple(adapter.target_modules))
-    branches = {name.replace('.layer', '').rsplit('.', 1)[-1]: module for name, module in model.named_modules() if isinstance(module, LowRank)}
-    rank = max((module.A.shape[0] for module in branches.values()), default=0)
-    return dict(method='lora', rank=rank, targets=tuple(branches.keys() - {'lm_head'})) if branches else {}
-
-
-def micro_batch_flops(model,             # its config, and its adapter when it has one
+def micro_batch_flops(config,            # of a transformers model
+                      method:dict,       # from `training_method`
                       batch:MicroBatch,  # its shape and documents are what counts
                       recipe:Recipe,     # its `gradient_checkpointing`
 )->float:                                # floating point operations of matrix products
     "Hardware FLOPs of forward and backward of one micro-batch."
-    return flops_step(model.config, document_lengths(batch), targets_tokens=batch.supervised, gradient_checkpointing=recipe.gradient_checkpointing, **_adapted(model))
+    return flops_step(config, document_lengths(batch), targets_tokens=batch.supervised, gradient_checkpointing=recipe.gradient_checkpointing, **method)
 
 # %% ../nbs/23_training.ipynb #08a5c5ab
 def book_step(run:Fit,  # the run in progress; its progress moves on
@@ -396,7 +400,7 @@ def _walk(run:Fit):
         start = time.perf_counter()
         shares = step_shares(run.train, run.plan.step(progress.step), recipe, run.team.world)
         everyone, targets = [batch for share in shares for batch in share], targets_of(shares)
-        flops = sum(micro_batch_flops(run.model, batch, recipe) for batch in everyone)
+        flops = sum(micro_batch_flops(run.model.config, run.method, batch, recipe) for batch in everyone)
         if not _affordable(run, flops, everyone): _end_of_budget(run); break
         loss, norm = watched_step(run, shares[run.team.rank], targets)
         if run.team.device.type == 'cuda': torch.cuda.synchronize()
