@@ -18,12 +18,13 @@ from .run import close_folder, held, merge, now, open_folder, run_folder, second
 
 # %% ../nbs/53_execute.ipynb #b26f4dc1
 bootstrap = '''
-import ctypes, os, signal, sys
+import atexit, ctypes, gc, os, signal, sys
 parent = int(sys.argv.pop(1))
 if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 if os.getppid() != parent: os._exit(1)
 sys.path.insert(0, os.getcwd())
 from ipykernel.kernelapp import launch_new_instance
+atexit.register(gc.freeze)
 launch_new_instance()
 '''
 quiet_environment = dict(TOKENIZERS_PARALLELISM='false', HF_HUB_DISABLE_TELEMETRY='1', DO_NOT_TRACK='1', WANDB_MODE='disabled', WANDB_ERROR_REPORTING='false',

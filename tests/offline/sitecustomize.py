@@ -1,7 +1,7 @@
 """Nothing but this machine can be reached: imported by the tests, and by every Python process they start (it is on their PYTHONPATH).
 
 A refused attempt is also written to the file that LLMFT_REFUSED names, because libraries like to swallow the error."""
-import ipaddress, os, socket, sys
+import atexit, gc, ipaddress, os, socket, sys
 
 real_connect, real_connect_ex, real_sendto, real_getaddrinfo = socket.socket.connect, socket.socket.connect_ex, socket.socket.sendto, socket.getaddrinfo
 local_names = {None, '', b'', 'localhost', 'localhost.localdomain', 'ip6-localhost', socket.gethostname()}
@@ -37,6 +37,7 @@ def getaddrinfo(host, *args, **kwargs):
     return real_getaddrinfo(host, *args, **kwargs)
 
 
+atexit.register(gc.freeze)  # as in the kernels of runs: the last collection takes two seconds where PyTorch was imported
 if not hasattr(socket, 'only_this_machine'):
     socket.only_this_machine = True
     socket.socket.connect, socket.socket.connect_ex = guard(real_connect, 'connect'), guard(real_connect_ex, 'connect')
