@@ -59,7 +59,8 @@ _unsound = {('full', False, 'none'), ('qlora', False, 'none'), ('qlora', False, 
 _pairs = [('All weights instead of LoRA', ('lora', False, 'none'), ('full', False, 'none')), ('Gradient checkpointing on LoRA', ('lora', False, 'none'), ('lora', True, 'none')),
     ('4-bit weights', ('lora', False, 'none'), ('qlora', False, 'none')), ('4-bit weights under checkpointing', ('lora', True, 'none'), ('qlora', True, 'none')),
     ('Gradient checkpointing on QLoRA', ('qlora', False, 'none'), ('qlora', True, 'none')), ('ZeRO-2 on LoRA', ('lora', False, 'none'), ('lora', False, 'zero2')),
-    ('ZeRO-3 on LoRA', ('lora', False, 'none'), ('lora', False, 'zero3')), ('FSDP2 on LoRA', ('lora', False, 'none'), ('lora', False, 'fsdp2'))]
+    ('ZeRO-3 on LoRA', ('lora', False, 'none'), ('lora', False, 'zero3')), ('DDP on LoRA', ('lora', False, 'none'), ('lora', False, 'ddp')),
+    *((f'{words} instead of DDP', ('lora', False, 'ddp'), ('lora', False, strategy)) for words, strategy in (('ZeRO-2', 'zero2'), ('ZeRO-3', 'zero3'), ('FSDP2', 'fsdp2')))]
 
 
 def _times(before, after, digits=2):

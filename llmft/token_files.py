@@ -95,9 +95,9 @@ def _lotka_volterra(rates_4N, start_2N, times, step, substeps):
 
 
 def trajectory_texts(count:int,     # documents
-                  seed:int,      # with `purpose`, all that decides them
-                  *purpose,      # what they are for, such as 'train', 7
-                  times:int=32,  # moments of a trajectory; a document has twice as many characters
+                     seed:int,      # with `purpose`, all that decides them
+                     *purpose,      # what they are for, such as 'train', 7
+                     times:int=32,  # moments of a trajectory; a document has twice as many characters
 )->list:                         # texts
     "Independent predator-prey trajectories as texts of 15 letters."
     rng = purpose_rng(seed, 'predator prey', *purpose)
