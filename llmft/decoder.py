@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['lean_classes', 'steady_ropes', 'most_packed', 'linear_map', 'is_lean', 'rotate', 'prefill_mask', 'LeanDecoder',
-           'ModelDecoder', 'decoder_for']
+           'ModelDecoder', 'CompiledDecoder', 'decoder_for']
 
 # %% ../nbs/30_decoder.ipynb #c1a51e55
 import contextlib, functools, inspect, torch
 from types import SimpleNamespace
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention as sdpa, silu
+from transformers import StaticCache
+from transformers.masking_utils import create_masks_for_generate
 from .core import LabError
 from .models import causal_model
 
@@ -209,19 +211,39 @@ class ModelDecoder:
         self.cache.batch_select_indices(rows)
         self.mask_BT = self.mask_BT[rows]
 
+    def _places(self, slots): return (self.mask_BT.cumsum(1) - 1).clamp_(min=0)[:, -slots:]
+
     def _forward(self, ids_BT):
-        places = (self.mask_BT.cumsum(1) - 1).clamp_(min=0)[:, -ids_BT.shape[1]:]
-        out = self.model(input_ids=ids_BT, attention_mask=self.mask_BT, past_key_values=self.cache, **(dict(position_ids=places) if self.positions else {}), **self.extra)
+        places = dict(position_ids=self._places(ids_BT.shape[1])) if self.positions else {}
+        out = self.model(input_ids=ids_BT, attention_mask=self.mask_BT, past_key_values=self.cache, **places, **self.extra)
         if getattr(out, 'past_key_values', None) is None:
             raise LabError(f'{causal_model(self.model).config.model_type} gives no cache of keys and values: it cannot generate here')
         self.cache = out.past_key_values
         return out.logits[:, -1]
 
 
+class CompiledDecoder(ModelDecoder):
+    "Prefill by a model's own forward, single steps by that forward compiled, over a cache whose size is a multiple of 128 slots."
+    def __init__(self, model, slots):
+        super().__init__(model, slots)
+        self.net = causal_model(model)
+        self.cache = StaticCache(config=self.net.config, max_cache_len=-(-slots // 128) * 128)
+
+    def step(self, ids_B):
+        "Append one token to every row; the logits after it, (rows, vocabulary)."
+        self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(ids_B)[:, None]], 1)
+        places, like = self._places(1), torch.empty((len(ids_B), 1, 0), dtype=self.net.dtype, device=ids_B.device)
+        mask = create_masks_for_generate(self.net.config, like, self.mask_BT, self.cache, places)
+        out = self.net.get_compiled_call(None)(input_ids=ids_B[:, None], attention_mask=mask, position_ids=places, past_key_values=self.cache, **self.extra)
+        return out.logits[:, -1].clone()  # the next step writes into the same memory where steps are CUDA graphs
+
+
 def decoder_for(model,      # a causal language model, with or without an adapter
                 slots:int,  # prompt and new tokens of the longest row
                 rows:int=1, # of the batch
                 steps:int=0,# that will be taken
+                compiled:bool=False, # by `torch.compile`
 ):                          # an object with begin, step and select
-    "The way to take single steps of `model`: written out where that is known to be the same, else its own forward."
+    "The way to take single steps of `model`: compiled where that is asked for, written out where that is known to be the same, else its own forward."
+    if compiled: return CompiledDecoder(model, slots)
     return LeanDecoder(model, slots, rows, steps) if is_lean(model) else ModelDecoder(model, slots)

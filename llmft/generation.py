@@ -91,16 +91,15 @@ class _Clock:
         return now - before
 
 
-def _batch(model, prompts, rows, max_new_tokens, temperature, top_p, seed, stop_ids, samples, allowed, on_token, pad_id):
+def _batch(model, prompts, rows, max_new_tokens, temperature, top_p, seed, stop_ids, samples, allowed, on_token, pad_id, compiled):
     "`Generated` for the consecutive `rows` of the whole request."
     device, first = next(model.parameters()).device, rows[0] // samples
     wanted, clock, laps = prompts[first:rows[-1] // samples + 1], _Clock(), []
     ids_PT, starts_P = _pad_left(wanted, pad_id, device)
-    decoder = decoder_for(model, ids_PT.shape[1] + max_new_tokens, len(rows), max_new_tokens)
+    decoder, copies = decoder_for(model, ids_PT.shape[1] + max_new_tokens, len(rows), max_new_tokens, compiled), [row // samples - first for row in rows]
+    if compiled: ids_PT, starts_P = ids_PT[copies], starts_P[copies]  # its cache keeps its shape
     logits_RV = decoder.begin(ids_PT, starts_P)
-    if samples > 1:
-        copies = [row // samples - first for row in rows]
-        decoder.select(copies); logits_RV = logits_RV[copies]
+    if samples > 1 and not compiled: decoder.select(copies); logits_RV = logits_RV[copies]
     draws_BN = torch.tensor(np.array([purpose_rng(seed, 'generation', row).random(max_new_tokens) for row in rows]), device=device) if temperature else None
     new_BN = torch.full((len(rows), max_new_tokens), pad_id, device=device)
     out, held, live = [[] for _ in rows], list(range(len(rows))), set(range(len(rows)))  # held: rows in the decoder; live: those that go on
@@ -119,7 +118,7 @@ def _batch(model, prompts, rows, max_new_tokens, temperature, top_p, seed, stop_
         new_BN[:, step] = torch.tensor(shown, device=device)
         if on_token is not None: on_token(step, new_BN[:, step])
         if not live or step + 1 == max_new_tokens: break
-        if 2*len(live) <= len(held):
+        if 2*len(live) <= len(held) and not compiled:
             kept = [place for place, row in enumerate(held) if row in live]
             decoder.select(kept); ids_R, held = ids_R[kept], [held[place] for place in kept]
         logits_RV = decoder.step(ids_R)
@@ -139,6 +138,7 @@ def generate(model,              # a causal language model, with or without an a
              on_token=None,      # called with (step, ids (rows,)) as tokens come; rows that have ended give `pad_id`
              batch_size:int=0,   # rows at a time, 0 for all at once; `allowed` and `on_token` see the rows of one batch
              pad_id:int=0,       # fills short prompts and ended rows
+             compiled:bool=False,# steps go through `torch.compile`: tens of seconds once for each batch size, worth it for long work on a GPU
 )->Generated:
     "Continue each of `prompts`. A `LabError` when there is none, when one does not fit the model, or when an option is out of range."
     check_request(causal_model(model).config, prompts, max_new_tokens, temperature, top_p, samples, batch_size)
@@ -146,7 +146,7 @@ def generate(model,              # a causal language model, with or without an a
     size, stop_ids = batch_size or len(rows), frozenset(stop_ids)
     try:
         model.eval()
-        parts = [_batch(model, prompts, rows[at:at + size], max_new_tokens, temperature, top_p, seed, stop_ids, samples, allowed, on_token, pad_id) for at in range(0, len(rows), size)]
+        parts = [_batch(model, prompts, rows[at:at + size], max_new_tokens, temperature, top_p, seed, stop_ids, samples, allowed, on_token, pad_id, compiled) for at in range(0, len(rows), size)]
     finally:
         for module, mode in modes: module.training = mode
     joined = lambda name: [value for part in parts for value in getattr(part, name)]

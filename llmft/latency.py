@@ -23,11 +23,12 @@ def answer_all(model,               # a causal language model
                pad_id:int=0,        # fills short prompts
                warmup_tokens:int=4, # tokens of a first call on the first batch, which is not counted; 0 for none
                say=lambda done: None,  # told the number of prompts done, ten times at most
+               compiled:bool=False, # as for `generate`; the warm-up is then the whole first batch, so that nothing is compiled later
 ):                                  # (list of `Generated`, one a batch; peak memory in bytes: the weights and what answering added)
     "Greedy answers to all of `rows`, after a warm-up that does not count."
     if batch_size < 1: raise LabError(f'batch_size is {batch_size}: give at least 1')
-    options, parts = dict(stop_ids=stop_ids, pad_id=pad_id), []
-    if warmup_tokens: generate(model, rows[:batch_size], min(warmup_tokens, max_new_tokens), **options)
+    options, parts = dict(stop_ids=stop_ids, pad_id=pad_id, compiled=compiled), []
+    if warmup_tokens: generate(model, rows[:batch_size], max_new_tokens if compiled else min(warmup_tokens, max_new_tokens), **options)
     gc.collect()
     with Meter() as meter:
         for at in range(0, len(rows), batch_size):

@@ -237,3 +237,29 @@ def test_texts_end_at_the_end_of_text():
     text = complete(model, tokenizer, ['import os\n', 'def f(x):\n    return '], 40)
     prompt = [0] + tokenizer('import os\n', add_special_tokens=False)['input_ids']
     assert text[0] == tokenizer.decode([token for token in theirs(model, prompt, 40, eos_token_id=0) if token])
+
+
+@pytest.fixture
+def compiler(monkeypatch):
+    "The real tracer without the code generator, which takes tens of seconds; how many graphs it made."
+    import torch._dynamo as dynamo
+    from torch._dynamo.utils import counters
+    dynamo.reset(); counters.clear()
+    real = torch.compile
+    monkeypatch.delenv('TORCHDYNAMO_DISABLE', raising=False)
+    monkeypatch.setattr(torch, 'compile', lambda call, **options: real(call, backend='eager', dynamic=options.get('dynamic')))
+    with dynamo.config.patch(disable=False): yield lambda: counters['stats']['unique_graphs']
+    dynamo.reset()
+
+
+@pytest.mark.parametrize('shape', ['llama-tiny', 'gpt2-tiny'])
+def test_compiled_steps_make_the_same_tokens_and_are_compiled_once(shape, compiler):
+    model, prompts = load_model(f'preset:{shape}').eval(), [[5, 6, 7, 8], [9], [10, 11]]
+    stop = generate(model, prompts, 9).ids[0][4]
+    plain = [generate(model, prompts, 9, **options) for options in (dict(stop_ids=[stop]), dict(temperature=.9, samples=2, seed=3))]
+    assert compiler() == 0
+    compiled = [generate(model, prompts, 9, compiled=True, **options) for options in (dict(stop_ids=[stop]), dict(temperature=.9, samples=2, seed=3))]
+    assert [one.ids for one in compiled] == [one.ids for one in plain] and compiled[0].stopped == plain[0].stopped
+    graphs = compiler()
+    assert graphs > 0 and generate(model, prompts[::-1], 12, compiled=True).ids == generate(model, prompts[::-1], 12).ids
+    assert compiler() == graphs, 'other prompts of the same number are not compiled again'
