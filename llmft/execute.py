@@ -18,13 +18,14 @@ from .run import close_folder, held, merge, now, open_folder, run_folder, second
 
 # %% ../nbs/53_execute.ipynb #b26f4dc1
 bootstrap = '''
-import atexit, ctypes, gc, os, signal, sys
+import ctypes, os, signal, sys
 parent = int(sys.argv.pop(1))
 if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 if os.getppid() != parent: os._exit(1)
 sys.path.insert(0, os.getcwd())
-from ipykernel.kernelapp import launch_new_instance
-atexit.register(gc.freeze)
+from ipykernel.kernelapp import IPKernelApp, launch_new_instance
+close = IPKernelApp.close
+IPKernelApp.close = lambda app: os._exit(0) if getattr(app.kernel, '_shutdown_message', None) else close(app)
 launch_new_instance()
 '''
 quiet_environment = dict(TOKENIZERS_PARALLELISM='false', HF_HUB_DISABLE_TELEMETRY='1', DO_NOT_TRACK='1', WANDB_MODE='disabled', WANDB_ERROR_REPORTING='false',
