@@ -37,7 +37,7 @@ def getaddrinfo(host, *args, **kwargs):
     return real_getaddrinfo(host, *args, **kwargs)
 
 
-atexit.register(gc.freeze)  # as in the kernels of runs: the last collection takes two seconds where PyTorch was imported
+atexit.register(gc.freeze)  # the last collection takes two seconds where PyTorch was imported
 if not hasattr(socket, 'only_this_machine'):
     socket.only_this_machine = True
     socket.socket.connect, socket.socket.connect_ex = guard(real_connect, 'connect'), guard(real_connect_ex, 'connect')
