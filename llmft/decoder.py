@@ -211,11 +211,10 @@ class ModelDecoder:
         self.cache.batch_select_indices(rows)
         self.mask_BT = self.mask_BT[rows]
 
-    def _places(self, slots): return (self.mask_BT.cumsum(1) - 1).clamp_(min=0)[:, -slots:]
+    def _places(self, slots): return dict(position_ids=(self.mask_BT.cumsum(1) - 1).clamp_(min=0)[:, -slots:]) if self.positions else {}
 
     def _forward(self, ids_BT):
-        places = dict(position_ids=self._places(ids_BT.shape[1])) if self.positions else {}
-        out = self.model(input_ids=ids_BT, attention_mask=self.mask_BT, past_key_values=self.cache, **places, **self.extra)
+        out = self.model(input_ids=ids_BT, attention_mask=self.mask_BT, past_key_values=self.cache, **self._places(ids_BT.shape[1]), **self.extra)
         if getattr(out, 'past_key_values', None) is None:
             raise LabError(f'{causal_model(self.model).config.model_type} gives no cache of keys and values: it cannot generate here')
         self.cache = out.past_key_values
@@ -233,8 +232,8 @@ class CompiledDecoder(ModelDecoder):
         "Append one token to every row; the logits after it, (rows, vocabulary)."
         self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(ids_B)[:, None]], 1)
         places, like = self._places(1), torch.empty((len(ids_B), 1, 0), dtype=self.net.dtype, device=ids_B.device)
-        mask = create_masks_for_generate(self.net.config, like, self.mask_BT, self.cache, places)
-        out = self.net.get_compiled_call(None)(input_ids=ids_B[:, None], attention_mask=mask, position_ids=places, past_key_values=self.cache, **self.extra)
+        mask = create_masks_for_generate(self.net.config, like, self.mask_BT, self.cache, **places)
+        out = self.net.get_compiled_call(None)(input_ids=ids_B[:, None], attention_mask=mask, past_key_values=self.cache, **places, **self.extra)
         return out.logits[:, -1].clone()  # the next step writes into the same memory where steps are CUDA graphs
 
 
