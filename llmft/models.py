@@ -262,4 +262,5 @@ def load_model(name:str,                   # 'preset:NAME' (random weights), 'ba
     if attention == 'documents' and not (model._supports_sdpa and model._supports_attention_backend):
         raise LabError(f"attention='documents' does not work for the architecture {model.config.model_type}: load it with attention='eager'")
     model.name_or_path = model.config._name_or_path = name
+    for table in [module for module in model.modules() if isinstance(module, torch.nn.Embedding)] + [output_head(model)]: table.weight.table = True  # rows looked up by token or position: see `recipe`
     return disable_cpu_repacking(model)
