@@ -11,6 +11,7 @@ from llmft.core import LabError
 from llmft.cost import flops_forward, flops_step, lora_parameter_count, memory_breakdown, optimiser_bytes, parameter_count, trained_tensors, weight_bytes
 from llmft.losses import head_cross_entropy
 from llmft.models import hidden_states, load_model, model_config, output_head, presets
+from llmft.recipe import Recipe, make_optimiser
 
 aten = torch.ops.aten
 fused = {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, out_shape=None, **kw: flop_counter.sdpa_flop_count(q, (*q[:2], *k[2:]), (*q[:2], *v[2:])),
@@ -39,7 +40,7 @@ def test_parameters_are_those_of_the_real_model(name):
     with torch.device('meta'): model = AutoModelForCausalLM.from_config(config)
     assert parameter_count(config)['total'] == sum(parameter.numel() for parameter in model.parameters())
     full = trained_tensors(config)
-    assert sorted(size for size, count in full for _ in range(count)) == sorted(parameter.numel() for parameter in model.parameters())
+    assert sorted(size for size, count, _ in full for _ in range(count)) == sorted(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize('name, targets', [('llama-3.2-3b', ['q_proj', 'k_proj', 'v_proj', 'o_proj']), ('qwen2.5-1.5b', ['all-linear']), ('qwen2-tiny', ['mlp.down_proj', 'q_proj']),
@@ -49,7 +50,7 @@ def test_adapter_parameters_are_those_of_peft(name, targets):
     with torch.device('meta'): model = add_lora(AutoModelForCausalLM.from_config(config), 8, 16, 0., targets, seed=0)
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     assert lora_parameter_count(config, 8, targets) == sum(trained)
-    assert sorted(size for size, count in trained_tensors(config, 'lora', 8, targets) for _ in range(count)) == sorted(trained)
+    assert sorted(size for size, count, _ in trained_tensors(config, 'lora', 8, targets) for _ in range(count)) == sorted(trained)
 
 
 def test_figures_of_the_specification():
@@ -175,16 +176,15 @@ def test_gpt2_is_not_quantised():
     assert weight_bytes(config, 'fp16', 'nf4') == weight_bytes(config, 'fp16')
 
 
-@pytest.mark.parametrize('kind', ['adamw', 'adamw_8bit'])
-def test_bytes_of_an_optimiser(kind):
-    import bitsandbytes
-    config = configuration('llama-tiny')
-    parameters = [torch.nn.Parameter(torch.zeros(size)) for size, count in trained_tensors(config) for _ in range(count)]
-    for parameter in parameters: parameter.grad = torch.ones_like(parameter)
-    optimiser = torch.optim.AdamW(parameters) if kind == 'adamw' else bitsandbytes.optim.AdamW8bit(parameters)
+@pytest.mark.parametrize('name', ['llama-tiny', 'gpt2-tiny'])
+@pytest.mark.parametrize('kind', ['adamw', 'adamw_8bit', 'muon'])
+def test_bytes_of_an_optimiser(name, kind):
+    model = load_model(f'preset:{name}')
+    optimiser = make_optimiser(list(model.parameters()), Recipe(optimiser=kind))
+    for parameter in model.parameters(): parameter.grad = torch.ones_like(parameter)
     optimiser.step()
     held = sum(value.nbytes for state in optimiser.state.values() for key, value in state.items() if torch.is_tensor(value) and key != 'step' and not key.startswith('qmap'))
-    assert abs(optimiser_bytes(trained_tensors(config), kind)/held - 1) < .01
+    assert abs(optimiser_bytes(trained_tensors(model.config), kind)/held - 1) < .01
 
 
 def test_planning_needs_no_pytorch():

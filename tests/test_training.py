@@ -236,6 +236,23 @@ def test_a_parameter_may_have_a_rate_and_a_decay_of_its_own():
     assert {(group['ratio'], group['weight_decay']) for group in groups} == {(0., 0.), (1., 0.), (1., .5)}
 
 
+@pytest.mark.parametrize('name', ['llama-tiny', 'gpt2-tiny', 'qwen2-tiny'])
+def test_muon_turns_matrices_between_hidden_states_and_leaves_the_rest_to_adamw(name):
+    model = load_model(f'preset:{name}')
+    before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
+    for weight in model.parameters(): weight.grad = torch.randn_like(weight)
+    make_optimiser(list(model.parameters()), Recipe(optimiser='muon', learning_rate=1., weight_decay=0.)).step()
+    turned = set()
+    for key, weight in model.named_parameters():
+        moved = weight.detach() - before[key]
+        if (moved.abs() - 1).abs().max() < 1e-3: continue  # AdamW's first step has the size of the learning rate
+        sizes = torch.linalg.svdvals(moved) / (.2 * math.sqrt(max(moved.shape)))
+        assert .3 < sizes.min() and sizes.max() < 1.5, key
+        turned.add(key)
+    layers = {key for key, weight in before.items() if weight.ndim == 2 and not any(word in key for word in ('embed', 'lm_head', 'wte', 'wpe'))}
+    assert turned == layers and len(layers) >= 8
+
+
 def test_evaluation_keeps_no_logits():
     model, held = load_model('preset:llama-tiny'), []
     hook = model.lm_head.register_forward_hook(lambda module, inputs, output: held.append(output.shape))
@@ -244,7 +261,7 @@ def test_evaluation_keeps_no_logits():
     assert held == [] and many['targets'] > 5 * few['targets']
 
 
-@pytest.mark.parametrize('optimiser', ['adamw', 'adamw_8bit', 'paged_adamw_8bit'])
+@pytest.mark.parametrize('optimiser', ['adamw', 'adamw_8bit', 'paged_adamw_8bit', 'muon'])
 def test_every_optimiser_learns_and_resumes(tmp_path, optimiser):
     whole = train_here(tmp_path/'whole', load_model('preset:llama-tiny'), optimiser=optimiser, learning_rate=3e-3)
     losses = [row['loss'] for row in whole.log if 'loss' in row]
