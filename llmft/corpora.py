@@ -206,14 +206,14 @@ def _held_out(part)->Documents:
 
 
 def _trained(part)->Documents:
-    "A part to train on, without any paragraph of a held-out part."
+    "A part to train on, without any paragraph of a held-out part; what the base is trained on is without those of the parts for fine-tuning too."
     from pydoc_data.topics import topics
     seen = set().union(*(paragraph_keys(builtin_part(held_out)) for held_out in builtin_parts if held_out.endswith('_eval')))
     if part == 'topics': return _topics(set(topics) - topic_eval, seen)
     if part == 'base':
         found = [library_files(), library_tests(), bundled_packages()]
         found = Documents(*(list(itertools.chain(*column)) for column in zip(*((p.texts, p.names) for p in found))))
-        return without_seen(_first_copies(found), seen)
+        return without_seen(_first_copies(found), seen | paragraph_keys(builtin_part('topics')) | paragraph_keys(builtin_part('functions')))
     functions = library_functions(function_modules)
     kept = [row for row, text in enumerate(functions.texts) if not seen & paragraph_keys(Documents([text], ['']))]
     return Documents([functions.texts[row] for row in kept], [functions.names[row] for row in kept])

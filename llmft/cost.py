@@ -178,29 +178,31 @@ def quantised_count(config,              # a transformers config
     return 0 if quantisation == 'none' or not shape.quantisable else shape.layers*sum(linear.size for linear in shape.linears)
 
 # %% ../nbs/12_cost.ipynb #7c79ef63
-optimisers = ('adamw', 'adamw_8bit', 'paged_adamw_8bit')
+optimisers = ('adamw', 'adamw_8bit', 'paged_adamw_8bit', 'muon')
 
 
 def trained_tensors(config,         # a transformers config
                     method='full',  # 'full', 'lora' or 'qlora'
                     rank=0,         # rank of the adapter
                     targets=(),     # what it adapts
-)->list:                            # pairs
-    "(elements, how many of them) for every trained tensor."
+)->list:                            # triples
+    "(elements, how many of them, whether it is a matrix between hidden states) for every trained tensor."
     shape = architecture(config)
-    if method != 'full': return [(rank*width, shape.layers) for linear in adapted_linears(config, targets) for width in (linear.inputs, linear.outputs)]
-    layer = [linear.size for linear in shape.linears] + [linear.outputs for linear in shape.linears if linear.bias] + shape.layer_norms
+    if method != 'full': return [(rank*width, shape.layers, True) for linear in adapted_linears(config, targets) for width in (linear.inputs, linear.outputs)]
+    matrices, vectors = [linear.size for linear in shape.linears], [linear.outputs for linear in shape.linears if linear.bias] + shape.layer_norms
     ends = [shape.words*shape.width]*(2 - shape.tied) + [shape.positions*shape.width]*(shape.positions > 0) + shape.last_norms
-    return [(size, shape.layers) for size in layer] + [(size, 1) for size in ends]
+    return [(size, shape.layers, True) for size in matrices] + [(size, shape.layers, False) for size in vectors] + [(size, 1, False) for size in ends]
 
 
 def optimiser_bytes(tensors,            # from `trained_tensors`
-                    optimiser='adamw',  # 'adamw', 'adamw_8bit' or 'paged_adamw_8bit'
+                    optimiser='adamw',  # 'adamw', 'adamw_8bit', 'paged_adamw_8bit' or 'muon'
                     word=4,             # bytes of a number of the trained tensors
 )->int:                                 # bytes
-    "Bytes of the two moments of all `tensors`, whose numbers take `word` bytes."
-    def moments(size): return 2*word*size if optimiser == 'adamw' else 2*size + 2*4*-(-size//256) if size >= 4096 else 8*size
-    return sum(count*moments(size) for size, count in tensors)
+    "Bytes of the moments of all `tensors`, whose numbers take `word` bytes: two for each number, with Muon one for those of matrices between hidden states."
+    def moments(size, hidden):
+        if optimiser in ('adamw', 'muon'): return (1 if hidden and optimiser == 'muon' else 2)*word*size
+        return 2*size + 2*4*-(-size//256) if size >= 4096 else 8*size
+    return sum(count*moments(size, hidden) for size, count, hidden in tensors)
 
 # %% ../nbs/12_cost.ipynb #0e72d614
 def _kept_by_adapters(shape, tokens, longest, word, adapted, rank, dropout, mask, first, inner=4):
@@ -250,7 +252,7 @@ def memory_breakdown(config,                       # a transformers config
                      method='full',                # 'full', 'lora' or 'qlora'
                      precision='fp32',             # 'fp32', 'bf16' or 'fp16'
                      quantisation=None,            # 'none', 'int8' or 'nf4'; `None`: nf4 for qlora, else none
-                     optimiser='adamw',            # 'adamw', 'adamw_8bit' or 'paged_adamw_8bit'
+                     optimiser='adamw',            # 'adamw', 'adamw_8bit', 'paged_adamw_8bit' or 'muon'
                      rank=0,                       # rank of the adapter
                      targets=(),                   # what it adapts
                      lora_dropout=0.,              # dropout of the adapter

@@ -203,7 +203,7 @@ class ModelDecoder:
     def step(self, ids_B):
         "Append one token to every row; the logits after it, (rows, vocabulary)."
         self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(ids_B)[:, None]], 1)
-        return self._forward(ids_B[:, None])
+        return self._single(ids_B[:, None])
 
     def select(self, rows):
         "Keep these rows of the batch, in this order; a row may be taken more than once."
@@ -220,6 +220,8 @@ class ModelDecoder:
         self.cache = out.past_key_values
         return out.logits[:, -1]
 
+    def _single(self, ids_B1): return self._forward(ids_B1)
+
 
 class CompiledDecoder(ModelDecoder):
     "Prefill by a model's own forward, single steps by that forward compiled, over a cache whose size is a multiple of 128 slots."
@@ -228,12 +230,10 @@ class CompiledDecoder(ModelDecoder):
         self.net = causal_model(model)
         self.cache = StaticCache(config=self.net.config, max_cache_len=-(-slots // 128) * 128)
 
-    def step(self, ids_B):
-        "Append one token to every row; the logits after it, (rows, vocabulary)."
-        self.mask_BT = torch.cat([self.mask_BT, torch.ones_like(ids_B)[:, None]], 1)
-        places, like = self._places(1), torch.empty((len(ids_B), 1, 0), dtype=self.net.dtype, device=ids_B.device)
+    def _single(self, ids_B1):
+        places, like = self._places(1), torch.empty((len(ids_B1), 1, 0), dtype=self.net.dtype, device=ids_B1.device)
         mask = create_masks_for_generate(self.net.config, like, self.mask_BT, self.cache, **places)
-        out = self.net.get_compiled_call(None)(input_ids=ids_B[:, None], attention_mask=mask, past_key_values=self.cache, **places, **self.extra)
+        out = self.net.get_compiled_call(None)(input_ids=ids_B1, attention_mask=mask, past_key_values=self.cache, **places, **self.extra)
         return out.logits[:, -1].clone()  # the next step writes into the same memory where steps are CUDA graphs
 
 

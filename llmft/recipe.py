@@ -24,7 +24,7 @@ class Recipe:
     layout: str = 'packed'                # packed | bucketed | padded
     mixed_precision: str = 'no'           # no | bf16: multiply in bfloat16 over fp32 weights
     optimiser: str = 'adamw'              # adamw | adamw_8bit | paged_adamw_8bit | muon
-    beta1: float = .9                     # decay of the first moment
+    beta1: float = .9                     # decay of the first moment; Muon's own momentum is .95
     beta2: float = .999                   # decay of the second moment
     epsilon: float = 1e-8                 # added to the root of the second moment
     weight_decay: float = .01             # on matrices; vectors are not decayed
@@ -97,24 +97,23 @@ def _adamw_8bit(groups, paged=False, **settings):
     return (optim.PagedAdamW8bit if paged and on_gpu else optim.AdamW8bit)(groups, **settings)
 
 
-
 class Muon(torch.optim.Optimizer):
     "Muon on the matrices between hidden states, AdamW on all other parameters."
     def __init__(self, groups,  # dicts with `params`, `weight_decay` and `lr`
                  **settings):   # of AdamW
-        tables, inner = ([{**group, 'params': kept} for group in groups if (kept := [p for p in group['params'] if is_hidden_matrix(p) == wanted])] for wanted in (False, True))
-        self.parts = [torch.optim.AdamW(tables, fused=True, **settings)] if tables else []
-        if inner: self.parts.append(torch.optim.Muon(inner, adjust_lr_fn='match_rms_adamw'))
-        super().__init__([group for part in self.parts for group in part.param_groups], {})
-        for part in self.parts: part.state = self.state
+        split = {hidden: [{**group, 'params': kept, 'hidden': hidden} for group in groups if (kept := [p for p in group['params'] if is_hidden_matrix(p) == hidden])] for hidden in (False, True)}
+        self.parts = {hidden: torch.optim.Muon(found, momentum=.95, adjust_lr_fn='match_rms_adamw') if hidden else torch.optim.AdamW(found, fused=True, **settings) for hidden, found in split.items() if found}
+        super().__init__([group for part in self.parts.values() for group in part.param_groups], {})
     @torch.no_grad()
     def step(self, closure=None):
-        "Update all weights."
-        for part in self.parts: part.step()
+        "Update all weights; groups and state are this optimiser's own, whoever replaced them since."
+        for hidden, part in self.parts.items():
+            part.param_groups, part.state = [group for group in self.param_groups if group['hidden'] == hidden], self.state
+            part.step()
 
 
 def is_hidden_matrix(parameter)->bool:
-    "Whether `parameter` maps hidden states to hidden states, as Muon wants; embeddings and heads carry `table`."
+    "Whether `parameter` maps hidden states to hidden states, as Muon wants; `load_model` marks embeddings and heads as a `table`."
     return parameter.ndim == 2 and not getattr(parameter, 'table', False)
 
 

@@ -60,7 +60,7 @@ def check_processes(processes:Processes,    # what is asked for
     if strategy in ('zero2', 'zero3') and not importlib.util.find_spec('deepspeed'): raise LabError(f'strategy {strategy} needs deepspeed: DS_BUILD_OPS=0 pip install -e ".[zero]", or choose fsdp2')
     if (strategy, quantisation) in (('fsdp2', 'nf4'), ('fsdp2', 'int8'), ('zero3', 'int8')):
         raise LabError(f'strategy {strategy} would cut {quantisation} weights apart from their constants: choose ddp or zero2, or a method without quantisation')
-    if sharded and recipe.optimiser != 'adamw': raise LabError(f'optimiser {recipe.optimiser} keeps its state in blocks that strategy {strategy} would cut: choose adamw, or strategy ddp')
+    if sharded and recipe.optimiser != 'adamw': raise LabError(f'optimiser {recipe.optimiser} works on whole tensors, which strategy {strategy} cuts: choose adamw, or strategy ddp')
     if sharded and precision == 'fp16': raise LabError(f'precision fp16 needs loss scaling, which strategy {strategy} does not do here: choose bf16 or fp32')
     if processes.offload_optimiser and strategy not in ('zero2', 'zero3'): raise LabError(f'offload_optimiser is for zero2 and zero3, and strategy is {strategy}: leave it off')
     if processes.offload_weights and strategy not in ('zero3', 'fsdp2'): raise LabError(f'offload_weights is for zero3 and fsdp2, and strategy is {strategy}: leave it off')
