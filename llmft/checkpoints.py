@@ -123,6 +123,7 @@ def damage(checkpoint:Path)->str:
     "What is wrong with a checkpoint folder, or an empty string."
     try: manifest = json.loads((checkpoint/'manifest.json').read_text())
     except (OSError, ValueError): return 'its manifest.json is missing or unreadable'
+    if 'state.json' not in manifest: return 'its manifest.json does not name state.json'
     for name, expected in manifest.items():
         if not (checkpoint/name).is_file(): return f'{name} is missing'
         if Path(name).suffix not in ('.safetensors', '.json'): return f'{name} is neither safetensors nor JSON'

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['headline', 'app', 'text_table', 'show_table', 'is_sweep', 'jobs_of', 'run_here', 'run_jobs', 'is_single',
-           'metrics_of', 'key_metrics', 'closing', 'status_of', 'exit_status', 'standing', 'as_json', 'run_command',
-           'run_row', 'ls_command', 'params_command', 'verify_command', 'plan_row', 'plan_command', 'call', 'main']
+           'metrics_of', 'key_metrics', 'closing', 'status_of', 'exit_status', 'has_trained', 'standing', 'as_json',
+           'run_command', 'run_row', 'ls_command', 'params_command', 'verify_command', 'plan_row', 'plan_command',
+           'call', 'main']
 
 # %% ../nbs/55_cli.ipynb #944647c5
 import json, os, shutil, sys
@@ -136,10 +137,16 @@ def status_of(results:list)->str:
 
 
 def exit_status(results:list)->int:
-    "0 when all is done, 130 when interrupted, 2 when the only run was refused by its notebook, else 1."
+    "0 when all is done, 130 when interrupted, 2 when the only run was refused by its notebook before it had trained, else 1."
     status = status_of(results)
-    refused = len(results) == 1 and str(results[0]['error']).startswith('LabError: ')
+    refused = len(results) == 1 and str(results[0]['error']).startswith('LabError: ') and not has_trained(results[0]['folder'])
     return dict(done=0, interrupted=130).get(status, 2 if refused else 1)
+
+
+def has_trained(folder)->bool:
+    "Whether the log of a run has a line."
+    log = find_path(folder)/'log.jsonl'
+    return log.exists() and log.stat().st_size > 0
 
 
 def standing(point)->dict:

@@ -25,12 +25,12 @@ def nearest(name:str,  # what was written
 
 # %% ../nbs/00_core.ipynb #17d091c0
 def require(module:str,  # dotted name of the module to import
-            extra:str,   # extra of this package that installs it, as in `pip install "llmft[extra]"`
+            extra:str='',# extra of this package that installs it, as in `pip install "llmft[extra]"`; none for what comes with it
 ):                       # the imported module
     "Import an optional `module`, or raise a `LabError` that names the `extra` to install."
     try: return importlib.import_module(module)
     except ImportError as error:
-        raise LabError(f"{module} is not installed ({error}): run pip install -e \".[{extra}]\"") from None
+        raise LabError(f"{module} is not installed ({error}): run pip install -e \".{f'[{extra}]' if extra else ''}\"") from None
 
 # %% ../nbs/00_core.ipynb #33fd3e2e
 def write_atomic(path,     # where the content shall stand; the folder is made when missing

@@ -296,7 +296,7 @@ def load_corpus(data:str,                # "builtin:topics", a file or folder, o
     elif find_path(data).exists(): corpus = _split(dict(all=read_files(find_path(data), text_field)), valid_share, seed)
     elif Path(data).suffix in text_endings + row_endings or data.startswith(('.', '/', '~')): raise LabError(f'data {data}: there is no such file or folder')
     else: corpus = _split(read_hub(data, config, text_field), valid_share, seed)
-    corpus.train = corpus.train[:num_samples] if num_samples else corpus.train
+    if 0 < num_samples < len(corpus.train): corpus.train, corpus.notes['beyond_num_samples'] = corpus.train[:num_samples], len(corpus.train) - num_samples
     for side, part in (('training', corpus.train), ('held-out', corpus.valid)):
         if not len(part): raise LabError(f'data {data} gives no {side} document with text in it: add documents or change valid_share')
     return corpus
@@ -308,8 +308,8 @@ def _split(sides, valid_share, seed)->Corpus:
     for split, part in sides.items():
         rows = [row for row, text in enumerate(part.texts) if text.strip()]
         kept[split], empty = Documents([part.texts[r] for r in rows], [part.names[r] for r in rows]), empty + len(part) - len(rows)
-    train = kept.get('train', next(iter(kept.values())))
-    valid = next((kept[split] for split in ('validation', 'valid', 'test') if split in kept), None)
-    corpus = drop_shared(train, valid) if valid else split_documents(train, valid_share, seed)
+    train = 'train' if 'train' in kept else next(iter(kept))
+    valid = next((split for split in ('validation', 'valid', 'test') if split in kept and split != train), None)
+    corpus = drop_shared(kept[train], kept[valid]) if valid else split_documents(kept[train], valid_share, seed)
     corpus.notes['empty'] = empty
     return corpus

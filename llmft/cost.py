@@ -270,7 +270,7 @@ def memory_breakdown(config,                       # a transformers config
     _choice('optimiser', optimiser, optimisers)
     word, quantisation = word_bytes[_choice('precision', precision, word_bytes)], quantisation or ('nf4' if method == 'qlora' else 'none')
     tensors, number = trained_tensors(config, method, rank, targets), word if full else 4
-    gradients = number*sum(size*count for size, count in tensors)
+    gradients = number*sum(size*count for size, count, _ in tensors)
     parts = dict(weights=weight_bytes(config, precision, quantisation) + (0 if full else gradients), gradients=gradients, optimiser=optimiser_bytes(tensors, optimiser, number))
     parts |= _divided(parts, _choice('strategy', strategy, strategies), nproc, _whole(config, shape, parts['weights'], strategy), full)
     passing, last = _passing(config, shape, tokens, word, gradient_checkpointing, loss_chunk_bytes, quantisation != 'none' and shape.quantisable,

@@ -254,7 +254,7 @@ def load_model(name:str,                   # 'preset:NAME' (random weights), 'ba
         if value not in known: raise LabError(f'{what} is {value!r}{nearest(value, known)}: choose one of {", ".join(known)}')
     options = dict(dtype=precisions[precision], attn_implementation=attention)
     if quantisation != 'none':
-        require('bitsandbytes', 'dev')
+        require('bitsandbytes')
         if quantisation == 'nf4': mend_cpu_dequantising()
         options['quantization_config'] = quantisations[quantisation](precisions[precision])
     with _own_seed(seed):

@@ -82,7 +82,7 @@ def check_form(form:str,            # one of `forms`
     "A `LabError` unless the form and the precision it computes in are known, and what they need is installed."
     if form not in forms: raise LabError(f'precision is {form!r}{nearest(form, forms)}: choose one of {", ".join(forms)}')
     if compute not in precisions: raise LabError(f'compute is {compute!r}{nearest(compute, precisions)}: choose one of {", ".join(precisions)}')
-    if forms[form][1] != 'none': require('bitsandbytes', 'dev')
+    if forms[form][1] != 'none': require('bitsandbytes')
 
 
 def load_form(name:str,            # of the model, as for `load_model`

@@ -118,8 +118,10 @@ def fingerprint(params:dict,   # all parameters of the run
                 notebook=None, # path of the notebook; `None` when there is none to read
 )->str:                        # 12 hexadecimal digits
     "A hash of everything a result can depend on: parameters, notebook code, library, assets."
+    written = find_path(params['export_to']).absolute() if params.get('export_to') else None  # what a run writes it does not depend on
+    library = {name: digest for name, digest in library_hashes().items() if not (written and (assets.parent/name).is_relative_to(written))}
     code = [source for tags, source in code_cells(notebook) if 'parameters' not in tags and 'injected-parameters' not in tags] if notebook else []
-    return short_hash([{k: v for k, v in params.items() if k != 'outputs'}, code, library_hashes()])
+    return short_hash([{k: v for k, v in params.items() if k != 'outputs'}, code, library])
 
 # %% ../nbs/51_run.ipynb #d80622b6
 packages = 'llmft torch transformers peft bitsandbytes accelerate datasets tokenizers safetensors numpy papermill'.split()
@@ -316,7 +318,7 @@ def open_tracker(mode:str,     # off, offline or online
     "The wandb run of a run, when one is asked for."
     if check_tracker(mode) == 'off': return None
     os.environ.setdefault('WANDB_ERROR_REPORTING', 'false')
-    wandb, run = require('wandb', 'wandb'), record['run']
+    wandb, run = require('wandb'), record['run']
     settings = wandb.Settings(silent=True, console='off')
     try: return wandb.init(mode=mode, project='llmft', group=run['notebook'], name=run['name'], id=run['id'], dir=str(folder), config=record['params'], settings=settings)
     except wandb.errors.Error as error: raise LabError(f'wandb {mode}: {" ".join(str(error).split())[:160]}: log in with `wandb login`, or set wandb to offline') from None

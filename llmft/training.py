@@ -340,6 +340,7 @@ def evaluate(run:Fit)->bool:
     "Measure the held-out loss, log it, keep count of the best; whether this is the best so far."
     progress = run.progress
     found = evaluate_loss(run.model, run.valid, run.recipe.batch_size, int(run.valid.slots.max()), run.recipe.layout, run.team)
+    if not math.isfinite(found['loss']): raise LabError(f"step {progress.step}: the held-out loss is {found['loss']}: lower learning_rate (now {run.recipe.learning_rate:g}), or use precision bf16 or fp32")
     better = found['loss'] < (math.inf if progress.best_loss is None else progress.best_loss)
     if better: progress.best_loss, progress.best_step, progress.bad_evaluations = found['loss'], progress.step, 0
     else: progress.bad_evaluations += 1

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llmft.cli import call, text_table
+from llmft.cli import call, exit_status, text_table
 from llmft.run import read_run
 
 command = [sys.executable, '-c', 'from llmft.cli import main; main()']
@@ -83,6 +83,15 @@ def test_runs_end_with_the_report_to_open_and_are_not_repeated(project, capsys):
     assert lines[0] == 'act/one: already done (--fresh runs it again)' and json.loads(lines[-1])['runs'][0]['metrics']['perplexity'] == 4.5
     assert read_run('outputs/act/one')['run']['id'] == identity
     assert call(['run', 'params/act/one.yaml', '--small', '-p', 'seed=7', '--fresh']) == 0 and read_run('outputs/act/one')['run']['id'] != identity
+
+
+def test_a_run_that_breaks_off_while_it_trains_was_not_refused(tmp_path):
+    results = [dict(status='failed', error='LabError: step 7: the loss is nan', folder=str(tmp_path))]
+    assert exit_status(results) == 2
+    (tmp_path/'log.jsonl').write_text('')
+    assert exit_status(results) == 2
+    (tmp_path/'log.jsonl').write_text('{"step": 6}\n')
+    assert exit_status(results) == 1
 
 
 def test_failed_runs_exit_1_and_refused_ones_2(project, capsys):

@@ -54,6 +54,19 @@ def test_sides_of_a_data_set_are_kept_apart():
     assert corpus.train.texts == ['c', 'd'] and corpus.notes == dict(duplicates_across_splits=1)
 
 
+def test_a_data_set_with_one_split_is_split_here(monkeypatch):
+    rows = Documents([f'text number {i}' for i in range(40)], [str(i) for i in range(40)])
+    for split in ('validation', 'test', 'train'):
+        monkeypatch.setattr(corpora, 'read_hub', lambda *args: {split: rows})
+        corpus = load_corpus('someone/rows')
+        assert len(corpus.train) + len(corpus.valid) == 40 and len(corpus.valid) > 0
+
+
+def test_documents_that_are_not_asked_for_are_counted():
+    whole, part = load_corpus('builtin:topics'), load_corpus('builtin:topics', num_samples=5)
+    assert len(part.train) == 5 and part.notes['beyond_num_samples'] == len(whole.train) - 5
+
+
 @pytest.mark.parametrize('data, words', [('builtin:nothing', 'is no training part'), ('missing.txt', 'no such file'), ('./nowhere', 'no such file')])
 def test_bad_names_are_one_line(data, words):
     with pytest.raises(LabError, match=words) as error: load_corpus(data)

@@ -131,6 +131,17 @@ def test_the_library_is_part_of_the_fingerprint(monkeypatch):
     assert fingerprint({}) != same
 
 
+def test_what_a_run_exports_is_not_what_it_depends_on(monkeypatch):
+    found = {'run.py': 'code', 'assets/base/model.safetensors': 'before'}
+    monkeypatch.setattr('llmft.run.library_hashes', lambda: found)
+    pretrain, finetune = dict(export_to='llmft/assets/base'), dict(model='base', export_to='')
+    before = fingerprint(pretrain), fingerprint(finetune)
+    found['assets/base/model.safetensors'] = 'after'
+    assert fingerprint(pretrain) == before[0] and fingerprint(finetune) != before[1]
+    found['run.py'] = 'other code'
+    assert fingerprint(pretrain) != before[0]
+
+
 def test_a_full_disk_leaves_room_for_the_status(tmp_path, monkeypatch):
     open_folder(tmp_path/'x', dict(name='x'))
     assert (tmp_path/'x'/'.reserve').stat().st_size == reserve_bytes

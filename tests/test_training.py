@@ -98,6 +98,12 @@ def test_a_damaged_checkpoint_costs_steps_and_nothing_else(straight, tmp_path):
     assert_same_run(straight, tmp_path/'run')
 
 
+def test_an_empty_manifest_is_damage(straight, tmp_path):
+    shutil.copytree(checkpoints.checkpoints(straight/'checkpoints')[0], tmp_path/'step-000001')
+    (tmp_path/'step-000001'/'manifest.json').write_text('{}')
+    assert 'state.json' in checkpoints.damage(tmp_path/'step-000001')
+
+
 def test_pickles_are_refused(tmp_path):
     step = checkpoints.save_checkpoint(tmp_path, 3, dict(weights=dict(a=torch.ones(2))), dict(step=3))
     (step/'weights.pkl').write_bytes(b'cos\nsystem\n')
@@ -184,6 +190,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_p
     for name, parameter in model.named_parameters():
         if name != 'model.layers.0.mlp.up_proj.weight': assert torch.equal(parameter, before[name]), name
     assert not list((tmp_path/'checkpoints').glob('step-*'))
+
+
+def test_a_held_out_loss_that_is_not_finite_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'evaluate_loss', lambda *args: dict(loss=math.nan, perplexity=math.nan, targets=1))
+    with pytest.raises(LabError, match='the held-out loss is nan'): train_here(tmp_path, keep_best=True, eval_every=3)
 
 
 def test_examples_without_a_target_never_reach_a_batch():
