@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fused', 'modes', 'frozen_gpt2', 'LowRank', 'add_low_rank', 'SubspaceConfig', 'layer_of', 'share_out', 'Subspace',
            'shares', 'current_temperature', 'weights', 'used', 'symbols', 'values', 'pull', 'lend', 'take_back',
-           'write', 'attach', 'code_gates', 'quantise', 'finish', 'GateTrace', 'describe', 'save_subspace',
+           'write', 'attach', 'code_gates', 'quantise', 'finish', 'gate_trace', 'describe', 'save_subspace',
            'load_subspace']
 
 # %% ../nbs/14a_subspace.ipynb #b61a6f8a
@@ -349,6 +349,7 @@ def attach(model,             # any transformers model; frozen, and changed in p
     subspace = Subspace(parameters, {name: places[0] for name, places in owners.items()}, config)
     model.add_module(f'subspace_{short_hash(asdict(config))}', subspace)
     getattr(causal_model(model), 'base_model', model).register_forward_pre_hook(subspace.lend)
+    if subspace.gates is not None: model.log_extras = lambda: dict(gate_shares=subspace.shares().detach().tolist())
     return subspace
 
 # %% ../nbs/14a_subspace.ipynb #23332c02
@@ -385,17 +386,11 @@ def finish(self):
     return levels.cpu().numpy()
 
 # %% ../nbs/14a_subspace.ipynb #e69c4921
-class GateTrace:
-    "The shares of all layers after each logged step, kept in a file."
-    def __init__(self, path, subspace): self.path, self.subspace = Path(path), subspace
-    def note(self, step:int):
-        "Append the shares after `step`."
-        if self.subspace.gates is None: return
-        with self.path.open('a') as file: file.write(json.dumps([step, self.subspace.shares().detach().tolist()]) + '\n')
-    def read(self):
-        "(steps, shares of each layer) as tensors; the last note of a step counts."
-        rows = dict(json.loads(line) for line in self.path.read_text().splitlines()) if self.path.exists() else {}
-        return torch.tensor(sorted(rows), dtype=torch.int64), torch.tensor([rows[step] for step in sorted(rows)])
+def gate_trace(log:list,  # objects of log.jsonl
+)->tuple:
+    "(steps, shares of each layer after them) as tensors; empty where nothing has gates."
+    rows = [row for row in log if 'gate_shares' in row]
+    return torch.tensor([row['step'] for row in rows], dtype=torch.int64), torch.tensor([row['gate_shares'] for row in rows])
 
 # %% ../nbs/14a_subspace.ipynb #9097c4ae
 def describe(subspace:Subspace)->dict:

@@ -333,7 +333,7 @@ def book_step(run:Fit,  # the run in progress; its progress moves on
                  learning_rate=learning_rate_at(progress.step - 1, run.steps, run.recipe), tokens=progress.tokens, targets=progress.targets, flops=progress.flops,
                  seconds=round(progress.seconds, 3), tokens_per_sec=round(tokens / seconds, 1))
     progress.loss_sum, progress.loss_targets, progress.log_lines = 0., 0, progress.log_lines + 1
-    run.log.write(entry)
+    run.log.write(entry | getattr(run.model, 'log_extras', dict)())
 
 
 def evaluate(run:Fit)->bool:

@@ -305,3 +305,19 @@ def test_train_bound_and_analysis_notebooks(tmp_path):
     found = run('params/sublora_analysis/allocation.yaml', coverage_games=20, coverage_documents=90, coverage_samples=30)
     folder = tmp_path/'sublora_analysis'/'allocation'
     assert found['runs'] == 2 and {p.name for p in (folder/'figures').iterdir()} == TEN and {'summary_table.csv', 'summary_table.tex'} <= {p.name for p in folder.iterdir()}
+
+
+def test_two_processes_train_the_same_subspace(tmp_path):
+    from safetensors.torch import load_file
+    from llmft.execute import execute_run
+    from llmft.params import resolve_params
+    found = {}
+    for name, more in (('alone', []), ('two', ['nproc=2', 'strategy="ddp"'])):
+        notebook, params = resolve_params([root/'params/sublora_train/d1000_learned.yaml'], [f'name="{name}"', 'documents=2000', 'valid_documents=50', 'max_steps=4', 'eval_every=2', 'save_every=2', 'log_every=1', *more], True)
+        record = execute_run(notebook, params | dict(outputs=str(tmp_path)), on_line=lambda line: None)
+        assert record['run']['status'] == 'done', record['run']['error']
+        folder = tmp_path/'sublora_train'/name
+        found[name] = load_file(folder/'best_ckpt.safetensors') | load_file(folder/'gate_trace.safetensors')
+    assert found['alone']['step'].tolist() == [1, 2, 3, 4] and set(found['alone']) == set(found['two']) == {'v', 'gates', 'step', 'shares'}
+    for key, value in found['alone'].items(): torch.testing.assert_close(found['two'][key], value, rtol=1e-3, atol=1e-5)
+    assert (found['alone']['shares'][0] != found['alone']['shares'][-1]).any()
