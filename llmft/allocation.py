@@ -37,6 +37,7 @@ def aggregate(rows:list,  # dicts with intrinsic_dim, allocation_mode, b_ratio, 
         group = dict(budget=budget, mode=mode, ratio=ratio, name=group_name(mode, ratio), n=len(members))
         for key in MEASURES:
             values = {row['seed']: float(row[key]) for row in members}
+            if len(values) < len(members): raise LabError(f"two runs of d = {budget}, {group['name']} have the same seed: leave one of them out")
             group |= {key: float(np.mean(list(values.values()))), f'{key}_std': float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else None, f'{key}_by_seed': values}
         found.append(group)
     return found

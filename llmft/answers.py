@@ -120,7 +120,7 @@ def _file_rows(path):
     "The rows of a .jsonl file, one JSON object a line."
     if path.suffix != '.jsonl': raise LabError(f"{path} ends in '{path.suffix}': give a .jsonl file with question and answer")
     rows = []
-    for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):  # a string may hold other line ends
         if not line.strip(): continue
         try: rows.append(json.loads(line))
         except json.JSONDecodeError as error: raise LabError(f'{path}:{number} is not JSON ({error.msg}): one object a line') from None

@@ -15,7 +15,7 @@ from .adapters import weights_hash
 from .bounds import full_bound, kl_bound, lowest_loss, shared_delta, smoothing_width, subsampling_bound, token_bound, topk_bound
 from .coding import charged_bits, decode_message
 from .core import LabError, find_path, jsonable, read_json, sha256_of, write_atomic
-from .models import load_model
+from .models import load_model, placed
 from .scoring import draw_sample, score_documents, score_tokens
 from .subspace import Subspace, SubspaceConfig, add_low_rank, attach, describe, frozen_gpt2
 from .token_files import read_token_file
@@ -26,7 +26,7 @@ def build_model(spec:dict,  # base, lora, subspace: the arguments of `frozen_gpt
 )->tuple:                   # (model, its `Subspace`)
     "The model that a description stands for, at v = 0."
     base, lora = spec['base'], spec['lora']
-    model = frozen_gpt2(**{k: v for k, v in base.items() if k != 'model'}) if base['model'] == 'random' else load_model(base['model'])
+    model = placed(frozen_gpt2(**{k: v for k, v in base.items() if k != 'model'})) if base['model'] == 'random' else load_model(base['model'])
     model.requires_grad_(False).eval()
     if lora['targets']: parameters = add_low_rank(model, **lora)
     else: parameters = {name: p for name, p in model.named_parameters() if p.ndim == 2 and '.h.' in name or '.layers.' in name and p.ndim == 2}
@@ -136,7 +136,7 @@ def write_certificate(path,           # where the file shall stand
     "Write a certificate."
     facts = read_json(Path(folder)/'tokens.json')
     gates = 0 if subspace.gates is None else len(subspace.layers)
-    known = dict(folder=str(folder), documents=facts['train']['documents'], sha256=facts['train']['sha256'], tokenizer=facts['tokenizer'], vocabulary=facts['vocabulary'], source=facts['source'])
+    known = dict(folder=str(folder), documents=facts['train']['documents'], sha256=facts['train']['sha256'], offsets=sha256_of(Path(folder)/'train_offsets.npy'), tokenizer=facts['tokenizer'], vocabulary=facts['vocabulary'], source=facts['source'])
     header = dict(spec=spec, model=model_facts(model, subspace), gates=gates, data=known, settings=settings,
                   claims={name: {**claim, 'bound': round_up(claim['bound'])} for name, claim in claims.items()})
     text = json.dumps(jsonable(header), sort_keys=True).encode()
@@ -167,7 +167,8 @@ def check_data(known:dict,  # what a certificate says of its data
     if facts['tokenizer'] != known['tokenizer'] or facts['vocabulary'] != known['vocabulary']:
         raise LabError(f"another tokenizer: the certificate was made with {known['tokenizer']} ({known['vocabulary']:,} tokens), {folder} with {facts['tokenizer']} ({facts['vocabulary']:,})")
     if len(file) != known['documents']: raise LabError(f"another number of documents: the certificate is about {known['documents']:,}, {folder} holds {len(file):,}")
-    if sha256_of(folder/'train.bin') != known['sha256']: raise LabError(f'another corpus: {folder}/train.bin does not match the hash in the certificate')
+    if not sha256_of(folder/'train.bin') == facts['train']['sha256'] == known['sha256']: raise LabError(f'another corpus: {folder}/train.bin does not match the hash in the certificate')
+    if sha256_of(folder/'train_offsets.npy') != known['offsets']: raise LabError(f'other documents: {folder}/train_offsets.npy, where each begins, does not match the hash in the certificate')
     return folder
 
 

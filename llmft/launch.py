@@ -8,7 +8,7 @@ __all__ = ['mark', 'rank_code', 'agent_code', 'broken_lines', 'write_order', 'di
            'launch']
 
 # %% ../nbs/25_launch.ipynb #e256dddc
-import contextlib, json, os, signal, subprocess, sys, traceback
+import contextlib, inspect, json, os, signal, subprocess, sys, traceback
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,12 +45,10 @@ def die_with_parent():
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def own_gpu():
-    "Let this rank see its own GPU only; nothing to do without GPUs."
-    local = int(os.environ['LOCAL_RANK'])
-    shown = [name for name in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if name]
-    if not torch.cuda.is_available(): return
-    os.environ.update(CUDA_VISIBLE_DEVICES=shown[local] if shown else str(local), LOCAL_RANK='0')
+def own_gpu(environment)->dict:  # that of a rank, with LOCAL_RANK
+    "What lets a rank see its own GPU only; it must be set before PyTorch looks, so before anything is imported."
+    local, shown = int(environment['LOCAL_RANK']), [name for name in environment.get('CUDA_VISIBLE_DEVICES', '').split(',') if name]
+    return dict(CUDA_VISIBLE_DEVICES=shown[local] if local < len(shown) else str(local))
 
 
 def _train(order)->FitResult:
@@ -65,7 +63,7 @@ def _train(order)->FitResult:
 def be_a_rank(file):
     "What every rank does: train, and leave the result or the error beside the order."
     die_with_parent()
-    own_gpu()
+    if torch.cuda.is_available(): os.environ['LOCAL_RANK'] = '0'  # the only GPU this rank sees
     rank, place = int(os.environ['RANK']), Path(file).parent
     try: result = _train(read_json(file))
     except BaseException as error:
@@ -75,7 +73,7 @@ def be_a_rank(file):
     dist.destroy_process_group()
 
 # %% ../nbs/25_launch.ipynb #fc51c7b0
-rank_code = 'import os, sys; from llmft.launch import be_a_rank; be_a_rank(sys.argv[1]); sys.stdout.flush(); os._exit(0)'  # threads of libraries can abort an interpreter that takes itself down
+rank_code = inspect.getsource(own_gpu) + 'import os, sys; os.environ.update(own_gpu(os.environ)); from llmft.launch import be_a_rank; be_a_rank(sys.argv[1]); sys.stdout.flush(); os._exit(0)'  # threads of libraries can abort an interpreter that takes itself down
 agent_code = '''
 import ctypes, json, signal, sys
 if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it ends its ranks first

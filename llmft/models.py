@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['presets', 'hub_presets', 'precisions', 'quantisations', 'model_config', 'DocumentLengths', 'documents_attention',
            'causal_model', 'output_head', 'hidden_states', 'disable_cpu_repacking', 'mend_cpu_dequantising',
-           'quantised_share', 'load_model']
+           'quantised_share', 'placed', 'load_model']
 
 # %% ../nbs/10_models.ipynb #eb016ce8
-import contextlib, functools, itertools, logging, math, tempfile, torch, warnings
+import contextlib, functools, itertools, logging, math, os, tempfile, torch, warnings
 from pathlib import Path
 from safetensors import SafetensorError
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -243,6 +243,13 @@ def _random(config, options):
         return _pretrained(Path(folder), options | dict(quantization_config=quantised))
 
 
+def placed(model):
+    "`model` on the GPU, where there is one and it fits; what several processes share stays in main memory until it is cut."
+    if not torch.cuda.is_available() or 'RANK' in os.environ: return model
+    try: return model.to('cuda')
+    except torch.cuda.OutOfMemoryError: return model.to('cpu')
+
+
 def load_model(name:str,                   # 'preset:NAME' (random weights), 'base', a folder, or a hub name
                precision:str='fp32',       # 'fp32', 'bf16' or 'fp16': the dtype of all that is not quantised, and of computing
                quantisation:str='none',    # 'none', 'int8' or 'nf4' (with double quantisation)
@@ -263,4 +270,4 @@ def load_model(name:str,                   # 'preset:NAME' (random weights), 'ba
         raise LabError(f"attention='documents' does not work for the architecture {model.config.model_type}: load it with attention='eager'")
     model.name_or_path = model.config._name_or_path = name
     for table in [module for module in model.modules() if isinstance(module, torch.nn.Embedding)] + [output_head(model)]: table.weight.table = True  # rows looked up by token or position: see `recipe`
-    return disable_cpu_repacking(model)
+    return disable_cpu_repacking(model if quantisation != 'none' else placed(model))

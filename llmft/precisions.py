@@ -94,7 +94,6 @@ def load_form(name:str,            # of the model, as for `load_model`
     check_form(form, compute)
     dtype, quantisation = forms[form]
     model = load_model(name, dtype or compute, quantisation, seed)
-    if torch.cuda.is_available() and model.device.type == 'cpu': model = model.to('cuda')
     if form == 'int4_fast': use_int4(model)
     return disable_cpu_repacking(model).eval()
 

@@ -147,15 +147,20 @@ def text_box(text:str,     # what was printed, escape sequences included
 )->str:                    # HTML; '' for blank text
     "Printed text in a box that scrolls; of very long text the beginning and the end."
     text = last_state(text).rstrip('\n')
-    if len(text) > text_limit: text = f'{text[:text_limit // 2]}\n... {len(text) - text_limit:,} characters left out, see train.log ...\n{text[-text_limit // 2:]}'
+    if len(text) > text_limit: text = f'{text[:text_limit // 2]}\n... {len(text) - text_limit:,} characters left out, see report.ipynb ...\n{text[-text_limit // 2:]}'
     return f'<div class="out {kind}" tabindex="0"><pre>{ansi_html(text)}</pre></div>' if text.strip() else ''
+
+
+def _unfetched(tag):
+    "A tag without attributes that would be fetched."
+    return re.sub(r'(?i)\s(src|srcset|background|poster)\s*=\s*(["\']?)(?!data:)[^\s>]*?\2(?=[\s>/])', '', tag)
 
 
 def safe_html(text:str)->str:
     "HTML that a cell put out, without scripts, frames and anything that would be fetched."
     if len(text) > html_limit: return f'<p class="missing">An output of {len(text):,} characters was left out; it is in report.ipynb.</p>'
     text = re.sub(r'(?is)<(script|iframe|object|embed)\b.*?(</\1\s*>|$)|<(link|meta|base)\b[^>]*>', '', text)
-    text = re.sub(r'(?i)\s(src|srcset|background|poster)\s*=\s*(["\']?)(?!data:)[^\s>]*?\2(?=[\s>/])', '', text)
+    text = re.sub(r'<[a-zA-Z](?:"[^"]*"|\'[^\']*\'|[^"\'>])*>|<[a-zA-Z][^>]*>', lambda tag: _unfetched(tag[0]), text)
     return re.sub(r'(?is)<table\b.*?</table>', lambda found: in_box(found[0]), re.sub(r'(?i)\sborder="1"', '', text))
 
 # %% ../nbs/52a_report.ipynb #82323511

@@ -13,13 +13,13 @@ from .run import list_runs, read_run
 
 # %% ../nbs/51a_results.ipynb #b1be6e41
 def read_result(folder,  # of one run
-)->dict:                 # record (run.json), metrics (metrics.json), log (list of logged objects)
+)->dict:                 # folder, record (run.json), metrics (metrics.json), log (list of logged objects)
     "What the finished run in `folder` left; a `LabError` when it is not finished."
     folder = find_path(folder)
     record = read_run(folder)
     if record['run']['status'] != 'done': raise LabError(f"the run in {folder} is {record['run']['status']}, not done: run it again, or leave it out of runs")
     log = folder/'log.jsonl'
-    return dict(record=record, metrics=read_json(folder/'metrics.json'), log=[json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [])
+    return dict(folder=folder, record=record, metrics=read_json(folder/'metrics.json'), log=[json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [])
 
 # %% ../nbs/51a_results.ipynb #567f81cf
 gallery = 'outputs/gallery'

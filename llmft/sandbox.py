@@ -6,9 +6,9 @@
 __all__ = ['guards', 'Outcome', 'run_program', 'same_output']
 
 # %% ../nbs/05a_sandbox.ipynb #1594a864
-import ctypes, errno, json, math, os, platform, resource, signal, struct, sys, time
+import builtins, ctypes, errno, json, math, os, platform, resource, signal, struct, sys, time
 from collections import namedtuple
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import cache
 
 # %% ../nbs/05a_sandbox.ipynb #3ef406dc
@@ -20,17 +20,19 @@ _calls = dict(  # name: number on x86_64, number on aarch64; None where it does 
     io_uring_setup=(425, 425), bpf=(321, 280), perf_event_open=(298, 241), userfaultfd=(323, 282), keyctl=(250, 219), add_key=(248, 217), tkill=(200, 130), rt_sigqueueinfo=(129, 138),
     rt_tgsigqueueinfo=(297, 240), pidfd_open=(434, 434), setpriority=(141, 140), sched_setaffinity=(203, 122), sched_setscheduler=(144, 119), sched_setattr=(314, 274), ioprio_set=(251, 30), reboot=(169, 142),
     execve=(59, 221), execveat=(322, 281))
-_machines = dict(x86_64=(0, 0xC000003E, 56, (62, 234), 126, 302), aarch64=(1, 0xC00000B7, 220, (129, 131), 91, 261))  # column of `_calls`, architecture, clone, (kill, tgkill), capset, prlimit64
+_machines = dict(x86_64=(0, 0xC000003E, 56, (62, 234), 126, 302, (72, 16)), aarch64=(1, 0xC00000B7, 220, (129, 131), 91, 261, (25, 29)))  # column of `_calls`, architecture, clone, (kill, tgkill), capset, prlimit64, (fcntl, ioctl)
+_owner_commands = (8, 10, 15), (0x8901, 0x8902)  # of fcntl and ioctl: who is sent which signal when a descriptor is ready
 
 
 def _filter(machine, pid):
     "A seccomp program as (code, jump if true, jump if false, constant) rows: what is in `_calls`, new processes, and signals to others get EPERM."
-    column, architecture, clone, signals, _, limits = _machines[machine]
+    column, architecture, clone, signals, _, limits, owners = _machines[machine]
     allow, deny, missing = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x50000 | errno.EPERM), (6, 0, 0, 0x50000 | errno.ENOSYS)
     rows = [(0x20, 0, 0, 4), (0x15, 1, 0, architecture), deny, (0x20, 0, 0, 0), (0x35, 0, 1, 0x40000000), deny]
     for name, numbers in _calls.items():
         if numbers[column] is not None: rows += [(0x15, 0, 1, numbers[column]), missing if name == 'clone3' else deny]
     rows += [(0x15, 0, 4, clone), (0x20, 0, 0, 16), (0x45, 0, 1, 0x10000), allow, deny]  # threads, no processes
+    for call, commands in zip(owners, _owner_commands): rows += [(0x15, 0, len(commands) + 3, call), (0x20, 0, 0, 24), *((0x15, len(commands) - i, 0, command) for i, command in enumerate(commands)), allow, deny]
     for number in signals: rows += [(0x15, 0, 4, number), (0x20, 0, 0, 16), (0x15, 0, 1, pid), allow, deny]
     return rows + [(0x15, 0, 4, limits), (0x20, 0, 0, 16), (0x15, 0, 1, 0), allow, deny, allow]
 
@@ -105,6 +107,7 @@ def _child():
     if told['guards'] != ['landlock', 'seccomp']: _audit(folder, 'landlock' not in told['guards'], 'seccomp' not in told['guards'])
     sys.argv = ['program.py']
     sys.path += told['packages']
+    builtins.exit = builtins.quit = sys.exit  # without site there is neither
     try: exec(compile(source, 'program.py', 'exec'), dict(__name__='__main__'))
     except SystemExit as ended:
         if ended.code not in (None, 0) or not told['may_exit']: raise
@@ -131,19 +134,28 @@ def _home():
 
 # %% ../nbs/05a_sandbox.ipynb #f7e412fb
 class Outcome(namedtuple('Outcome', 'status reason stdout stderr seconds')):
-    """How a program ended: `status` passed, failed, timeout, memory, output or killed; `reason`, one line; the first 64 KiB it printed and the last 4 KiB of its
+    """How a program ended: `status` passed, failed, timeout, memory, output or killed; `reason`, one line; what it printed (64 KiB of one that did not pass) and the last 4 KiB of its
     errors; `seconds` of wall clock, the start of Python included."""
 
 
 def _bytes_below(folder):
     "Bytes and entries in a folder, as long as both are few."
     total = count = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with suppress(OSError): total += os.lstat(os.path.join(place, name)).st_size
-        count += 1 + len(names)
-        if count > 10_000: break
-    return total, count
+    with suppress(RecursionError):  # os.walk calls itself for each level
+        for place, _, names in os.walk(folder):
+            for name in names:
+                with suppress(OSError): total += os.lstat(os.path.join(place, name)).st_size
+            count += 1 + len(names)
+            if count > 10_000: break
+        return total, count
+    return total, 10**9
+
+
+def _remove(folder):
+    "Delete a folder, however deep a program has made it."
+    import shutil, subprocess
+    try: shutil.rmtree(folder, ignore_errors=True)
+    except RecursionError: subprocess.run(['rm', '-rf', folder], stderr=subprocess.DEVNULL)
 
 
 def _wait(process, folder, seconds, disk_mb):
@@ -179,8 +191,9 @@ def run_program(program:str,         # Python source
     "Run `program` in a process of its own, in an empty directory, without network, processes or files outside."
     import subprocess, sysconfig, tempfile
     from pathlib import Path
-    with tempfile.TemporaryDirectory(prefix='llmft-program-', ignore_cleanup_errors=True) as place:
-        place = Path(os.path.realpath(place))
+    with ExitStack() as stack:
+        place = Path(os.path.realpath(tempfile.mkdtemp(prefix='llmft-program-')))
+        stack.callback(_remove, place)
         work, cpu = place/'work', max(1, math.ceil(seconds))
         work.mkdir()
         for name, text in (('program.py', program), ('stdin', stdin), ('done', '')): (place/name).write_text(text, encoding='utf-8', errors='replace', newline='')
@@ -196,9 +209,9 @@ def run_program(program:str,         # Python source
                 process.wait()
         spent = time.perf_counter() - start
         out, err = ((place/name).read_bytes() for name in ('stdout', 'stderr'))
-        out, err = out[:2**16].decode(errors='replace'), err[-2**12:].decode(errors='replace')
+        err = err[-2**12:].decode(errors='replace')
         status, reason = met.split(': ', 1) if met else _verdict(process.returncode, (place/'done').read_bytes() == b'done', err, cpu)
-        return Outcome(status, reason, out, err, spent)
+        return Outcome(status, reason, (out if status == 'passed' else out[:2**16]).decode(errors='replace'), err, spent)
 
 # %% ../nbs/05a_sandbox.ipynb #6f53a393
 def same_output(printed:str,   # by the program

@@ -47,13 +47,13 @@ def make_windows(starts,       # first input token of each document, in the file
 
 # %% ../nbs/42_scoring.ipynb #679298b3
 def _targets(hidden_RD, head, targets_R, chunk_bytes):
-    "(log-probability of each target in nats, number of larger logits), float32 and int64."
+    "(log-probability of each target in nats, number of other logits that are not smaller), float32 and int64."
     logs, ranks, size = [], [], getattr(head, 'out_features', None) or head.weight.shape[0]
     for rows in row_chunks(len(targets_R), size, 8, chunk_bytes):
         logits = head(hidden_RD[rows]).float()
         truth = logits.gather(1, targets_R[rows, None])
         logs.append(-torch.nn.functional.cross_entropy(logits, targets_R[rows], reduction='none'))
-        ranks.append(torch.gt(logits, truth, out=logits).sum(1).long())  # in the place of the logits: whole numbers below 2**24 are exact
+        ranks.append(torch.ge(logits, truth, out=logits).sum(1).long() - 1)  # in the place of the logits: whole numbers below 2**24 are exact
     return torch.cat(logs), torch.cat(ranks)
 
 

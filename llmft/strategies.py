@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch, torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
-from .checkpoints import optimiser_state, restore_optimiser
+from .checkpoints import counter_device, optimiser_state, restore_optimiser
 from .core import LabError, nearest, require
 from .models import causal_model, output_head
 from .recipe import Recipe, make_optimiser
@@ -169,7 +169,7 @@ class FullyShardedTeam(StretchTeam):
     def clip(self, parameters, most): return float(torch.nn.utils.clip_grad_norm_(parameters, most or math.inf).full_tensor())
     def prime(self, keys):
         for group in self.optimiser.param_groups:
-            for parameter in group['params']: self.optimiser.state[parameter] = {key: torch.zeros(()) if key == 'step' else torch.zeros_like(parameter) for key in keys}
+            for parameter in group['params']: self.optimiser.state[parameter] = {key: torch.zeros((), device=counter_device(self.optimiser, parameter)) if key == 'step' else torch.zeros_like(parameter) for key in keys}
     def stretches(self, names):
         local = lambda value: value.to_local().view(-1) if isinstance(value, DTensor) else value
         for parameter, name in names.items():
@@ -222,7 +222,7 @@ class ZeroTeam(StretchTeam):
         self.loss_model.step()
         return float(self.loss_model.get_global_grad_norm())
     def prime(self, keys):
-        for flat in self.flats: self.optimiser.state[flat] = {key: torch.zeros(()) if key == 'step' else torch.zeros_like(flat) for key in keys}
+        for flat in self.flats: self.optimiser.state[flat] = {key: torch.zeros((), device=counter_device(self.optimiser, flat)) if key == 'step' else torch.zeros_like(flat) for key in keys}
     def stretches(self, names):
         for parameter, name in names.items():
             shape = tuple(getattr(parameter, 'ds_shape', parameter.shape))

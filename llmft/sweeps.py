@@ -6,8 +6,8 @@
 __all__ = ['kinds', 'sweep_keys', 'stage_keys', 'summary_keys', 'tries', 'at', 'placed', 'check_keys', 'overlay', 'read_sweep',
            'Point', 'has_small', 'stage_starts', 'combinations', 'as_name', 'point_name', 'overrides_for',
            'check_overrides', 'filled', 'stage_points', 'summary_point', 'shown_folder', 'expand', 'sweep_points',
-           'needs', 'finished', 'worker_environment', 'kept_environment', 'local_workers', 'run_point', 'outcome',
-           'told', 'ready_points', 'patiently', 'run_stage', 'mended', 'run_stages', 'sweep_report']
+           'needs', 'finished', 'began_after', 'worker_environment', 'kept_environment', 'local_workers', 'run_point',
+           'outcome', 'told', 'ready_points', 'patiently', 'run_stage', 'mended', 'run_stages', 'sweep_report']
 
 # %% ../nbs/54_sweeps.ipynb #4ce504df
 import collections, contextlib, itertools, logging, os, re, string, tempfile, time
@@ -91,6 +91,7 @@ class Point:
     params:dict        # name -> value of all its parameters
     where:str=''       # "file:line: " of the stage, for errors
     summary:bool=False # whether this is the notebook that sums up
+    again:bool=False   # whether it must begin anew, because a run it reads from was made since
 
     @property
     def name(self): return self.params['name']
@@ -284,8 +285,14 @@ def finished(point,      # a `Point`
     try: record = read_run(point.folder)
     except LabError: return None
     same = record.get('meta', {}).get('fingerprint') == fingerprint(point.params, point.notebook)
-    current = all(datetime.fromisoformat(source['ended']) <= datetime.fromisoformat(record['run']['started']) for source in sources)
-    return record if same and current and record['run']['status'] == 'done' else None
+    return record if same and began_after(record, sources) and record['run']['status'] == 'done' else None
+
+
+def began_after(record:dict, # of a run
+                sources,     # records of runs that it reads
+)->bool:
+    "Whether a run began when all that it reads was there."
+    return all(datetime.fromisoformat(source['ended']) <= datetime.fromisoformat(record['run']['started']) for source in sources)
 
 # %% ../nbs/54_sweeps.ipynb #01e1631b
 tries = 3  # times a run may take its worker process down before it counts as failed
@@ -390,7 +397,9 @@ def ready_points(stage,       # `Point`s of one stage
         elif not fresh and (record := finished(point, [results[other.folder] for other in reads])):
             results[point.folder] = outcome(point, record) | dict(skipped=True)
             say(point.label, 'already done')
-        else: ready.append(point)
+        else:
+            with contextlib.suppress(LabError): point.again = not began_after(read_run(point.folder), [results[other.folder] for other in reads])
+            ready.append(point)
     return ready
 
 
@@ -416,7 +425,7 @@ def run_stage(client,         # a Dask client
     "Run the points of one stage on the workers; none stops the others."
     from distributed import as_completed
     away = (lambda params: dict(resources=resources_of(client, params))) if cluster else lambda params: {}
-    submit = lambda point: client.submit(run_point, str(point.notebook), point.params, point.label, fresh, since, place=str(Path.cwd()) if cluster else None, threads=threads, pure=False, key=f'{point.label}-{time.time_ns()}', **away(point.params))
+    submit = lambda point: client.submit(run_point, str(point.notebook), point.params, point.label, fresh or point.again, since, place=str(Path.cwd()) if cluster else None, threads=threads, pure=False, key=f'{point.label}-{time.time_ns()}', **away(point.params))
     slots = workers if callable(workers) else lambda: workers
     since, waiting = time.time(), list(points)
     futures = {submit(point): point for point in [waiting.pop(0) for _ in range(min(slots(), len(waiting)))]}

@@ -47,8 +47,10 @@ def _human_eval(row, name):
 def _plain(row, name, input_field, training_field, split_field):
     "A row with a problem, an answer and perhaps a split and tests."
     tests, pairs = row.get('tests') or [], row.get('input_output')
-    pairs = json.loads(pairs) if isinstance(pairs, str) and pairs.strip() else pairs or {}
-    cases = [(case['input'], case['output']) for case in tests if isinstance(case, dict)] + list(zip(pairs.get('inputs', []), pairs.get('outputs', [])))
+    pairs = json.loads(pairs) if isinstance(pairs, str) and pairs.strip() else pairs
+    pairs = pairs if isinstance(pairs, dict) and not pairs.get('fn_name') else {}  # calls of a function by name are no programs that read and print
+    cases = [(case['input'], case['output']) for case in tests if isinstance(case, dict)] + list(zip(pairs.get('inputs') or [], pairs.get('outputs') or []))
+    cases = [case for case in cases if all(isinstance(text, str) for text in case)]
     split = {'validation': 'valid', 'dev': 'valid'}.get(row.get(split_field), row.get(split_field)) or ''
     return Task(name, row.get(input_field) or '', row.get(training_field) or '', split, setup=row.get('setup') or '', tests=[test for test in tests if isinstance(test, str)], cases=cases)
 
@@ -104,7 +106,7 @@ def function_tasks()->tuple:
 # %% ../nbs/05_tasks.ipynb #50842b71
 def _json_rows(path):
     "The objects of a JSONL file; a `LabError` names the line that is none."
-    for number, line in enumerate(path.read_text(encoding='utf-8').splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):  # a string may hold other line ends
         if not line.strip(): continue
         try: row = json.loads(line)
         except json.JSONDecodeError as error: raise LabError(f'{path.name} line {number} is not JSON ({error.msg}): write one object a line') from None
@@ -150,6 +152,7 @@ def load_tasks(data:str,                       # "builtin:functions", a .jsonl o
                num_samples:int=0,              # training rows to keep, 0 for all
                valid_share:float=.05,          # held out twice, for validation and for test, where nothing says which rows are
                seed:int=42,                    # of that split
+               needs=('train', 'valid'),       # splits that must have a row
 )->tuple:                                      # (dict of lists of `Task`: train, valid, test; dict of counts)
     "Tasks of any source by split, and what was dropped on the way."
     if data == 'builtin:functions': tasks, counts = function_tasks()
@@ -162,7 +165,7 @@ def load_tasks(data:str,                       # "builtin:functions", a .jsonl o
         counts = dict(rows=len(table))
     sides, counts = _sorted(tasks, counts)
     for split, side in sides.items():
-        if not side and split != 'test': raise LabError(f"data {data} has no usable row in the split '{split}': its splits are {', '.join(sorted({repr(task.split) for task in tasks})) or 'none'}; set split_field, or add rows")
+        if not side and split in needs: raise LabError(f"data {data} has no usable row in the split '{split}': its splits are {', '.join(sorted({repr(task.split) for task in tasks})) or 'none'}; set split_field, or add rows")
     return dict(sides, train=sides['train'][:num_samples or None]), counts
 
 # %% ../nbs/05_tasks.ipynb #6d3d8739

@@ -212,3 +212,11 @@ def test_the_experiment_reads_the_same_with_two_ranks(tmp_path):
     assert metrics['steps'] == 3 and metrics['reload_difference'] < 1e-4 and metrics['quantised_share'] > .5 and metrics['loss_after'] < metrics['loss_before']
     assert metrics['best_step'] == 3 and math.isclose(metrics['loss_after'], log_of(folder, 'valid_loss')[-1][0], rel_tol=1e-4), 'the notebook judges the weights that the ranks trained'
     assert (folder/'adapter'/'adapter_model.safetensors').exists() and (folder/'checkpoints'/'step-000003'/'weights.part00001.safetensors').exists()
+
+
+@pytest.mark.parametrize('shown, local, gpu', [(None, 0, '0'), (None, 3, '3'), ('4,6', 1, '6'), ('GPU-aa,GPU-bb', 0, 'GPU-aa'), ('', 2, '2')])
+def test_a_rank_sees_its_own_gpu(shown, local, gpu):
+    environment = dict(LOCAL_RANK=str(local)) | ({} if shown is None else dict(CUDA_VISIBLE_DEVICES=shown))
+    assert launching.own_gpu(environment) == dict(CUDA_VISIBLE_DEVICES=gpu)
+    imports = launching.rank_code.index('from llmft')
+    assert launching.rank_code.index('os.environ.update(own_gpu(os.environ))') < imports and 'torch' not in launching.rank_code[:imports]

@@ -253,3 +253,18 @@ def test_the_shipped_base_loads():
     model = load_model('base').eval()
     assert sum(p.numel() for p in model.parameters()) < 5e6
     assert torch.isfinite(model(tokens()).logits).all()
+
+
+@pytest.mark.parametrize('gpu, rank, room, moves', [(True, False, True, ['cuda']), (True, True, True, []), (False, False, True, []), (True, False, False, ['cuda', 'cpu'])])
+def test_a_model_goes_to_the_gpu_where_it_fits(monkeypatch, gpu, rank, room, moves):
+    class Model:
+        went = []
+        def to(self, device):
+            self.went = [*self.went, device]
+            if device == 'cuda' and not room: raise torch.cuda.OutOfMemoryError('full')
+            return self
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+    if rank: monkeypatch.setenv('RANK', '1')
+    else: monkeypatch.delenv('RANK', raising=False)
+    model = Model()
+    assert models.placed(model) is model and model.went == moves

@@ -77,3 +77,10 @@ def test_any_text_makes_a_page(markdown, output):
     notebook = new_notebook(cells=[new_markdown_cell(markdown), new_code_cell(output, outputs=[new_output('stream', name='stdout', text=output), new_output('display_data', data={'text/plain': output})])])
     page = render_report(notebook, record)
     assert page.endswith('</html>\n') and page.encode()
+
+
+@pytest.mark.parametrize('tag', ['<img alt="a>b" src="http://x/y.png">', "<img title=it's src=http://x/y.png>", '<img\nsrc = "http://x/y.png" alt="z">', "<td background='http://x/y.png'>"])
+def test_what_would_be_fetched_goes_and_text_stays(tag):
+    text = '<pre>    src = os.fspath(src)\n    background="blue", poster = 1\n</pre>'
+    page = safe_html(tag + text)
+    assert 'http' not in page and text in page

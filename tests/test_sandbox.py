@@ -96,3 +96,22 @@ def test_the_directory_is_empty_and_gone_afterwards():
 
 def test_outputs_are_compared_without_white_space_at_the_ends():
     assert same_output('1\n2 \n', '1\r\n2') and not same_output('12', '1\n2') and not same_output('', '0')
+
+
+def test_exit_is_there_and_long_output_is_whole():
+    assert run_program('print(1)\nexit()').status == run_program('quit()').status == 'passed'
+    assert run_program('1/0\nexit()').status == 'failed'
+    done = run_program('print("x" * 200_000)')
+    assert done.status == 'passed' and same_output(done.stdout, 'x' * 200_000)
+
+
+def test_a_deep_folder_is_found_and_removed():
+    done = run_program('import os\nprint(os.getcwd(), flush=True)\nwhile True: os.mkdir("a"); os.chdir("a")', seconds=1)
+    assert done.status in ('timeout', 'output', 'failed') and not Path(done.stdout.split()[0]).parent.exists()
+
+
+@pytest.mark.skipif('seccomp' not in guards(), reason='no seccomp here')
+@pytest.mark.parametrize('call', ['fcntl.fcntl(r, fcntl.F_SETOWN, os.getppid())', 'fcntl.fcntl(r, 10, 9)', 'fcntl.fcntl(r, 15, b"\\1\\0\\0\\0" * 2)', 'fcntl.ioctl(r, 0x8901, b"\\1\\0\\0\\0")', 'fcntl.ioctl(r, 0x8902, b"\\1\\0\\0\\0")'])
+def test_no_descriptor_sends_signals_to_others(call):
+    done = run_program(f'import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, fcntl.F_GETFL)\ntry: {call}\nexcept PermissionError: print("refused")')
+    assert (done.status, done.stdout) == ('passed', 'refused\n'), done

@@ -1,5 +1,5 @@
 "Subspaces, coding, bounds and certificates: the properties that a proof hangs on."
-import json, math, os, signal, subprocess, sys, time
+import json, math, os, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -321,3 +321,35 @@ def test_two_processes_train_the_same_subspace(tmp_path):
     assert found['alone']['step'].tolist() == [1, 2, 3, 4] and set(found['alone']) == set(found['two']) == {'v', 'gates', 'step', 'shares'}
     for key, value in found['alone'].items(): torch.testing.assert_close(found['two'][key], value, rtol=1e-3, atol=1e-5)
     assert (found['alone']['shares'][0] != found['alone']['shares'][-1]).any()
+
+
+def test_a_tie_is_no_hit():
+    from llmft.scoring import _targets
+    head = torch.nn.Linear(4, 6, bias=False)
+    with torch.no_grad(): head.weight.copy_(torch.tensor([[1., 0, 0, 0]] * 3 + [[2., 0, 0, 0]] + [[0.] * 4] * 2))
+    _, ranks = _targets(torch.ones(4, 4), head, torch.tensor([0, 3, 4, 2]), 2**20)
+    assert ranks.tolist() == [3, 0, 5, 3]
+    head.weight.data.zero_()
+    assert _targets(torch.ones(2, 4), head, torch.tensor([0, 5]), 2**20)[1].tolist() == [5, 5]
+
+
+def test_two_runs_of_one_seed_are_not_averaged_in_silence():
+    from llmft.allocation import MEASURES, aggregate
+    row = dict(intrinsic_dim=1000, allocation_mode='uniform', b_ratio=None, seed=42, **{key: 1. for key in MEASURES})
+    assert aggregate([row, row | dict(seed=43)])[0]['n'] == 2
+    with pytest.raises(LabError, match='have the same seed'): aggregate([row, row])
+
+
+@pytest.mark.parametrize('file', ['train_offsets.npy', 'tokens.json'])
+def test_a_certificate_is_about_these_documents(certified, data, tmp_path, file):
+    other = tmp_path/'data'
+    shutil.copytree(data, other)
+    if file == 'tokens.json':
+        facts = json.loads((other/file).read_text())
+        facts['train']['sha256'] = '0' * 64
+        (other/file).write_text(json.dumps(facts))
+    else:
+        offsets = np.load(other/file)
+        offsets[1] += 1
+        np.save(other/file, offsets)
+    with pytest.raises(LabError, match='another corpus' if file == 'tokens.json' else 'other documents'): verify(certified[0], other)

@@ -5,9 +5,9 @@ from pathlib import Path
 import dask, pytest
 
 from llmft import sweeps
-from llmft.core import LabError
+from llmft.core import LabError, write_json
 from llmft.run import read_run
-from llmft.sweeps import expand, local_workers, run_stages, sweep_points, sweep_report
+from llmft.sweeps import Point, expand, local_workers, run_stages, sweep_points, sweep_report
 
 common = 'name: str = "first"  # name of the run\noutputs: str = "outputs"  # folder of all runs\n'
 start = 'from llmft.run import start_run\nrun = start_run("{0}", globals())'
@@ -154,6 +154,17 @@ def test_finished_points_are_skipped_and_the_summary_is_current(project, monkeyp
     Path('outputs/act/p-1/run.json').write_text(json.dumps(record))
     run_stages(expand(sweep(text)))
     assert attempts('p-1') == 1 and read_run('outputs/total/s')['run']['id'] != identity
+
+
+def test_an_unfinished_point_begins_anew_when_what_it_reads_was_made_since(project):
+    source, reader = [Point(sweeps.find_notebook('act'), dict(name=name, outputs='outputs', start=start)) for name, start in (('a', ''), ('b', str(Path('outputs/act/a/adapter').absolute())))]
+    for point, status, started, ended in ((source, 'done', 3, 4), (reader, 'interrupted', 1, None)):
+        write_json(point.folder/'run.json', dict(run=dict(status=status, started=f'2026-01-01T00:00:0{started}+00:00', ended=ended and f'2026-01-01T00:00:0{ended}+00:00'), meta={}))
+    results = {source.folder: sweeps.outcome(source, read_run(source.folder))}
+    assert sweeps.ready_points([reader], results, [source], False, lambda *_: None) == [reader] and reader.again
+    write_json(reader.folder/'run.json', dict(run=dict(status='interrupted', started='2026-01-01T00:00:05+00:00', ended=None), meta={}))
+    reader.again = False
+    assert sweeps.ready_points([reader], results, [source], False, lambda *_: None) == [reader] and not reader.again
 
 
 def test_a_killed_worker_costs_one_attempt(project):

@@ -151,3 +151,22 @@ def test_mbpp_references_pass():
     sides, counts = load_tasks(str(Path(shared)/'mbpp.jsonl'))
     assert {split: len(side) for split, side in sides.items()} == dict(train=374, valid=90, test=500) and counts['other_splits'] == 10
     assert not check_references(sides['valid'][:20])[1]
+
+
+def test_a_file_of_problems_needs_no_training_rows(tmp_path):
+    problem = dict(task_id='HumanEval/0', prompt='def add(a, b):\n', canonical_solution='    return a + b\n', test='def check(f): assert f(1, 2) == 3', entry_point='add')
+    data = write(tmp_path, [problem], 'HumanEval.jsonl')
+    assert [task.split for task in load_tasks(data, needs=())[0]['test']] == ['test']
+    with pytest.raises(LabError, match="no usable row in the split 'train'"): load_tasks(data)
+
+
+def test_odd_rows_of_apps_are_no_programs_that_print():
+    for pairs in ('null', '', None, '[]', json.dumps(dict(fn_name='f', inputs=[[1]], outputs=[2])), json.dumps(dict(inputs=[[1, 2]], outputs=[3]))):
+        assert as_task(dict(input='Add.', solution='x', input_output=pairs), 'r:0').cases == []
+    assert as_task(dict(input='Add.', solution='x', input_output=json.dumps(dict(inputs=['1\n', [1]], outputs=['2\n', [2]]))), 'r:0').cases == [('1\n', '2\n')]
+
+
+def test_a_string_may_hold_unicode_line_ends(tmp_path):
+    rows = [dict(input=f'a\u2028b\u0085c {split}', solution='s', split=split) for split in ('train', 'valid')]
+    (tmp_path/'rows.jsonl').write_text('\n'.join(json.dumps(row, ensure_ascii=False) for row in rows), encoding='utf-8')
+    assert load_tasks(str(tmp_path/'rows.jsonl'))[0]['train'][0].input == 'a\u2028b\u0085c train'

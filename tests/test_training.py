@@ -1,6 +1,8 @@
 "The promises of the fit loop: exact resume after kill -9, damaged checkpoints found, steps that do not depend on their layout."
 import errno, json, math, shutil, signal, subprocess, sys
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
@@ -296,3 +298,11 @@ def test_every_optimiser_learns_and_resumes(tmp_path, optimiser):
     shutil.rmtree(checkpoints.checkpoints(tmp_path/'again'/'checkpoints')[0])
     train_here(tmp_path/'again', load_model('preset:llama-tiny'), optimiser=optimiser, learning_rate=3e-3)
     assert log_of(tmp_path/'whole') == log_of(tmp_path/'again')
+
+
+@pytest.mark.parametrize('setting, place', [(dict(fused=True), 'meta'), (dict(capturable=True), 'meta'), (dict(fused=False), 'cpu'), ({}, 'cpu')])
+def test_step_counts_of_a_fused_optimiser_lie_beside_their_parameter(setting, place):
+    other, parameter = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(2, device='meta'))
+    optimiser = SimpleNamespace(param_groups=[dict(params=[other]), dict(params=[parameter], **setting)], state=defaultdict(dict))
+    checkpoints.restore_optimiser(optimiser, {parameter: 'w', other: 'o'}, {'w|step': torch.tensor(3.), 'w|exp_avg': torch.ones(2), 'o|step': torch.tensor(3.)}, {})
+    assert optimiser.state[parameter]['step'].device.type == place and optimiser.state[parameter]['exp_avg'].device.type == 'meta' and float(optimiser.state[other]['step']) == 3
