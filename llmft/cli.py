@@ -225,13 +225,14 @@ def verify_command(
     as_object:bool=typer.Option(False, '--json', help='Print one JSON object instead of the table.'),  # for scripts
 ):
     "Check a certificate: rebuild its model, score it again, recompute its claims."
-    from llmft.certificates import verify
+    from llmft.certificates import read_certificate, verify
     found = verify(certificate, data or None)
     holds = all(claim['holds'] for claim in found.values())
     if as_object: print(json.dumps(dict(status='holds' if holds else 'does not hold', claims=found)))
     else:
         show_table([dict(claim=name, claimed=f"{claim['claimed']:.3f}", recomputed=f"{claim['recomputed']:.6f}", holds='yes' if claim['holds'] else 'NO') for name, claim in found.items()], ['claim', 'claimed', 'recomputed', 'holds'])
-        print(f"{certificate}: {'every claim holds' if holds else 'NOT every claim holds'}")
+        asked = read_certificate(certificate)[0]['settings']
+        print(f"{certificate}: {'every claim holds' if holds else 'NOT every claim holds'}, all together with a probability of at least {1 - asked['delta']:g} ({asked['configurations']:,} settings had been tried)")
     return 0 if holds else 1
 
 # %% ../nbs/55_cli.ipynb #3bf5d1b3

@@ -10,6 +10,7 @@ __all__ = ['slurm_settings', 'patience', 'visible_gpus', 'gpu_slots', 'cluster_s
 import contextlib, os, tempfile, time
 from pathlib import Path
 from .core import LabError, nearest, require
+from .run import gpu_names
 try: import fcntl
 except ImportError: fcntl = None  # Windows: GPUs are not shared out there
 
@@ -17,7 +18,7 @@ except ImportError: fcntl = None  # Windows: GPUs are not shared out there
 def visible_gpus()->list:
     "The GPUs this process may use, by the names that CUDA_VISIBLE_DEVICES takes; found without starting CUDA."
     if 'CUDA_VISIBLE_DEVICES' in os.environ: return [name for name in os.environ['CUDA_VISIBLE_DEVICES'].split(',') if name and name != '-1']
-    return [str(number) for number, _ in enumerate(sorted(Path('/proc/driver/nvidia/gpus').glob('*')))]
+    return [str(number) for number, _ in enumerate(gpu_names())]
 
 
 def _try_slots(gpus, count, folder):

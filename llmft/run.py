@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['held', 'packages', 'reserve_bytes', 'lock_path', 'holder_of', 'boot_id', 'alive', 'is_held', 'hold', 'release', 'now',
-           'seconds_since', 'library_hashes', 'fingerprint', 'versions', 'git_state', 'machine', 'save_record', 'merge',
-           'update_record', 'set_aside', 'run_folder', 'open_folder', 'close_folder', 'read_run', 'list_runs',
-           'declared_types', 'injected_names', 'check_namespace', 'check_tracker', 'open_tracker', 'Run', 'provenance',
-           'end_unmanaged', 'watch_cells', 'start_run']
+           'seconds_since', 'library_hashes', 'fingerprint', 'versions', 'git_state', 'gpu_names', 'machine',
+           'save_record', 'merge', 'update_record', 'set_aside', 'run_folder', 'open_folder', 'close_folder',
+           'read_run', 'began_after', 'list_runs', 'declared_types', 'injected_names', 'check_namespace',
+           'check_tracker', 'open_tracker', 'Run', 'provenance', 'end_unmanaged', 'watch_cells', 'start_run']
 
 # %% ../nbs/51_run.ipynb #2efab354
-import ast, atexit, errno, importlib.metadata, json, os, platform, secrets, socket, subprocess, sys, time
+import ast, atexit, errno, importlib.metadata, json, os, platform, secrets, shutil, socket, subprocess, sys, time
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,15 +146,22 @@ def git_state(folder=None)->dict:
     return dict(commit=None if commit == '(initial)' else commit, dirty=any(not line.startswith('#') for line in lines) if commit else None)
 
 
+def gpu_names()->list:
+    "The models of all NVIDIA GPUs of this machine, found without starting CUDA."
+    cards = [f.read_text() for f in sorted(Path('/proc/driver/nvidia/gpus').glob('*/information'))]
+    if cards: return [line.split(':')[1].strip() for card in cards for line in card.splitlines() if line.startswith('Model')]
+    if not shutil.which('nvidia-smi'): return []  # there is one under WSL, which has no such files
+    told = subprocess.run(['nvidia-smi', '--query-gpu=name', '--format=csv,noheader'], capture_output=True, text=True)
+    return told.stdout.split('\n')[:-1] if told.returncode == 0 else []
+
+
 def machine()->dict:
     "Host, system, processor, cores, memory and GPUs of this machine."
     info = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
     cpu = next((line.split(':')[1].strip() for line in info.splitlines() if line.startswith('model name')), platform.processor())
-    cards = [f.read_text() for f in sorted(Path('/proc/driver/nvidia/gpus').glob('*/information'))]
-    gpus = [line.split(':')[1].strip() for card in cards for line in card.splitlines() if line.startswith('Model')]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else None
-    return dict(host=socket.gethostname(), system=f'{platform.system()} {platform.machine()}', cpu=cpu, cores=cores, memory_bytes=memory, gpus=gpus)
+    return dict(host=socket.gethostname(), system=f'{platform.system()} {platform.machine()}', cpu=cpu, cores=cores, memory_bytes=memory, gpus=gpu_names())
 
 # %% ../nbs/51_run.ipynb #079637c7
 reserve_bytes = 2**19
@@ -260,6 +267,13 @@ def read_run(folder)->dict:
     try: save_record(folder, record)
     except OSError: pass
     return record
+
+
+def began_after(record:dict, # of a run
+                sources,     # records of runs that it reads
+)->bool:
+    "Whether a run began when all that it reads was there."
+    return all(datetime.fromisoformat(source['ended']) <= datetime.fromisoformat(record['run']['started']) for source in sources)
 
 
 def list_runs(outputs='outputs')->list:

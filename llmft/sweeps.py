@@ -6,8 +6,8 @@
 __all__ = ['kinds', 'sweep_keys', 'stage_keys', 'summary_keys', 'tries', 'at', 'placed', 'check_keys', 'overlay', 'read_sweep',
            'Point', 'has_small', 'stage_starts', 'combinations', 'as_name', 'point_name', 'overrides_for',
            'check_overrides', 'filled', 'stage_points', 'summary_point', 'shown_folder', 'expand', 'sweep_points',
-           'needs', 'finished', 'began_after', 'worker_environment', 'kept_environment', 'local_workers', 'run_point',
-           'outcome', 'told', 'ready_points', 'patiently', 'run_stage', 'mended', 'run_stages', 'sweep_report']
+           'needs', 'finished', 'worker_environment', 'kept_environment', 'local_workers', 'run_point', 'outcome',
+           'told', 'ready_points', 'patiently', 'run_stage', 'mended', 'run_stages', 'sweep_report']
 
 # %% ../nbs/54_sweeps.ipynb #4ce504df
 import collections, contextlib, itertools, logging, os, re, string, tempfile, time
@@ -18,7 +18,7 @@ from .clusters import gpu_slots, remote_workers, resources_of, slots_of
 from .core import LabError, nearest, project_root
 from .execute import execute_run
 from .params import Lines, check_name, check_params, find_notebook, parse_overrides, read_parameters, read_yaml, resolve_params
-from .run import fingerprint, is_held, read_run, run_folder
+from .run import began_after, fingerprint, is_held, read_run, run_folder
 
 # %% ../nbs/54_sweeps.ipynb #63744e10
 def at(mapping,       # a mapping read from YAML
@@ -287,13 +287,6 @@ def finished(point,      # a `Point`
     same = record.get('meta', {}).get('fingerprint') == fingerprint(point.params, point.notebook)
     return record if same and began_after(record, sources) and record['run']['status'] == 'done' else None
 
-
-def began_after(record:dict, # of a run
-                sources,     # records of runs that it reads
-)->bool:
-    "Whether a run began when all that it reads was there."
-    return all(datetime.fromisoformat(source['ended']) <= datetime.fromisoformat(record['run']['started']) for source in sources)
-
 # %% ../nbs/54_sweeps.ipynb #01e1631b
 tries = 3  # times a run may take its worker process down before it counts as failed
 
@@ -437,15 +430,13 @@ def run_stage(client,         # a Dask client
     def fill(): send([waiting.pop(0) for _ in range(min(slots() - len(futures), len(waiting)))])
     for future in patiently(running, fill) if cluster else running:
         point, error = futures.pop(future), future.exception()
-        again = error.__class__.__name__ == 'KilledWorker' and begun[point.label] < tries  # it only waited on a worker that others brought down
+        if error.__class__.__name__ == 'KilledWorker' and begun[point.label] < tries: send([point]); continue  # it only waited on a worker that others brought down
         if error is None: record = future.result()
         elif error.__class__.__name__ == 'KilledWorker': record = dict(run=dict(status='failed', error=f'took its worker process down {tries} times: out of memory?'))
         else: record = dict(run=dict(status='failed', error=f'{error.__class__.__name__}: {error}'.splitlines()[0]))
-        if not again:
-            results[point.folder] = outcome(point, record)
-            say(point.label, told(results[point.folder]))
-        if again: send([point])
-        else: fill()
+        results[point.folder] = outcome(point, record)
+        say(point.label, told(results[point.folder]))
+        fill()
 
 # %% ../nbs/54_sweeps.ipynb #0f99d91d
 @contextlib.contextmanager
