@@ -46,7 +46,7 @@ def _own_seed(seed):
     "PyTorch's CPU generator seeded for the block and as before after it; PEFT's use of names that transformers will rename is not warned of."
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter('ignore', FutureWarning)
-        torch.manual_seed(int(purpose_rng(seed, 'lora').integers(2**62)))
+        torch.default_generator.manual_seed(int(purpose_rng(seed, 'lora').integers(2**62)))
         yield
 
 

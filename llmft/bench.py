@@ -192,7 +192,8 @@ def same_step(way:str,            # 'ours', or one of `peers`
     "Loss and gradient of one step on all of `examples`, computed by `way`."
     if way == 'ours':
         model = adapted_model(setting, 'documents').train()
-        loss = accumulate(LossModel(model), *step_batches(examples, np.arange(len(examples)), recipe_of(setting, 'packed', len(examples))))
+        batches, targets = step_batches(examples, np.arange(len(examples)), recipe_of(setting, 'packed', len(examples)))
+        loss = accumulate(LossModel(model), [batch.to(model.device) for batch in batches], targets)
     else:
         with tempfile.TemporaryDirectory() as folder:
             trainer = peer_trainer(way, setting, examples, folder, len(examples))

@@ -44,7 +44,10 @@ def restore_optimiser(optimiser,     # a fresh optimiser over the same parameter
     for label, value in {**tensors, **numbers}.items():
         name, key = label.split('|')
         parameter = parameters[name]
-        optimiser.state[parameter][key] = value.to(parameter.device if value.ndim else counter_device(optimiser, parameter)) if torch.is_tensor(value) else value
+        if not torch.is_tensor(value): place = value
+        elif getattr(optimiser, 'is_paged', False) and key in ('state1', 'state2'): place = optimiser.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # paged memory stays paged
+        else: place = value.to(parameter.device if value.ndim else counter_device(optimiser, parameter))
+        optimiser.state[parameter][key] = place
 
 # %% ../nbs/21_checkpoints.ipynb #316bb73f
 def random_state()->tuple:

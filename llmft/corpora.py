@@ -275,7 +275,8 @@ def read_hub(name:str,               # for instance "Salesforce/wikitext"
     import datasets
     try: loaded = datasets.load_dataset(name, config or None)
     except Exception as error:
-        raise LabError(f"data '{name}' is no file, folder or built-in part here, and the hub gave nothing ({type(error).__name__}): "
+        asked = f"data '{name}'" + (f" with data_config '{config}'" if config else '')
+        raise LabError(f"{asked} is no file, folder or built-in part here, and the hub gave nothing ({type(error).__name__}): "
                        "check the name and the network, or use data=builtin:topics or --small") from None
     return {split: _rows(rows, text_field, f'{name}/{split}') for split, rows in loaded.items()}
 

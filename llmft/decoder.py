@@ -13,7 +13,7 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention a
 from transformers import StaticCache
 from transformers.masking_utils import create_masks_for_generate
 from .core import LabError
-from .models import causal_model
+from .models import causal_model, shared_heads
 
 # %% ../nbs/30_decoder.ipynb #d1f1b8b4
 def _is_plain(module):
@@ -184,7 +184,9 @@ class LeanDecoder:
         keys, values = (tensor[:, :, :end] for tensor in cache)
         if shape[1] == 1:  # the heads that share a key are the queries of one attention
             out = sdpa(query_BTHD.reshape(shape[0], self.groups, -1, self.head_width), keys, values, attn_mask=mask, scale=self.scale)
-        else: out = sdpa(query_BTHD.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=True).transpose(1, 2)
+        else:
+            keys, values, grouped = shared_heads(query_BTHD.transpose(1, 2), keys, values, mask is not None)
+            out = sdpa(query_BTHD.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped).transpose(1, 2)
         return out.reshape(len(normed_RW), -1)
 
 # %% ../nbs/30_decoder.ipynb #513e83b0

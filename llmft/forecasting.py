@@ -70,15 +70,16 @@ class Grammar:
     def __call__(self, step, new_BN):
         "The permitted next tokens, bool (rows, vocabulary)."
         device = new_BN.device
+        if not step: self.mask_SV, self.column_V, self.next_SA = (table.to(device) for table in (self.mask_SV, self.column_V, self.next_SA))
         if not step: self.state_B = torch.full((len(new_BN),), self.states*(self.steps == 1), device=device); self.done_B = torch.zeros_like(self.state_B)
         else: self._follow(new_BN[:, -1])
-        return self.mask_SV.to(device)[self.state_B]
+        return self.mask_SV[self.state_B]
 
     def _follow(self, ids_B):
         "Move every row on by one token."
-        column_B = self.column_V.to(ids_B.device)[ids_B]
+        column_B = self.column_V[ids_B]
         over_B = (self.state_B == 2*self.states) | (ids_B == self.end_id) | (column_B < 0)
-        next_B = self.next_SA.to(ids_B.device)[self.state_B, column_B.clamp(min=0)]
+        next_B = self.next_SA[self.state_B, column_B.clamp(min=0)]
         self.done_B = self.done_B + torch.where(over_B, 0, (next_B >= 1000).long())
         next_B = torch.where(next_B >= 1000, next_B - 1000 + self.states*(self.done_B == self.steps - 1), next_B)
         self.state_B = torch.where(over_B, 2*self.states, next_B)

@@ -95,7 +95,7 @@ def instruct_step(layout:str,              # packed, or padded to max_length
     model, recipe = instruct_model(setting, 'documents').train(), instruct_recipe(setting, layout)
     batches, targets = step_batches(rows, np.arange(len(rows)), recipe)
     if layout == 'padded': batches = [_to_length(batch, setting.max_length) for batch in batches]
-    loss = accumulate(LossModel(model), batches, targets)
+    loss = accumulate(LossModel(model), [batch.to(model.device) for batch in batches], targets)
     return dict(loss=loss.item(), gradient=torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), slots=sum(batch.slots for batch in batches))
 
 

@@ -24,7 +24,7 @@ def memory_limit(limit_gb:float=0.,  # what may be used, GiB; 0 for what there i
 )->int:                              # bytes
     "The memory that a run may use, in bytes; a `LabError` when the machine has less."
     if limit_gb < 0: raise LabError(f'memory_limit_gb is {limit_gb}: give a number of GiB, or 0 for all there is')
-    there = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else int(.9 * psutil.virtual_memory().available)
+    there = int(.9 * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() if torch.cuda.is_available() else psutil.virtual_memory().available))
     if limit_gb * 2**30 > there: raise LabError(f'memory_limit_gb is {limit_gb:g} and this machine has {there / 2**30:.1f} GiB free: give less, or 0 for all there is')
     return int(limit_gb * 2**30) or there
 
@@ -32,7 +32,7 @@ def memory_limit(limit_gb:float=0.,  # what may be used, GiB; 0 for what there i
 def return_memory():
     "Give freed memory back to the device or the system, so that the next measurement starts from nothing."
     gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    if torch.cuda.is_available(): torch._C._cuda_clearCublasWorkspaces(); torch.cuda.empty_cache()
     try: ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError): pass
 

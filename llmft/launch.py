@@ -47,15 +47,17 @@ def die_with_parent():
 
 def own_gpu(environment)->dict:  # that of a rank, with LOCAL_RANK
     "What lets a rank see its own GPU only; it must be set before PyTorch looks, so before anything is imported."
-    local, shown = int(environment['LOCAL_RANK']), [name for name in environment.get('CUDA_VISIBLE_DEVICES', '').split(',') if name]
-    return dict(CUDA_VISIBLE_DEVICES=shown[local] if local < len(shown) else str(local))
+    local = environment['LOCAL_RANK']
+    if 'CUDA_VISIBLE_DEVICES' not in environment: return dict(CUDA_VISIBLE_DEVICES=local)
+    shown = [name for name in environment['CUDA_VISIBLE_DEVICES'].split(',') if name]
+    return dict(CUDA_VISIBLE_DEVICES=shown[int(local)]) if int(local) < len(shown) else {}
 
 
 def _train(order)->FitResult:
     "Build what `order` says, join the other ranks and train."
     module, name = order['build']
     model, train, valid = getattr(__import__(module, fromlist=[name]), name)(SimpleNamespace(**order['params']))
-    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')
+    dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
     on_log = lambda entry: print(mark + json.dumps(entry), flush=True)
     return fit(model, train, valid, order['folder'], Recipe(**order['recipe']), on_log, processes=Processes(**order['processes']))
 
@@ -174,10 +176,16 @@ def _end(process):
 def set_apart(model):
     "Keep `model` off the GPU for a while; nothing to do on a CPU."
     device = next(model.parameters()).device
-    if device.type == 'cuda': model.to('cpu'); torch.cuda.empty_cache()
+    if device.type == 'cuda': _move(model, 'cpu'); torch.cuda.empty_cache()
     try: yield
     finally:
-        if device.type == 'cuda': model.to(device)
+        if device.type == 'cuda': _move(model, device)
+
+
+def _move(model, device):
+    "Move a model with what its 8-bit layers hold beside their parameters."
+    model.to(device)
+    for state in [module.state for module in model.modules() if getattr(getattr(module, 'state', None), 'CB', None) is not None]: state.CB, state.SCB = state.CB.to(device), state.SCB.to(device)
 
 
 @torch.no_grad()

@@ -62,9 +62,8 @@ def memory_watch():
 
 
 def synchronise():
-    "Wait until the GPUs have done what they were given."
-    if torch.cuda.is_available():
-        for device in range(torch.cuda.device_count()): torch.cuda.synchronize(device)
+    "Wait until the GPU of this process has done what it was given."
+    if torch.cuda.is_available(): torch.cuda.synchronize()
 
 # %% ../nbs/13_meter.ipynb #2d897d3b
 class Meter:

@@ -10,6 +10,7 @@ __all__ = ['mark', 'part_of', 'named_parts', 'Profile', 'profile_fit', 'kind_of'
 import contextlib, os, tempfile
 from dataclasses import dataclass, replace
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from .core import LabError
 from .meter import synchronise
@@ -107,7 +108,7 @@ def _phase_of(names):
 def operations(seen:Profile,  # from `profile_fit`
 )->list:                      # one dict per operation with a self time: name, kind, part, phase, seconds
     "Every operation of the profile with its kind, its part of the model and its phase."
-    events = [event for event in seen.profiler.events() if not event.name.startswith('[memory]')]
+    events = [event for event in seen.profiler.events() if event.device_type == DeviceType.CPU and not event.name.startswith('[memory]')]  # kernels count at the operation that started them
     time = (lambda event: event.self_device_time_total) if seen.device == 'cuda' else (lambda event: event.self_cpu_time_total)
     forward, found = {}, []
     for event in events:

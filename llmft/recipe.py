@@ -93,8 +93,7 @@ def _adamw(groups, **settings): return torch.optim.AdamW(groups, fused=True, **s
 
 def _adamw_8bit(groups, paged=False, **settings):
     from bitsandbytes import optim
-    on_gpu = any(p.is_cuda for group in groups for p in group['params'])  # elsewhere there is nothing to page out of
-    return (optim.PagedAdamW8bit if paged and on_gpu else optim.AdamW8bit)(groups, **settings)
+    return (optim.PagedAdamW8bit if paged and torch.cuda.is_available() else optim.AdamW8bit)(groups, **settings)
 
 
 class Muon(torch.optim.Optimizer):

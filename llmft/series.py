@@ -342,7 +342,7 @@ def read_split(folder,  # of a forecast_data run
 )->Split:
     "One split that `write_series` left; a `LabError` when the folder holds none or a line can not be read."
     folder = find_path(folder)
-    if not (folder/'metadata.json').exists(): raise LabError(f'{folder} holds no prepared series (metadata.json is missing): run forecast_data first, as in llmft run params/forecast_data/p2.yaml')
+    if not (folder/'metadata.json').exists(): raise LabError(f'{folder} holds no prepared series (metadata.json is missing): run forecast_data first, as in llmft run params/forecast_data/p2.yaml (with --small, where this run has it)')
     metadata, arrays = read_json(folder/'metadata.json'), np.load(folder/'factors.npz')
     texts = (folder/f"{dict(valid='val').get(split, split)}_texts.txt").read_text().splitlines()
     decoded = decode(texts, metadata['steps'], metadata['variables'], metadata['precision'])

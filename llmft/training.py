@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 import numpy as np, torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState
 from torch import nn
 from .adapters import trainable_parameters, weights_hash
 from .batches import IGNORED, MicroBatch, Plan, evaluation_batches, micro_batches
@@ -237,6 +238,8 @@ def prepare(model,           # as for `fit`
     if (longest := int(train.slots.max())) > recipe.max_length: raise LabError(f'a training example has {longest} positions and max_length is {recipe.max_length}: cut the examples first')
     seed_everything(recipe.seed)
     half = next(p.dtype for p in model.parameters() if p.is_floating_point()) == torch.float16
+    if half and any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad): raise LabError('weights in fp16 would be trained, and their gradients cannot be scaled back: use precision bf16, or fp32 with mixed_precision bf16, or an adapter')
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     gradients_only = DistributedDataParallelKwargs(broadcast_buffers=False)  # buffers are constants here, a subspace's projections among them
     accelerator = Accelerator(mixed_precision='fp16' if half else recipe.mixed_precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[gradients_only])
     if processes and processes.strategy not in ('none', 'ddp') and any(isinstance(module, Subspace) for module in model.modules()):
@@ -275,6 +278,7 @@ def resume(run:Fit):
         run.team.restore(run.names, groups, state['optimiser'])
         if run.team.rank == 0 or _random_file(run) in groups: restore_random(groups[_random_file(run)], state['random'])
         else: torch.manual_seed(int(purpose_rng(run.recipe.seed, 'process', run.team.rank, state['progress']['step']).integers(2**62)))
+        if state.get('scaler'): run.team.accelerator.scaler.load_state_dict(state['scaler'])
         run.progress = Progress(**state['progress'])
         run.log.say(f'resumed at step {run.progress.step} of {run.steps}')
     run.log.resume(run.progress.log_lines)
@@ -289,7 +293,7 @@ def save(run:Fit):
     groups, numbers = run.team.state(run.names)
     random_tensors, random_rest = random_state()
     save_checkpoint(run.folder, run.progress.step, groups | {_random_file(run): random_tensors},
-                    dict(identity=_identity(run), progress=asdict(run.progress), optimiser=numbers, random=random_rest), run.team.rank, run.team.gather)
+                    dict(identity=_identity(run), progress=asdict(run.progress), optimiser=numbers, random=random_rest, scaler=scaler.state_dict() if (scaler := run.team.accelerator.scaler) else None), run.team.rank, run.team.gather)
     if run.team.rank == 0: prune_checkpoints(run.folder, run.recipe.keep_checkpoints, run.progress.best_step)
 
 # %% ../nbs/23_training.ipynb #c5e5db67

@@ -15,7 +15,8 @@ spec.loader.exec_module(importlib.util.module_from_spec(spec))
 refused = Path(tempfile.mkdtemp(prefix='llmft-'))/'refused'
 paths = [path for path in os.environ.get('PYTHONPATH', '').split(os.pathsep) if path and path != str(offline)]
 os.environ.update(PYTHONPATH=os.pathsep.join([str(offline), *paths]), LLMFT_REFUSED=str(refused), HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false',
-                  MPLBACKEND='agg', WANDB_SILENT='true', TORCHDYNAMO_DISABLE='1')  # bitsandbytes then does not import the compiler, a second in each of 150 processes
+                  MPLBACKEND='agg', WANDB_SILENT='true', CUDA_VISIBLE_DEVICES='',  # what is promised to the last bit is promised for a CPU
+                  TORCHDYNAMO_DISABLE='1')  # bitsandbytes then does not import the compiler, a second in each of 150 processes
 worker = os.environ.get('PYTEST_XDIST_WORKER')
 if worker: os.environ.setdefault('OMP_NUM_THREADS', '1')
 

@@ -214,9 +214,9 @@ def test_the_experiment_reads_the_same_with_two_ranks(tmp_path):
     assert (folder/'adapter'/'adapter_model.safetensors').exists() and (folder/'checkpoints'/'step-000003'/'weights.part00001.safetensors').exists()
 
 
-@pytest.mark.parametrize('shown, local, gpu', [(None, 0, '0'), (None, 3, '3'), ('4,6', 1, '6'), ('GPU-aa,GPU-bb', 0, 'GPU-aa'), ('', 2, '2')])
+@pytest.mark.parametrize('shown, local, gpu', [(None, 0, '0'), (None, 3, '3'), ('4,6', 1, '6'), ('GPU-aa,GPU-bb', 0, 'GPU-aa'), ('', 0, None), ('-1', 1, None), ('3', 1, None)])
 def test_a_rank_sees_its_own_gpu(shown, local, gpu):
     environment = dict(LOCAL_RANK=str(local)) | ({} if shown is None else dict(CUDA_VISIBLE_DEVICES=shown))
-    assert launching.own_gpu(environment) == dict(CUDA_VISIBLE_DEVICES=gpu)
+    assert launching.own_gpu(environment) == ({} if gpu is None else dict(CUDA_VISIBLE_DEVICES=gpu))
     imports = launching.rank_code.index('from llmft')
     assert launching.rank_code.index('os.environ.update(own_gpu(os.environ))') < imports and 'torch' not in launching.rank_code[:imports]

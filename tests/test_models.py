@@ -268,3 +268,17 @@ def test_a_model_goes_to_the_gpu_where_it_fits(monkeypatch, gpu, rank, room, mov
     else: monkeypatch.delenv('RANK', raising=False)
     model = Model()
     assert models.placed(model) is model and model.went == moves
+
+
+class OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize('dtype, masked, repeated', [(torch.float32, False, True), (torch.float32, True, True), (torch.bfloat16, True, True), (torch.bfloat16, False, False)])
+def test_shared_heads_are_repeated_where_cuda_would_write_out_the_scores(dtype, masked, repeated):
+    query, key, value = (torch.randn(1, heads, 5, 8, dtype=dtype) for heads in (4, 2, 2))
+    assert models.shared_heads(query, key, value, masked)[2] and not models.shared_heads(query, query, query, masked)[2]
+    keys, values, grouped = models.shared_heads(query.as_subclass(OnGpu), key, value, masked)
+    assert (keys.shape[1] == 4) == repeated != grouped
+    attend = torch.nn.functional.scaled_dot_product_attention
+    torch.testing.assert_close(attend(query, keys, values, is_causal=True, enable_gqa=grouped), attend(query, key, value, is_causal=True, enable_gqa=True))

@@ -306,3 +306,11 @@ def test_step_counts_of_a_fused_optimiser_lie_beside_their_parameter(setting, pl
     optimiser = SimpleNamespace(param_groups=[dict(params=[other]), dict(params=[parameter], **setting)], state=defaultdict(dict))
     checkpoints.restore_optimiser(optimiser, {parameter: 'w', other: 'o'}, {'w|step': torch.tensor(3.), 'w|exp_avg': torch.ones(2), 'o|step': torch.tensor(3.)}, {})
     assert optimiser.state[parameter]['step'].device.type == place and optimiser.state[parameter]['exp_avg'].device.type == 'meta' and float(optimiser.state[other]['step']) == 3
+
+
+def test_one_process_may_train_in_two_precisions(tmp_path):
+    for precision in ('no', 'bf16', 'no'): assert train_here(tmp_path/f'{precision}{len(list(tmp_path.iterdir()))}', mixed_precision=precision, max_steps=2).progress.step == 2
+
+
+def test_fp16_weights_are_not_trained(tmp_path):
+    with pytest.raises(LabError, match='weights in fp16 would be trained'): train_here(tmp_path, load_model('preset:llama-tiny', 'fp16'), max_steps=2)
