@@ -23,11 +23,11 @@ from .checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, 
 from .core import LabError, jsonable, purpose_rng, seed_everything, short_hash, shows_bar
 from .cost import flops_step
 from .losses import head_cross_entropy
-from .meter import Meter, TensorMemory
+from .meter import Meter, TensorMemory, synchronise
 from .models import hidden_states, output_head
 from .progress import Log, Progress
 from .recipe import Recipe, learning_rate_at, warmup_steps
-from .strategies import Processes, Team, make_team
+from .strategies import Processes, Team, check_subspace, make_team
 from .subspace import LowRank, Subspace
 from .tokens import Examples
 
@@ -242,8 +242,7 @@ def prepare(model,           # as for `fit`
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     gradients_only = DistributedDataParallelKwargs(broadcast_buffers=False)  # buffers are constants here, a subspace's projections among them
     accelerator = Accelerator(mixed_precision='fp16' if half else recipe.mixed_precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[gradients_only])
-    if processes and processes.strategy not in ('none', 'ddp') and any(isinstance(module, Subspace) for module in model.modules()):
-        raise LabError(f'strategy {processes.strategy} cuts weights apart, and a subspace lends whole ones at every step: choose ddp, where only the coordinates are exchanged')
+    if processes and any(isinstance(module, Subspace) for module in model.modules()): check_subspace(processes.strategy)
     team = make_team(accelerator, processes)
     if team.rank: torch.manual_seed(int(purpose_rng(recipe.seed, 'process', team.rank).integers(2**62)))  # dropout of its own
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -408,7 +407,7 @@ def _walk(run:Fit):
         flops = sum(micro_batch_flops(run.model.config, run.method, batch, recipe) for batch in everyone)
         if not _affordable(run, flops, everyone): _end_of_budget(run); break
         loss, norm = watched_step(run, shares[run.team.rank], targets)
-        if run.team.device.type == 'cuda': torch.cuda.synchronize()
+        synchronise()
         book_step(run, loss, norm, everyone, targets, flops, time.perf_counter() - start)
         bar.update(); bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
         if progress.step % max(1, run.steps // 10) == 0 and 'LLMFT_MANAGED' not in os.environ:

@@ -177,6 +177,7 @@ def test_the_cause_is_told_and_not_what_followed(tmp_path, failures, errors, kin
     (Processes(2, 'zero3'), dict(quantisation='int8'), 'cut int8 weights apart'),
     (Processes(2, 'zero2'), dict(precision='fp16'), 'choose bf16 or fp32'),
     (Processes(2, 'zero2'), dict(optimiser='adamw_8bit'), 'choose adamw'),
+    (Processes(2, 'fsdp2'), dict(optimiser='muon'), 'choose adamw'),
     (Processes(2, 'ddp', offload_optimiser=True), {}, 'offload_optimiser is for'),
     (Processes(2, 'zero2', offload_weights=True), {}, 'offload_weights is for')])
 def test_what_cannot_work_is_refused_before_anything_starts(asked, settings, words):
