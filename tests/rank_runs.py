@@ -8,7 +8,7 @@ BASE = dict(learning_rate=1e-2, max_steps=4, batch_size=2, gradient_accumulation
 
 def examples(count=40, length=24, seed=0):
     import numpy as np
-    from llmft.tokens import Examples
+    from llmft.data.tokens import Examples
     rng = np.random.default_rng(seed)
     sizes = rng.integers(6, length, size=count)
     ends = np.cumsum(sizes)
@@ -17,8 +17,8 @@ def examples(count=40, length=24, seed=0):
 
 def build(params):
     "Model and data of a tiny run; `launch` calls it by name."
-    from llmft.adapters import add_lora
-    from llmft.models import load_model
+    from llmft.models.adapters import add_lora
+    from llmft.models.load import load_model
     model = load_model(params.model, quantisation='nf4' if params.method == 'nf4' else 'none', seed=3)
     if params.method in ('uniform', 'learned'): return in_subspace(model, params.method), examples(), examples(6, seed=1)
     if params.method != 'full': model = add_lora(model, 4, 8, params.dropout, ['q_proj', 'v_proj', 'down_proj'], seed=1)
@@ -28,7 +28,7 @@ def build(params):
 
 def in_subspace(model, mode):
     "The model with its adapters as a function of 40 numbers."
-    from llmft.subspace import SubspaceConfig, add_low_rank, attach
+    from llmft.models.subspace import SubspaceConfig, add_low_rank, attach
     subspace = attach(model, add_low_rank(model, ['q_proj', 'v_proj'], 4, dropout=0.), SubspaceConfig(40, mode, anneal_steps=4))
     if subspace.gates is not None: subspace.gates.decayed = False
     return model
@@ -50,9 +50,9 @@ def arrange_death(how):
 def train(folder, model, method, strategy=None, dropout=0., **settings):
     "Train in `folder`; strategy None is this process alone."
     from types import SimpleNamespace
-    from llmft.recipe import Recipe
-    from llmft.strategies import Processes
-    from llmft.training import fit
+    from llmft.training.recipe import Recipe
+    from llmft.training.strategies import Processes
+    from llmft.training.fit import fit
     net, *data = build(SimpleNamespace(model=str(model), method=method, dropout=dropout))
     result = fit(net, *data, folder, Recipe(**dict(BASE, **settings)), processes=Processes(2, strategy) if strategy else None)
     return result, net

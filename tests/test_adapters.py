@@ -4,9 +4,9 @@ import os, subprocess, sys
 import pytest, torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from llmft.adapters import add_lora, check_adapter, merge_adapter, save_adapter, trainable_parameters, weights_hash
+from llmft.models.adapters import add_lora, check_adapter, merge_adapter, save_adapter, trainable_parameters, weights_hash
 from llmft.core import LabError
-from llmft.models import hidden_states, load_model, output_head, quantised_share
+from llmft.models.load import hidden_states, load_model, output_head, quantised_share
 
 targets = {'llama-tiny': ['q_proj', 'down_proj'], 'gpt2-tiny': ['c_attn', 'c_fc'], 'qwen2-tiny': ['q_proj', 'v_proj']}
 each_shape = pytest.mark.parametrize('shape', targets)
@@ -31,8 +31,8 @@ def logits(model):
 def test_two_processes_with_one_seed_start_alike_and_ask_no_network(tmp_path):
     code = f"""
 import sys, torch
-from llmft.adapters import *
-from llmft.models import load_model
+from llmft.models.adapters import *
+from llmft.models.load import load_model
 noise, seed, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 torch.manual_seed(noise)
 def load():

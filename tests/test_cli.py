@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from llmft.cli import call, exit_status, text_table
-from llmft.run import read_run
+from llmft.runs.run import read_run
 
 command = [sys.executable, '-c', 'from llmft.cli import main; main()']
 common = 'name: str = "first"  # name of the run\noutputs: str = "outputs"  # folder of all runs\naction: str = "none"  # what to do\nrate: float = 1e-3  # a number\nseed: int = 0  # which\n'
-cells = ['from llmft.run import start_run\nrun = start_run("act", globals())',
+cells = ['from llmft.runs.run import start_run\nrun = start_run("act", globals())',
          'import time\nfrom llmft.core import LabError\nif action == "raise": raise ValueError("as asked")\nif action == "refuse": raise LabError("model nowhere is not here: give a folder, or --small")\n'
          'if action == "wait": print("waiting", flush=True); time.sleep(120)',
          'run.finish(dict(perplexity=4.5, rate=rate, tokens=20480), "ok")']

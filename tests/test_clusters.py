@@ -7,8 +7,8 @@ import pytest
 
 from llmft import clusters
 from llmft.core import LabError
-from llmft.run import read_run
-from llmft.sweeps import expand, run_stages
+from llmft.runs.run import read_run
+from llmft.runs.sweeps import expand, run_stages
 from test_sweeps import common, finish, notebook, outcomes, project, start, sweep  # noqa: F401: `project` is a fixture
 
 steps = '''
@@ -74,7 +74,7 @@ def test_runs_do_not_meet_on_a_gpu(project, tmp_path_factory):
 
 def test_a_slot_is_held_until_its_process_is_gone(tmp_path, monkeypatch):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,1')
-    holder = subprocess.Popen([sys.executable, '-c', f'from llmft.clusters import gpu_slots\nwith gpu_slots(1, {str(tmp_path)!r}) as e:\n print(e, flush=True)\n import time; time.sleep(60)'], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen([sys.executable, '-c', f'from llmft.runs.workers import gpu_slots\nwith gpu_slots(1, {str(tmp_path)!r}) as e:\n print(e, flush=True)\n import time; time.sleep(60)'], stdout=subprocess.PIPE, text=True)
     assert "'0'" in holder.stdout.readline()
     with clusters.gpu_slots(1, tmp_path) as mine: assert mine == dict(CUDA_VISIBLE_DEVICES='1')
     holder.kill(); holder.wait()

@@ -2,9 +2,9 @@
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 
-from llmft import corpora
+from llmft.data import corpora
 from llmft.core import LabError
-from llmft.corpora import Documents, builtin_part, builtin_parts, content_key, drop_shared, load_corpus, paragraph_keys, split_documents
+from llmft.data.corpora import Documents, builtin_part, builtin_parts, content_key, drop_shared, load_corpus, paragraph_keys, split_documents
 
 training_parts = ('base', 'topics', 'functions')
 evaluation_parts = tuple(f'{part}_eval' for part in training_parts)

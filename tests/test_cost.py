@@ -1,4 +1,4 @@
-"""The formulas of llmft.cost against real models: their parameters, PyTorch's count of operations, the tensors autograd keeps, bytes of quantised weights and optimisers, measured peaks."""
+"""The formulas of llmft.models.cost against real models: their parameters, PyTorch's count of operations, the tensors autograd keeps, bytes of quantised weights and optimisers, measured peaks."""
 import json, platform, subprocess, sys
 
 import pytest, torch
@@ -6,12 +6,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import flop_counter
 from transformers import AutoModelForCausalLM
 
-from llmft.adapters import add_lora
+from llmft.models.adapters import add_lora
 from llmft.core import LabError
-from llmft.cost import flops_forward, flops_step, lora_parameter_count, memory_breakdown, optimiser_bytes, parameter_count, trained_tensors, weight_bytes
-from llmft.losses import head_cross_entropy
-from llmft.models import hidden_states, load_model, model_config, output_head, presets
-from llmft.recipe import Recipe, make_optimiser
+from llmft.models.cost import flops_forward, flops_step, lora_parameter_count, memory_breakdown, optimiser_bytes, parameter_count, trained_tensors, weight_bytes
+from llmft.training.losses import head_cross_entropy
+from llmft.models.load import hidden_states, load_model, model_config, output_head, presets
+from llmft.training.recipe import Recipe, make_optimiser
 
 aten = torch.ops.aten
 fused = {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, out_shape=None, **kw: flop_counter.sdpa_flop_count(q, (*q[:2], *k[2:]), (*q[:2], *v[2:])),
@@ -188,7 +188,7 @@ def test_bytes_of_an_optimiser(name, kind):
 
 
 def test_planning_needs_no_pytorch():
-    code = 'import sys, llmft.cost; print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])'
+    code = 'import sys, llmft.models.cost; print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
 
 
@@ -201,11 +201,11 @@ def test_wrong_words_are_named():
 
 measure = '''
 import json, sys, torch
-from llmft.adapters import add_lora
-from llmft.cost import memory_breakdown
-from llmft.losses import head_cross_entropy
-from llmft.meter import Meter, return_freed_memory
-from llmft.models import hidden_states, load_model, output_head
+from llmft.models.adapters import add_lora
+from llmft.models.cost import memory_breakdown
+from llmft.training.losses import head_cross_entropy
+from llmft.models.meter import Meter, return_freed_memory
+from llmft.models.load import hidden_states, load_model, output_head
 return_freed_memory()
 name, method, rows, slots, again = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == 'again'
 def train(name, rows, slots, steps):

@@ -3,14 +3,14 @@ import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, psutil, pytest
 from llmft.core import LabError
-from llmft.execute import execute_run
-from llmft.run import is_held, read_run
+from llmft.runs.execute import execute_run
+from llmft.runs.run import is_held, read_run
 
 here = Path(__file__).parent/'notebooks'
 runner = '''
 import json, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from llmft.execute import execute_run
+from llmft.runs.execute import execute_run
 record = execute_run(sys.argv[1], json.loads(sys.argv[2]), on_line=lambda line: print(line, flush=True))
 print(json.dumps(record['run']))
 '''
@@ -19,7 +19,7 @@ print(json.dumps(record['run']))
 @pytest.fixture(autouse=True)
 def same_library(monkeypatch):
     "Edits of the library while the tests run do not make a second run another one."
-    monkeypatch.setattr('llmft.run.library_hashes', lambda: {})
+    monkeypatch.setattr('llmft.runs.run.library_hashes', lambda: {})
 
 
 def execute(name, tmp_path, lines=None, params=None, **kwargs):
@@ -191,7 +191,7 @@ def test_rows_of_the_log_reach_the_terminal(tmp_path):
 
 
 def test_a_report_that_cannot_be_made_is_a_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr('llmft.execute.render_report', lambda *args: 1 / 0)
+    monkeypatch.setattr('llmft.runs.execute.render_report', lambda *args: 1 / 0)
     record, folder = execute('ok', tmp_path)
     assert record == read_run(folder) and record['run']['status'] == 'failed' and 'ZeroDivisionError' in record['run']['error'] and not (folder/'report.html').exists()
 
@@ -201,7 +201,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 folder = Path(sys.argv[1])
 subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=3m', 'tmpfs', str(folder)], check=True)
-from llmft.execute import execute_run
+from llmft.runs.execute import execute_run
 record = execute_run(sys.argv[2], dict(outputs=str(folder)), on_line=lambda line: None)
 print(json.dumps([record['run'], json.loads((folder/'full_disk'/'demo'/'run.json').read_text())['run'], (folder/'full_disk'/'demo'/'big').stat().st_size]))
 '''

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest, yaml
 
 from llmft.core import project_root
-from llmft.execute import execute_run
-from llmft.params import resolve_params
-from llmft.results import finished_runs
+from llmft.runs.execute import execute_run
+from llmft.runs.params import resolve_params
+from llmft.runs.results import finished_runs
 
 root = project_root()
 least = dict(max_steps=3, num_samples=4, num_eval_samples=1, max_length=64, batch_size=2, sample_tokens=4, eval_every=2)

@@ -4,10 +4,10 @@ import csv, json
 import pytest
 
 from llmft.core import project_root
-from llmft.execute import execute_run
-from llmft.ledger import Account, statement, study_step
-from llmft.models import model_config
-from llmft.params import resolve_params
+from llmft.runs.execute import execute_run
+from llmft.training.ledger import Account, statement, study_step
+from llmft.models.load import model_config
+from llmft.runs.params import resolve_params
 
 root = project_root()
 step = study_step(model_config('preset:llama-base'), [32]*2, 2, ['q_proj', 'v_proj'])

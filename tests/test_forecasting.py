@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np, pytest, torch
 
 from llmft.core import LabError
-from llmft.forecasting import Grammar, evaluate_forecasts, forecast
-from llmft.ledger import Account, Ledger, statement, study_forward, study_step
-from llmft.models import load_model, model_config
-from llmft.series import decode, prepare_series, probe, read_split
-from llmft.tokens import load_tokenizer
+from llmft.studies.forecasting.forecast import Grammar, evaluate_forecasts, forecast
+from llmft.training.ledger import Account, Ledger, statement, study_forward, study_step
+from llmft.models.load import load_model, model_config
+from llmft.studies.forecasting.codec import decode, prepare_series, probe, read_split
+from llmft.data.tokens import load_tokenizer
 
 root = Path(__file__).parent.parent
 tiny = model_config('preset:llama-tiny')
@@ -58,7 +58,7 @@ def test_the_rule_counts_the_head_in_full_and_other_targets_too():
 
 crowd = """
 import sys
-from llmft.ledger import Account
+from llmft.training.ledger import Account
 path, name = sys.argv[1:]
 account, got = Account(path, budget=1000), 0
 for step in range(1, 61):
@@ -107,12 +107,12 @@ def test_a_run_that_begins_anew_leaves_the_sum_and_one_that_goes_on_does_not(tmp
 run_of_three = """
 import os, signal, sys
 import numpy as np
-from llmft.adapters import add_lora
-from llmft.ledger import Account, Ledger
-from llmft.models import load_model
-from llmft.recipe import Recipe
-from llmft.tokens import Examples
-from llmft.training import fit
+from llmft.models.adapters import add_lora
+from llmft.training.ledger import Account, Ledger
+from llmft.models.load import load_model
+from llmft.training.recipe import Recipe
+from llmft.data.tokens import Examples
+from llmft.training.fit import fit
 folder, die_at, budget, name = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
 ids = np.random.default_rng(0).integers(0, 500, 600).astype(np.uint16)
 cuts = np.cumsum([0, *([24, 16, 20]*10)])
@@ -216,8 +216,8 @@ def test_what_does_not_fit_is_refused(prepared):
 
 def test_free_forecasts_are_counted_as_they_are(prepared, monkeypatch):
     "What a model writes goes to the strict decoder untouched."
-    import llmft.forecasting as forecasting
-    from llmft.generation import Generated
+    import llmft.studies.forecasting.forecast as forecasting
+    from llmft.inference.generation import Generated
     tokenizer, part = load_tokenizer('base'), read_split(prepared, 'test')
     written = ['1.00,2.00;3.00,4.00', '1.00,2.00;oops', '1.00,2.00', '1.00,2.00;3.00,4.0']
     made = Generated([tokenizer(text, add_special_tokens=False)['input_ids'] for text in written], ['stop']*4, 10, 10, 1., 1., [])
@@ -230,7 +230,7 @@ def test_free_forecasts_are_counted_as_they_are(prepared, monkeypatch):
 # ---- the study's files
 
 def test_the_sweeps_are_the_studys():
-    from llmft.sweeps import expand
+    from llmft.runs.sweeps import expand
     for small in (False, True):
         data, search, page = expand(root/'params/sweeps/forecast_search.yaml', small)
         assert (len(data), len(search), len(page)) == (2, 18, 1)

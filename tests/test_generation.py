@@ -4,12 +4,12 @@ import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from llmft.adapters import add_lora
+from llmft.models.adapters import add_lora
 from llmft.core import LabError
-from llmft.decoder import LeanDecoder, ModelDecoder, is_lean, linear_map
-from llmft.generation import choose, complete, generate
-from llmft.models import load_model, presets
-from llmft.tokens import load_tokenizer
+from llmft.inference.decoder import LeanDecoder, ModelDecoder, is_lean, linear_map
+from llmft.inference.generation import choose, complete, generate
+from llmft.models.load import load_model, presets
+from llmft.data.tokens import load_tokenizer
 
 scaled = dict(rope_type='llama3', rope_theta=5e5, factor=32., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=64)
 presets['llama-scaled'] = presets['llama-tiny'] | dict(rope_parameters=scaled, attention_bias=True, mlp_bias=True, tie_word_embeddings=False, head_dim=32)
@@ -208,7 +208,7 @@ def test_clock_counts_and_batches():
 
 
 def test_the_clock_waits_for_the_device(monkeypatch):
-    import llmft.generation as module
+    import llmft.inference.generation as module
     looks = []
     monkeypatch.setattr(module, 'synchronise', lambda: looks.append('wait'))
     clock = module.time.perf_counter

@@ -273,7 +273,7 @@ def test_every_item_of_a_study_has_its_row(page, kind, titles):
 
 def test_answers_name_parameters_that_exist():
     "A cell of the parameter tables that begins with a name in backticks means a parameter of an experiment."
-    from llmft.params import read_parameters
+    from llmft.runs.params import read_parameters
     known = {p.name for path in root.glob('nbs/experiments/*.ipynb') for p in read_parameters(path)}
     named = {found[1]: page for page in studies for row in rows(page, 'Parameters') if (found := re.match(r'`([a-z_]+)(?::[^`]*)?`', row[1]))}
     assert len(named) > 40 and not set(named) - known, {name: page for name, page in named.items() if name not in known}

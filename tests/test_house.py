@@ -296,7 +296,7 @@ def test_readme_links_and_commands_are_real():
         for path in paths: assert (root/path).exists(), f'{command}: there is no {path}'
         if words[:2] == ['llmft', 'run'] and paths and 'sweeps' not in paths[0]:
             overrides = [word for flag, word in zip(words, words[1:]) if flag == '-p']
-            importlib.import_module('llmft.params').resolve_params([root/path for path in paths], overrides, '--small' in words)
+            importlib.import_module('llmft.runs.params').resolve_params([root/path for path in paths], overrides, '--small' in words)
         seen += words[0] in ('make', 'llmft', 'papermill')
     assert seen >= 8, f'only {seen} commands were found'
 
@@ -306,7 +306,7 @@ def test_readme_links_and_commands_are_real():
 @pytest.mark.parametrize('small', [False, True], ids=['full', 'small'])
 @pytest.mark.parametrize('path', configs, **by_name)
 def test_config_fits_its_notebook(path, small):
-    notebook, params = importlib.import_module('llmft.params').resolve_params([path], [], small)
+    notebook, params = importlib.import_module('llmft.runs.params').resolve_params([path], [], small)
     assert Path(notebook).stem == path.parent.name and params['name'].startswith(path.stem)
     assert (path.parent/'_small.yaml').exists(), 'the folder has no _small.yaml, the overlay for machines without GPU and network'
 
@@ -320,7 +320,7 @@ def test_config_says_what_it_is(path):
 @pytest.mark.parametrize('small', [False, True], ids=['full', 'small'])
 @pytest.mark.parametrize('path', sweeps, **by_name)
 def test_sweep_fits_its_notebooks(path, small):
-    points = importlib.import_module('llmft.sweeps').sweep_points(path, small)
+    points = importlib.import_module('llmft.runs.sweeps').sweep_points(path, small)
     assert len(points) >= 2
 
 

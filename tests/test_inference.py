@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest, torch
 
 from llmft import latency
-from llmft.answers import ask, final_answer, read_problems, reference_answer, score, word_problems, wrong_calculations
+from llmft.studies.inference.word_problems import ask, final_answer, read_problems, reference_answer, score, word_problems, wrong_calculations
 from llmft.core import LabError, project_root
-from llmft.execute import execute_run
-from llmft.generation import Generated, generate
-from llmft.latency import answer_all, rates
-from llmft.models import load_model
-from llmft.params import resolve_params
-from llmft.precisions import Int4Linear, bytes_a_step, check_form, forms, four_bits, load_form, use_int4, written_out
-from llmft.sweeps import sweep_points
-from llmft.tokens import load_tokenizer
-from llmft.training import resident_bytes
+from llmft.runs.execute import execute_run
+from llmft.inference.generation import Generated, generate
+from llmft.inference.latency import answer_all, rates
+from llmft.models.load import load_model
+from llmft.runs.params import resolve_params
+from llmft.models.precisions import Int4Linear, bytes_a_step, check_form, forms, four_bits, load_form, use_int4, written_out
+from llmft.runs.sweeps import sweep_points
+from llmft.data.tokens import load_tokenizer
+from llmft.training.fit import resident_bytes
 
 root = project_root()
 gsm8k = Path(os.environ.get('LLMFT_SHARED_DATA', 'nowhere'))/'gsm8k_test.jsonl'
@@ -103,7 +103,7 @@ def test_every_form_answers_nearly_as_full_precision(form):
 
 
 def test_bytes_a_step_leave_out_an_embedding_that_is_only_looked_up():
-    from llmft.models import presets
+    from llmft.models.load import presets
     tied = load_model('preset:llama-tiny')
     presets['llama-untied'] = presets['llama-tiny'] | dict(tie_word_embeddings=False)
     untied = load_model('preset:llama-untied')

@@ -5,11 +5,11 @@ import pytest, torch
 from hypothesis import given, strategies as st
 
 from llmft import largest_batch as module
-from llmft.adapters import add_lora, weights_hash
+from llmft.models.adapters import add_lora, weights_hash
 from llmft.core import LabError
-from llmft.largest_batch import Trial, bisect_batch, largest_batch, memory_limit, split_step, try_batch
-from llmft.models import load_model
-from llmft.recipe import Recipe
+from llmft.training.largest_batch import Trial, bisect_batch, largest_batch, memory_limit, split_step, try_batch
+from llmft.models.load import load_model
+from llmft.training.recipe import Recipe
 
 
 @pytest.fixture(scope='module')

@@ -7,14 +7,14 @@ import pytest, torch
 
 import rank_runs
 from llmft import launch as launching, strategies
-from llmft.adapters import check_adapter, save_adapter
-from llmft.checkpoints import checkpoints, load_checkpoint
+from llmft.models.adapters import check_adapter, save_adapter
+from llmft.training.checkpoints import checkpoints, load_checkpoint
 from llmft.core import LabError, project_root
-from llmft.launch import launch, take_weights
-from llmft.models import load_model
-from llmft.recipe import Recipe
-from llmft.strategies import Processes, check_processes
-from llmft.training import fit
+from llmft.training.launch import launch, take_weights
+from llmft.models.load import load_model
+from llmft.training.recipe import Recipe
+from llmft.training.strategies import Processes, check_processes
+from llmft.training.fit import fit
 
 with_deepspeed = strategies.importlib.util.find_spec('deepspeed') is not None
 ways = [('full', way) for way in ('ddp', 'fsdp2', 'zero2', 'zero3')] + [('lora', way) for way in ('ddp', 'fsdp2', 'zero2', 'zero3')] + [('nf4', way) for way in ('ddp', 'zero2', 'zero3')]
@@ -192,7 +192,7 @@ def test_a_missing_deepspeed_names_the_extra(monkeypatch):
 
 
 def test_weights_of_another_model_are_not_taken(tmp_path):
-    from llmft.checkpoints import save_checkpoint
+    from llmft.training.checkpoints import save_checkpoint
     save_checkpoint(tmp_path/'checkpoints', 3, dict(weights={'w': torch.ones(2)}), {})
     with pytest.raises(LabError, match='built differently'): take_weights(torch.nn.Linear(2, 1), tmp_path, 3)
     save_checkpoint(tmp_path/'checkpoints', 4, dict(weights={'weight': torch.empty(0), 'bias': torch.ones(1)}), {})
@@ -202,8 +202,8 @@ def test_weights_of_another_model_are_not_taken(tmp_path):
 @pytest.mark.skipif(not with_deepspeed, reason='deepspeed is not installed')
 def test_the_experiment_reads_the_same_with_two_ranks(tmp_path):
     "QLoRA by ZeRO-3, from the file of the study, at a small scale: the report, the adapter and the numbers of a run in one process."
-    from llmft.execute import execute_run
-    from llmft.params import resolve_params
+    from llmft.runs.execute import execute_run
+    from llmft.runs.params import resolve_params
     least = dict(max_steps=3, num_samples=4, num_eval_samples=1, max_length=64, batch_size=2, sample_tokens=4, eval_every=2, outputs=str(tmp_path))
     notebook, params = resolve_params([project_root()/'params/finetune/qlora_zero3.yaml'], [f'{name}={json.dumps(value)}' for name, value in least.items()], True)
     record = execute_run(notebook, params, on_line=lambda line: None)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from llmft.losses import head_cross_entropy, linear_cross_entropy, softmax_losses_, token_losses
+from llmft.training.losses import head_cross_entropy, linear_cross_entropy, softmax_losses_, token_losses
 
 chunk_bytes = {'one row': 1, 'three rows': 3*4*53, 'more than all': 2**25}
 
@@ -184,7 +184,7 @@ def test_token_losses(dtype):
 measure = '''
 import sys, torch, torch.nn.functional as F
 from pathlib import Path
-from llmft.losses import head_cross_entropy
+from llmft.training.losses import head_cross_entropy
 torch.set_num_threads(1)
 how, rows, words, trained = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == 'trained'
 torch.manual_seed(0)

@@ -3,10 +3,10 @@ import os, shutil, subprocess, sys, time
 
 import huggingface_hub, pytest, torch
 from transformers import AutoModelForCausalLM
-from llmft import models
+from llmft.models import load as models
 from llmft.core import LabError, assets
-from llmft.models import hidden_states, load_model, model_config, output_head, presets, quantised_share
-from llmft.tokens import load_tokenizer
+from llmft.models.load import hidden_states, load_model, model_config, output_head, presets, quantised_share
+from llmft.data.tokens import load_tokenizer
 
 shapes = ['llama-tiny', 'gpt2-tiny', 'qwen2-tiny']
 each_shape = pytest.mark.parametrize('shape', shapes)
@@ -232,8 +232,8 @@ def test_an_unreachable_hub_is_noticed_at_once(monkeypatch):
 def test_local_models_ask_no_network_even_when_they_may(tmp_path):
     "The guard on every socket (tests/offline) notes each attempt, also in this process of its own, where HF_HUB_OFFLINE is not set."
     code = f"""
-from llmft.models import load_model, model_config
-from llmft.tokens import load_tokenizer
+from llmft.models.load import load_model, model_config
+from llmft.data.tokens import load_tokenizer
 load_model('preset:llama-tiny').save_pretrained({str(tmp_path)!r})
 for quantisation in ('none', 'int8', 'nf4'): load_model({str(tmp_path)!r}, quantisation=quantisation)
 model_config('meta-llama/Llama-3.2-3B-Instruct'), model_config({str(tmp_path)!r})"""

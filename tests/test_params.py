@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from llmft.core import LabError
-from llmft.params import as_type, check_name, check_params, parse_overrides, parse_mapping, parse_parameters, parse_yaml, read_parameters, read_yaml, resolve_params, types
+from llmft.runs.params import as_type, check_name, check_params, parse_overrides, parse_mapping, parse_parameters, parse_yaml, read_parameters, read_yaml, resolve_params, types
 
 here = Path(__file__).parent/'notebooks'
 cell = '''name: str = "demo"  # run

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from llmft import pdfs
 from llmft.core import LabError
-from llmft.pdfs import PdfFile, mark_copies, pack_paragraphs, pdf_corpus, pdf_paragraphs, read_pdf, read_pdfs, split_files, write_bad_pdfs, write_pdf
+from llmft.data.pdfs import PdfFile, mark_copies, pack_paragraphs, pdf_corpus, pdf_paragraphs, read_pdf, read_pdfs, split_files, write_bad_pdfs, write_pdf
 
 shared = os.environ.get('LLMFT_SHARED_DATA')
 
@@ -43,8 +43,8 @@ def test_a_reader_that_dies_or_hangs_costs_one_file(tmp_path, monkeypatch):
     hook.mkdir()
     (hook/'sitecustomize.py').write_text("""
 import os, sys, time
-if 'llmft.pdfs' in ' '.join(sys.orig_argv):
-    import llmft.pdfs as pdfs
+if 'llmft.data.pdfs' in ' '.join(sys.orig_argv):
+    import llmft.data.pdfs as pdfs
     real = pdfs.read_pdf
     def read_pdf(path, *rest):
         if path.endswith('1.pdf'): os.abort()

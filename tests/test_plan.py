@@ -3,17 +3,17 @@ import json
 
 import numpy as np, pytest, torch
 
-from llmft.adapters import add_lora
-from llmft.batches import Plan, micro_batches
+from llmft.models.adapters import add_lora
+from llmft.data.batches import Plan, micro_batches
 from llmft.cli import call
 from llmft.core import LabError, project_root
-from llmft.cost import memory_breakdown
-from llmft.models import load_model, model_config
-from llmft.params import resolve_params
-from llmft.plan import count_memory, count_rows, count_steps, count_work, find_device, make_plan, padded_lengths, plan_text, read_lengths, settings_of, trains_a_model
-from llmft.recipe import Recipe
-from llmft.tokens import Examples
-from llmft.training import fit
+from llmft.models.cost import memory_breakdown
+from llmft.models.load import load_model, model_config
+from llmft.runs.params import resolve_params
+from llmft.runs.plan import count_memory, count_rows, count_steps, count_work, find_device, make_plan, padded_lengths, plan_text, read_lengths, settings_of, trains_a_model
+from llmft.training.recipe import Recipe
+from llmft.data.tokens import Examples
+from llmft.training.fit import fit
 
 root = project_root()
 attention = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
@@ -28,7 +28,7 @@ def nothing_is_loaded(monkeypatch):
     import transformers
     def refuse(*args, **kwargs): raise AssertionError('weights were asked for')
     monkeypatch.setattr(transformers.AutoModelForCausalLM, 'from_pretrained', refuse)
-    monkeypatch.setattr('llmft.models.load_model', refuse)
+    monkeypatch.setattr('llmft.models.load.load_model', refuse)
 
 
 @pytest.mark.parametrize('config, trainable, weights', [('full', 3_212_749_824, 5.98), ('lora', 4_587_520, 5.98), ('qlora', 4_587_520, 2.09), ('qlora_gc', 4_587_520, 2.09)])
@@ -132,8 +132,8 @@ def test_padding_of_an_epoch_is_that_of_its_batches(layout):
 
 def test_rows_of_local_text_are_those_of_the_run():
     "The plan of a small config counts what the notebook's own Data cell would train on."
-    from llmft.corpora import load_corpus
-    from llmft.tokens import cut, encode, load_tokenizer
+    from llmft.data.corpora import load_corpus
+    from llmft.data.tokens import cut, encode, load_tokenizer
     params = params_of('finetune/lora.yaml', 'num_samples=9', 'max_length=64', small=True)
     train, _ = cut(encode(load_corpus('builtin:topics', num_samples=9).train.texts, load_tokenizer('base')), 64, 'split')
     assert read_lengths(settings_of(params)) == train.slots.tolist()
@@ -161,7 +161,7 @@ def test_devices():
 @pytest.mark.parametrize('row', ['full', 'lora', 'lora_gc', 'qlora', 'qlora_gc'])
 def test_predicted_memory_is_within_15_percent_of_the_measured(row, tmp_path):
     "Every row of the small matrix: the shipped model, what its sweep says, three steps of real training."
-    from llmft.sweeps import sweep_points
+    from llmft.runs.sweeps import sweep_points
     params = next(point.params for point in sweep_points(root/'params/sweeps/finetune_matrix.yaml', True) if point.params['name'] == f'matrix-{row}')
     net = load_model('base', params['precision'], params['quantisation'] if params['method'] == 'qlora' else 'none')
     adapter = dict(rank=params['lora_rank'], targets=params['lora_targets'], lora_dropout=params['lora_dropout'])

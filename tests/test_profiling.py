@@ -3,15 +3,15 @@ import gzip, json
 
 import numpy as np, torch
 
-from llmft.adapters import add_lora, trainable_parameters, weights_hash
+from llmft.models.adapters import add_lora, trainable_parameters, weights_hash
 from llmft.core import project_root
-from llmft.execute import execute_run
-from llmft.models import load_model
-from llmft.params import resolve_params
-from llmft.profiling import named_parts, profile_fit
-from llmft.recipe import Recipe
-from llmft.tokens import Examples
-from llmft.training import fit
+from llmft.runs.execute import execute_run
+from llmft.models.load import load_model
+from llmft.runs.params import resolve_params
+from llmft.training.profiling import named_parts, profile_fit
+from llmft.training.recipe import Recipe
+from llmft.data.tokens import Examples
+from llmft.training.fit import fit
 
 
 def test_the_experiment_leaves_table_trace_and_chart(tmp_path):

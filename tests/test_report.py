@@ -4,8 +4,8 @@ from pathlib import Path
 import nbformat, pytest
 from hypothesis import given, settings, strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
-from llmft.execute import execute_run
-from llmft.report import ansi_html, last_state, markdown_html, math_html, render_report, safe_html
+from llmft.runs.execute import execute_run
+from llmft.runs.report import ansi_html, last_state, markdown_html, math_html, render_report, safe_html
 
 here = Path(__file__).parent/'notebooks'
 record = dict(run=dict(id='1', notebook='demo', name='first', status='done', error=None, cell=None, started='2026-08-01T10:00:00+00:00', ended='2026-08-01T10:00:05+00:00', seconds=5., command='llmft run'),

@@ -3,14 +3,14 @@ import errno, json, os, subprocess, sys, threading, time
 from pathlib import Path
 import pytest
 from llmft.core import LabError, read_json, write_atomic, write_json
-from llmft.run import Run, close_folder, fingerprint, hold, is_held, list_runs, lock_path, open_folder, read_run, release, reserve_bytes, start_run
+from llmft.runs.run import Run, close_folder, fingerprint, hold, is_held, list_runs, lock_path, open_folder, read_run, release, reserve_bytes, start_run
 
 here = Path(__file__).parent/'notebooks'
 
 
 def child(code, *args):
     "A Python process that runs `code` and has printed its first line."
-    process = subprocess.Popen([sys.executable, '-c', 'import os, sys, time\nfrom llmft.run import *\n' + code, *map(str, args)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, '-c', 'import os, sys, time\nfrom llmft.runs.run import *\n' + code, *map(str, args)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == 'ready\n'
     return process
 
@@ -59,7 +59,7 @@ def test_readers_never_turn_a_run_away(tmp_path):
 
 def test_of_many_that_start_at_once_one_runs(tmp_path):
     code = 'import json\ntry: open_folder(sys.argv[1], dict(name="x")); print("won", flush=True)\nexcept Exception as error: print("lost", error.__class__.__name__, flush=True)\ntime.sleep(3)'
-    processes = [subprocess.Popen([sys.executable, '-c', 'import sys, time\nfrom llmft.run import *\n' + code, str(tmp_path/'x')], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    processes = [subprocess.Popen([sys.executable, '-c', 'import sys, time\nfrom llmft.runs.run import *\n' + code, str(tmp_path/'x')], stdout=subprocess.PIPE, text=True) for _ in range(4)]
     said = sorted(process.stdout.readline().strip() for process in processes)
     for process in processes: process.kill(); process.wait()
     assert said == ['lost LabError'] * 3 + ['won']
@@ -127,13 +127,13 @@ def test_fingerprint_sees_code_and_parameters_and_nothing_else(tmp_path):
 
 def test_the_library_is_part_of_the_fingerprint(monkeypatch):
     same = fingerprint({})
-    monkeypatch.setattr('llmft.run.library_hashes', lambda: {'run.py': 'other'})
+    monkeypatch.setattr('llmft.runs.run.library_hashes', lambda: {'run.py': 'other'})
     assert fingerprint({}) != same
 
 
 def test_what_a_run_exports_is_not_what_it_depends_on(monkeypatch):
     found = {'run.py': 'code', 'assets/base/model.safetensors': 'before'}
-    monkeypatch.setattr('llmft.run.library_hashes', lambda: found)
+    monkeypatch.setattr('llmft.runs.run.library_hashes', lambda: found)
     pretrain, finetune = dict(export_to='llmft/assets/base'), dict(model='base', export_to='')
     before = fingerprint(pretrain), fingerprint(finetune)
     found['assets/base/model.safetensors'] = 'after'
@@ -148,7 +148,7 @@ def test_a_full_disk_leaves_room_for_the_status(tmp_path, monkeypatch):
     def full(path, value):
         if (tmp_path/'x'/'.reserve').exists(): raise OSError(errno.ENOSPC, 'No space left on device')
         return write_json(path, value)
-    monkeypatch.setattr('llmft.run.write_json', full)
+    monkeypatch.setattr('llmft.runs.run.write_json', full)
     close_folder(tmp_path/'x', 'failed', 'no space')
     assert read_run(tmp_path/'x')['run']['status'] == 'failed'
 

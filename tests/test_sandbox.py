@@ -4,8 +4,8 @@ from pathlib import Path
 
 import psutil, pytest
 
-from llmft import sandbox
-from llmft.sandbox import guards, run_program, same_output
+from llmft.studies.code import sandbox
+from llmft.studies.code.sandbox import guards, run_program, same_output
 
 outside = Path(__file__).parent/'llmft-outside.txt'
 kernel = set(guards()) == {'landlock', 'seccomp'}

@@ -5,8 +5,8 @@ import h5py, numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 
 from llmft.core import LabError
-from llmft.forecasts import baselines, choose_regression, crps, linear_autoregression, point_errors, point_forecast, spread_scores
-from llmft.series import (check_series, decode, encode, load_series, prepare_series, probe, read_split, round_series, scale_factors, simulate, split_rows, unscale, windows)
+from llmft.studies.forecasting.metrics import baselines, choose_regression, crps, linear_autoregression, point_errors, point_forecast, spread_scores
+from llmft.studies.forecasting.codec import (check_series, decode, encode, load_series, prepare_series, probe, read_split, round_series, scale_factors, simulate, split_rows, unscale, windows)
 
 
 def plain(values, precision):
@@ -178,7 +178,7 @@ def test_files_and_metadata(tmp_path):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(3, 40), min_size=1, max_size=4), st.integers(1, 12), st.integers(1, 12), st.booleans())
 def test_windows_stay_inside_their_trajectory_and_cover_it(lengths, length, stride, keep_tail):
-    from llmft.tokens import Examples
+    from llmft.data.tokens import Examples
     ends = np.cumsum(lengths)
     documents = Examples(np.arange(ends[-1]).astype(np.uint16), ends - lengths, ends)
     stride = min(stride, length)

@@ -112,7 +112,7 @@ def test_api_pages_have_signatures_and_parameter_tables(site, pages):
 
 
 def test_reference_lists_every_parameter(site, pages):
-    from llmft.params import read_parameters
+    from llmft.runs.params import read_parameters
     experiments = sorted(root.glob('nbs/experiments/*.ipynb'))
     names = [f'{path.stem}.{p.name}' for path in experiments for p in read_parameters(path)]
     assert len(names) > 80 and not set(names) - pages['reference/parameters.html'].ids

@@ -4,8 +4,8 @@ import json
 import pytest
 
 from llmft.core import LabError, project_root
-from llmft.execute import execute_run
-from llmft.params import resolve_params
+from llmft.runs.execute import execute_run
+from llmft.runs.params import resolve_params
 
 root = project_root()
 
@@ -89,10 +89,10 @@ def test_the_comparison_reads_it(pdfs, outputs):
 @pytest.mark.parametrize('config, rows, per_epoch, total, warmup, trainable', [('diverse', 4530, 284, 852, 26, 36_929_536), ('diverse_high_capacity', 4530, 284, 1136, 57, 73_859_072), ('diverse_reasoning', 4530, 284, 852, 26, 36_929_536), ('diverse_fast', 4530, 284, 852, 26, 36_929_536)])
 def test_full_scale_files_hold_the_studys_numbers(config, rows, per_epoch, total, warmup, trainable):
     from types import SimpleNamespace
-    from llmft.cost import lora_parameter_count, parameter_count
-    from llmft.models import model_config
-    from llmft.recipe import Recipe, warmup_steps
-    from llmft.training import planned_steps
+    from llmft.models.cost import lora_parameter_count, parameter_count
+    from llmft.models.load import model_config
+    from llmft.training.recipe import Recipe, warmup_steps
+    from llmft.training.fit import planned_steps
     _, params = resolve_params([root/f'params/instruct/{config}.yaml'], [], False)
     recipe, shape = Recipe.from_params(SimpleNamespace(**params)), model_config(params['model'])
     assert (planned_steps(rows, Recipe(**{**vars(recipe), 'num_epochs': 1.})), planned_steps(rows, recipe), warmup_steps(recipe, total)) == (per_epoch, total, warmup)

@@ -6,16 +6,16 @@ from pathlib import Path
 import numpy as np, pytest, torch, yaml
 from hypothesis import given, settings, strategies as st
 
-from llmft.bounds import (full_bound, kl_bound, kl_coins, kl_inverse, lowest_loss, shared_delta, smoothed_bits, smoothing_width, subsampling_bound, topk_bound)
-from llmft.certificates import build_model, make_claims, prove, read_certificate, verify, write_certificate
-from llmft.coding import charged_bits, decode_message, encode_message, entropy, make_codebook, prefixed_bits, reference_bits
+from llmft.bounds.bounds import (full_bound, kl_bound, kl_coins, kl_inverse, lowest_loss, shared_delta, smoothed_bits, smoothing_width, subsampling_bound, topk_bound)
+from llmft.bounds.certificates import build_model, make_claims, prove, read_certificate, verify, write_certificate
+from llmft.bounds.coding import charged_bits, decode_message, encode_message, entropy, make_codebook, prefixed_bits, reference_bits
 from llmft.core import LabError, project_root
-from llmft.projections import make_projection, projections
-from llmft.recipe import Recipe
-from llmft.scoring import Scores, summarise
-from llmft.subspace import SubspaceConfig
-from llmft.token_files import TokenFile, boundaries, prepare_tokens, read_token_file
-from llmft.training import fit
+from llmft.models.projections import make_projection, projections
+from llmft.training.recipe import Recipe
+from llmft.bounds.scoring import Scores, summarise
+from llmft.models.subspace import SubspaceConfig
+from llmft.data.token_files import TokenFile, boundaries, prepare_tokens, read_token_file
+from llmft.training.fit import fit
 
 root = project_root()
 quick = settings(max_examples=60, deadline=None)
@@ -100,7 +100,7 @@ vectors = st.one_of(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=40
 @quick
 @given(vectors, st.sampled_from([1, 3, 11]), st.sampled_from(['uniform', 'kmeans', 'optimal']), st.lists(st.integers(0, 15), max_size=13))
 def test_what_is_decoded_is_what_was_coded(values, levels, kind, gates):
-    from llmft.coding import assign
+    from llmft.bounds.coding import assign
     codebook = make_codebook(values, levels, kind)
     coded = codebook[assign(values, codebook)]
     message = encode_message(coded, codebook, gates, 4)
@@ -114,7 +114,7 @@ def test_what_is_decoded_is_what_was_coded(values, levels, kind, gates):
 @quick
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=60), st.sampled_from([3, 5]))
 def test_no_codebook_beats_the_optimal_one(values, levels):
-    from llmft.coding import _optimal, _kmeans, _uniform, assign
+    from llmft.bounds.coding import _optimal, _kmeans, _uniform, assign
     values = np.array(values)
     error = lambda codebook: ((values - codebook[assign(values, codebook)])**2).sum()
     best = error(np.unique(_optimal(values, levels)))
@@ -136,7 +136,7 @@ def test_projections_have_exact_adjoints_full_rank_and_no_dead_row(kind, rows, c
 
 def test_a_projection_is_the_same_in_another_process():
     made = {kind: make_projection(kind, 300, 20, 'test').hash() for kind in sorted(set(projections) - {'identity'})}
-    text = f"from llmft.projections import make_projection; print({{k: make_projection(k, 300, 20, 'test').hash() for k in {sorted(made)}}} == {made})"
+    text = f"from llmft.models.projections import make_projection; print({{k: make_projection(k, 300, 20, 'test').hash() for k in {sorted(made)}}} == {made})"
     assert subprocess.run([sys.executable, '-c', text], capture_output=True, text=True, cwd=root).stdout.strip() == 'True'
     assert made['kronecker'] == 'b78b7c0f6c8c2edf'  # the documented layout: another value means that every certificate breaks
 
@@ -179,7 +179,7 @@ def test_a_resumed_subspace_ends_with_the_same_bits(data, tmp_path):
 
 def test_identity_is_plain_training_of_the_factors(data, tmp_path):
     "Full-dimensional and subspace training go through the same gradient: P = I moves the factors as plain AdamW on them does."
-    from llmft.subspace import add_low_rank, frozen_gpt2
+    from llmft.models.subspace import add_low_rank, frozen_gpt2
     given = spec()
     model, subspace = build_model(given | dict(subspace=asdict(SubspaceConfig(projection='identity')), lora=given['lora'] | dict(dropout=0.)))
     plain = frozen_gpt2(**{k: v for k, v in given['base'].items() if k != 'model'})
@@ -196,7 +196,7 @@ def test_identity_is_plain_training_of_the_factors(data, tmp_path):
 
 def test_token_preparation_goes_on_where_it_was_killed(tmp_path):
     text = f"""
-import os, signal, llmft.token_files as t
+import os, signal, llmft.data.token_files as t
 real, calls = t.write_json, []
 def write_json(path, value):
     real(path, value)
@@ -279,7 +279,7 @@ TEN = {'pareto_frontier_d1000.png', 'pareto_frontier_d2000.png', 'compression_co
 
 
 def test_the_sweep_is_the_study():
-    from llmft.sweeps import expand, needs
+    from llmft.runs.sweeps import expand, needs
     train_stage, bound_stage, summary = expand(root/'params/sweeps/sublora_allocation.yaml', True)
     seen = {(p.params['intrinsic_dim'], p.params['allocation_mode'], p.params['b_ratio'] if p.params['allocation_mode'] == 'fixed' else None, p.params['seed']) for p in train_stage}
     assert seen == {(d, mode, ratio, seed) for d in (1000, 2000) for mode, ratio in (('uniform', None), ('fixed', .2), ('fixed', .5), ('fixed', .8), ('learned', None)) for seed in (42, 123, 999)}
@@ -287,8 +287,8 @@ def test_the_sweep_is_the_study():
 
 
 def test_train_bound_and_analysis_notebooks(tmp_path):
-    from llmft.execute import execute_run
-    from llmft.params import resolve_params
+    from llmft.runs.execute import execute_run
+    from llmft.runs.params import resolve_params
     def run(path, **values):
         notebook, params = resolve_params([root/path], [f'{k}={json.dumps(v)}' for k, v in values.items()], True)
         record = execute_run(notebook, params | dict(outputs=str(tmp_path)), on_line=lambda line: None)
@@ -309,8 +309,8 @@ def test_train_bound_and_analysis_notebooks(tmp_path):
 
 def test_two_processes_train_the_same_subspace(tmp_path):
     from safetensors.torch import load_file
-    from llmft.execute import execute_run
-    from llmft.params import resolve_params
+    from llmft.runs.execute import execute_run
+    from llmft.runs.params import resolve_params
     found = {}
     for name, more in (('alone', []), ('two', ['nproc=2', 'strategy="ddp"'])):
         notebook, params = resolve_params([root/'params/sublora_train/d1000_learned.yaml'], [f'name="{name}"', 'documents=2000', 'valid_documents=50', 'max_steps=4', 'eval_every=2', 'save_every=2', 'log_every=1', *more], True)
@@ -324,7 +324,7 @@ def test_two_processes_train_the_same_subspace(tmp_path):
 
 
 def test_a_tie_is_no_hit():
-    from llmft.scoring import _targets
+    from llmft.bounds.scoring import _targets
     head = torch.nn.Linear(4, 6, bias=False)
     with torch.no_grad(): head.weight.copy_(torch.tensor([[1., 0, 0, 0]] * 3 + [[2., 0, 0, 0]] + [[0.] * 4] * 2))
     _, ranks = _targets(torch.ones(4, 4), head, torch.tensor([0, 3, 4, 2]), 2**20)
@@ -334,7 +334,7 @@ def test_a_tie_is_no_hit():
 
 
 def test_two_runs_of_one_seed_are_not_averaged_in_silence():
-    from llmft.allocation import MEASURES, aggregate
+    from llmft.studies.sublora.allocation import MEASURES, aggregate
     row = dict(intrinsic_dim=1000, allocation_mode='uniform', b_ratio=None, seed=42, **{key: 1. for key in MEASURES})
     assert aggregate([row, row | dict(seed=43)])[0]['n'] == 2
     with pytest.raises(LabError, match='have the same seed'): aggregate([row, row])

@@ -6,11 +6,11 @@ import dask, pytest
 
 from llmft import sweeps
 from llmft.core import LabError, write_json
-from llmft.run import read_run
-from llmft.sweeps import Point, expand, local_workers, run_stages, sweep_points, sweep_report
+from llmft.runs.run import read_run
+from llmft.runs.sweeps import Point, expand, local_workers, run_stages, sweep_points, sweep_report
 
 common = 'name: str = "first"  # name of the run\noutputs: str = "outputs"  # folder of all runs\n'
-start = 'from llmft.run import start_run\nrun = start_run("{0}", globals())'
+start = 'from llmft.runs.run import start_run\nrun = start_run("{0}", globals())'
 count = 'import os\nfrom pathlib import Path\nattempts = Path("attempts")/run.folder.name\nattempts.parent.mkdir(exist_ok=True)\nwith attempts.open("a") as file: file.write("x")\ntries = len(attempts.read_text())'
 actions = '''
 import signal, time

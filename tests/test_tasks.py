@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 
-from llmft.coding_tasks import Attempt, check_all, check_references, pass_at_k, program_of, score
+from llmft.studies.code.pass_at_k import Attempt, check_all, check_references, pass_at_k, program_of, score
 from llmft.core import LabError
-from llmft.tasks import Task, as_task, check_template, encode_tasks, expert_prompt, function_tasks, load_tasks, problem_template, prompt_rows
-from llmft.tokens import load_tokenizer
+from llmft.studies.code.tasks import Task, as_task, check_template, encode_tasks, expert_prompt, function_tasks, load_tasks, problem_template, prompt_rows
+from llmft.data.tokens import load_tokenizer
 
 tokenizer = load_tokenizer('base')
 shared = os.environ.get('LLMFT_SHARED_DATA')

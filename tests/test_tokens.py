@@ -2,10 +2,10 @@
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 
-from llmft.batches import IGNORED, Plan, best_fit, evaluation_batches, layouts, micro_batches
+from llmft.data.batches import IGNORED, Plan, best_fit, evaluation_batches, layouts, micro_batches
 from llmft.core import LabError
-from llmft.corpora import builtin_part
-from llmft.tokens import Examples, cut, encode, policies, read_tokens, train_tokenizer
+from llmft.data.corpora import builtin_part
+from llmft.data.tokens import Examples, cut, encode, policies, read_tokens, train_tokenizer
 
 
 @pytest.fixture(scope='module')

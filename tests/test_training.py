@@ -8,14 +8,14 @@ import numpy as np, pytest, torch
 from safetensors.torch import load_file
 
 import training_runs
-from llmft import checkpoints, training
-from llmft.adapters import add_lora
-from llmft.batches import micro_batches
+from llmft.training import checkpoints, fit as training
+from llmft.models.adapters import add_lora
+from llmft.data.batches import micro_batches
 from llmft.core import LabError
-from llmft.models import load_model
-from llmft.recipe import Recipe, make_optimiser
-from llmft.tokens import Examples
-from llmft.training import LossModel, accumulate, evaluate_loss, fit, step_batches
+from llmft.models.load import load_model
+from llmft.training.recipe import Recipe, make_optimiser
+from llmft.data.tokens import Examples
+from llmft.training.fit import LossModel, accumulate, evaluate_loss, fit, step_batches
 
 examples = training_runs.examples
 timing = ('seconds', 'tokens_per_sec')
@@ -200,7 +200,7 @@ def test_a_held_out_loss_that_is_not_finite_is_one_line(tmp_path, monkeypatch):
 
 
 def test_examples_without_a_target_never_reach_a_batch():
-    from llmft.tokens import cut
+    from llmft.data.tokens import cut
     whole = examples(10)
     masked = Examples(whole.ids, whole.starts, whole.ends, np.zeros(len(whole.ids), bool))
     kept, notes = cut(masked, 24)

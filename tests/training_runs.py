@@ -2,13 +2,13 @@
 import multiprocessing, os, signal
 
 context = multiprocessing.get_context('forkserver')
-context.set_forkserver_preload(['llmft.training', 'llmft.adapters'])
+context.set_forkserver_preload(['llmft.training.fit', 'llmft.models.adapters'])
 STEPS = 40  # four epochs of ten steps
 
 
 def examples(count=40, length=24, seed=0):
     import numpy as np
-    from llmft.tokens import Examples
+    from llmft.data.tokens import Examples
     rng = np.random.default_rng(seed)
     sizes = rng.integers(6, length, size=count)
     ends = np.cumsum(sizes)
@@ -20,7 +20,7 @@ def die(): os.kill(os.getpid(), signal.SIGKILL)
 
 def kill_at(point):
     "Arrange that this process kills itself at `point`; an `on_log` callback comes back."
-    from llmft import checkpoints, training
+    from llmft.training import checkpoints, fit as training
     if point == 'between writing and renaming':
         rename, calls = os.replace, []
         def replace(source, target):
@@ -45,10 +45,10 @@ def kill_at(point):
 def train(folder, point=None, **settings):
     "Train a tiny LoRA with dropout in `folder`; kill the process at `point`."
     import torch
-    from llmft.adapters import add_lora
-    from llmft.models import load_model
-    from llmft.recipe import Recipe
-    from llmft.training import fit
+    from llmft.models.adapters import add_lora
+    from llmft.models.load import load_model
+    from llmft.training.recipe import Recipe
+    from llmft.training.fit import fit
     torch.set_num_threads(1)
     os.environ['LLMFT_MANAGED'] = '1'
     on_log = kill_at(point)

@@ -21,7 +21,7 @@ def prepare():
 
 def palette_css():
     "The colours and the type scale of the figures as CSS variables, so that pages and figures are of one kind."
-    from llmft.figures import faint, ink, muted, palette
+    from llmft.runs.figures import faint, ink, muted, palette
     names = dict(ink=ink, soft=muted, line=faint) | {f'c{number}': colour for number, colour in enumerate(palette, 1)}
     return ':root{' + ';'.join(f'--figure-{name}:{colour}' for name, colour in names.items()) + '}\n'
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import nbformat, yaml
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
-from llmft.params import parse_parameters
-from llmft.report import output_html
+from llmft.runs.params import parse_parameters
+from llmft.runs.report import output_html
 
 root = Path(__file__).resolve().parent.parent
 config = get_config(path=root)
@@ -72,7 +72,7 @@ def linked(text, page): return with_links(lookup().linkify(text) or '', page)
 @functools.cache
 def module_source(module):
     "(text, tree, line number -> comment) of a module of the library."
-    text = (root/'llmft'/f'{module}.py').read_text(encoding='utf-8')
+    text = (root/'llmft'/f'{module}.py').read_text(encoding='utf-8')  # a module as a path: data/corpora
     notes = {token.start[0]: token.string.lstrip('# ') for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.type == tokenize.COMMENT}
     return text, ast.parse(text), notes
 
@@ -207,7 +207,7 @@ def notebook_page(notebook, page, folder, source):
     "A processed notebook as (title, Markdown); images go to the `folder` of the page."
     cells = list(notebook.cells)
     front = yaml.safe_load(cells.pop(0).source.strip().strip('-')) if cells and cells[0].cell_type == 'raw' else {}
-    module, count, parts = Path(page).stem, [], []
+    module, count, parts = page.removesuffix('.md'), [], []
     for cell in cells:
         if cell.cell_type == 'markdown': parts.append(with_links(cell.source, page))
         elif cell.cell_type == 'code': parts.append(code_cell(cell, page, module, folder, count))

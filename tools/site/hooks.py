@@ -1,7 +1,7 @@
 """What MkDocs does to every page beside its own work: formulas become MathML, wide tables get a box to scroll in."""
 import html, itertools, re
 
-from llmft.report import in_box, math_html
+from llmft.runs.report import in_box, math_html
 
 formula = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 bare_table = re.compile(r'<table>.*?</table>', flags=re.DOTALL)
