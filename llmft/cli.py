@@ -30,12 +30,15 @@ def text_table(rows:list,    # one dict per row
     cells = [[('–' if row.get(key) is None else str(row[key])) for key in columns] for row in rows]
     widths = [max(len(key), *(len(line[i]) for line in cells)) if cells else len(key) for i, key in enumerate(columns)]
     right = [bool(rows) and all(isinstance(row.get(key), (int, float, type(None))) for row in rows) for key in columns]
-    line = lambda texts: '  '.join(text.rjust(w) if at_right else text.ljust(w) for text, w, at_right in zip(texts, widths, right)).rstrip()
+    line = lambda texts: '  '.join(
+        text.rjust(w) if at_right else text.ljust(w) for text, w, at_right in zip(texts, widths, right)
+    ).rstrip()
     lines = [line(columns), *map(line, cells)]
-    if width: lines = [text if len(text) <= width else text[:width - 1] + '…' for text in lines]
+    if width:
+        lines = [text if len(text) <= width else text[: width - 1] + '…' for text in lines]
     return '\n'.join([f'\033[1m{lines[0]}\033[0m' if bold else lines[0], *lines[1:]])
 
-
+# %% ../nbs/cli.ipynb #8b6e5919
 def show_table(rows:list,    # one dict per row
                columns:list, # keys to show, in order
 ):
@@ -44,26 +47,35 @@ def show_table(rows:list,    # one dict per row
     print(text_table(rows, columns, shutil.get_terminal_size().columns if terminal else 0, terminal))
 
 # %% ../nbs/cli.ipynb #10af8c25
-def is_sweep(path)->bool:
+def is_sweep(path) -> bool:
     "Whether the file at `path` describes a sweep."
-    return Path(path).suffix != '.ipynb' and (find_path(path).resolve().parent.name == 'sweeps' or 'stages' in read_yaml(path))
+    return Path(path).suffix != '.ipynb' and (
+        find_path(path).resolve().parent.name == 'sweeps' or 'stages' in read_yaml(path)
+    )
 
-
+# %% ../nbs/cli.ipynb #efe8a873
 def jobs_of(files,       # paths as written on the command line
             overrides=(),# texts of the form name=value
             small:bool=False, # the scale of a laptop
 )->list:                 # lists of stages; a config is one stage of one point
     "The checked work that a call of `llmft run` asks for; a `LabError` for anything wrong in any of it."
     overlays, own = ([file for file in files if Path(file).name.startswith('_') == over] for over in (True, False))
-    if not own: raise LabError(f"{' '.join(map(str, files))}: overlays go over a parameter file: give one as well")
+    if not own:
+        raise LabError(f"{' '.join(map(str, files))}: overlays go over a parameter file: give one as well")
     jobs = []
     for file in own:
-        if not is_sweep(file): jobs.append([[Point(*resolve_params([file, *overlays], overrides, small))]])
-        elif overlays: raise LabError(f'{overlays[0]}: an overlay cannot go over a sweep: use --small, or the small block of {shown(file)}')
-        else: jobs.append(expand(file, small, overrides))
+        if not is_sweep(file):
+            jobs.append([[Point(*resolve_params([file, *overlays], overrides, small))]])
+        elif overlays:
+            raise LabError(
+                f'{overlays[0]}: an overlay cannot go over a sweep: use --small, or the small block of {shown(file)}'
+            )
+        else:
+            jobs.append(expand(file, small, overrides))
     seen = set()
     for point in [point for stages in jobs for stage in stages for point in stage]:
-        if point.folder in seen: raise LabError(f'two runs are named {point.label}: give each its own name')
+        if point.folder in seen:
+            raise LabError(f'two runs are named {point.label}: give each its own name')
         seen.add(point.folder)
     return jobs
 
@@ -79,7 +91,7 @@ def run_here(point,           # a `Point`
     record = execute_run(point.notebook, point.params, fresh=fresh, on_line=lambda line: print(f'  {line}', flush=True))
     return outcome(point, record)
 
-
+# %% ../nbs/cli.ipynb #8ccb13f1
 def run_jobs(jobs:list,        # as from `jobs_of`
              workers:int=1,    # worker processes for sweeps, and for several configs
              fresh:bool=False, # run again what is done
@@ -87,40 +99,71 @@ def run_jobs(jobs:list,        # as from `jobs_of`
              settings=None,    # of the cluster
 )->list:                       # how each run ended
     "Do all work of a call; it ends early when a run is interrupted."
-    if workers < 1: raise LabError(f'--workers {workers}: give at least 1')
-    if workers > 1: jobs = [[sum((stages[0] for stages in jobs if is_single(stages)), [])], *(stages for stages in jobs if not is_single(stages))]
+    if workers < 1:
+        raise LabError(f'--workers {workers}: give at least 1')
+    if workers > 1:
+        jobs = [
+            [sum((stages[0] for stages in jobs if is_single(stages)), [])],
+            *(stages for stages in jobs if not is_single(stages)),
+        ]
     results = []
     for stages in filter(lambda stages: stages[0], jobs):
-        if is_single(stages) and not cluster: results.append(run_here(stages[0][0], fresh))
+        if is_single(stages) and not cluster:
+            results.append(run_here(stages[0][0], fresh))
         else:
             results += run_stages(stages, workers, fresh, lambda line: print(line, flush=True), cluster, settings)
-            print(sweep_report(results[-sum(map(len, stages)):]))
-        if any(result['status'] == 'interrupted' for result in results): break
+            print(sweep_report(results[-sum(map(len, stages)) :]))
+        if any(result['status'] == 'interrupted' for result in results):
+            break
     return results
 
-
-def is_single(stages)->bool:
+# %% ../nbs/cli.ipynb #eef74b42
+def is_single(stages) -> bool:
     "Whether a job is one run and no sweep."
     return len(stages) == 1 and len(stages[0]) == 1
 
 # %% ../nbs/cli.ipynb #5f325236
-headline = ['perplexity_after', 'perplexity', 'bits_per_byte', 'accuracy', 'loss_after', 'valid_loss', 'loss', 'tokens_per_sec', 'throughput_tokens_per_sec', 'peak_memory_gb']
+headline = [
+    'perplexity_after',
+    'perplexity',
+    'bits_per_byte',
+    'accuracy',
+    'loss_after',
+    'valid_loss',
+    'loss',
+    'tokens_per_sec',
+    'throughput_tokens_per_sec',
+    'peak_memory_gb',
+]
 
 
-def metrics_of(folder)->dict:
+def metrics_of(folder) -> dict:
     "The numbers in metrics.json of a run's folder; empty when there is none."
-    path = find_path(folder)/'metrics.json'
-    return {key: value for key, value in read_json(path).items() if isinstance(value, (int, float)) and not isinstance(value, bool)} if path.exists() else {}
+    path = find_path(folder) / 'metrics.json'
+    return (
+        {
+            key: value
+            for key, value in read_json(path).items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+        if path.exists()
+        else {}
+    )
 
-
+# %% ../nbs/cli.ipynb #2eddd578
 def key_metrics(metrics:dict,  # name -> number
                 most:int=3,    # how many
 )->dict:
     "The few metrics that say most about a run."
-    return {key: metrics[key] for key in [*(key for key in headline if key in metrics), *(key for key in metrics if key not in headline)][:most]}
+    return {
+        key: metrics[key]
+        for key in [*(key for key in headline if key in metrics), *(key for key in metrics if key not in headline)][
+            :most
+        ]
+    }
 
-
-def closing(results:list)->str:
+# %% ../nbs/cli.ipynb #6b353626
+def closing(results: list) -> str:
     "What became of the runs, and which report to open."
     lines = []
     for result in results if len(results) < 4 else []:
@@ -130,39 +173,57 @@ def closing(results:list)->str:
     return '\n'.join([*lines, *(f'open {report}' for report in (reports if len(results) < 4 else reports[-1:]))])
 
 # %% ../nbs/cli.ipynb #f3151088
-def status_of(results:list)->str:
+def status_of(results: list) -> str:
     "done, failed or interrupted: the word for a whole call."
     found = {result['status'] for result in results}
-    return 'interrupted' if 'interrupted' in found or found == {'not run'} else 'done' if found <= {'done'} else 'failed'
+    return (
+        'interrupted' if 'interrupted' in found or found == {'not run'} else 'done' if found <= {'done'} else 'failed'
+    )
 
-
-def exit_status(results:list)->int:
+# %% ../nbs/cli.ipynb #0e40edaa
+def exit_status(results: list) -> int:
     "0 when all is done, 130 when interrupted, 2 when the only run was refused by its notebook before it had trained, else 1."
     status = status_of(results)
-    refused = len(results) == 1 and str(results[0]['error']).startswith('LabError: ') and not has_trained(results[0]['folder'])
+    refused = (
+        len(results) == 1
+        and str(results[0]['error']).startswith('LabError: ')
+        and not has_trained(results[0]['folder'])
+    )
     return dict(done=0, interrupted=130).get(status, 2 if refused else 1)
 
-
-def has_trained(folder)->bool:
+# %% ../nbs/cli.ipynb #5c148003
+def has_trained(folder) -> bool:
     "Whether the log of a run has a line."
-    log = find_path(folder)/'log.jsonl'
+    log = find_path(folder) / 'log.jsonl'
     return log.exists() and log.stat().st_size > 0
 
-
-def standing(point)->dict:
+# %% ../nbs/cli.ipynb #837c0b2a
+def standing(point) -> dict:
     "How far a point came, from what is on the disk, when the call was interrupted."
-    try: record = read_run(point.folder)
-    except LabError: record = {}
+    try:
+        record = read_run(point.folder)
+    except LabError:
+        record = {}
     unfinished = record.get('run', {}).get('status') == 'interrupted'
     return outcome(point, record if unfinished or finished(point) else dict(run=dict(status='not run')))
 
-
-def as_json(results:list)->str:
+# %% ../nbs/cli.ipynb #02b1949f
+def as_json(results: list) -> str:
     "The results of a call as one line of JSON."
-    return json.dumps(dict(status=status_of(results), runs=[result | dict(metrics=metrics_of(result['folder'])) for result in results]), ensure_ascii=False)
+    return json.dumps(
+        dict(
+            status=status_of(results), runs=[result | dict(metrics=metrics_of(result['folder'])) for result in results]
+        ),
+        ensure_ascii=False,
+    )
 
 # %% ../nbs/cli.ipynb #8ee3cb6a
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help='Fine-tune language models: change a parameter file, get a report that can be trusted.')
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help='Fine-tune language models: change a parameter file, get a report that can be trusted.',
+)
 
 
 @app.command('run')
@@ -178,23 +239,33 @@ def run_command(
     "Run experiments: one run per config, or all points of a sweep."
     settings, override = cluster_settings(cluster, override)
     jobs = jobs_of(params, override, small)
-    try: results = run_jobs(jobs, workers, fresh, cluster, settings)
-    except KeyboardInterrupt: results = [standing(point) for stages in jobs for stage in stages for point in stage]
+    try:
+        results = run_jobs(jobs, workers, fresh, cluster, settings)
+    except KeyboardInterrupt:
+        results = [standing(point) for stages in jobs for stage in stages for point in stage]
     print(closing(results))
-    if status_of(results) == 'interrupted': print('llmft: interrupted: the same command goes on from the last checkpoint', file=sys.stderr)
-    elif exit_status(results) == 2: print(f"llmft: {results[0]['error'].removeprefix('LabError: ')}", file=sys.stderr)
-    if as_object: print(as_json(results))
+    if status_of(results) == 'interrupted':
+        print('llmft: interrupted: the same command goes on from the last checkpoint', file=sys.stderr)
+    elif exit_status(results) == 2:
+        print(f"llmft: {results[0]['error'].removeprefix('LabError: ')}", file=sys.stderr)
+    if as_object:
+        print(as_json(results))
     return exit_status(results)
 
 # %% ../nbs/cli.ipynb #ce7cf7b5
-def run_row(record:dict)->dict:
+def run_row(record: dict) -> dict:
     "A line of `llmft ls` for the record of a run."
     run, metrics = record['run'], metrics_of(record['folder'])
     when = datetime.fromisoformat(run['started']).strftime('%Y-%m-%d %H:%M')
-    return dict(run=f"{run['notebook']}/{run['name']}", status=run['status'], when=when, seconds=None if run.get('seconds') is None else round(run['seconds']),
-                metrics=row_text(key_metrics(metrics)) or None if run['status'] == 'done' else run.get('error'))
+    return dict(
+        run=f"{run['notebook']}/{run['name']}",
+        status=run['status'],
+        when=when,
+        seconds=None if run.get('seconds') is None else round(run['seconds']),
+        metrics=row_text(key_metrics(metrics)) or None if run['status'] == 'done' else run.get('error'),
+    )
 
-
+# %% ../nbs/cli.ipynb #c6effc2a
 @app.command('ls')
 def ls_command(
     outputs:str=typer.Option('outputs', help='Folder of all runs.'),  # folder
@@ -202,9 +273,22 @@ def ls_command(
 ):
     "List the runs with their status and key metrics, newest last."
     records = list_runs(outputs)
-    if as_object: print(json.dumps(dict(runs=[record['run'] | dict(folder=shown(record['folder']), metrics=metrics_of(record['folder'])) for record in records]), ensure_ascii=False))
-    elif records: show_table([run_row(record) for record in records], ['run', 'status', 'when', 'seconds', 'metrics'])
-    else: print(f'no runs in {outputs} yet: llmft run params/... makes one')
+    if as_object:
+        print(
+            json.dumps(
+                dict(
+                    runs=[
+                        record['run'] | dict(folder=shown(record['folder']), metrics=metrics_of(record['folder']))
+                        for record in records
+                    ]
+                ),
+                ensure_ascii=False,
+            )
+        )
+    elif records:
+        show_table([run_row(record) for record in records], ['run', 'status', 'when', 'seconds', 'metrics'])
+    else:
+        print(f'no runs in {outputs} yet: llmft run params/... makes one')
 
 # %% ../nbs/cli.ipynb #7f3b59dd
 @app.command('params')
@@ -213,9 +297,19 @@ def params_command(
     as_object:bool=typer.Option(False, '--json', help='Print one JSON object instead of the table.'),  # for scripts
 ):
     "List the parameters of a notebook: name, type, default and meaning."
-    rows = [dict(name=p.name, type=p.type, default=p.default if as_object else json.dumps(p.default, ensure_ascii=False), meaning=p.help) for p in read_parameters(notebook)]
-    if as_object: print(json.dumps(dict(notebook=find_notebook(notebook).stem, parameters=rows), ensure_ascii=False))
-    else: show_table(rows, ['name', 'type', 'default', 'meaning'])
+    rows = [
+        dict(
+            name=p.name,
+            type=p.type,
+            default=p.default if as_object else json.dumps(p.default, ensure_ascii=False),
+            meaning=p.help,
+        )
+        for p in read_parameters(notebook)
+    ]
+    if as_object:
+        print(json.dumps(dict(notebook=find_notebook(notebook).stem, parameters=rows), ensure_ascii=False))
+    else:
+        show_table(rows, ['name', 'type', 'default', 'meaning'])
 
 # %% ../nbs/cli.ipynb #a78cbf68
 @app.command('verify')
@@ -226,13 +320,28 @@ def verify_command(
 ):
     "Check a certificate: rebuild its model, score it again, recompute its claims."
     from llmft.bounds.certificates import read_certificate, verify
+
     found = verify(certificate, data or None)
     holds = all(claim['holds'] for claim in found.values())
-    if as_object: print(json.dumps(dict(status='holds' if holds else 'does not hold', claims=found)))
+    if as_object:
+        print(json.dumps(dict(status='holds' if holds else 'does not hold', claims=found)))
     else:
-        show_table([dict(claim=name, claimed=f"{claim['claimed']:.3f}", recomputed=f"{claim['recomputed']:.6f}", holds='yes' if claim['holds'] else 'NO') for name, claim in found.items()], ['claim', 'claimed', 'recomputed', 'holds'])
+        show_table(
+            [
+                dict(
+                    claim=name,
+                    claimed=f"{claim['claimed']:.3f}",
+                    recomputed=f"{claim['recomputed']:.6f}",
+                    holds='yes' if claim['holds'] else 'NO',
+                )
+                for name, claim in found.items()
+            ],
+            ['claim', 'claimed', 'recomputed', 'holds'],
+        )
         asked = read_certificate(certificate)[0]['settings']
-        print(f"{certificate}: {'every claim holds' if holds else 'NOT every claim holds'}, all together with a probability of at least {1 - asked['delta']:g} ({asked['configurations']:,} settings had been tried)")
+        print(
+            f"{certificate}: {'every claim holds' if holds else 'NOT every claim holds'}, all together with a probability of at least {1 - asked['delta']:g} ({asked['configurations']:,} settings had been tried)"
+        )
     return 0 if holds else 1
 
 # %% ../nbs/cli.ipynb #3bf5d1b3
@@ -240,11 +349,20 @@ def plan_row(point,     # a `Point`
              plan:dict, # what `make_plan` said about it
 )->dict:
     "A line of the table of several plans."
-    size = lambda memory: None if memory is None else round(memory['total']/2**30, 2)
+    size = lambda memory: None if memory is None else round(memory['total'] / 2**30, 2)
     rounded = lambda number: None if number is None else float(f'{number:.3g}')
-    return {'run': point.label, 'parameters': plan['parameters'], 'trained': plan['trainable'], 'steps': plan['steps'], 'FLOPs': rounded(plan['flops']), 'GiB': size(plan['memory']), 'seconds': rounded(plan['seconds']), 'fits': plan['fits']}
+    return {
+        'run': point.label,
+        'parameters': plan['parameters'],
+        'trained': plan['trainable'],
+        'steps': plan['steps'],
+        'FLOPs': rounded(plan['flops']),
+        'GiB': size(plan['memory']),
+        'seconds': rounded(plan['seconds']),
+        'fits': plan['fits'],
+    }
 
-
+# %% ../nbs/cli.ipynb #9491f0c7
 @app.command('plan')
 def plan_command(
     params:list[str]=typer.Argument(..., help='Parameter files: configs, overlays (_*.yaml) or sweeps.', show_default=False),  # files
@@ -257,30 +375,54 @@ def plan_command(
 ):
     "What runs will take: parameters, steps, operations, memory, time. Needs neither weights nor network."
     from llmft.runs.plan import make_plan, plan_text, trains_a_model
-    points = [point for stages in jobs_of(params, override, small) for stage in stages for point in stage if trains_a_model(point.params)]
-    if not points: raise LabError(f"{' '.join(map(str, params))}: no run in it trains a model that has a name: there is nothing to plan")
+
+    points = [
+        point
+        for stages in jobs_of(params, override, small)
+        for stage in stages
+        for point in stage
+        if trains_a_model(point.params)
+    ]
+    if not points:
+        raise LabError(
+            f"{' '.join(map(str, params))}: no run in it trains a model that has a name: there is nothing to plan"
+        )
     plans = [make_plan(point.params, gpu, rows, share) for point in points]
-    if as_object: print(json.dumps(dict(plans=[dict(run=point.label, **plan) for point, plan in zip(points, plans)]), ensure_ascii=False))
-    elif len(plans) == 1: print(plan_text(plans[0]))
-    else: show_table([plan_row(*pair) for pair in zip(points, plans)], list(plan_row(points[0], plans[0])))
+    if as_object:
+        print(
+            json.dumps(
+                dict(plans=[dict(run=point.label, **plan) for point, plan in zip(points, plans)]), ensure_ascii=False
+            )
+        )
+    elif len(plans) == 1:
+        print(plan_text(plans[0]))
+    else:
+        show_table([plan_row(*pair) for pair in zip(points, plans)], list(plan_row(points[0], plans[0])))
 
 # %% ../nbs/cli.ipynb #ceeb6838
-def call(arguments:list)->int:
+def call(arguments: list) -> int:
     "Run the command line `arguments`; the exit status comes back."
-    refuse = lambda text: (print(f'llmft: {text}', file=sys.stderr), '--json' in arguments and print(json.dumps(dict(status='error', error=text), ensure_ascii=False)))
-    try: return app(arguments or ['--help'], prog_name='llmft', standalone_mode=False) or 0
-    except LabError as error: refuse(str(error))
+    refuse = lambda text: (
+        print(f'llmft: {text}', file=sys.stderr),
+        '--json' in arguments and print(json.dumps(dict(status='error', error=text), ensure_ascii=False)),
+    )
+    try:
+        return app(arguments or ['--help'], prog_name='llmft', standalone_mode=False) or 0
+    except LabError as error:
+        refuse(str(error))
     except (KeyboardInterrupt, typer.Abort):
         refuse('interrupted')
         return 130
-    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        if not hasattr(error, 'format_message'): raise
+        if not hasattr(error, 'format_message'):
+            raise
         command = f'llmft {arguments[0]}' if arguments[0] in ('run', 'ls', 'params', 'plan', 'verify') else 'llmft'
         refuse(f"{' '.join(error.format_message().split())} ({command} --help shows what there is)")
     return 2
 
-
+# %% ../nbs/cli.ipynb #cc12e7ad
 def main():
     "The `llmft` command."
     sys.exit(call(sys.argv[1:]))

@@ -13,14 +13,16 @@ from pathlib import Path
 # %% ../nbs/core.ipynb #2d7e8946
 class LabError(Exception):
     "A mistake the user can mend, told in one line: what is wrong, where, what to do."
-    def _render_traceback_(self): return [f'LabError: {self}']
+
+    def _render_traceback_(self):
+        return [f'LabError: {self}']
 
 # %% ../nbs/core.ipynb #21ecf026
 def nearest(name:str,  # what was written
             names,     # what could have been meant
 )->str:                # " (did you mean 'x'?)", or "" when nothing is close
     "A hint at the entry of `names` closest to `name`, to stand at the end of an error."
-    close = difflib.get_close_matches(str(name), list(map(str, names)), n=1, cutoff=.6)
+    close = difflib.get_close_matches(str(name), list(map(str, names)), n=1, cutoff=0.6)
     return f" (did you mean '{close[0]}'?)" if close else ''
 
 # %% ../nbs/core.ipynb #17d091c0
@@ -28,9 +30,12 @@ def require(module:str,  # dotted name of the module to import
             extra:str='',# extra of this package that installs it, as in `pip install "llmft[extra]"`; none for what comes with it
 ):                       # the imported module
     "Import an optional `module`, or raise a `LabError` that names the `extra` to install."
-    try: return importlib.import_module(module)
+    try:
+        return importlib.import_module(module)
     except ImportError as error:
-        raise LabError(f"{module} is not installed ({error}): run pip install -e \".{f'[{extra}]' if extra else ''}\"") from None
+        raise LabError(
+            f"{module} is not installed ({error}): run pip install -e \".{f'[{extra}]' if extra else ''}\""
+        ) from None
 
 # %% ../nbs/core.ipynb #33fd3e2e
 def write_atomic(path,     # where the content shall stand; the folder is made when missing
@@ -49,7 +54,8 @@ def write_atomic(path,     # where the content shall stand; the folder is made w
         os.chmod(partial, 0o644)
         os.replace(partial, path)
     except BaseException:
-        with contextlib.suppress(OSError): os.unlink(partial)
+        with contextlib.suppress(OSError):
+            os.unlink(partial)
         raise
     return path
 
@@ -57,36 +63,50 @@ def write_atomic(path,     # where the content shall stand; the folder is made w
 def jsonable(value,  # anything made of dicts, lists, numbers, text, paths, numpy or torch scalars
 ):                   # the same in plain JSON types
     "`value` in plain JSON types; numbers that are not finite become `None`."
-    if isinstance(value, dict): return {str(k): jsonable(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set)): return [jsonable(v) for v in value]
-    if hasattr(value, 'tolist'): return jsonable(value.tolist())
-    if isinstance(value, float): return value if value == value and abs(value) != float('inf') else None
-    if isinstance(value, (bool, int, str)) or value is None: return value
+    if isinstance(value, dict):
+        return {str(k): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [jsonable(v) for v in value]
+    if hasattr(value, 'tolist'):
+        return jsonable(value.tolist())
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float('inf') else None
+    if isinstance(value, (bool, int, str)) or value is None:
+        return value
     return str(value)
 
-
+# %% ../nbs/core.ipynb #24b44022
 def write_json(path,   # where the file shall stand; its folder is made when missing
                value,  # anything `jsonable` knows
 )->Path:               # `path`
     "Write `value` to `path` as indented JSON, atomically; the path comes back."
     return write_atomic(path, json.dumps(jsonable(value), indent=1, ensure_ascii=False) + '\n')
 
-
+# %% ../nbs/core.ipynb #ed237e91
 def read_json(path):
     "What the JSON file at `path` holds; a `LabError` when it is no JSON."
-    try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except json.JSONDecodeError as error: raise LabError(f'{path} is not valid JSON (line {error.lineno}: {error.msg}): delete it or restore it') from None
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except json.JSONDecodeError as error:
+        raise LabError(
+            f'{path} is not valid JSON (line {error.lineno}: {error.msg}): delete it or restore it'
+        ) from None
 
 # %% ../nbs/core.ipynb #5a2d1c51
 def sha256_of(what,  # bytes, text, or a `Path` whose file is read in pieces
 )->str:              # 64 hexadecimal digits
     "SHA-256 of bytes, of text, or of the file at a `Path`."
     if isinstance(what, Path):
-        with what.open('rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest() if hasattr(hashlib, 'file_digest') else hashlib.sha256(file.read()).hexdigest()
+        with what.open('rb') as file:
+            return (
+                hashlib.file_digest(file, 'sha256').hexdigest()
+                if hasattr(hashlib, 'file_digest')
+                else hashlib.sha256(file.read()).hexdigest()
+            )
     return hashlib.sha256(what.encode() if isinstance(what, str) else what).hexdigest()
 
-
-def short_hash(value)->str:
+# %% ../nbs/core.ipynb #e21e3704
+def short_hash(value) -> str:
     "The first 12 hexadecimal digits of the hash of any JSON-like `value`."
     return sha256_of(json.dumps(jsonable(value), sort_keys=True))[:12]
 
@@ -95,43 +115,54 @@ def seed_everything(seed:int,  # any integer from 0 to 2**32 - 1
 ):
     "Seed the global generators of Python, NumPy and PyTorch."
     import numpy as np, torch
-    random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
 
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
+# %% ../nbs/core.ipynb #4f5f44a1
 def purpose_rng(seed:int,  # the run's seed
                 *purpose,  # words and numbers that say what the draws are for
 ):                         # a NumPy generator of its own
     "A NumPy generator that depends on `seed` and on what the draws are for, and on nothing else."
     import numpy as np
+
     return np.random.default_rng(int(sha256_of(repr((seed, *purpose)))[:16], 16))
 
 # %% ../nbs/core.ipynb #17e301eb
-assets = Path(__file__).parent/'assets' if '__file__' in globals() else Path('../llmft/assets').resolve()
+assets = Path(__file__).parent / 'assets' if '__file__' in globals() else Path('../llmft/assets').resolve()
 
 
-def project_root()->Path:
+def project_root() -> Path:
     "The checkout this package or the working directory belongs to: the nearest folder upwards that holds settings.ini and nbs."
     for start in (Path.cwd(), Path(__file__).parent if '__file__' in globals() else Path.cwd()):
         for folder in (start, *start.parents):
-            if (folder/'settings.ini').exists() and (folder/'nbs').is_dir(): return folder
+            if (folder / 'settings.ini').exists() and (folder / 'nbs').is_dir():
+                return folder
     return Path.cwd()
 
-
-def find_path(name)->Path:
+# %% ../nbs/core.ipynb #1efade48
+def find_path(name) -> Path:
     "`name` as it is when it exists, else the same under `project_root()`; it need not exist there."
     path = Path(name).expanduser()
-    return path if path.is_absolute() or path.exists() else project_root()/path
+    return path if path.is_absolute() or path.exists() else project_root() / path
 
 # %% ../nbs/core.ipynb #0dbede7d
-def hub_answers()->bool:
+def hub_answers() -> bool:
     "Whether the Hugging Face hub may be asked (HF_HUB_OFFLINE is not set) and answers within three seconds."
     from huggingface_hub import constants, get_session
-    if constants.HF_HUB_OFFLINE: return False
-    try: return get_session().head(constants.ENDPOINT, timeout=3).status_code < 500
-    except Exception: return False
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        return get_session().head(constants.ENDPOINT, timeout=3).status_code < 500
+    except Exception:
+        return False
 
 # %% ../nbs/core.ipynb #4a85b7ac
-def shows_bar()->bool:
+def shows_bar() -> bool:
     "Whether somebody watches a terminal or a live notebook; otherwise progress is plain lines."
     kernels = sys.modules.get('ipykernel.kernelapp')
-    return sys.stderr.isatty() or bool(kernels and kernels.IPKernelApp.initialized() and 'LLMFT_MANAGED' not in os.environ)
+    return sys.stderr.isatty() or bool(
+        kernels and kernels.IPKernelApp.initialized() and 'LLMFT_MANAGED' not in os.environ
+    )

@@ -1,4 +1,5 @@
 """The command line: one line for every mistake, the right exit status, and an end that says where to look."""
+
 import json, os, pty, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -9,10 +10,12 @@ from llmft.runs.run import read_run
 
 command = [sys.executable, '-c', 'from llmft.cli import main; main()']
 common = 'name: str = "first"  # name of the run\noutputs: str = "outputs"  # folder of all runs\naction: str = "none"  # what to do\nrate: float = 1e-3  # a number\nseed: int = 0  # which\n'
-cells = ['from llmft.runs.run import start_run\nrun = start_run("act", globals())',
-         'import time\nfrom llmft.core import LabError\nif action == "raise": raise ValueError("as asked")\nif action == "refuse": raise LabError("model nowhere is not here: give a folder, or --small")\n'
-         'if action == "wait": print("waiting", flush=True); time.sleep(120)',
-         'run.finish(dict(perplexity=4.5, rate=rate, tokens=20480), "ok")']
+cells = [
+    'from llmft.runs.run import start_run\nrun = start_run("act", globals())',
+    'import time\nfrom llmft.core import LabError\nif action == "raise": raise ValueError("as asked")\nif action == "refuse": raise LabError("model nowhere is not here: give a folder, or --small")\n'
+    'if action == "wait": print("waiting", flush=True); time.sleep(120)',
+    'run.finish(dict(perplexity=4.5, rate=rate, tokens=20480), "ok")',
+]
 
 
 def write(path, text):
@@ -23,7 +26,17 @@ def write(path, text):
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code = [dict(cell_type='code', id=f'c{i}', metadata=dict(tags=['parameters'] if i == 0 else []), execution_count=None, outputs=[], source=text) for i, text in enumerate((common, *cells))]
+    code = [
+        dict(
+            cell_type='code',
+            id=f'c{i}',
+            metadata=dict(tags=['parameters'] if i == 0 else []),
+            execution_count=None,
+            outputs=[],
+            source=text,
+        )
+        for i, text in enumerate((common, *cells))
+    ]
     kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
     write('nbs/experiments/act.ipynb', json.dumps(dict(cells=code, metadata=kernel, nbformat=4, nbformat_minor=5)))
     write('settings.ini', '')
@@ -34,39 +47,51 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize('yaml,words', [
-    ('rate: fast', "params/act/x.yaml:1: rate: 'fast' is not a number"),
-    ('seed: 1_000', 'params/act/x.yaml:1: seed:'),
-    ('seed: 08', 'params/act/x.yaml:1: seed:'),
-    ('action: no\nseed: yes', 'params/act/x.yaml:2: seed:'),
-    ('rate: 1\nrate: 2', 'params/act/x.yaml:2: rate stands twice'),
-    ('raet: 1', "did you mean 'rate'"),
-    ('rate: [1', 'params/act/x.yaml:'),
-])
+@pytest.mark.parametrize(
+    'yaml,words',
+    [
+        ('rate: fast', "params/act/x.yaml:1: rate: 'fast' is not a number"),
+        ('seed: 1_000', 'params/act/x.yaml:1: seed:'),
+        ('seed: 08', 'params/act/x.yaml:1: seed:'),
+        ('action: no\nseed: yes', 'params/act/x.yaml:2: seed:'),
+        ('rate: 1\nrate: 2', 'params/act/x.yaml:2: rate stands twice'),
+        ('raet: 1', "did you mean 'rate'"),
+        ('rate: [1', 'params/act/x.yaml:'),
+    ],
+)
 def test_a_bad_file_is_one_line_and_exit_2_before_any_work(project, capsys, yaml, words):
     write('params/act/x.yaml', yaml + '\n')
     assert call(['run', 'params/act/one.yaml', 'params/act/x.yaml']) == 2
     out, err = capsys.readouterr()
-    assert words in err and err.startswith('llmft: ') and err.count('\n') == 1 and not out and not Path('outputs').exists()
+    assert (
+        words in err and err.startswith('llmft: ') and err.count('\n') == 1 and not out and not Path('outputs').exists()
+    )
 
 
-@pytest.mark.parametrize('arguments,words', [
-    (['run', 'params/act/oen.yaml'], "did you mean 'one.yaml'"),
-    (['run', 'params/act/one.yaml', '-p', 'raet=1'], "did you mean 'rate'"),
-    (['run', 'params/act/one.yaml', '-p', 'rate'], 'write -p name=value'),
-    (['run', 'params/act/_small.yaml'], 'give one as well'),
-    (['run', 'params/sweeps/both.yaml', 'params/act/_small.yaml'], 'cannot go over a sweep'),
-    (['run', 'params/sweeps/both.yaml', '-p', 'name=x'], 'come from its file'),
-    (['run', 'params/act/one.yaml', 'params/act/two.yaml', '-p', 'name=x'], 'two runs are named act/x'),
-    (['run', 'params/act/one.yaml', '--workers', '0'], 'give at least 1'),
-    (['run', 'params/act/one.yaml', '--workers', 'x'], '--workers'),
-    (['run', 'params/act/one.yaml', '--samll'], '--small'),
-    (['run'], 'params'), (['rnu'], "'run'"), (['params', 'atc'], "did you mean 'act'"),
-])
+@pytest.mark.parametrize(
+    'arguments,words',
+    [
+        (['run', 'params/act/oen.yaml'], "did you mean 'one.yaml'"),
+        (['run', 'params/act/one.yaml', '-p', 'raet=1'], "did you mean 'rate'"),
+        (['run', 'params/act/one.yaml', '-p', 'rate'], 'write -p name=value'),
+        (['run', 'params/act/_small.yaml'], 'give one as well'),
+        (['run', 'params/sweeps/both.yaml', 'params/act/_small.yaml'], 'cannot go over a sweep'),
+        (['run', 'params/sweeps/both.yaml', '-p', 'name=x'], 'come from its file'),
+        (['run', 'params/act/one.yaml', 'params/act/two.yaml', '-p', 'name=x'], 'two runs are named act/x'),
+        (['run', 'params/act/one.yaml', '--workers', '0'], 'give at least 1'),
+        (['run', 'params/act/one.yaml', '--workers', 'x'], '--workers'),
+        (['run', 'params/act/one.yaml', '--samll'], '--small'),
+        (['run'], 'params'),
+        (['rnu'], "'run'"),
+        (['params', 'atc'], "did you mean 'act'"),
+    ],
+)
 def test_a_bad_call_is_one_line_and_exit_2(project, capsys, arguments, words):
     assert call(arguments) == 2
     out, err = capsys.readouterr()
-    assert words in err and err.startswith('llmft: ') and err.count('\n') == 1 and not out and not Path('outputs').exists()
+    assert (
+        words in err and err.startswith('llmft: ') and err.count('\n') == 1 and not out and not Path('outputs').exists()
+    )
     assert call([*arguments, '--json']) == 2
     assert json.loads(capsys.readouterr().out.splitlines()[-1])['status'] == 'error'
 
@@ -74,23 +99,35 @@ def test_a_bad_call_is_one_line_and_exit_2(project, capsys, arguments, words):
 def test_runs_end_with_the_report_to_open_and_are_not_repeated(project, capsys):
     assert call(['run', 'params/act/one.yaml', 'params/act/two.yaml', 'params/act/_small.yaml', '-p', 'seed=7']) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2:] == ['open outputs/act/one/report.html', 'open outputs/act/two/report.html'] and Path(lines[-1].split()[1]).exists()
+    assert (
+        lines[-2:] == ['open outputs/act/one/report.html', 'open outputs/act/two/report.html']
+        and Path(lines[-1].split()[1]).exists()
+    )
     assert '  perplexity 4.5  rate 5e-05  tokens 20,480' in lines
-    for name in ('one', 'two'): assert {key: read_run(f'outputs/act/{name}')['params'][key] for key in ('seed', 'rate')} == dict(seed=7, rate=5e-5)
+    for name in ('one', 'two'):
+        assert {key: read_run(f'outputs/act/{name}')['params'][key] for key in ('seed', 'rate')} == dict(
+            seed=7, rate=5e-5
+        )
     identity = read_run('outputs/act/one')['run']['id']
     assert call(['run', 'params/act/one.yaml', '--small', '-p', 'seed=7', '--json']) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == 'act/one: already done (--fresh runs it again)' and json.loads(lines[-1])['runs'][0]['metrics']['perplexity'] == 4.5
+    assert (
+        lines[0] == 'act/one: already done (--fresh runs it again)'
+        and json.loads(lines[-1])['runs'][0]['metrics']['perplexity'] == 4.5
+    )
     assert read_run('outputs/act/one')['run']['id'] == identity
-    assert call(['run', 'params/act/one.yaml', '--small', '-p', 'seed=7', '--fresh']) == 0 and read_run('outputs/act/one')['run']['id'] != identity
+    assert (
+        call(['run', 'params/act/one.yaml', '--small', '-p', 'seed=7', '--fresh']) == 0
+        and read_run('outputs/act/one')['run']['id'] != identity
+    )
 
 
 def test_a_run_that_breaks_off_while_it_trains_was_not_refused(tmp_path):
     results = [dict(status='failed', error='LabError: step 7: the loss is nan', folder=str(tmp_path))]
     assert exit_status(results) == 2
-    (tmp_path/'log.jsonl').write_text('')
+    (tmp_path / 'log.jsonl').write_text('')
     assert exit_status(results) == 2
-    (tmp_path/'log.jsonl').write_text('{"step": 6}\n')
+    (tmp_path / 'log.jsonl').write_text('{"step": 6}\n')
     assert exit_status(results) == 1
 
 
@@ -100,14 +137,24 @@ def test_failed_runs_exit_1_and_refused_ones_2(project, capsys):
     assert 'act/one: failed in cell 4: ValueError: as asked' in lines and json.loads(lines[-1])['status'] == 'failed'
     assert call(['run', 'params/act/one.yaml', '-p', 'action=refuse', '--json']) == 2
     out, err = capsys.readouterr()
-    assert err == 'llmft: model nowhere is not here: give a folder, or --small\n' and json.loads(out.splitlines()[-1])['runs'][0]['status'] == 'failed'
+    assert (
+        err == 'llmft: model nowhere is not here: give a folder, or --small\n'
+        and json.loads(out.splitlines()[-1])['runs'][0]['status'] == 'failed'
+    )
 
 
 def begin(*arguments):
     "Start a run that waits, as a terminal would; returns the process once it waits."
-    process = subprocess.Popen([*command, 'run', 'params/act/one.yaml', '-p', 'action=wait', *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [*command, 'run', 'params/act/one.yaml', '-p', 'action=wait', *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     for line in process.stdout:
-        if 'waiting' in line: return process
+        if 'waiting' in line:
+            return process
     raise AssertionError(process.stderr.read())
 
 
@@ -115,8 +162,13 @@ def test_ctrl_c_is_130_and_the_record_says_so(project):
     process = begin('--json')
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=180)
-    assert process.returncode == 130 and err.splitlines()[-1].startswith('llmft: interrupted') and 'Traceback' not in err
-    assert json.loads(out.splitlines()[-1])['status'] == 'interrupted' and json.loads(Path('outputs/act/one/run.json').read_text())['run']['status'] == 'interrupted'
+    assert (
+        process.returncode == 130 and err.splitlines()[-1].startswith('llmft: interrupted') and 'Traceback' not in err
+    )
+    assert (
+        json.loads(out.splitlines()[-1])['status'] == 'interrupted'
+        and json.loads(Path('outputs/act/one/run.json').read_text())['run']['status'] == 'interrupted'
+    )
 
 
 def test_ls_tells_the_truth_after_kill_9(project, capsys):
@@ -128,16 +180,22 @@ def test_ls_tells_the_truth_after_kill_9(project, capsys):
     time.sleep(1)
     assert call(['ls']) == 0 and ' interrupted ' in capsys.readouterr().out
     assert call(['ls', '--json']) == 0
-    row, = json.loads(capsys.readouterr().out)['runs']
+    (row,) = json.loads(capsys.readouterr().out)['runs']
     assert row['status'] == 'interrupted' and row['name'] == 'one' and row['folder'] == 'outputs/act/one'
 
 
 def test_params_lists_name_type_default_and_meaning(project, capsys):
     assert call(['params', 'act']) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ['name', 'type', 'default', 'meaning'] and any(line.split() == ['rate', 'float', '0.001', 'a', 'number'] for line in lines) and len(lines) == 6
+    assert (
+        lines[0].split() == ['name', 'type', 'default', 'meaning']
+        and any(line.split() == ['rate', 'float', '0.001', 'a', 'number'] for line in lines)
+        and len(lines) == 6
+    )
     assert call(['params', 'act', '--json']) == 0
-    assert json.loads(capsys.readouterr().out)['parameters'][3] == dict(name='rate', type='float', default=1e-3, meaning='a number')
+    assert json.loads(capsys.readouterr().out)['parameters'][3] == dict(
+        name='rate', type='float', default=1e-3, meaning='a number'
+    )
 
 
 def test_output_is_plain_unless_it_goes_to_a_terminal(project):
@@ -146,12 +204,19 @@ def test_output_is_plain_unless_it_goes_to_a_terminal(project):
     parent, child = pty.openpty()
     subprocess.run([*command, 'params', 'act'], stdout=child, check=True, env=os.environ | dict(COLUMNS='24'))
     seen = os.read(parent, 4000).decode()
-    assert '\x1b[1m' in seen and max(len(line) for line in seen.replace('\x1b[1m', '').replace('\x1b[0m', '').split('\r\n')) <= 24
+    assert (
+        '\x1b[1m' in seen
+        and max(len(line) for line in seen.replace('\x1b[1m', '').replace('\x1b[0m', '').split('\r\n')) <= 24
+    )
     assert text_table([dict(a=1, b='x')], ['a', 'b']) == 'a  b\n1  x'
 
 
 def test_a_closed_pipe_is_no_error(project):
-    done = subprocess.run(['bash', '-c', f'"{sys.executable}" -c "{command[2]}" params act | head -n 1; exit ${{PIPESTATUS[0]}}'], capture_output=True, text=True)
+    done = subprocess.run(
+        ['bash', '-c', f'"{sys.executable}" -c "{command[2]}" params act | head -n 1; exit ${{PIPESTATUS[0]}}'],
+        capture_output=True,
+        text=True,
+    )
     assert 'Traceback' not in done.stderr and 'BrokenPipe' not in done.stderr
 
 
@@ -161,10 +226,18 @@ def test_help_is_quick(project):
         start = time.perf_counter()
         subprocess.run([*command, '--help'], check=True, capture_output=True)
         return time.perf_counter() - start
-    assert min(once() for _ in range(5)) < .6
+
+    assert min(once() for _ in range(5)) < 0.6
 
 
 def test_the_command_line_imports_nothing_heavy():
-    heavy = subprocess.run([sys.executable, '-c', 'import sys, llmft.cli; print(*({"torch", "transformers", "papermill", "distributed", "matplotlib", "pandas", "nbconvert", "IPython"} & set(sys.modules)))'],
-                           capture_output=True, text=True)
+    heavy = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            'import sys, llmft.cli; print(*({"torch", "transformers", "papermill", "distributed", "matplotlib", "pandas", "nbconvert", "IPython"} & set(sys.modules)))',
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert heavy.stdout.split() == []

@@ -1,4 +1,5 @@
 "A sweep on a cluster: a dead worker costs one run its unsaved steps, and no two runs meet on one GPU."
+
 import json, os, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
@@ -34,68 +35,141 @@ run.finish(dict(gpu=os.environ.get("CUDA_VISIBLE_DEVICES", "")), "ok")
 
 def processes_of(folder, workers, *arguments, environment=None):
     "A Dask scheduler and workers without nannies, as a user starts them on several machines."
-    command = lambda kind, *rest: subprocess.Popen([sys.executable, '-m', f'distributed.cli.dask_{kind}', '--scheduler-file', str(folder/'scheduler.json'), '--no-dashboard', *rest],
-                                                   env=os.environ | (environment or {}), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = lambda kind, *rest: subprocess.Popen(
+        [
+            sys.executable,
+            '-m',
+            f'distributed.cli.dask_{kind}',
+            '--scheduler-file',
+            str(folder / 'scheduler.json'),
+            '--no-dashboard',
+            *rest,
+        ],
+        env=os.environ | (environment or {}),
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     started = [command('scheduler', '--host', '127.0.0.1', '--port', '0')]
     until = time.monotonic() + 60
-    while not (folder/'scheduler.json').exists() and time.monotonic() < until: time.sleep(.1)
-    started += [command('worker', '--nthreads', '1', '--no-nanny', '--host', '127.0.0.1', *arguments) for _ in range(workers)]
-    return started, json.loads((folder/'scheduler.json').read_text())['address']
+    while not (folder / 'scheduler.json').exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    started += [
+        command('worker', '--nthreads', '1', '--no-nanny', '--host', '127.0.0.1', *arguments) for _ in range(workers)
+    ]
+    return started, json.loads((folder / 'scheduler.json').read_text())['address']
 
 
 def end(processes):
-    for process in processes: process.kill()
-    for process in processes: process.wait()
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()
 
 
 def test_a_killed_worker_process_loses_nothing_and_does_nothing_twice(project, tmp_path_factory):
-    notebook('act', common + 'seed: int = 0  # which', start.format('act'), steps, 'run.finish(dict(first=first), "ok")')
+    notebook(
+        'act', common + 'seed: int = 0  # which', start.format('act'), steps, 'run.finish(dict(first=first), "ok")'
+    )
     started, address = processes_of(tmp_path_factory.mktemp('cluster'), 2)
     try:
         heard = []
-        results = run_stages(expand(sweep('name: s\nstages:\n  - notebook: act\n    name: p-{seed}\n    matrix: {seed: [1, 2, 3]}\n')), on_line=heard.append, cluster=address)
+        results = run_stages(
+            expand(sweep('name: s\nstages:\n  - notebook: act\n    name: p-{seed}\n    matrix: {seed: [1, 2, 3]}\n')),
+            on_line=heard.append,
+            cluster=address,
+        )
         assert outcomes(results) == {'p-1': 'done', 'p-2': 'done', 'p-3': 'done'}
         assert sum(process.poll() is not None for process in started) == 1, 'one worker was killed'
-    finally: end(started)
+    finally:
+        end(started)
     assert {seed: Path(f'done-p-{seed}').read_text() for seed in (1, 2, 3)} == dict.fromkeys((1, 2, 3), '1 2 3 4 5 6 ')
-    assert json.loads(Path('outputs/act/p-1/metrics.json').read_text())['first'] == 3 and read_run('outputs/act/p-1')['run']['resumed']
-    assert Counter(line for line in heard if 'done in' in line.partition('] ')[2]).total() == 3 and any('goes on after its worker died' in line for line in heard)
+    assert (
+        json.loads(Path('outputs/act/p-1/metrics.json').read_text())['first'] == 3
+        and read_run('outputs/act/p-1')['run']['resumed']
+    )
+    assert Counter(line for line in heard if 'done in' in line.partition('] ')[2]).total() == 3 and any(
+        'goes on after its worker died' in line for line in heard
+    )
 
 
 def test_runs_do_not_meet_on_a_gpu(project, tmp_path_factory):
     notebook('act', common + 'seed: int = 0  # which', start.format('act'), gpus)
     folder = tmp_path_factory.mktemp('cluster')
-    started, address = processes_of(folder, 2, '--resources', 'GPU=1', environment=dict(CUDA_VISIBLE_DEVICES='6,7', TMPDIR=str(folder)))
-    try: results = run_stages(expand(sweep('name: s\nstages:\n  - notebook: act\n    name: p-{seed}\n    matrix: {seed: [1, 2]}\n')), on_line=lambda line: None, cluster=address)
-    finally: end(started)
+    started, address = processes_of(
+        folder, 2, '--resources', 'GPU=1', environment=dict(CUDA_VISIBLE_DEVICES='6,7', TMPDIR=str(folder))
+    )
+    try:
+        results = run_stages(
+            expand(sweep('name: s\nstages:\n  - notebook: act\n    name: p-{seed}\n    matrix: {seed: [1, 2]}\n')),
+            on_line=lambda line: None,
+            cluster=address,
+        )
+    finally:
+        end(started)
     assert set(outcomes(results).values()) == {'done'}
     assert {json.loads(Path(f'outputs/act/p-{seed}/metrics.json').read_text())['gpu'] for seed in (1, 2)} == {'6', '7'}
 
 
 def test_a_slot_is_held_until_its_process_is_gone(tmp_path, monkeypatch):
     monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0,1')
-    holder = subprocess.Popen([sys.executable, '-c', f'from llmft.runs.workers import gpu_slots\nwith gpu_slots(1, {str(tmp_path)!r}) as e:\n print(e, flush=True)\n import time; time.sleep(60)'], stdout=subprocess.PIPE, text=True)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            '-c',
+            f'from llmft.runs.workers import gpu_slots\nwith gpu_slots(1, {str(tmp_path)!r}) as e:\n print(e, flush=True)\n import time; time.sleep(60)',
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert "'0'" in holder.stdout.readline()
-    with clusters.gpu_slots(1, tmp_path) as mine: assert mine == dict(CUDA_VISIBLE_DEVICES='1')
-    holder.kill(); holder.wait()
-    with clusters.gpu_slots(2, tmp_path) as both: assert both == dict(CUDA_VISIBLE_DEVICES='0,1')
+    with clusters.gpu_slots(1, tmp_path) as mine:
+        assert mine == dict(CUDA_VISIBLE_DEVICES='1')
+    holder.kill()
+    holder.wait()
+    with clusters.gpu_slots(2, tmp_path) as both:
+        assert both == dict(CUDA_VISIBLE_DEVICES='0,1')
 
 
 def test_the_job_that_slurm_gets():
     job = pytest.importorskip('dask_jobqueue.slurm').SLURMJob
-    settings, left = clusters.cluster_settings('slurm', ['queue=gpu', 'account=lab', 'cores=8', 'memory=64GB', 'walltime=12:00:00', 'learning_rate=1e-3'])
+    settings, left = clusters.cluster_settings(
+        'slurm', ['queue=gpu', 'account=lab', 'cores=8', 'memory=64GB', 'walltime=12:00:00', 'learning_rate=1e-3']
+    )
     script = job(scheduler='tcp://10.0.0.1:8786', name='w0', **clusters.slurm_options(settings)).job_script()
-    for line in ('#SBATCH -p gpu', '#SBATCH -A lab', '#SBATCH --cpus-per-task=8', '#SBATCH --mem=60G', '#SBATCH -t 12:00:00', '#SBATCH --gres=gpu:1', '#SBATCH -J llmft', 'export OMP_NUM_THREADS=8'): assert line in script.splitlines(), script
+    for line in (
+        '#SBATCH -p gpu',
+        '#SBATCH -A lab',
+        '#SBATCH --cpus-per-task=8',
+        '#SBATCH --mem=60G',
+        '#SBATCH -t 12:00:00',
+        '#SBATCH --gres=gpu:1',
+        '#SBATCH -J llmft',
+        'export OMP_NUM_THREADS=8',
+    ):
+        assert line in script.splitlines(), script
     worker = script.strip().splitlines()[-1]
-    assert 'tcp://10.0.0.1:8786' in worker and '--nthreads 1' in worker and worker.endswith('--resources GPU=1') and left == ['learning_rate=1e-3']
-    without = job(scheduler='tcp://10.0.0.1:8786', name='w0', **clusters.slurm_options(clusters.cluster_settings('slurm', ['gpus=0'])[0])).job_script()
+    assert (
+        'tcp://10.0.0.1:8786' in worker
+        and '--nthreads 1' in worker
+        and worker.endswith('--resources GPU=1')
+        and left == ['learning_rate=1e-3']
+    )
+    without = job(
+        scheduler='tcp://10.0.0.1:8786',
+        name='w0',
+        **clusters.slurm_options(clusters.cluster_settings('slurm', ['gpus=0'])[0]),
+    ).job_script()
     assert 'gres' not in without and 'GPU' not in without and '#SBATCH -p' not in without
 
 
 def test_what_cannot_be_meant_is_said_before_work(project, monkeypatch):
     monkeypatch.setattr(clusters, 'patience', 1)
     stages = expand(sweep('name: s\nstages:\n  - notebook: act\n'))
-    with pytest.raises(LabError, match='give slurm, or the address'): run_stages(stages, cluster='here')
-    with pytest.raises(LabError, match='no Dask scheduler answers'): run_stages(stages, cluster='tcp://127.0.0.1:9')
-    with pytest.raises(LabError, match='whole number'): clusters.cluster_settings('slurm', ['cores=many'])
+    with pytest.raises(LabError, match='give slurm, or the address'):
+        run_stages(stages, cluster='here')
+    with pytest.raises(LabError, match='no Dask scheduler answers'):
+        run_stages(stages, cluster='tcp://127.0.0.1:9')
+    with pytest.raises(LabError, match='whole number'):
+        clusters.cluster_settings('slurm', ['cores=many'])
     assert not Path('outputs').exists()

@@ -1,10 +1,20 @@
 "No evaluation text was ever trained on, and splits do not leak."
+
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 
 from llmft.data import corpora
 from llmft.core import LabError
-from llmft.data.corpora import Documents, builtin_part, builtin_parts, content_key, drop_shared, load_corpus, paragraph_keys, split_documents
+from llmft.data.corpora import (
+    Documents,
+    builtin_part,
+    builtin_parts,
+    content_key,
+    drop_shared,
+    load_corpus,
+    paragraph_keys,
+    split_documents,
+)
 
 training_parts = ('base', 'topics', 'functions')
 evaluation_parts = tuple(f'{part}_eval' for part in training_parts)
@@ -37,13 +47,14 @@ def test_a_function_with_a_held_out_paragraph_is_dropped_whole(monkeypatch):
 
 
 def test_parts_are_the_same_every_time():
-    for part in builtin_parts: assert builtin_part(part).texts == builtin_part(part).texts and len(builtin_part(part)) >= 5
+    for part in builtin_parts:
+        assert builtin_part(part).texts == builtin_part(part).texts and len(builtin_part(part)) >= 5
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text('ab \n', min_size=1, max_size=6), min_size=1, max_size=40), st.integers(0, 1000))
 def test_copies_never_land_on_two_sides(texts, seed):
-    split = split_documents(Documents(texts, [str(i) for i in range(len(texts))]), .5, seed)
+    split = split_documents(Documents(texts, [str(i) for i in range(len(texts))]), 0.5, seed)
     train, valid = ({content_key(text) for text in side.texts} for side in (split.train, split.valid))
     assert not train & valid and train | valid == {content_key(text) for text in texts}
     assert len(split.train) + len(split.valid) + split.notes['duplicates'] == len(texts)
@@ -67,26 +78,38 @@ def test_documents_that_are_not_asked_for_are_counted():
     assert len(part.train) == 5 and part.notes['beyond_num_samples'] == len(whole.train) - 5
 
 
-@pytest.mark.parametrize('data, words', [('builtin:nothing', 'is no training part'), ('missing.txt', 'no such file'), ('./nowhere', 'no such file')])
+@pytest.mark.parametrize(
+    'data, words',
+    [('builtin:nothing', 'is no training part'), ('missing.txt', 'no such file'), ('./nowhere', 'no such file')],
+)
 def test_bad_names_are_one_line(data, words):
-    with pytest.raises(LabError, match=words) as error: load_corpus(data)
+    with pytest.raises(LabError, match=words) as error:
+        load_corpus(data)
     assert '\n' not in str(error.value)
 
 
 def test_an_empty_corpus_and_bad_files_are_one_line(tmp_path):
-    (tmp_path/'empty.jsonl').write_text('{"text": ""}\n{"text": "  "}\n')
-    (tmp_path/'broken.jsonl').write_text('{"text": \n')
-    (tmp_path/'binary.txt').write_bytes(b'\xff\xfe\x00')
-    for name, words in {'empty.jsonl': 'no training document', 'broken.jsonl': "can't be read as jsonl", 'binary.txt': 'not UTF-8'}.items():
-        with pytest.raises(LabError, match=words) as error: load_corpus(str(tmp_path/name))
+    (tmp_path / 'empty.jsonl').write_text('{"text": ""}\n{"text": "  "}\n')
+    (tmp_path / 'broken.jsonl').write_text('{"text": \n')
+    (tmp_path / 'binary.txt').write_bytes(b'\xff\xfe\x00')
+    for name, words in {
+        'empty.jsonl': 'no training document',
+        'broken.jsonl': "can't be read as jsonl",
+        'binary.txt': 'not UTF-8',
+    }.items():
+        with pytest.raises(LabError, match=words) as error:
+            load_corpus(str(tmp_path / name))
         assert '\n' not in str(error.value)
-    (tmp_path/'folder').mkdir()
-    with pytest.raises(LabError, match='holds no file'): load_corpus(str(tmp_path/'folder'))
+    (tmp_path / 'folder').mkdir()
+    with pytest.raises(LabError, match='holds no file'):
+        load_corpus(str(tmp_path / 'folder'))
 
 
 def test_parquet_and_jsonl_give_the_same_documents(tmp_path):
     from datasets import Dataset
+
     rows = Dataset.from_dict(dict(text=[f'document {i}' for i in range(50)], other=list(range(50))))
-    rows.to_parquet(tmp_path/'a.parquet'); rows.to_json(tmp_path/'b.jsonl')
-    one, other = (load_corpus(str(tmp_path/name)) for name in ('a.parquet', 'b.jsonl'))
+    rows.to_parquet(tmp_path / 'a.parquet')
+    rows.to_json(tmp_path / 'b.jsonl')
+    one, other = (load_corpus(str(tmp_path / name)) for name in ('a.parquet', 'b.jsonl'))
     assert one.train.texts == other.train.texts and len(one.train) + len(one.valid) == 50

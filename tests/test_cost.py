@@ -1,4 +1,5 @@
 """The formulas of llmft.models.cost against real models: their parameters, PyTorch's count of operations, the tensors autograd keeps, bytes of quantised weights and optimisers, measured peaks."""
+
 import json, platform, subprocess, sys
 
 import pytest, torch
@@ -8,22 +9,50 @@ from transformers import AutoModelForCausalLM
 
 from llmft.models.adapters import add_lora
 from llmft.core import LabError
-from llmft.models.cost import flops_forward, flops_step, lora_parameter_count, memory_breakdown, optimiser_bytes, parameter_count, trained_tensors, weight_bytes
+from llmft.models.cost import (
+    flops_forward,
+    flops_step,
+    lora_parameter_count,
+    memory_breakdown,
+    optimiser_bytes,
+    parameter_count,
+    trained_tensors,
+    weight_bytes,
+)
 from llmft.training.losses import head_cross_entropy
 from llmft.models.load import hidden_states, load_model, model_config, output_head, presets
 from llmft.training.recipe import Recipe, make_optimiser
 
 aten = torch.ops.aten
-fused = {aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, out_shape=None, **kw: flop_counter.sdpa_flop_count(q, (*q[:2], *k[2:]), (*q[:2], *v[2:])),
-         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *rest, out_shape=None, **kw: flop_counter.sdpa_backward_flop_count(g, q, (*q[:2], *k[2:]), (*q[:2], *v[2:]))}
+fused = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, out_shape=None, **kw: (
+        flop_counter.sdpa_flop_count(q, (*q[:2], *k[2:]), (*q[:2], *v[2:]))
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *rest, out_shape=None, **kw: (
+        flop_counter.sdpa_backward_flop_count(g, q, (*q[:2], *k[2:]), (*q[:2], *v[2:]))
+    ),
+}
 
 
 def configuration(name):
     "A tiny configuration by name; qwen2-tiny is untied, with heads that do not add up to the width."
-    if name != 'qwen2-tiny': return model_config(f'preset:{name}')
+    if name != 'qwen2-tiny':
+        return model_config(f'preset:{name}')
     config = model_config('preset:qwen2.5-0.5b')
-    config.update(dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=144, vocab_size=320, head_dim=16,
-        tie_word_embeddings=False, layer_types=['full_attention']*3, max_window_layers=3))
+    config.update(
+        dict(
+            hidden_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=144,
+            vocab_size=320,
+            head_dim=16,
+            tie_word_embeddings=False,
+            layer_types=['full_attention'] * 3,
+            max_window_layers=3,
+        )
+    )
     return config
 
 
@@ -37,34 +66,57 @@ def build(name, attention='documents', **changes):
 @pytest.mark.parametrize('name', [*presets, 'qwen2-tiny'])
 def test_parameters_are_those_of_the_real_model(name):
     config = configuration(name)
-    with torch.device('meta'): model = AutoModelForCausalLM.from_config(config)
+    with torch.device('meta'):
+        model = AutoModelForCausalLM.from_config(config)
     assert parameter_count(config)['total'] == sum(parameter.numel() for parameter in model.parameters())
     full = trained_tensors(config)
-    assert sorted(size for size, count, _ in full for _ in range(count)) == sorted(parameter.numel() for parameter in model.parameters())
+    assert sorted(size for size, count, _ in full for _ in range(count)) == sorted(
+        parameter.numel() for parameter in model.parameters()
+    )
 
 
-@pytest.mark.parametrize('name, targets', [('llama-3.2-3b', ['q_proj', 'k_proj', 'v_proj', 'o_proj']), ('qwen2.5-1.5b', ['all-linear']), ('qwen2-tiny', ['mlp.down_proj', 'q_proj']),
-                                           ('gpt2', ['c_attn']), ('gpt2', ['c_proj']), ('gpt2', ['mlp.c_proj']), ('gpt2', ['all-linear'])])
+@pytest.mark.parametrize(
+    'name, targets',
+    [
+        ('llama-3.2-3b', ['q_proj', 'k_proj', 'v_proj', 'o_proj']),
+        ('qwen2.5-1.5b', ['all-linear']),
+        ('qwen2-tiny', ['mlp.down_proj', 'q_proj']),
+        ('gpt2', ['c_attn']),
+        ('gpt2', ['c_proj']),
+        ('gpt2', ['mlp.c_proj']),
+        ('gpt2', ['all-linear']),
+    ],
+)
 def test_adapter_parameters_are_those_of_peft(name, targets):
     config = configuration(name)
-    with torch.device('meta'): model = add_lora(AutoModelForCausalLM.from_config(config), 8, 16, 0., targets, seed=0)
+    with torch.device('meta'):
+        model = add_lora(AutoModelForCausalLM.from_config(config), 8, 16, 0.0, targets, seed=0)
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     assert lora_parameter_count(config, 8, targets) == sum(trained)
-    assert sorted(size for size, count, _ in trained_tensors(config, 'lora', 8, targets) for _ in range(count)) == sorted(trained)
+    assert sorted(
+        size for size, count, _ in trained_tensors(config, 'lora', 8, targets) for _ in range(count)
+    ) == sorted(trained)
 
 
 def test_figures_of_the_specification():
     llama, qwen = model_config('meta-llama/Llama-3.2-3B-Instruct'), model_config('preset:qwen2.5-1.5b')
     assert parameter_count(llama)['total'] == 3_212_749_824 and parameter_count(qwen)['total'] == 1_543_714_304
-    assert lora_parameter_count(llama, 8, ['q_proj', 'k_proj', 'v_proj', 'o_proj']) == 4_587_520 and lora_parameter_count(qwen, 32, 'all-linear') == 36_929_536
-    assert round(weight_bytes(llama, 'fp16')/2**30, 2) == 5.98 and round(weight_bytes(llama, 'fp16', 'nf4')/2**30, 2) == 2.09
+    assert (
+        lora_parameter_count(llama, 8, ['q_proj', 'k_proj', 'v_proj', 'o_proj']) == 4_587_520
+        and lora_parameter_count(qwen, 32, 'all-linear') == 36_929_536
+    )
+    assert (
+        round(weight_bytes(llama, 'fp16') / 2**30, 2) == 5.98
+        and round(weight_bytes(llama, 'fp16', 'nf4') / 2**30, 2) == 2.09
+    )
     full = memory_breakdown(llama, tokens=2048, longest=512, precision='fp16')
-    assert round((full['weights'] + full['gradients'] + full['optimiser'])/2**30, 1) == 23.9
+    assert round((full['weights'] + full['gradients'] + full['optimiser']) / 2**30, 1) == 23.9
 
 
 def counted(work):
     "Operations that PyTorch's counter sees in `work`, fused attention of the CPU included."
-    with flop_counter.FlopCounterMode(display=False, custom_mapping=fused) as counter: work()
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=fused) as counter:
+        work()
     return counter.get_total_flops()
 
 
@@ -73,7 +125,9 @@ def step(model, lengths, labels=None):
     ids = torch.randint(5, 300, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     hidden = hidden_states(model, ids, position_ids_BT=positions, document_lengths=lengths)
-    head_cross_entropy(hidden.flatten(0, 1), output_head(model), (ids if labels is None else labels).flatten())[0].backward()
+    head_cross_entropy(hidden.flatten(0, 1), output_head(model), (ids if labels is None else labels).flatten())[
+        0
+    ].backward()
 
 
 query_value = {'llama-tiny': ['q_proj', 'v_proj'], 'qwen2-tiny': ['q_proj', 'v_proj'], 'gpt2-tiny': ['c_attn']}
@@ -84,17 +138,20 @@ behind = {'llama-tiny': ['o_proj', 'down_proj'], 'qwen2-tiny': ['up_proj'], 'gpt
 @pytest.mark.parametrize('adapter', ['full', 'query', 'all-linear', 'behind'])
 @pytest.mark.parametrize('name', ['llama-tiny', 'qwen2-tiny', 'gpt2-tiny'])
 def test_operations_of_a_step(name, adapter, again):
-    quiet = dict(attn_pdrop=0.) if name == 'gpt2-tiny' else {}
+    quiet = dict(attn_pdrop=0.0) if name == 'gpt2-tiny' else {}
     model, lengths = build(name, **quiet), [61, 100, 33]
     targets = {'full': (), 'query': query_value[name], 'all-linear': ['all-linear'], 'behind': behind[name]}[adapter]
     method = dict(method='full') if adapter == 'full' else dict(method='lora', rank=4, targets=targets)
-    if targets: model = add_lora(model, 4, 8, 0., targets, seed=0)
-    if again: model.gradient_checkpointing_enable({'use_reentrant': False})
+    if targets:
+        model = add_lora(model, 4, 8, 0.0, targets, seed=0)
+    if again:
+        model.gradient_checkpointing_enable({'use_reentrant': False})
     model.train()
-    labels = torch.randint(5, 300, (1, 194)); labels[0, ::2] = -100
+    labels = torch.randint(5, 300, (1, 194))
+    labels[0, ::2] = -100
     expected = counted(lambda: step(model, lengths, labels))
     predicted = flops_step(model.config, lengths, targets_tokens=97, gradient_checkpointing=again, **method)
-    assert abs(predicted/expected - 1) < .01, f'{predicted/expected:.4f}'
+    assert abs(predicted / expected - 1) < 0.01, f'{predicted / expected:.4f}'
 
 
 @pytest.mark.parametrize('name', ['llama-tiny', 'qwen2-tiny', 'gpt2-tiny'])
@@ -102,16 +159,18 @@ def test_operations_of_a_step(name, adapter, again):
 def test_operations_of_a_forward_pass(name, attention):
     model = build(name, attention).eval()
     ids = torch.randint(5, 300, (3, 70))
-    with torch.no_grad(): expected = counted(lambda: model(ids, use_cache=False))
-    assert abs(flops_forward(model.config, [70]*3)/expected - 1) < .01
-    model = add_lora(model, 4, 8, 0., ['all-linear'], seed=0).eval()
-    with torch.no_grad(): expected = counted(lambda: model(ids, use_cache=False))
-    assert abs(flops_forward(model.config, [70]*3, 4, ['all-linear'])/expected - 1) < .01
+    with torch.no_grad():
+        expected = counted(lambda: model(ids, use_cache=False))
+    assert abs(flops_forward(model.config, [70] * 3) / expected - 1) < 0.01
+    model = add_lora(model, 4, 8, 0.0, ['all-linear'], seed=0).eval()
+    with torch.no_grad():
+        expected = counted(lambda: model(ids, use_cache=False))
+    assert abs(flops_forward(model.config, [70] * 3, 4, ['all-linear']) / expected - 1) < 0.01
 
 
 def test_documents_cost_their_own_squares():
     config = configuration('llama-tiny')
-    assert flops_forward(config, [512]) - flops_forward(config, [256, 256]) == 2*4*64*(512**2 - 2*256**2)
+    assert flops_forward(config, [512]) - flops_forward(config, [256, 256]) == 2 * 4 * 64 * (512**2 - 2 * 256**2)
 
 
 def kept(model, lengths, mixed=False):
@@ -121,42 +180,74 @@ def kept(model, lengths, mixed=False):
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own: found[storage.data_ptr()] = storage.nbytes(); alive.append(tensor)
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
         return tensor
+
     ids = torch.randint(5, 300, (1, sum(lengths)))
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
     with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast('cpu', torch.bfloat16, enabled=mixed):
-        hidden = hidden_states(model, ids, position_ids_BT=positions, document_lengths=lengths if len(lengths) > 1 else None)
+        hidden = hidden_states(
+            model, ids, position_ids_BT=positions, document_lengths=lengths if len(lengths) > 1 else None
+        )
     return sum(found.values()) + (0 if hidden.untyped_storage().data_ptr() in found else hidden.nbytes)
 
 
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
-@pytest.mark.parametrize('method', ['full', 'lora', 'lora dropout', 'lora all', 'packed', 'checkpointing', 'lora checkpointing'])
+@pytest.mark.parametrize(
+    'method', ['full', 'lora', 'lora dropout', 'lora all', 'packed', 'checkpointing', 'lora checkpointing']
+)
 @pytest.mark.parametrize('name', ['llama-tiny', 'llama-6x256', 'gpt2-tiny'])
 def test_activations_are_what_autograd_keeps(name, method, precision):
-    model, dropout = load_model(f'preset:{name}', precision=precision), .1*('dropout' in method)
+    model, dropout = load_model(f'preset:{name}', precision=precision), 0.1 * ('dropout' in method)
     targets = ['all-linear'] if 'all' in method else ['c_attn'] if name == 'gpt2-tiny' else ['q_proj', 'v_proj']
-    if 'lora' in method: model = add_lora(model, 8, 16, dropout, targets, seed=0)
-    if 'checkpointing' in method: model.gradient_checkpointing_enable({'use_reentrant': False})
+    if 'lora' in method:
+        model = add_lora(model, 8, 16, dropout, targets, seed=0)
+    if 'checkpointing' in method:
+        model.gradient_checkpointing_enable({'use_reentrant': False})
     model.train()
     lengths = [96, 96] if method == 'packed' else [192]
-    predicted = memory_breakdown(model.config, tokens=192, longest=lengths[0], method='lora' if 'lora' in method else 'full', precision=precision, rank=8, targets=targets,
-        lora_dropout=dropout, gradient_checkpointing='checkpointing' in method, device='cpu')['activations']
+    predicted = memory_breakdown(
+        model.config,
+        tokens=192,
+        longest=lengths[0],
+        method='lora' if 'lora' in method else 'full',
+        precision=precision,
+        rank=8,
+        targets=targets,
+        lora_dropout=dropout,
+        gradient_checkpointing='checkpointing' in method,
+        device='cpu',
+    )['activations']
     expected = kept(model, lengths)
-    assert abs(predicted/expected - 1) < (.05 if name == 'gpt2-tiny' else .02), f'{predicted/expected:.4f}'
+    assert abs(predicted / expected - 1) < (0.05 if name == 'gpt2-tiny' else 0.02), f'{predicted / expected:.4f}'
 
 
 @pytest.mark.parametrize('method', ['full', 'lora', 'lora dropout', 'packed'])
 @pytest.mark.parametrize('name', ['llama-tiny', 'llama-6x256'])
 def test_activations_of_mixed_precision(name, method):
     "What autograd keeps under autocast: 16-bit copies of inputs and weights, fp32 norms."
-    model, dropout, targets = load_model(f'preset:{name}'), .1*('dropout' in method), ['q_proj', 'v_proj']
-    if 'lora' in method: model = add_lora(model, 8, 16, dropout, targets, seed=0)
+    model, dropout, targets = load_model(f'preset:{name}'), 0.1 * ('dropout' in method), ['q_proj', 'v_proj']
+    if 'lora' in method:
+        model = add_lora(model, 8, 16, dropout, targets, seed=0)
     model.train()
     lengths = [96, 96] if method == 'packed' else [192]
-    parts = memory_breakdown(model.config, tokens=192, longest=lengths[0], method='lora' if 'lora' in method else 'full', rank=8, targets=targets, lora_dropout=dropout, mixed=True, device='cpu')
+    parts = memory_breakdown(
+        model.config,
+        tokens=192,
+        longest=lengths[0],
+        method='lora' if 'lora' in method else 'full',
+        rank=8,
+        targets=targets,
+        lora_dropout=dropout,
+        mixed=True,
+        device='cpu',
+    )
     expected = kept(model, lengths, mixed=True)
-    assert abs((parts['activations'] + parts['copies'])/expected - 1) < .05, f"{(parts['activations'] + parts['copies'])/expected:.4f}"
+    assert abs((parts['activations'] + parts['copies']) / expected - 1) < 0.05, (
+        f"{(parts['activations'] + parts['copies']) / expected:.4f}"
+    )
 
 
 @pytest.mark.parametrize('quantisation', ['nf4', 'int8'])
@@ -165,10 +256,12 @@ def test_bytes_of_quantised_weights(quantisation):
     bytes_held = sum(parameter.nbytes for parameter in model.parameters())
     for module in model.modules():
         state = getattr(getattr(module, 'weight', None), 'quant_state', None)
-        if state is not None: bytes_held += state.absmax.nbytes + state.state2.absmax.nbytes
+        if state is not None:
+            bytes_held += state.absmax.nbytes + state.state2.absmax.nbytes
         scale = getattr(module, 'state', None)
-        if quantisation == 'int8' and scale is not None: bytes_held += 4*module.out_features
-    assert abs(weight_bytes(model.config, 'bf16', quantisation)/bytes_held - 1) < .005
+        if quantisation == 'int8' and scale is not None:
+            bytes_held += 4 * module.out_features
+    assert abs(weight_bytes(model.config, 'bf16', quantisation) / bytes_held - 1) < 0.005
 
 
 def test_gpt2_is_not_quantised():
@@ -181,22 +274,36 @@ def test_gpt2_is_not_quantised():
 def test_bytes_of_an_optimiser(name, kind):
     model = load_model(f'preset:{name}')
     optimiser = make_optimiser(list(model.parameters()), Recipe(optimiser=kind))
-    for parameter in model.parameters(): parameter.grad = torch.ones_like(parameter)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
     optimiser.step()
-    held = sum(value.nbytes for state in optimiser.state.values() for key, value in state.items() if torch.is_tensor(value) and key != 'step' and not key.startswith('qmap'))
-    assert abs(optimiser_bytes(trained_tensors(model.config), kind)/held - 1) < .01
+    held = sum(
+        value.nbytes
+        for state in optimiser.state.values()
+        for key, value in state.items()
+        if torch.is_tensor(value) and key != 'step' and not key.startswith('qmap')
+    )
+    assert abs(optimiser_bytes(trained_tensors(model.config), kind) / held - 1) < 0.01
 
 
 def test_planning_needs_no_pytorch():
     code = 'import sys, llmft.models.cost; print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    assert (
+        subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
+    )
 
 
 def test_wrong_words_are_named():
     config = configuration('llama-tiny')
-    for words, hint in [(dict(precision='fp17'), 'fp16'), (dict(method='lorra'), 'lora'), (dict(optimiser='adam_8bit'), 'adamw_8bit'), (dict(quantisation='nf5'), 'nf4'),
-                        (dict(method='lora', rank=8, targets=['q_prj']), 'q_proj')]:
-        with pytest.raises(LabError, match=f"did you mean '{hint}'"): memory_breakdown(config, tokens=1, longest=1, **words)
+    for words, hint in [
+        (dict(precision='fp17'), 'fp16'),
+        (dict(method='lorra'), 'lora'),
+        (dict(optimiser='adam_8bit'), 'adamw_8bit'),
+        (dict(quantisation='nf5'), 'nf4'),
+        (dict(method='lora', rank=8, targets=['q_prj']), 'q_proj'),
+    ]:
+        with pytest.raises(LabError, match=f"did you mean '{hint}'"):
+            memory_breakdown(config, tokens=1, longest=1, **words)
 
 
 measure = '''
@@ -226,10 +333,22 @@ print(json.dumps(dict(measured=meter.growth_bytes, **plan)))
 '''
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc' or torch.cuda.is_available(), reason='the peak is that of resident memory under glibc')
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != 'glibc' or torch.cuda.is_available(),
+    reason='the peak is that of resident memory under glibc',
+)
 @pytest.mark.parametrize('again', ['', 'again'])
 @pytest.mark.parametrize('method', ['full', 'lora'])
 def test_predicted_peak_is_near_the_measured_one(method, again):
     "Two steps of the 6-layer model on 2 rows of 512, in a fresh process."
-    found = json.loads(subprocess.run([sys.executable, '-c', measure, 'preset:llama-6x256', method, '2', '512', again], capture_output=True, text=True, check=True).stdout)
-    assert .85 < found['total']/found['measured'] < 1.15, {name: round(value/2**20) for name, value in found.items()}
+    found = json.loads(
+        subprocess.run(
+            [sys.executable, '-c', measure, 'preset:llama-6x256', method, '2', '512', again],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    )
+    assert 0.85 < found['total'] / found['measured'] < 1.15, {
+        name: round(value / 2**20) for name, value in found.items()
+    }

@@ -1,4 +1,5 @@
 "The runner: fixture notebooks that end in every way, and what run.json, the notebook and the report say afterwards."
+
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import nbformat, psutil, pytest
@@ -6,7 +7,7 @@ from llmft.core import LabError
 from llmft.runs.execute import execute_run
 from llmft.runs.run import is_held, read_run
 
-here = Path(__file__).parent/'notebooks'
+here = Path(__file__).parent / 'notebooks'
 runner = '''
 import json, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -25,17 +26,25 @@ def same_library(monkeypatch):
 def execute(name, tmp_path, lines=None, params=None, **kwargs):
     "Run a fixture; its record and its folder."
     lines = [] if lines is None else lines
-    return execute_run(here/f'{name}.ipynb', dict(outputs=str(tmp_path)) | (params or {}), on_line=lines.append, **kwargs), tmp_path/name/'demo'
+    return execute_run(
+        here / f'{name}.ipynb', dict(outputs=str(tmp_path)) | (params or {}), on_line=lines.append, **kwargs
+    ), tmp_path / name / 'demo'
 
 
 def start(name, tmp_path, wait_for='kernel.pid'):
     "A runner in its own process, once the notebook has written `wait_for`; the process and the kernel's process."
-    process = subprocess.Popen([sys.executable, '-c', runner, str(here/f'{name}.ipynb'), json.dumps(dict(outputs=str(tmp_path)))], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    file = tmp_path/name/'demo'/wait_for
+    process = subprocess.Popen(
+        [sys.executable, '-c', runner, str(here / f'{name}.ipynb'), json.dumps(dict(outputs=str(tmp_path)))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    file = tmp_path / name / 'demo' / wait_for
     for _ in range(600):
-        if file.exists() and file.read_text(): break
+        if file.exists() and file.read_text():
+            break
         assert process.poll() is None, process.stdout.read()
-        time.sleep(.05)
+        time.sleep(0.05)
     return process, psutil.Process(int(file.read_text()))
 
 
@@ -43,24 +52,26 @@ def gone(process, seconds=5):
     "Whether `process` ends within `seconds`."
     end = time.time() + seconds
     while time.time() < end:
-        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE: return True
-        time.sleep(.05)
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
     return False
 
 
 def check_folder(folder, record):
     "What holds for every run: the files are there and agree, nothing is left over."
-    assert read_run(folder) == record and json.loads((folder/'run.json').read_text()) == record
-    notebook = nbformat.read(folder/'report.ipynb', 4)
+    assert read_run(folder) == record and json.loads((folder / 'run.json').read_text()) == record
+    notebook = nbformat.read(folder / 'report.ipynb', 4)
     nbformat.validate(notebook)
     assert notebook.metadata.llmft == dict(id=record['run']['id'], status=record['run']['status'])
-    page = (folder/'report.html').read_text()
+    page = (folder / 'report.html').read_text()
     assert record['run']['status'] in page and len(page) < 1_500_000
     assert [p.name for p in folder.iterdir() if 'partial' in p.name or p.name == '.reserve'] == []
     banner = notebook.cells[0].metadata.get('tags') == ['llmft-status']
     assert banner == (record['run']['status'] != 'done')
     states = [c.metadata.papermill.status for c in notebook.cells if c.cell_type == 'code']
-    if record['run']['status'] == 'done': assert set(states) == {'completed'}
+    if record['run']['status'] == 'done':
+        assert set(states) == {'completed'}
     return notebook, page, states
 
 
@@ -68,22 +79,41 @@ def test_done_and_again(tmp_path):
     lines = []
     record, folder = execute('ok', tmp_path, lines, dict(learning_rate=2e-4))
     assert (record['run']['status'], record['run']['error'], record['params']['learning_rate']) == ('done', None, 2e-4)
-    assert json.loads((folder/'metrics.json').read_text()) == dict(learning_rate=2e-4, steps=3)
+    assert json.loads((folder / 'metrics.json').read_text()) == dict(learning_rate=2e-4, steps=3)
     check_folder(folder, record)
     env = json.loads(next(line for line in lines if line.startswith('environment')).split(' ', 1)[1].rsplit(' ', 1)[0])
-    assert env == dict(MPLBACKEND='module://matplotlib_inline.backend_inline', TOKENIZERS_PARALLELISM=os.environ.get('TOKENIZERS_PARALLELISM', 'false'), HF_HUB_DISABLE_TELEMETRY='1', WANDB_MODE=os.environ.get('WANDB_MODE', 'disabled'), LLMFT_RUN=None)
-    assert lines == (folder/'train.log').read_text().splitlines()
+    assert env == dict(
+        MPLBACKEND='module://matplotlib_inline.backend_inline',
+        TOKENIZERS_PARALLELISM=os.environ.get('TOKENIZERS_PARALLELISM', 'false'),
+        HF_HUB_DISABLE_TELEMETRY='1',
+        WANDB_MODE=os.environ.get('WANDB_MODE', 'disabled'),
+        LLMFT_RUN=None,
+    )
+    assert lines == (folder / 'train.log').read_text().splitlines()
     started = time.time()
     assert execute('ok', tmp_path, params=dict(learning_rate=2e-4))[0] == record and time.time() - started < 1
     other, _ = execute('ok', tmp_path, params=dict(learning_rate=1e-3))
-    assert other['run']['id'] != record['run']['id'] and read_run(tmp_path/'ok'/'_previous'/f"demo-{record['run']['id']}") == record
+    assert (
+        other['run']['id'] != record['run']['id']
+        and read_run(tmp_path / 'ok' / '_previous' / f"demo-{record['run']['id']}") == record
+    )
     fresh, _ = execute('ok', tmp_path, params=dict(learning_rate=1e-3), fresh=True)
     assert fresh['run']['id'] != other['run']['id'] and fresh['meta']['fingerprint'] == other['meta']['fingerprint']
 
 
-@pytest.mark.parametrize('name, words, cell, states', [
-    ('raises', 'ValueError: loss is not a number', 5, 'CCCCFPP'), ('laberror', 'LabError: rank is 0', 4, 'CCCFP'), ('sysexit0', 'sys.exit(0)', 4, 'CCCFP'), ('sysexit1', 'sys.exit(1)', 4, 'CCCFP'),
-    ('osexit', 'exit status 3', 4, 'CCCFP'), ('killed', 'killed (signal 9)', 4, 'CCCFP'), ('unfinished', 'without run.finish', None, 'CCCC'), ('after_finish', 'after the finish', 5, 'CCCCF')])
+@pytest.mark.parametrize(
+    'name, words, cell, states',
+    [
+        ('raises', 'ValueError: loss is not a number', 5, 'CCCCFPP'),
+        ('laberror', 'LabError: rank is 0', 4, 'CCCFP'),
+        ('sysexit0', 'sys.exit(0)', 4, 'CCCFP'),
+        ('sysexit1', 'sys.exit(1)', 4, 'CCCFP'),
+        ('osexit', 'exit status 3', 4, 'CCCFP'),
+        ('killed', 'killed (signal 9)', 4, 'CCCFP'),
+        ('unfinished', 'without run.finish', None, 'CCCC'),
+        ('after_finish', 'after the finish', 5, 'CCCCF'),
+    ],
+)
 def test_failures(tmp_path, name, words, cell, states):
     record, folder = execute(name, tmp_path)
     assert record['run']['status'] == 'failed' and words in record['run']['error'] and record['run']['cell'] == cell
@@ -94,9 +124,9 @@ def test_failures(tmp_path, name, words, cell, states):
 
 def test_a_failed_run_is_tried_again_in_its_folder(tmp_path):
     first, folder = execute('raises', tmp_path)
-    (folder/'checkpoints').mkdir()
+    (folder / 'checkpoints').mkdir()
     again, _ = execute('raises', tmp_path)
-    assert again['run']['resumed'] == first['run']['id'] and (folder/'checkpoints').exists()
+    assert again['run']['resumed'] == first['run']['id'] and (folder / 'checkpoints').exists()
 
 
 def test_timeout(tmp_path):
@@ -104,8 +134,10 @@ def test_timeout(tmp_path):
     assert record['run']['status'] == 'failed' and record['run']['error'] == 'ran longer than 8 s'
     notebook, page, states = check_folder(folder, record)
     assert states == ['completed'] * 3 + ['failed', 'pending']
-    assert any(o.output_type == 'error' and o.ename == 'KeyboardInterrupt' for o in notebook.cells[-2].outputs)  # where it hung
-    assert not psutil.pid_exists(int((folder/'kernel.pid').read_text()))
+    assert any(
+        o.output_type == 'error' and o.ename == 'KeyboardInterrupt' for o in notebook.cells[-2].outputs
+    )  # where it hung
+    assert not psutil.pid_exists(int((folder / 'kernel.pid').read_text()))
 
 
 @pytest.mark.parametrize('number, words', [(signal.SIGINT, 'Ctrl-C'), (signal.SIGTERM, 'SIGTERM')])
@@ -114,8 +146,13 @@ def test_ctrl_c(tmp_path, number, words):
     process.send_signal(number)
     out = process.communicate(timeout=30)[0]
     record = json.loads(out.splitlines()[-1])
-    assert process.returncode == 0 and record['status'] == 'interrupted' and words in record['error'] and record['cell'] == 4
-    check_folder(tmp_path/'sleeps'/'demo', read_run(tmp_path/'sleeps'/'demo'))
+    assert (
+        process.returncode == 0
+        and record['status'] == 'interrupted'
+        and words in record['error']
+        and record['cell'] == 4
+    )
+    check_folder(tmp_path / 'sleeps' / 'demo', read_run(tmp_path / 'sleeps' / 'demo'))
     assert gone(kernel) and 'Traceback' not in out
 
 
@@ -137,40 +174,59 @@ def test_kill_9_of_the_kernel(tmp_path):
 
 def test_kill_9_of_the_runner(tmp_path):
     process, kernel = start('deaf', tmp_path)
-    folder = tmp_path/'deaf'/'demo'
+    folder = tmp_path / 'deaf' / 'demo'
     assert read_run(folder)['run']['status'] == 'running'
-    with pytest.raises(LabError, match=f'in use by process {process.pid}'): execute('deaf', tmp_path)
+    with pytest.raises(LabError, match=f'in use by process {process.pid}'):
+        execute('deaf', tmp_path)
     process.kill()
     process.wait()
     assert gone(kernel, 3)
-    assert json.loads((folder/'run.json').read_text())['run']['status'] == 'running'
+    assert json.loads((folder / 'run.json').read_text())['run']['status'] == 'running'
     end = time.time() + 5  # a zombie's other threads may hold the lock a moment longer
-    while is_held(folder) and time.time() < end: time.sleep(.05)
-    assert read_run(folder)['run']['status'] == 'interrupted' == json.loads((folder/'run.json').read_text())['run']['status']
+    while is_held(folder) and time.time() < end:
+        time.sleep(0.05)
+    assert (
+        read_run(folder)['run']['status']
+        == 'interrupted'
+        == json.loads((folder / 'run.json').read_text())['run']['status']
+    )
 
 
-@pytest.mark.parametrize('name, words', [('no_tag', 'no cell tagged'), ('two_tags', '2 cells tagged'), ('derived', 'not a literal')])
+@pytest.mark.parametrize(
+    'name, words', [('no_tag', 'no cell tagged'), ('two_tags', '2 cells tagged'), ('derived', 'not a literal')]
+)
 def test_refused_before_any_work(tmp_path, name, words):
-    with pytest.raises(LabError, match=words): execute(name, tmp_path)
+    with pytest.raises(LabError, match=words):
+        execute(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('params, words', [(dict(learning_rat=1.), "did you mean 'learning_rate'"), (dict(learning_rate='2e-4'), 'not a number'), (dict(name='../x'), 'cannot name a run')])
+@pytest.mark.parametrize(
+    'params, words',
+    [
+        (dict(learning_rat=1.0), "did you mean 'learning_rate'"),
+        (dict(learning_rate='2e-4'), 'not a number'),
+        (dict(name='../x'), 'cannot name a run'),
+    ],
+)
 def test_parameters_are_refused_before_any_work(tmp_path, params, words):
-    with pytest.raises(LabError, match=words): execute('ok', tmp_path, params=params)
+    with pytest.raises(LabError, match=words):
+        execute('ok', tmp_path, params=params)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_parameters_arrive_as_they_were_given(tmp_path):
-    given = dict(learning_rate=1e-323, steps=-2**62, quick=False, targets=['a"b', "c'd\\n", 'e\nf', 'größe ☃', '{x}', '%s', ''])
+    given = dict(
+        learning_rate=1e-323, steps=-(2**62), quick=False, targets=['a"b', "c'd\\n", 'e\nf', 'größe ☃', '{x}', '%s', '']
+    )
     record, folder = execute('ok', tmp_path, params=given)
     assert record['run']['status'] == 'done' and {k: record['params'][k] for k in given} == given
-    assert json.loads((folder/'metrics.json').read_text()) == dict(learning_rate=1e-323, steps=-2**62)
+    assert json.loads((folder / 'metrics.json').read_text()) == dict(learning_rate=1e-323, steps=-(2**62))
 
 
 def test_braces_in_paths(tmp_path):
-    record, folder = execute('ok', tmp_path/'{x}')
-    assert record['run']['status'] == 'done' and (folder/'report.html').exists()
+    record, folder = execute('ok', tmp_path / '{x}')
+    assert record['run']['status'] == 'done' and (folder / 'report.html').exists()
 
 
 def test_ten_megabytes_of_output(tmp_path):
@@ -178,22 +234,30 @@ def test_ten_megabytes_of_output(tmp_path):
     record, folder = execute('prints', tmp_path, lines)
     assert record['run']['status'] == 'done' and len(lines) < 50
     check_folder(folder, record)
-    assert (folder/'report.ipynb').stat().st_size < 1_500_000 and (folder/'train.log').stat().st_size > 10_000_000
+    assert (folder / 'report.ipynb').stat().st_size < 1_500_000 and (folder / 'train.log').stat().st_size > 10_000_000
 
 
 def test_rows_of_the_log_reach_the_terminal(tmp_path):
     lines = []
     record, folder = execute('logs', tmp_path, lines)
     rows = ['step 1  loss 3', 'step 2  loss 1.5', 'step 3  loss 1']
-    assert [line for line in (folder/'train.log').read_text().splitlines() if line.startswith(('---', 'step'))] == ['--- Train', *rows]
+    assert [line for line in (folder / 'train.log').read_text().splitlines() if line.startswith(('---', 'step'))] == [
+        '--- Train',
+        *rows,
+    ]
     shown = [line for line in lines if line.startswith('step')]
     assert lines[0] == '--- Train' and 1 <= len(shown) <= 2 and set(shown) <= set(rows)
 
 
 def test_a_report_that_cannot_be_made_is_a_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr('llmft.runs.execute.render_report', lambda *args: 1 / 0)
+    monkeypatch.setattr('llmft.runs.report.render_report', lambda *args: 1 / 0)
     record, folder = execute('ok', tmp_path)
-    assert record == read_run(folder) and record['run']['status'] == 'failed' and 'ZeroDivisionError' in record['run']['error'] and not (folder/'report.html').exists()
+    assert (
+        record == read_run(folder)
+        and record['run']['status'] == 'failed'
+        and 'ZeroDivisionError' in record['run']['error']
+        and not (folder / 'report.html').exists()
+    )
 
 
 full_disk = '''
@@ -208,7 +272,13 @@ print(json.dumps([record['run'], json.loads((folder/'full_disk'/'demo'/'run.json
 
 
 def test_full_disk(tmp_path):
-    process = subprocess.run(['unshare', '-rm', sys.executable, '-c', full_disk, str(tmp_path), str(here/'full_disk.ipynb')], capture_output=True, text=True, timeout=120)
-    if 'mount' in process.stderr or 'unshare' in process.stderr: pytest.skip(f'no small file system can be made here: {process.stderr.splitlines()[-1]}')
+    process = subprocess.run(
+        ['unshare', '-rm', sys.executable, '-c', full_disk, str(tmp_path), str(here / 'full_disk.ipynb')],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if 'mount' in process.stderr or 'unshare' in process.stderr:
+        pytest.skip(f'no small file system can be made here: {process.stderr.splitlines()[-1]}')
     run, on_disk, big = json.loads(process.stdout.splitlines()[-1])
     assert run == on_disk and run['status'] == 'failed' and 'space' in run['error'].lower() and big == 1000

@@ -1,4 +1,5 @@
 """What must be true of every figure, and cannot be seen from one example."""
+
 import io, itertools, subprocess, sys
 
 import matplotlib as mpl
@@ -11,49 +12,78 @@ from llmft import figures
 from llmft.core import LabError
 
 GiB = 2**30
-log = [dict(step=step, loss=3 - step/40) for step in range(1, 61)]
-breakdown = dict(weights=6*GiB, gradients=.1*GiB, optimiser=.2*GiB, activations=3*GiB, logits=GiB)
+log = [dict(step=step, loss=3 - step / 40) for step in range(1, 61)]
+breakdown = dict(weights=6 * GiB, gradients=0.1 * GiB, optimiser=0.2 * GiB, activations=3 * GiB, logits=GiB)
 
 
 def draw_all():
     "One figure of each kind."
-    return dict(loss=figures.loss_curves({'full': log, 'lora': log}, {'full': [dict(step=30, loss=2.5)]}),
-                bars=figures.bars(dict(full=28.45, lora=16.26, unknown=None), 'Peak memory', 'GB', baseline='full'),
-                frontier=figures.frontier(dict(full=(38, 28.), lora=(233, 16.)), 'time, seconds', 'memory, GB'),
-                memory=figures.memory_bars(dict(full=breakdown), dict(full=11*GiB)), lengths=figures.length_histogram([3, 40, 700], 512))
+    return dict(
+        loss=figures.loss_curves({'full': log, 'lora': log}, {'full': [dict(step=30, loss=2.5)]}),
+        bars=figures.bars(dict(full=28.45, lora=16.26, unknown=None), 'Peak memory', 'GB', baseline='full'),
+        frontier=figures.frontier(dict(full=(38, 28.0), lora=(233, 16.0)), 'time, seconds', 'memory, GB'),
+        memory=figures.memory_bars(dict(full=breakdown), dict(full=11 * GiB)),
+        lengths=figures.length_histogram([3, 40, 700], 512),
+    )
 
 
-def boxes(texts): return [text.get_window_extent() for text in texts]
+def boxes(texts):
+    return [text.get_window_extent() for text in texts]
 
 
-def overlapping(boxes): return [(a, b) for a, b in itertools.combinations(boxes, 2) if mpl.transforms.Bbox.intersection(a.padded(-.5), b.padded(-.5))]
+def overlapping(boxes):
+    return [
+        (a, b)
+        for a, b in itertools.combinations(boxes, 2)
+        if mpl.transforms.Bbox.intersection(a.padded(-0.5), b.padded(-0.5))
+    ]
 
 
 def test_every_axis_has_a_label_and_numbers_have_units():
     for name, plot in draw_all().items():
-        axes, = plot.axes
+        (axes,) = plot.axes
         assert axes.get_xlabel() and axes.get_title(loc='left'), name
         assert axes.get_ylabel() or [label.get_text() for label in axes.get_yticklabels()], name
-    assert draw_all()['loss'].axes[0].get_ylabel() == 'loss, nats per token' and draw_all()['memory'].axes[0].get_xlabel() == 'memory, GiB'
+    assert (
+        draw_all()['loss'].axes[0].get_ylabel() == 'loss, nats per token'
+        and draw_all()['memory'].axes[0].get_xlabel() == 'memory, GiB'
+    )
 
 
-@pytest.mark.parametrize('empty', [lambda: figures.loss_curves({}), lambda: figures.loss_curves({'a': []}, {'a': [dict(step=1, loss=float('nan'))]}), lambda: figures.bars({}, 'Time', 's'),
-                                   lambda: figures.bars(dict(a=None, b=float('nan')), 'Time', 's'), lambda: figures.frontier({}, 'x', 'y'), lambda: figures.frontier(dict(a=(1, None)), 'x', 'y'),
-                                   lambda: figures.memory_bars({}), lambda: figures.memory_bars(dict(a={})), lambda: figures.length_histogram([]), lambda: figures.table([])])
+@pytest.mark.parametrize(
+    'empty',
+    [
+        lambda: figures.loss_curves({}),
+        lambda: figures.loss_curves({'a': []}, {'a': [dict(step=1, loss=float('nan'))]}),
+        lambda: figures.bars({}, 'Time', 's'),
+        lambda: figures.bars(dict(a=None, b=float('nan')), 'Time', 's'),
+        lambda: figures.frontier({}, 'x', 'y'),
+        lambda: figures.frontier(dict(a=(1, None)), 'x', 'y'),
+        lambda: figures.memory_bars({}),
+        lambda: figures.memory_bars(dict(a={})),
+        lambda: figures.length_histogram([]),
+        lambda: figures.table([]),
+    ],
+)
 def test_nothing_to_draw_is_said(empty):
-    with pytest.raises(LabError, match='nothing to draw'): empty()
+    with pytest.raises(LabError, match='nothing to draw'):
+        empty()
 
 
 def test_bars_say_value_and_ratio():
-    plot = figures.bars(dict(full=10., lora=4., unknown=None), 'Time', 'seconds', baseline='full')
+    plot = figures.bars(dict(full=10.0, lora=4.0, unknown=None), 'Time', 'seconds', baseline='full')
     words = [text.get_text() for text in plot.axes[0].texts]
     assert words[1:] == ['10.0', '4.00  ×0.4', '–'] or words[1:] == ['10.0', '4.00  ×0.400', '–'], words
-    with pytest.raises(LabError, match="did you mean 'full'"): figures.bars(dict(full=1), 'Time', 's', baseline='ful')
+    with pytest.raises(LabError, match="did you mean 'full'"):
+        figures.bars(dict(full=1), 'Time', 's', baseline='ful')
 
 
 def test_texts_of_bars_stay_inside():
-    for plot in (figures.bars({'a name': 1e9, 'b': 3.}, 'Parameters', 'parameters', baseline='b'), figures.memory_bars(dict(a=breakdown, b=breakdown), dict(a=20*GiB))):
-        axes, = plot.axes
+    for plot in (
+        figures.bars({'a name': 1e9, 'b': 3.0}, 'Parameters', 'parameters', baseline='b'),
+        figures.memory_bars(dict(a=breakdown, b=breakdown), dict(a=20 * GiB)),
+    ):
+        (axes,) = plot.axes
         plot.draw_without_rendering()
         ends = [text.get_window_extent().x1 for text in axes.texts if text.xycoords == 'data']
         assert len(ends) >= 2 and max(ends) <= axes.get_window_extent().x1 + 1
@@ -64,7 +94,9 @@ def test_no_legend_or_name_covers_data():
     plot.draw_without_rendering()
     assert plot.axes[0].get_legend().get_window_extent().y0 >= plot.axes[0].get_window_extent().y1 - 1
     assert not overlapping([plot.axes[0].get_legend().get_window_extent(), *boxes([plot.axes[0]._left_title])])
-    runs = {f'run-{index}': [dict(step=row['step'], loss=row['loss'] + index/500) for row in log] for index in range(12)}
+    runs = {
+        f'run-{index}': [dict(step=row['step'], loss=row['loss'] + index / 500) for row in log] for index in range(12)
+    }
     plot = figures.loss_curves(runs)
     plot.draw_without_rendering()
     names = [mpl.text.Text.get_window_extent(text) for text in plot.axes[0].texts if text.get_text().startswith('run-')]
@@ -73,24 +105,45 @@ def test_no_legend_or_name_covers_data():
 
 
 @settings(max_examples=8, deadline=None, phases=[Phase.generate])  # shrinking would draw hundreds of figures
-@given(st.lists(st.tuples(st.floats(1, 500), st.floats(1, 30)), min_size=1, max_size=9, unique_by=lambda p: (round(p[0]/40), round(p[1]/3))))
+@given(
+    st.lists(
+        st.tuples(st.floats(1, 500), st.floats(1, 30)),
+        min_size=1,
+        max_size=9,
+        unique_by=lambda p: (round(p[0] / 40), round(p[1] / 3)),
+    )
+)
 def test_labels_of_a_frontier_do_not_overlap(points):
-    plot = figures.frontier({f'method {index}': point for index, point in enumerate(points)}, 'time, seconds', 'memory, GB')
+    plot = figures.frontier(
+        {f'method {index}': point for index, point in enumerate(points)}, 'time, seconds', 'memory, GB'
+    )
     plot.draw_without_rendering()
     frame = plot.axes[0].get_window_extent()
-    labels = [mpl.text.Text.get_window_extent(text) for text in plot.axes[0].texts if text.get_text().startswith('method')]
+    labels = [
+        mpl.text.Text.get_window_extent(text) for text in plot.axes[0].texts if text.get_text().startswith('method')
+    ]
     assert len(labels) == len(points) and not overlapping(labels)
-    assert all(box.x0 >= frame.x0 - 1 and box.x1 <= frame.x1 + 1 and box.y0 >= frame.y0 - 1 and box.y1 <= frame.y1 + 1 for box in labels)
+    assert all(
+        box.x0 >= frame.x0 - 1 and box.x1 <= frame.x1 + 1 and box.y0 >= frame.y0 - 1 and box.y1 <= frame.y1 + 1
+        for box in labels
+    )
 
 
 def test_crowded_labels_of_a_frontier_do_not_overlap():
     "Thirteen methods of a real study, some of them almost on one spot: no label covers a label or a point."
     times = [37.77, 233.16, 316.09, 270.72, 313.94, 343.09, 411.29, 375.45, 379.33, 351.12, 503.26, 358.34, 495.78]
     memory = [28.45, 16.26, 9.34, 16.26, 16.29, 9.35, 9.37, 7.24, 7.24, 5.45, 5.48, 5.45, 5.48]
-    plot = figures.frontier({f'method {index:02}': point for index, point in enumerate(zip(times, memory))}, 'time, seconds', 'memory, GB')
+    plot = figures.frontier(
+        {f'method {index:02}': point for index, point in enumerate(zip(times, memory))}, 'time, seconds', 'memory, GB'
+    )
     plot.draw_without_rendering()
-    labels = [mpl.text.Text.get_window_extent(text) for text in plot.axes[0].texts if text.get_text().startswith('method')]
-    points = [mpl.transforms.Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in plot.axes[0].transData.transform(list(zip(times, memory)))]
+    labels = [
+        mpl.text.Text.get_window_extent(text) for text in plot.axes[0].texts if text.get_text().startswith('method')
+    ]
+    points = [
+        mpl.transforms.Bbox.from_bounds(x - 2, y - 2, 4, 4)
+        for x, y in plot.axes[0].transData.transform(list(zip(times, memory)))
+    ]
     assert len(labels) == 13 and not overlapping(labels)
     assert not [(label, point) for label in labels for point in points if label.overlaps(point)]
 
@@ -103,56 +156,91 @@ def test_the_frontier_is_what_nothing_beats(pairs):
     assert best and set(best) == set(points) - beaten
 
 
-@given(st.lists(st.floats(-5, 5), min_size=1, max_size=12), st.floats(.1, 2))
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=12), st.floats(0.1, 2))
 def test_spread_keeps_order_and_distance(wanted, gap):
     placed = figures.spread(wanted, gap)
     assert all(np.diff(np.sort(placed)) >= gap - 1e-9)
     assert [placed[i] for i in np.argsort(wanted, kind='stable')] == sorted(placed)
-    if len(wanted) == 1: assert placed[0] == pytest.approx(wanted[0])
+    if len(wanted) == 1:
+        assert placed[0] == pytest.approx(wanted[0])
 
 
-@pytest.mark.parametrize('user', [{'savefig.transparent': True}, {'savefig.facecolor': 'black', 'figure.facecolor': 'black', 'axes.facecolor': 'black', 'text.color': 'white'}], ids=['transparent', 'dark'])
+@pytest.mark.parametrize(
+    'user',
+    [
+        {'savefig.transparent': True},
+        {'savefig.facecolor': 'black', 'figure.facecolor': 'black', 'axes.facecolor': 'black', 'text.color': 'white'},
+    ],
+    ids=['transparent', 'dark'],
+)
 def test_every_figure_brings_its_own_white_ground(user):
     with mpl.rc_context(user):
         for name, plot in draw_all().items():
             plot.savefig(data := io.BytesIO(), format='png', dpi=50)
             image = np.asarray(Image.open(data).convert('RGBA'))
-            assert tuple(image[2, 2]) == (255, 255, 255, 255) and image[..., 3].min() == 255 and image[..., :3].std() > 10, name
+            assert (
+                tuple(image[2, 2]) == (255, 255, 255, 255) and image[..., 3].min() == 255 and image[..., :3].std() > 10
+            ), name
 
 
 def seen(colour, matrix):
     "CIELAB of a colour as seen with one kind of cones missing (Machado, Oliveira and Fernandes 2009)."
-    linear = np.array([c/12.92 if c <= .04045 else ((c + .055)/1.055)**2.4 for c in mpl.colors.to_rgb(colour)])
-    xyz = np.array([[.4124, .3576, .1805], [.2126, .7152, .0722], [.0193, .1192, .9505]]) @ np.clip(np.array(matrix) @ linear, 0, 1)/[.9505, 1, 1.089]
-    x, y, z = np.where(xyz > .008856, np.cbrt(xyz), 7.787*xyz + 16/116)
-    return np.array([116*y - 16, 500*(x - y), 200*(y - z)])
+    linear = np.array([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in mpl.colors.to_rgb(colour)])
+    xyz = (
+        np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+        @ np.clip(np.array(matrix) @ linear, 0, 1)
+        / [0.9505, 1, 1.089]
+    )
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
 
-@pytest.mark.parametrize('matrix', [np.eye(3), [[.152, 1.053, -.205], [.115, .786, .099], [-.004, -.048, 1.052]], [[.367, .861, -.228], [.280, .673, .047], [-.012, .043, .969]],
-                                    [[1.256, -.077, -.179], [-.078, .931, .148], [.005, .691, .304]]], ids=['all cones', 'no long', 'no medium', 'no short'])
+@pytest.mark.parametrize(
+    'matrix',
+    [
+        np.eye(3),
+        [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+        [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+        [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+    ],
+    ids=['all cones', 'no long', 'no medium', 'no short'],
+)
 def test_colours_stay_apart(matrix):
     apart = [np.linalg.norm(seen(a, matrix) - seen(b, matrix)) for a, b in itertools.combinations(figures.palette, 2)]
     assert len(apart) == 21 and min(apart) > 15
 
 
 def test_nothing_is_left_open():
-    text = ("import sys, json; from llmft import figures; p = figures.bars(dict(a=1, b=2), 'Time', 's'); p._repr_png_(); "
-            "assert 'matplotlib.pyplot' not in sys.modules; import gc, weakref; w = weakref.ref(p); del p; gc.collect(); assert w() is None")
+    text = (
+        "import sys, json; from llmft import figures; p = figures.bars(dict(a=1, b=2), 'Time', 's'); p._repr_png_(); "
+        "assert 'matplotlib.pyplot' not in sys.modules; import gc, weakref; w = weakref.ref(p); del p; gc.collect(); assert w() is None"
+    )
     subprocess.run([sys.executable, '-c', text], check=True, timeout=60)
 
 
 def test_tables_escape_mark_the_best_and_do_not_invent():
-    rows = [dict(method='<b>full</b>', loss=1.5, n=10), dict(method='lora', loss=1.25, n=10), dict(method='qlora', loss=None, n=None)]
+    rows = [
+        dict(method='<b>full</b>', loss=1.5, n=10),
+        dict(method='lora', loss=1.25, n=10),
+        dict(method='qlora', loss=None, n=None),
+    ]
     shown = figures.table(rows, ['method', figures.column('loss', unit='nats', best='low', n='n')])
     assert '<b>full' not in shown and '&lt;b&gt;full' in shown and '<b>1.25</b>' in shown and '<b>1.50</b>' not in shown
-    assert '<td>–<small>n = –</small></td>' in shown and '<small>nats</small>' in shown and 'overflow-x:auto' in shown and 'n = 10' in shown
+    assert (
+        '<td>–<small>n = –</small></td>' in shown
+        and '<small>nats</small>' in shown
+        and 'overflow-x:auto' in shown
+        and 'n = 10' in shown
+    )
     assert not any(word in shown for word in ('http', '<script', 'src='))
 
 
 @given(st.lists(st.integers(0, 2000), min_size=1, max_size=50), st.integers(1, 1000))
 @settings(max_examples=15, deadline=None, phases=[Phase.generate])
 def test_histogram_counts_every_row_once(lengths, limit):
-    axes, = figures.length_histogram(lengths, limit).axes
+    (axes,) = figures.length_histogram(lengths, limit).axes
     assert sum(bar.get_height() for bar in axes.patches) == len(lengths)
-    beyond = sum(bar.get_height() for bar in axes.patches if mpl.colors.to_hex(bar.get_facecolor()) == figures.palette[1].lower())
+    beyond = sum(
+        bar.get_height() for bar in axes.patches if mpl.colors.to_hex(bar.get_facecolor()) == figures.palette[1].lower()
+    )
     assert beyond == sum(length > limit for length in lengths)

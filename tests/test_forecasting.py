@@ -1,4 +1,5 @@
 """The account of operations under kills and crowds, the grammar, and the study's sweeps."""
+
 import contextlib, io, itertools, json, os, re, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 
@@ -17,8 +18,16 @@ tiny = model_config('preset:llama-tiny')
 
 def python(text, *arguments, wait=True):
     "Run Python `text` in a process of its own."
-    process = subprocess.Popen([sys.executable, '-c', textwrap.dedent(text), *map(str, arguments)], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ, OMP_NUM_THREADS='1'))
-    if not wait: return process
+    process = subprocess.Popen(
+        [sys.executable, '-c', textwrap.dedent(text), *map(str, arguments)],
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ, OMP_NUM_THREADS='1'),
+    )
+    if not wait:
+        return process
     out, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors[-2000:]
     return out
@@ -29,29 +38,39 @@ def here(text, *arguments):
     out, before = io.StringIO(), sys.argv
     sys.argv = ['-c', *map(str, arguments)]
     try:
-        with contextlib.redirect_stdout(out): exec(compile(textwrap.dedent(text), 'here', 'exec'), {'__name__': '__main__'})
-    finally: sys.argv = before
+        with contextlib.redirect_stdout(out):
+            exec(compile(textwrap.dedent(text), 'here', 'exec'), {'__name__': '__main__'})
+    finally:
+        sys.argv = before
     return out.getvalue()
 
 
 # ---- the rules of the study
 
+
 def test_published_test_vectors():
     qwen = model_config('preset:qwen2.5-0.5b')
     assert study_forward(qwen, 4, 512, 8, head='reference') == 1_980_352_684_032
-    assert study_step(qwen, [512]*4, 8, head='reference') == 5_941_058_052_096
+    assert study_step(qwen, [512] * 4, 8, head='reference') == 5_941_058_052_096
     for rank, published in {2: 2_861_134_073_856_000, 4: 2_862_190_743_552_000, 8: 2_864_304_082_944_000}.items():
-        assert 2000*study_step(qwen, [128]*4, rank, head='reference') == published
+        assert 2000 * study_step(qwen, [128] * 4, rank, head='reference') == published
 
 
 def test_the_rule_counts_the_head_in_full_and_other_targets_too():
     qwen = model_config('preset:qwen2.5-0.5b')
-    positions, width, words = 4*128, qwen.hidden_size, qwen.vocab_size
-    assert study_forward(qwen, 4, 128) - study_forward(qwen, 4, 128, head='reference') == positions*words*(2*width - 1) - positions*width*words
+    positions, width, words = 4 * 128, qwen.hidden_size, qwen.vocab_size
+    assert (
+        study_forward(qwen, 4, 128) - study_forward(qwen, 4, 128, head='reference')
+        == positions * words * (2 * width - 1) - positions * width * words
+    )
     extra = study_forward(qwen, 4, 128, 8, ['q_proj', 'v_proj', 'up_proj']) - study_forward(qwen, 4, 128, 8)
-    assert extra == qwen.num_hidden_layers*(positions*8*(2*width - 1) + positions*qwen.intermediate_size*(2*8 - 1))
-    with pytest.raises(LabError, match="head is 'half'"): study_forward(qwen, 1, 8, head='half')
-    with pytest.raises(LabError, match='gated layers'): study_forward(model_config('preset:gpt2-tiny'), 1, 8)
+    assert extra == qwen.num_hidden_layers * (
+        positions * 8 * (2 * width - 1) + positions * qwen.intermediate_size * (2 * 8 - 1)
+    )
+    with pytest.raises(LabError, match="head is 'half'"):
+        study_forward(qwen, 1, 8, head='half')
+    with pytest.raises(LabError, match='gated layers'):
+        study_forward(model_config('preset:gpt2-tiny'), 1, 8)
 
 
 # ---- the account
@@ -68,40 +87,51 @@ print(got)
 
 
 def test_several_processes_never_overdraw(tmp_path):
-    processes = [python(crowd, tmp_path/'l.jsonl', f'run {i}', wait=False) for i in range(4)]
+    processes = [python(crowd, tmp_path / 'l.jsonl', f'run {i}', wait=False) for i in range(4)]
     got = sum(int(process.communicate(timeout=120)[0]) for process in processes)
-    account = Account(tmp_path/'l.jsonl', budget=1000)
-    assert got == 1000//7 and account.left() == 1000 - 7*got
-    lines = [json.loads(line) for line in (tmp_path/'l.jsonl').read_text().splitlines()]
-    assert len({(line['run'], line['step']) for line in lines if line['kind'] == 'booked'}) == got == sum(line['kind'] == 'booked' for line in lines)
+    account = Account(tmp_path / 'l.jsonl', budget=1000)
+    assert got == 1000 // 7 and account.left() == 1000 - 7 * got
+    lines = [json.loads(line) for line in (tmp_path / 'l.jsonl').read_text().splitlines()]
+    assert (
+        len({(line['run'], line['step']) for line in lines if line['kind'] == 'booked'})
+        == got
+        == sum(line['kind'] == 'booked' for line in lines)
+    )
 
 
 def test_booking_twice_counts_once_and_a_half_line_is_cut(tmp_path):
-    account = Account(tmp_path/'l.jsonl', budget=100)
+    account = Account(tmp_path / 'l.jsonl', budget=100)
     for _ in range(3):
-        assert account.reserve('a', 1, 40., 1.)
-        account.book('a', 1, 40., 1., 5)
+        assert account.reserve('a', 1, 40.0, 1.0)
+        account.book('a', 1, 40.0, 1.0, 5)
     full = Account(account.path, budget=40)
-    assert full.reserve('a', 1, 40., 1.) and not full.reserve('a', 2, 1., 1.), 'a step that is there already needs no room'
+    assert full.reserve('a', 1, 40.0, 1.0) and not full.reserve('a', 2, 1.0, 1.0), (
+        'a step that is there already needs no room'
+    )
     whole = account.path.read_bytes()
     for cut in range(1, 30, 7):
         account.path.write_bytes(whole + b'{"run": "b", "kind": "booked", "what": "train"'[:cut])
         again = Account(account.path, budget=100)
         assert again.left() == 60 and again.path.read_bytes() == whole
-    assert again.reserve('b', 1, 60., 1.) and not again.reserve('b', 2, 1., 1.) and not account.reserve('c', 1, 1., 1.)
+    assert (
+        again.reserve('b', 1, 60.0, 1.0)
+        and not again.reserve('b', 2, 1.0, 1.0)
+        and not account.reserve('c', 1, 1.0, 1.0)
+    )
     account.path.write_bytes(whole[:-20])
-    with pytest.raises(LabError, match='became shorter'): account.left()
+    with pytest.raises(LabError, match='became shorter'):
+        account.left()
 
 
 def test_a_run_that_begins_anew_leaves_the_sum_and_one_that_goes_on_does_not(tmp_path):
-    account = Account(tmp_path/'l.jsonl', budget=100)
+    account = Account(tmp_path / 'l.jsonl', budget=100)
     first = Ledger(account, 'a', 'x', tiny)
-    account.book('a', 1, 30., 1.)
+    account.book('a', 1, 30.0, 1.0)
     Ledger(Account(account.path), 'a', 'x', tiny)
     assert account.left() == 70
     Ledger(Account(account.path), 'a', 'y', tiny)
-    assert account.left() == 100 and account.aside == {'a': 30.}
-    assert first.steps_left([8]) == int(100//study_step(tiny, [8])) == 0
+    assert account.left() == 100 and account.aside == {'a': 30.0}
+    assert first.steps_left([8]) == int(100 // study_step(tiny, [8])) == 0
 
 
 run_of_three = """
@@ -129,43 +159,55 @@ print(result.progress.stopped, result.progress.step, repr(result.progress.flops)
 """
 
 
-def lines_of(path): return sorted((line['run'], line['step'], line['study'], line['hardware'], line['tokens']) for line in map(json.loads, path.read_text().splitlines()) if line['kind'] == 'booked')
+def lines_of(path):
+    return sorted(
+        (line['run'], line['step'], line['study'], line['hardware'], line['tokens'])
+        for line in map(json.loads, path.read_text().splitlines())
+        if line['kind'] == 'booked'
+    )
 
 
 def test_the_account_is_exact_after_kill_and_resume(tmp_path):
-    for name in ('calm', 'killed'): (tmp_path/name).mkdir()
-    calm = here(run_of_three, tmp_path/'calm', 0, 0, 'run')
-    process = python(run_of_three, tmp_path/'killed', 7, 0, 'run', wait=False)
+    for name in ('calm', 'killed'):
+        (tmp_path / name).mkdir()
+    calm = here(run_of_three, tmp_path / 'calm', 0, 0, 'run')
+    process = python(run_of_three, tmp_path / 'killed', 7, 0, 'run', wait=False)
     process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL
-    early = statement(Account(tmp_path/'killed/ledger.jsonl'))[0]
+    early = statement(Account(tmp_path / 'killed/ledger.jsonl'))[0]
     assert (early['steps'], early['open']) == (7, 1)
-    again = here(run_of_three, tmp_path/'killed', 0, 0, 'run')
+    again = here(run_of_three, tmp_path / 'killed', 0, 0, 'run')
     assert 'resumed at step 4' in again and again.splitlines()[-1] == calm.splitlines()[-1]
-    assert lines_of(tmp_path/'killed/ledger.jsonl') == lines_of(tmp_path/'calm/ledger.jsonl')
-    row, whole = statement(Account(tmp_path/'killed/ledger.jsonl'))
+    assert lines_of(tmp_path / 'killed/ledger.jsonl') == lines_of(tmp_path / 'calm/ledger.jsonl')
+    row, whole = statement(Account(tmp_path / 'killed/ledger.jsonl'))
     assert (row['steps'], row['open']) == (9, 0) and whole['hardware'] == pytest.approx(float(calm.split()[-2]))
     # the same run with a budget that ends inside it stops at that step, evaluates and says so
-    studies = [line[2] for line in lines_of(tmp_path/'calm/ledger.jsonl')]
-    bound = here(run_of_three, tmp_path, 0, sum(studies[:5]) + studies[5]/2, 'bound').split('\n')[-2].split()
+    studies = [line[2] for line in lines_of(tmp_path / 'calm/ledger.jsonl')]
+    bound = here(run_of_three, tmp_path, 0, sum(studies[:5]) + studies[5] / 2, 'bound').split('\n')[-2].split()
     assert bound[:3] == ['FLOP', 'budget', '5'] and bound[-1] == 'True'
 
 
 def test_a_budget_smaller_than_one_step_is_one_clear_line(tmp_path):
-    ledger = Ledger(Account(tmp_path/'l.jsonl', budget=10.), 'a', 'x', tiny)
-    with pytest.raises(LabError, match='one step takes') as error: ledger.allows(1., 1, [16, 16])
+    ledger = Ledger(Account(tmp_path / 'l.jsonl', budget=10.0), 'a', 'x', tiny)
+    with pytest.raises(LabError, match='one step takes') as error:
+        ledger.allows(1.0, 1, [16, 16])
     assert '\n' not in str(error.value)
-    with pytest.raises(LabError, match='max_flops is -1'): Account(tmp_path/'m.jsonl', -1)
+    with pytest.raises(LabError, match='max_flops is -1'):
+        Account(tmp_path / 'm.jsonl', -1)
 
 
 # ---- the grammar
 
+
 class Families:
     "Tokenizers of test_series, made once."
+
     def __getattr__(self, name):
         import importlib.util
-        spec = importlib.util.spec_from_file_location('test_series', root/'tests/test_series.py')
-        module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module)
+
+        spec = importlib.util.spec_from_file_location('test_series', root / 'tests/test_series.py')
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
         return module.families[name]()
 
 
@@ -183,15 +225,20 @@ def test_every_walk_through_the_grammar_can_be_read(family, precision, steps):
         ids_B = torch.multinomial(mask_BV.float(), 1, generator=generator)[:, 0]
         new_BN = torch.cat([new_BN, torch.where(done_B, tokenizer.pad_token_id, ids_B)[:, None]], 1)
         done_B |= ids_B == tokenizer.eos_token_id
-        if done_B.all(): break
+        if done_B.all():
+            break
     assert done_B.all()
-    texts = [way.read(tokenizer.decode(row[:row.index(tokenizer.eos_token_id)])) for row in new_BN.tolist()]
+    texts = [way.read(tokenizer.decode(row[: row.index(tokenizer.eos_token_id)])) for row in new_BN.tolist()]
     assert decode(texts, steps, precision=precision).success_rate == 1
-    assert all(len(text.split(';')) == steps and re.fullmatch(rf'((0|[1-9]\d?)\.\d{{{precision}}}[,;]?)+', text) for text in texts)
+    assert all(
+        len(text.split(';')) == steps and re.fullmatch(rf'((0|[1-9]\d?)\.\d{{{precision}}}[,;]?)+', text)
+        for text in texts
+    )
     assert len({len(text) for text in texts}) > 1, 'all numbers have the same length: the walk does not branch'
 
 
 # ---- forecasts
+
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
@@ -202,48 +249,64 @@ def prepared(tmp_path_factory):
 
 def test_forecasts_use_the_given_steps_alone(prepared):
     model, tokenizer, part = load_model('base'), load_tokenizer('base'), read_split(prepared, 'test')
-    cut = [';'.join(text.split(';')[:12] + ['99.99,99.99']*18) for text in part.texts[:2]]
-    assert forecast(model, tokenizer, part.texts[:2], 12, 2, samples=2).texts == forecast(model, tokenizer, cut, 12, 2, samples=2).texts
+    cut = [';'.join(text.split(';')[:12] + ['99.99,99.99'] * 18) for text in part.texts[:2]]
+    assert (
+        forecast(model, tokenizer, part.texts[:2], 12, 2, samples=2).texts
+        == forecast(model, tokenizer, cut, 12, 2, samples=2).texts
+    )
 
 
 def test_what_does_not_fit_is_refused(prepared):
     model, tokenizer, part = load_model('base'), load_tokenizer('base'), read_split(prepared, 'test')
-    with pytest.raises(LabError, match='more than the 30 of a trajectory'): evaluate_forecasts(model, tokenizer, part, 25, 6)
-    with pytest.raises(LabError, match='give fewer'): forecast(model, tokenizer, part.texts, 31, 1)
-    with pytest.raises(LabError, match='positions of this model'): forecast(model, tokenizer, [';'.join(['12.34,12.34']*300)], 200, 1)
-    with pytest.raises(LabError, match='0 steps to forecast'): forecast(model, tokenizer, part.texts, 10, 0)
+    with pytest.raises(LabError, match='more than the 30 of a trajectory'):
+        evaluate_forecasts(model, tokenizer, part, 25, 6)
+    with pytest.raises(LabError, match='give fewer'):
+        forecast(model, tokenizer, part.texts, 31, 1)
+    with pytest.raises(LabError, match='positions of this model'):
+        forecast(model, tokenizer, [';'.join(['12.34,12.34'] * 300)], 200, 1)
+    with pytest.raises(LabError, match='0 steps to forecast'):
+        forecast(model, tokenizer, part.texts, 10, 0)
 
 
 def test_free_forecasts_are_counted_as_they_are(prepared, monkeypatch):
     "What a model writes goes to the strict decoder untouched."
     import llmft.studies.forecasting.forecast as forecasting
     from llmft.inference.generation import Generated
+
     tokenizer, part = load_tokenizer('base'), read_split(prepared, 'test')
     written = ['1.00,2.00;3.00,4.00', '1.00,2.00;oops', '1.00,2.00', '1.00,2.00;3.00,4.0']
-    made = Generated([tokenizer(text, add_special_tokens=False)['input_ids'] for text in written], ['stop']*4, 10, 10, 1., 1., [])
+    made = Generated(
+        [tokenizer(text, add_special_tokens=False)['input_ids'] for text in written], ['stop'] * 4, 10, 10, 1.0, 1.0, []
+    )
     monkeypatch.setattr(forecasting, 'generate', lambda *args, **kwargs: made)
     found = forecast(load_model('preset:llama-base'), tokenizer, part.texts[:2], 10, 2, samples=2, constrained=False)
-    assert (found.malformed_steps, found.success_rate) == (3, .25) and found.texts == [written[:2], written[2:]]
-    assert np.isnan(found.samples_NSHV[0, 1, 1]).all() and found.samples_NSHV[0, 1, 0].tolist() == [1., 2.]
+    assert (found.malformed_steps, found.success_rate) == (3, 0.25) and found.texts == [written[:2], written[2:]]
+    assert np.isnan(found.samples_NSHV[0, 1, 1]).all() and found.samples_NSHV[0, 1, 0].tolist() == [1.0, 2.0]
 
 
 # ---- the study's files
 
+
 def test_the_sweeps_are_the_studys():
     from llmft.runs.sweeps import expand
+
     for small in (False, True):
-        data, search, page = expand(root/'params/sweeps/forecast_search.yaml', small)
+        data, search, page = expand(root / 'params/sweeps/forecast_search.yaml', small)
         assert (len(data), len(search), len(page)) == (2, 18, 1)
         points = {(p.params['learning_rate'], p.params['lora_rank'], p.params['decimals']) for p in search}
         rates = sorted({rate for rate, _, _ in points})
         assert points == set(itertools.product(rates, (2, 4, 8), (2, 3))) and len(rates) == 3
         assert all(f"p{p.params['decimals']}" in p.params['data'] for p in search)
-        context, _ = expand(root/'params/sweeps/forecast_context.yaml', small)
-        assert [p.params['max_length'] for p in context] == [128, 512, 768] and context[0].params['start'] in {str(p.folder.relative_to(root)) for p in search}
-        stages = expand(root/'params/sweeps/forecast_study.yaml', small)
+        context, _ = expand(root / 'params/sweeps/forecast_context.yaml', small)
+        assert [p.params['max_length'] for p in context] == [128, 512, 768] and context[0].params['start'] in {
+            str(p.folder.relative_to(root)) for p in search
+        }
+        stages = expand(root / 'params/sweeps/forecast_study.yaml', small)
         assert [len(stage) for stage in stages] == [2, 2, 18, 3, 1, 1, 1]
         budgets = {p.params['max_flops'] for stage in stages for p in stage if 'max_flops' in p.params}
         assert len(budgets) == 1 and {p.params['ledger'] for stage in stages[1:] for p in stage} == {'study'}
-    full = expand(root/'params/sweeps/forecast_search.yaml')[1]
-    assert {p.params['learning_rate'] for p in full} == {1e-5, 5e-5, 1e-4} and all(p.params['max_steps'] == 2000 and p.params['eval_every'] == 500 and p.params['lora_alpha'] == 0 for p in full)
+    full = expand(root / 'params/sweeps/forecast_search.yaml')[1]
+    assert {p.params['learning_rate'] for p in full} == {1e-5, 5e-5, 1e-4} and all(
+        p.params['max_steps'] == 2000 and p.params['eval_every'] == 500 and p.params['lora_alpha'] == 0 for p in full
+    )
     assert {p.params['max_flops'] for p in full} == {1e17}

@@ -1,4 +1,5 @@
 "Generation against the generate of transformers, which is slower and knows more models: same tokens, same logits, whatever the batch."
+
 import math
 
 import pytest, torch
@@ -11,8 +12,17 @@ from llmft.inference.generation import choose, complete, generate
 from llmft.models.load import load_model, presets
 from llmft.data.tokens import load_tokenizer
 
-scaled = dict(rope_type='llama3', rope_theta=5e5, factor=32., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=64)
-presets['llama-scaled'] = presets['llama-tiny'] | dict(rope_parameters=scaled, attention_bias=True, mlp_bias=True, tie_word_embeddings=False, head_dim=32)
+scaled = dict(
+    rope_type='llama3',
+    rope_theta=5e5,
+    factor=32.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=64,
+)
+presets['llama-scaled'] = presets['llama-tiny'] | dict(
+    rope_parameters=scaled, attention_bias=True, mlp_bias=True, tie_word_embeddings=False, head_dim=32
+)
 shapes = ('llama-tiny', 'qwen2-tiny', 'llama-scaled', 'gpt2-tiny')
 each_shape = pytest.mark.parametrize('shape', shapes)
 models = {}
@@ -20,22 +30,32 @@ models = {}
 
 def model_of(shape):
     "A small model whose biases and norms are not the zeros and ones they begin as."
-    if shape in models: return models[shape]
+    if shape in models:
+        return models[shape]
     model = models[shape] = load_model('base' if shape == 'base' else f'preset:{shape}', seed=1).eval()
     torch.manual_seed(0)
     if shape != 'base':
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if weight.dim() == 1: weight.add_(.3 * torch.randn_like(weight))
-                elif 'embed' not in name and 'wte' not in name: weight.mul_(3)
+                if weight.dim() == 1:
+                    weight.add_(0.3 * torch.randn_like(weight))
+                elif 'embed' not in name and 'wte' not in name:
+                    weight.mul_(3)
     return model
 
 
 def theirs(model, prompt, new, **options):
     "New tokens of one prompt by transformers, greedy."
     ids = torch.tensor([prompt])
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0, **options)
-    return out[0, len(prompt):].tolist()
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        **options,
+    )
+    return out[0, len(prompt) :].tolist()
 
 
 ragged = st.lists(st.lists(st.integers(1, 511), min_size=1, max_size=20), min_size=1, max_size=5)
@@ -45,9 +65,12 @@ ragged = st.lists(st.lists(st.integers(1, 511), min_size=1, max_size=20), min_si
 def test_greedy_tokens_are_those_of_transformers(shape):
     model = model_of(shape)
     assert is_lean(model) == (shape != 'gpt2-tiny')
+
     @settings(max_examples=6, deadline=None, database=None, derandomize=True)
     @given(ragged)
-    def check(prompts): assert generate(model, prompts, 10).ids == [theirs(model, prompt, 10) for prompt in prompts]
+    def check(prompts):
+        assert generate(model, prompts, 10).ids == [theirs(model, prompt, 10) for prompt in prompts]
+
     check()
 
 
@@ -55,28 +78,42 @@ def test_greedy_tokens_are_those_of_transformers(shape):
 def test_logits_of_ragged_batches_are_those_of_single_rows(shape):
     model, rows = model_of(shape), [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
     more = torch.randint(1, 511, (12, 3), generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor([[0]*(7 - len(row)) + row for row in rows])
-    ways = [lambda: ModelDecoder(model, 19)] + [lambda: LeanDecoder(model, 19, 3, steps) for steps in (0, 16) if is_lean(model)]
+    ids = torch.tensor([[0] * (7 - len(row)) + row for row in rows])
+    ways = [lambda: ModelDecoder(model, 19)] + [
+        lambda: LeanDecoder(model, 19, 3, steps) for steps in (0, 16) if is_lean(model)
+    ]
     for way in ways:
         with torch.no_grad():
             decoder = way()
-            logits = [decoder.begin(ids, torch.tensor([7 - len(row) for row in rows])), *(decoder.step(step) for step in more)]
+            logits = [
+                decoder.begin(ids, torch.tensor([7 - len(row) for row in rows])),
+                *(decoder.step(step) for step in more),
+            ]
             for number, row in enumerate(rows):
-                alone = model(torch.tensor([[*row, *more[:, number].tolist()]])).logits[0, len(row) - 1:]
+                alone = model(torch.tensor([[*row, *more[:, number].tolist()]])).logits[0, len(row) - 1 :]
                 torch.testing.assert_close(torch.stack([step[number] for step in logits]), alone, atol=1e-4, rtol=0)
-    assert logits[0].std() > .1
+    assert logits[0].std() > 0.1
 
 
 @pytest.mark.parametrize('quantisation', ['none', 'nf4', 'int8'])
 @pytest.mark.parametrize('shape', ['llama-tiny', 'qwen2-tiny'])
 def test_adapters_and_quantised_layers_decode_as_in_the_model(shape, quantisation):
-    model = add_lora(load_model(f'preset:{shape}', quantisation=quantisation), 4, 8., .5, ['q_proj', 'v_proj', 'down_proj', 'gate_proj'], 0)
+    model = add_lora(
+        load_model(f'preset:{shape}', quantisation=quantisation),
+        4,
+        8.0,
+        0.5,
+        ['q_proj', 'v_proj', 'down_proj', 'gate_proj'],
+        0,
+    )
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
-        if 'lora_B' in name: torch.nn.init.normal_(weight, std=.3)
+        if 'lora_B' in name:
+            torch.nn.init.normal_(weight, std=0.3)
     made = generate(model, [[5, 6, 7], [8]], 8)
     assert model.training and made.ids == [theirs(model.eval(), prompt, 8) for prompt in ([5, 6, 7], [8])]
-    with model.disable_adapter(): off = generate(model, [[5, 6, 7]], 8).ids
+    with model.disable_adapter():
+        off = generate(model, [[5, 6, 7]], 8).ids
     assert off == generate(load_model(f'preset:{shape}', quantisation=quantisation), [[5, 6, 7]], 8).ids != made.ids[:1]
 
 
@@ -86,8 +123,11 @@ def test_special_products_are_the_usual_one(rows, bias):
     layer, inputs = torch.nn.Linear(1024, 4096, bias=bias), torch.randn(rows, 1024)
     with torch.no_grad():
         ways = [linear_map(layer, rows, packs) for packs in (False, True)]
-        for way in ways: torch.testing.assert_close(way(inputs), layer(inputs), atol=1e-4, rtol=0)
-    assert (ways[1].__qualname__ if rows > 2 else ways[0].__qualname__).split('.')[0] == ('_packed' if rows > 2 else '_in_stripes')
+        for way in ways:
+            torch.testing.assert_close(way(inputs), layer(inputs), atol=1e-4, rtol=0)
+    assert (ways[1].__qualname__ if rows > 2 else ways[0].__qualname__).split('.')[0] == (
+        '_packed' if rows > 2 else '_in_stripes'
+    )
 
 
 def test_a_packed_batch_gives_the_tokens_of_transformers():
@@ -98,7 +138,8 @@ def test_a_packed_batch_gives_the_tokens_of_transformers():
 def test_trained_weights_are_read_and_not_remembered():
     model = load_model('preset:llama-tiny')
     before = generate(model, [[5, 6, 7]], 6).ids
-    with torch.no_grad(): model.model.layers[1].mlp.down_proj.weight.mul_(-30)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(-30)
     after = generate(model, [[5, 6, 7]], 6).ids
     assert before != after == [theirs(model.eval(), [5, 6, 7], 6)]
 
@@ -112,29 +153,36 @@ def test_rows_that_stop_leave_the_batch_and_the_others_do_not_notice(shape):
     for row, (ids, full) in enumerate(zip(made.ids, free)):
         first = next((place for place, token in enumerate(full) if token in stops), None)
         assert ids == full[:first] and made.stopped[row] == ('length' if first is None else 'stop')
-    assert made.stopped.count('stop') >= 2 and made.new_tokens == sum(map(len, made.ids)) + made.stopped.count('stop') and made.prompt_tokens == 24
+    assert (
+        made.stopped.count('stop') >= 2
+        and made.new_tokens == sum(map(len, made.ids)) + made.stopped.count('stop')
+        and made.prompt_tokens == 24
+    )
     assert theirs(model, prompts[0], 24, eos_token_id=stops)[:-1] == made.ids[0]
 
 
 def test_compaction_happens_and_keeps_each_row_its_own(monkeypatch):
     sizes, step = [], LeanDecoder.step
     monkeypatch.setattr(LeanDecoder, 'step', lambda self, ids_B: sizes.append(len(ids_B)) or step(self, ids_B))
-    model, prompts = model_of('base'), [[300 + 211*row, 77 + row, 1000 - row] for row in range(9)]
+    model, prompts = model_of('base'), [[300 + 211 * row, 77 + row, 1000 - row] for row in range(9)]
     free = generate(model, prompts, 12).ids
     sizes.clear()
     stops = {token for ids in free[::2] for token in ids[:6]} - {token for ids in free[1::2] for token in ids}
     made = generate(model, prompts, 12, stop_ids=stops)
     assert sizes[0] == 9 and sizes[-1] <= 4 and len({tuple(ids) for ids in made.ids[1::2]}) == 4
-    assert [made.ids[row] for row in (1, 3, 5, 7)] == free[1::2] and all(ids == full[:len(ids)] for ids, full in zip(made.ids, free))
+    assert [made.ids[row] for row in (1, 3, 5, 7)] == free[1::2] and all(
+        ids == full[: len(ids)] for ids, full in zip(made.ids, free)
+    )
 
 
 @each_shape
 def test_draws_depend_on_seed_and_row_alone(shape):
     model, prompts = model_of(shape), [[5, 6, 7, 8], [9], [10, 11]]
-    options = dict(temperature=1.5, top_p=.95, seed=7, samples=3)
+    options = dict(temperature=1.5, top_p=0.95, seed=7, samples=3)
     state = torch.get_rng_state()
     whole = generate(model, prompts, 8, **options).ids
-    for size in (1, 2, 4): assert generate(model, prompts, 8, batch_size=size, **options).ids == whole
+    for size in (1, 2, 4):
+        assert generate(model, prompts, 8, batch_size=size, **options).ids == whole
     assert generate(model, prompts, 8, **options | dict(seed=8)).ids != whole and len({tuple(row) for row in whole}) > 6
     assert generate(model, [[1], *prompts], 8, **options).ids[3:] != whole
     assert torch.equal(torch.get_rng_state(), state)
@@ -142,17 +190,25 @@ def test_draws_depend_on_seed_and_row_alone(shape):
 
 def test_drawn_frequencies_are_the_probabilities():
     model = model_of('llama-tiny')
-    with torch.no_grad(): wanted = (model(torch.tensor([[5, 6]])).logits[0, -1] / .7).softmax(-1)
-    drawn = torch.tensor(generate(model, [[5, 6]], 1, temperature=.7, samples=4000).ids).flatten().bincount(minlength=512) / 4000
+    with torch.no_grad():
+        wanted = (model(torch.tensor([[5, 6]])).logits[0, -1] / 0.7).softmax(-1)
+    drawn = (
+        torch.tensor(generate(model, [[5, 6]], 1, temperature=0.7, samples=4000).ids).flatten().bincount(minlength=512)
+        / 4000
+    )
     assert (drawn - wanted).abs().sum() < 2 * ((wanted * (1 - wanted) / 4000).sqrt()).sum()
-    top = generate(model, [[5, 6]], 1, temperature=.7, top_p=.2, samples=500).ids
+    top = generate(model, [[5, 6]], 1, temperature=0.7, top_p=0.2, samples=500).ids
     order = wanted.sort(descending=True)
-    kept = int((order.values.cumsum(0) - order.values < .2).sum())
+    kept = int((order.values.cumsum(0) - order.values < 0.2).sum())
     assert {row[0] for row in top} <= set(order.indices[:kept].tolist()) and kept > 1
 
 
 @settings(max_examples=40, deadline=None, database=None, derandomize=True)
-@given(st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=9), st.floats(0, 1, exclude_max=True), st.floats(.05, 1.))
+@given(
+    st.lists(st.floats(-30, 30, width=32), min_size=2, max_size=9),
+    st.floats(0, 1, exclude_max=True),
+    st.floats(0.05, 1.0),
+)
 def test_a_draw_is_never_forbidden(logits, draw, top_p):
     logits_BV = torch.tensor([logits + [-math.inf]])
     chosen = choose(logits_BV, torch.tensor([draw], dtype=torch.float64), top_p=top_p).item()
@@ -163,18 +219,25 @@ def test_a_draw_is_never_forbidden(logits, draw, top_p):
 @each_shape
 def test_constrained_decoding_sees_rows_of_the_batch_and_permits_only_its_mask(shape):
     model, shown = model_of(shape), []
+
     def allowed(step, new_BN):
         shown.append((step, new_BN.clone()))
         mask = torch.zeros(len(new_BN), 512, dtype=torch.bool)
-        for row in range(len(new_BN)): mask[row, 100 + 10*row + step: 110 + 10*row] = True
+        for row in range(len(new_BN)):
+            mask[row, 100 + 10 * row + step : 110 + 10 * row] = True
         return mask
+
     made = generate(model, [[5, 6], [7], [8, 9, 10]], 6, allowed=allowed, stop_ids=[100, 101, 110, 111], pad_id=3)
-    for row, ids in enumerate(made.ids): assert all(100 + 10*row + step <= token < 110 + 10*row for step, token in enumerate(ids))
-    assert [step for step, _ in shown] == list(range(len(shown))) and all(seen.shape == (3, step) for step, seen in shown)
-    assert shown[-1][1][2].tolist() == made.ids[2][:len(shown) - 1]
-    free = generate(model, [[5, 6]], 6, temperature=1., allowed=lambda step, new_BN: torch.arange(512) < 4).ids[0]
+    for row, ids in enumerate(made.ids):
+        assert all(100 + 10 * row + step <= token < 110 + 10 * row for step, token in enumerate(ids))
+    assert [step for step, _ in shown] == list(range(len(shown))) and all(
+        seen.shape == (3, step) for step, seen in shown
+    )
+    assert shown[-1][1][2].tolist() == made.ids[2][: len(shown) - 1]
+    free = generate(model, [[5, 6]], 6, temperature=1.0, allowed=lambda step, new_BN: torch.arange(512) < 4).ids[0]
     assert max(free) < 4
-    with pytest.raises(LabError, match='forbids every token'): generate(model, [[5, 6]], 6, allowed=lambda step, new_BN: torch.zeros(1, 512, dtype=torch.bool))
+    with pytest.raises(LabError, match='forbids every token'):
+        generate(model, [[5, 6]], 6, allowed=lambda step, new_BN: torch.zeros(1, 512, dtype=torch.bool))
 
 
 def test_streaming_shows_each_token_when_it_comes():
@@ -182,12 +245,14 @@ def test_streaming_shows_each_token_when_it_comes():
     prompts = [[5, 6, 7], [8], [9, 10]]
     free = generate(model, prompts, 9)
     stop = free.ids[1][4]
-    made = generate(model, prompts, 9, stop_ids=[stop], pad_id=1, on_token=lambda step, ids_B: seen.append((step, ids_B.tolist())))
+    made = generate(
+        model, prompts, 9, stop_ids=[stop], pad_id=1, on_token=lambda step, ids_B: seen.append((step, ids_B.tolist()))
+    )
     assert [step for step, _ in seen] == list(range(len(seen)))
     for row, ids in enumerate(made.ids):
         shown = [ids_B[row] for _, ids_B in seen]
         ended = [stop] if made.stopped[row] == 'stop' else []
-        assert shown[:len(ids) + len(ended)] == ids + ended and set(shown[len(ids) + len(ended):]) <= {1}
+        assert shown[: len(ids) + len(ended)] == ids + ended and set(shown[len(ids) + len(ended) :]) <= {1}
 
 
 def test_modes_are_put_back_module_by_module_even_after_an_error():
@@ -195,20 +260,26 @@ def test_modes_are_put_back_module_by_module_even_after_an_error():
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     generate(model, [[5]], 2)
-    with pytest.raises(ZeroDivisionError): generate(model, [[5]], 2, on_token=lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(model, [[5]], 2, on_token=lambda *_: 1 / 0)
     assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
     assert all(weight.requires_grad for weight in model.parameters()) and torch.is_grad_enabled()
 
 
 def test_clock_counts_and_batches():
     model = model_of('llama-tiny')
-    made = generate(model, [[5]*n for n in (1, 4, 9)], 5, samples=2, batch_size=4)
+    made = generate(model, [[5] * n for n in (1, 4, 9)], 5, samples=2, batch_size=4)
     assert made.prompt_tokens == 14 and made.new_tokens == 30 and len(made.ids) == 6 and len(made.step_seconds) == 2 * 4
-    assert all(second > 0 for second in made.step_seconds) and 0 < made.first_token_seconds and sum(made.step_seconds) + 2 * made.first_token_seconds <= made.seconds * 1.001
+    assert (
+        all(second > 0 for second in made.step_seconds)
+        and 0 < made.first_token_seconds
+        and sum(made.step_seconds) + 2 * made.first_token_seconds <= made.seconds * 1.001
+    )
 
 
 def test_the_clock_waits_for_the_device(monkeypatch):
     import llmft.inference.generation as module
+
     looks = []
     monkeypatch.setattr(module, 'synchronise', lambda: looks.append('wait'))
     clock = module.time.perf_counter
@@ -218,18 +289,35 @@ def test_the_clock_waits_for_the_device(monkeypatch):
     assert mine == ['wait', 'look'] * 5
 
 
-@pytest.mark.parametrize('wrong, message', [(dict(prompts=[]), 'no prompt'), (dict(prompts=[[1], []]), 'prompt 1 has no tokens'), (dict(prompts=[[512]]), 'outside 0 to 511'), (dict(prompts=[[-1]]), 'outside'),
-    (dict(max_new_tokens=0), 'max_new_tokens is 0'), (dict(max_new_tokens=2047), '2048 positions'), (dict(top_p=0.), 'top_p is 0'), (dict(top_p=1.1), 'top_p'), (dict(temperature=-1.), 'temperature'),
-    (dict(temperature=math.nan), 'temperature'), (dict(samples=0), 'samples is 0'), (dict(batch_size=-1), 'batch_size')])
+@pytest.mark.parametrize(
+    'wrong, message',
+    [
+        (dict(prompts=[]), 'no prompt'),
+        (dict(prompts=[[1], []]), 'prompt 1 has no tokens'),
+        (dict(prompts=[[512]]), 'outside 0 to 511'),
+        (dict(prompts=[[-1]]), 'outside'),
+        (dict(max_new_tokens=0), 'max_new_tokens is 0'),
+        (dict(max_new_tokens=2047), '2048 positions'),
+        (dict(top_p=0.0), 'top_p is 0'),
+        (dict(top_p=1.1), 'top_p'),
+        (dict(temperature=-1.0), 'temperature'),
+        (dict(temperature=math.nan), 'temperature'),
+        (dict(samples=0), 'samples is 0'),
+        (dict(batch_size=-1), 'batch_size'),
+    ],
+)
 def test_requests_that_cannot_be_met_are_one_line(wrong, message):
-    with pytest.raises(LabError, match=message) as caught: generate(**dict(model=model_of('llama-tiny'), prompts=[[5, 6]]) | wrong)
+    with pytest.raises(LabError, match=message) as caught:
+        generate(**dict(model=model_of('llama-tiny'), prompts=[[5, 6]]) | wrong)
     assert '\n' not in str(caught.value)
 
 
 def test_weights_that_are_not_finite_are_said():
     model = load_model('preset:llama-tiny')
-    with torch.no_grad(): model.model.norm.weight.fill_(math.nan)
-    with pytest.raises(LabError, match='not finite'): generate(model, [[5]], 2)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(LabError, match='not finite'):
+        generate(model, [[5]], 2)
 
 
 def test_texts_end_at_the_end_of_text():
@@ -244,11 +332,16 @@ def compiler(monkeypatch):
     "The real tracer without the code generator, which takes tens of seconds; how many graphs it made."
     import torch._dynamo as dynamo
     from torch._dynamo.utils import counters
-    dynamo.reset(); counters.clear()
+
+    dynamo.reset()
+    counters.clear()
     real = torch.compile
     monkeypatch.delenv('TORCHDYNAMO_DISABLE', raising=False)
-    monkeypatch.setattr(torch, 'compile', lambda call, **options: real(call, backend='eager', dynamic=options.get('dynamic')))
-    with dynamo.config.patch(disable=False): yield lambda: counters['stats']['unique_graphs']
+    monkeypatch.setattr(
+        torch, 'compile', lambda call, **options: real(call, backend='eager', dynamic=options.get('dynamic'))
+    )
+    with dynamo.config.patch(disable=False):
+        yield lambda: counters['stats']['unique_graphs']
     dynamo.reset()
 
 
@@ -256,10 +349,18 @@ def compiler(monkeypatch):
 def test_compiled_steps_make_the_same_tokens_and_are_compiled_once(shape, compiler):
     model, prompts = load_model(f'preset:{shape}').eval(), [[5, 6, 7, 8], [9], [10, 11]]
     stop = generate(model, prompts, 9).ids[0][4]
-    plain = [generate(model, prompts, 9, **options) for options in (dict(stop_ids=[stop]), dict(temperature=.9, samples=2, seed=3))]
+    plain = [
+        generate(model, prompts, 9, **options)
+        for options in (dict(stop_ids=[stop]), dict(temperature=0.9, samples=2, seed=3))
+    ]
     assert compiler() == 0
-    compiled = [generate(model, prompts, 9, compiled=True, **options) for options in (dict(stop_ids=[stop]), dict(temperature=.9, samples=2, seed=3))]
+    compiled = [
+        generate(model, prompts, 9, compiled=True, **options)
+        for options in (dict(stop_ids=[stop]), dict(temperature=0.9, samples=2, seed=3))
+    ]
     assert [one.ids for one in compiled] == [one.ids for one in plain] and compiled[0].stopped == plain[0].stopped
     graphs = compiler()
-    assert graphs > 0 and generate(model, prompts[::-1], 12, compiled=True).ids == generate(model, prompts[::-1], 12).ids
+    assert (
+        graphs > 0 and generate(model, prompts[::-1], 12, compiled=True).ids == generate(model, prompts[::-1], 12).ids
+    )
     assert compiler() == graphs, 'other prompts of the same number are not compiled again'

@@ -1,4 +1,5 @@
 """Guides keep what they say: concept pages run, the explorer works on any outputs, commands are real, and the reproduction guide leaves nothing of the studies out."""
+
 import ast, contextlib, io, json, os, re, shlex, shutil, subprocess, sys
 from pathlib import Path
 
@@ -8,7 +9,15 @@ from llmft.cli import call, jobs_of
 from llmft.core import LabError
 
 root = Path(__file__).parent.parent
-texts = {path.relative_to(root).as_posix(): path.read_text(encoding='utf-8') for path in [root/'README.md', *sorted(root.glob('nbs/guides/*.qmd')), *sorted(root.glob('nbs/reference/*.qmd')), *sorted(root.glob('nbs/studies/*.qmd'))]}
+texts = {
+    path.relative_to(root).as_posix(): path.read_text(encoding='utf-8')
+    for path in [
+        root / 'README.md',
+        *sorted(root.glob('nbs/guides/*.qmd')),
+        *sorted(root.glob('nbs/reference/*.qmd')),
+        *sorted(root.glob('nbs/studies/**/*.qmd')),
+    ]
+}
 concepts = sorted(root.glob('nbs/concepts/*.ipynb'))
 
 # ---- pages that run
@@ -18,7 +27,14 @@ def test_concepts_run():
     "All concept pages, in one process: each is a lesson with assertions."
     assert len(concepts) >= 6
     run = 'import sys; from nbdev.test import nbdev_test; nbdev_test.__wrapped__(path=sys.argv[1], n_workers=0, do_print=True)'
-    done = subprocess.run([sys.executable, '-c', run, str(root/'nbs/concepts')], cwd=root, capture_output=True, text=True, timeout=900, env=os.environ | dict(LLMFT_MANAGED='1'))
+    done = subprocess.run(
+        [sys.executable, '-c', run, str(root / 'nbs/concepts')],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=os.environ | dict(LLMFT_MANAGED='1'),
+    )
     assert done.returncode == 0 and 'Success.' in done.stdout, f'{done.stdout}\n{done.stderr}'[-6000:]
     assert done.stdout.count('Starting') == len(concepts)
 
@@ -28,47 +44,73 @@ def test_concepts_show_and_explain_a_figure(path):
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
     figures = [output for cell in cells for output in cell.get('outputs', []) if 'image/png' in output.get('data', {})]
     said = ''.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown').count('*What to see:')
-    asserted = sum(len(re.findall(r'test_\w+\(|expect_fail', ''.join(cell['source']))) for cell in cells if cell['cell_type'] == 'code')
-    assert figures and said >= len(figures) - 1 and said >= 1 and asserted >= 2, f'{len(figures)} figures, {said} of them explained, {asserted} assertions'
+    asserted = sum(
+        len(re.findall(r'test_\w+\(|expect_fail', ''.join(cell['source'])))
+        for cell in cells
+        if cell['cell_type'] == 'code'
+    )
+    assert figures and said >= len(figures) - 1 and said >= 1 and asserted >= 2, (
+        f'{len(figures)} figures, {said} of them explained, {asserted} assertions'
+    )
 
 
 # ---- the explorer
+
 
 def explorer(outputs, fallback='outputs/gallery'):
     "The names that nbs/explore.ipynb defines when its runs are in `outputs`, and everything it displayed."
     shown, names = [], {}
     names['display'] = shown.append
-    for cell in json.loads((root/'nbs/explore.ipynb').read_text(encoding='utf-8'))['cells']:
+    for cell in json.loads((root / 'nbs/explore.ipynb').read_text(encoding='utf-8'))['cells']:
         source = ''.join(cell['source'])
-        if cell['cell_type'] != 'code' or 'google.colab' in source: continue
-        source = source.replace("outputs = 'outputs'", f'outputs = {str(outputs)!r}').replace('(outputs, gallery)', f'(outputs, {fallback!r})')
+        if cell['cell_type'] != 'code' or 'google.colab' in source:
+            continue
+        source = source.replace("outputs = 'outputs'", f'outputs = {str(outputs)!r}').replace(
+            '(outputs, gallery)', f'(outputs, {fallback!r})'
+        )
         exec(compile(source, 'explore', 'exec'), names)
     return names, shown
 
 
 def copied(folder, *runs):
     "A folder of runs copied from the gallery."
-    for run in runs: shutil.copytree(root/'outputs/gallery'/run, folder/run)
+    for run in runs:
+        shutil.copytree(root / 'outputs/gallery' / run, folder / run)
     return folder
 
 
 def test_explorer_compares_runs(tmp_path):
-    names, shown = explorer(copied(tmp_path, 'finetune/quickstart-full', 'finetune/quickstart-lora', 'compare/quickstart'))
+    names, shown = explorer(
+        copied(tmp_path, 'finetune/quickstart-full', 'finetune/quickstart-lora', 'compare/quickstart')
+    )
     runs = list(names['runs'])
-    assert len(runs) == 3 and set(names['chosen'].value) == {run for run in runs if run.startswith('finetune/')} and names['curve'].value == 'loss'
+    assert (
+        len(runs) == 3
+        and set(names['chosen'].value) == {run for run in runs if run.startswith('finetune/')}
+        and names['curve'].value == 'loss'
+    )
     both = [run for run in runs if run.startswith('finetune/')]
+
     def displayed(function, *arguments):
         shown.clear()
         function(*arguments)
         return shown
+
     figure = displayed(names['curves'], both, 'loss')[0]
     assert len(figure.axes[0].lines) >= 4 and figure._repr_png_()[:4] == b'\x89PNG'
     assert displayed(names['curves'], both, 'learning_rate')[0].axes[0].get_ylabel() == 'learning_rate'
     numbers = displayed(names['numbers'], runs)[0]
-    after = [json.loads((root/'outputs/gallery'/run/'metrics.json').read_text())['perplexity_after'] for run in ('finetune/quickstart-full', 'finetune/quickstart-lora')]
+    after = [
+        json.loads((root / 'outputs/gallery' / run / 'metrics.json').read_text())['perplexity_after']
+        for run in ('finetune/quickstart-full', 'finetune/quickstart-lora')
+    ]
     assert 'perplexity_after' in numbers and all(f'{value:.1f}' in numbers for value in after)
     differing = displayed(names['parameters'], both, True)[0]
-    assert 'method' in differing and 'weight_decay' not in differing and 'weight_decay' in displayed(names['parameters'], both, False)[0]
+    assert (
+        'method' in differing
+        and 'weight_decay' not in differing
+        and 'weight_decay' in displayed(names['parameters'], both, False)[0]
+    )
     links = displayed(names['reports'], runs)
     assert len(links) == 3 and all('report.html' in link and 'done' in link for link in links)
 
@@ -77,44 +119,58 @@ def test_explorer_takes_runs_as_they_are(tmp_path, capsys):
     "A run that failed, one that still goes on with half a line in its log, and one without anything."
     copied(tmp_path, 'finetune/quickstart-full', 'finetune/quickstart-lora')
     for name, status in (('quickstart-full', 'failed'), ('quickstart-lora', 'running')):
-        folder = tmp_path/'finetune'/name
-        record = json.loads((folder/'run.json').read_text())
+        folder = tmp_path / 'finetune' / name
+        record = json.loads((folder / 'run.json').read_text())
         record['run'] |= dict(status=status, error='ValueError: broken' if status == 'failed' else None, verdict=None)
-        (folder/'run.json').write_text(json.dumps(record))
-        (folder/'metrics.json').unlink()
-    with (tmp_path/'finetune/quickstart-lora/log.jsonl').open('a') as file: file.write('{"step": 52, "lo')
-    (tmp_path/'finetune/quickstart-full/log.jsonl').unlink()
+        (folder / 'run.json').write_text(json.dumps(record))
+        (folder / 'metrics.json').unlink()
+    with (tmp_path / 'finetune/quickstart-lora/log.jsonl').open('a') as file:
+        file.write('{"step": 52, "lo')
+    (tmp_path / 'finetune/quickstart-full/log.jsonl').unlink()
     names, shown = explorer(tmp_path)
     runs = list(names['runs'])
     assert any('failed' in run for run in runs) and any('interrupted' in run for run in runs)
-    for function in ('numbers', 'reports'): names[function](runs)
+    for function in ('numbers', 'reports'):
+        names[function](runs)
     names['curves'](runs, 'loss')
     assert any('ValueError: broken' in str(one) for one in shown) and 'nothing to compare' in capsys.readouterr().out
 
 
 def test_explorer_without_any_run(tmp_path, capsys):
-    names, shown = explorer(tmp_path/'none', str(tmp_path/'nothing'))
+    names, shown = explorer(tmp_path / 'none', str(tmp_path / 'nothing'))
     names['curves']((), 'loss'), names['numbers'](()), names['parameters']((), True), names['reports'](())
     said = capsys.readouterr().out
     assert not names['runs'] and 'no runs in' in said and 'choose runs' in said and not shown
 
 
 def test_explorer_falls_back_to_the_gallery(tmp_path):
-    assert len(explorer(tmp_path/'none')[0]['runs']) >= 4
+    assert len(explorer(tmp_path / 'none')[0]['runs']) >= 4
 
 
 def test_explorer_runs_headless(tmp_path):
     "In a real kernel, where the widgets live: no cell fails and the widgets hold a figure."
     nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
-    notebook = nbformat.read(root/'nbs/explore.ipynb', as_version=4)
-    folder, = [cell for cell in notebook.cells if cell.source.startswith("outputs = 'outputs'")]
+    notebook = nbformat.read(root / 'nbs/explore.ipynb', as_version=4)
+    (folder,) = [cell for cell in notebook.cells if cell.source.startswith("outputs = 'outputs'")]
     folder.source = "outputs = 'outputs/gallery'"
-    nbclient.NotebookClient(notebook, timeout=20,  # nbclient can overlook the answer to a cell with widgets until this has passed
-                            resources=dict(metadata=dict(path=str(root/'nbs')))).execute()
+    nbclient.NotebookClient(
+        notebook,
+        timeout=20,  # nbclient can overlook the answer to a cell with widgets until this has passed
+        resources=dict(metadata=dict(path=str(root / 'nbs'))),
+    ).execute()
     states = next(iter(notebook.metadata.widgets.values()))['state'].values()
-    outputs = [output for state in states if state['model_name'] == 'OutputModel' for output in state['state'].get('outputs', [])]
+    outputs = [
+        output
+        for state in states
+        if state['model_name'] == 'OutputModel'
+        for output in state['state'].get('outputs', [])
+    ]
     kinds = [kind for output in outputs for kind in output.get('data', {})]
-    assert not [output for output in outputs if output['output_type'] == 'error'] and 'image/png' in kinds and kinds.count('text/html') >= 3
+    assert (
+        not [output for output in outputs if output['output_type'] == 'error']
+        and 'image/png' in kinds
+        and kinds.count('text/html') >= 3
+    )
 
 
 # ---- commands
@@ -125,10 +181,14 @@ examples = {'params/finetune/mine.yaml', 'params/sweeps/ranks.yaml'}  # files th
 def commands(text):
     "The commands of the ```sh blocks and those in backticks that begin with llmft, make or papermill; (command, whether it needs other hardware)."
     blocks = '\n'.join(re.findall(r'```sh\n(.*?)```', text, flags=re.DOTALL)).splitlines()
-    inline = [found.replace('&#124;', '|') for found in re.findall(r'`((?:llmft|make|papermill) [^`]+)`', re.sub(r'```.*?```', '', text, flags=re.DOTALL))]
+    inline = [
+        found.replace('&#124;', '|')
+        for found in re.findall(r'`((?:llmft|make|papermill) [^`]+)`', re.sub(r'```.*?```', '', text, flags=re.DOTALL))
+    ]
     for line in [*blocks, *inline]:
         command, _, note = line.partition('#')
-        if command.strip(): yield command.strip(), 'needs' in note
+        if command.strip():
+            yield command.strip(), 'needs' in note
 
 
 every = [(page, command, marked) for page, text in texts.items() for command, marked in commands(text)]
@@ -138,41 +198,60 @@ def test_commands_were_found():
     assert len(every) >= 90 and sum('llmft run' in command for _, command, _ in every) >= 60
 
 
-def cluster_is_known(): return '--cluster' in (root/'llmft/cli.py').read_text(encoding='utf-8')
+def cluster_is_known():
+    return '--cluster' in (root / 'llmft/cli.py').read_text(encoding='utf-8')
 
 
 @pytest.mark.parametrize('page', sorted({page for page, _, _ in every}))
 def test_commands_are_real(page, tmp_path, monkeypatch):
     "Every command of a page is checked as far as it goes without running: its files, its parameters with their types, its target, its options."
     monkeypatch.chdir(root)
-    targets = re.findall(r'^([\w-]+):', (root/'Makefile').read_text(), flags=re.MULTILINE)
+    targets = re.findall(r'^([\w-]+):', (root / 'Makefile').read_text(), flags=re.MULTILINE)
     for command in [command for where, command, _ in every if where == page]:
         words = [word for word in shlex.split(command) if not re.match(r'[A-Z_]+=', word)]
-        if words[0] == 'make': assert all(word in targets for word in words[1:] if not word.startswith('-')), command
-        if words[0] == 'papermill': assert all((root/word).exists() for word in words if word.startswith(('nbs/', 'params/'))), command
-        if words[0] == 'llmft' and words[1] == 'params': assert (root/'nbs/experiments'/f'{words[2]}.ipynb').exists() or words[2] == 'NOTEBOOK', command
-        if words[0] == 'llmft' and words[1] in ('run', 'plan'): check_run(words[2:], command)
-        if words[0] == 'llmft': assert words[1] in ('run', 'ls', 'params', 'plan', 'verify'), command
+        if words[0] == 'make':
+            assert all(word in targets for word in words[1:] if not word.startswith('-')), command
+        if words[0] == 'papermill':
+            assert all((root / word).exists() for word in words if word.startswith(('nbs/', 'params/'))), command
+        if words[0] == 'llmft' and words[1] == 'params':
+            assert (root / 'nbs/experiments' / f'{words[2]}.ipynb').exists() or words[2] == 'NOTEBOOK', command
+        if words[0] == 'llmft' and words[1] in ('run', 'plan'):
+            check_run(words[2:], command)
+        if words[0] == 'llmft':
+            assert words[1] in ('run', 'ls', 'params', 'plan', 'verify'), command
 
 
 def check_run(words, command):
     "A call of llmft run is one that the command line would start."
-    files = [word for before, word in zip([''] + words, words) if not word.startswith('-') and before not in ('-p', '--workers', '--cluster', '--gpu', '>') and not word.endswith('.json')]
-    if not files or any('...' in file for file in files) or set(files) & examples: return  # a name in a sentence, or a file the reader writes
+    files = [
+        word
+        for before, word in zip([''] + words, words)
+        if not word.startswith('-')
+        and before not in ('-p', '--workers', '--cluster', '--gpu', '>')
+        and not word.endswith('.json')
+    ]
+    if not files or any('...' in file for file in files) or set(files) & examples:
+        return  # a name in a sentence, or a file the reader writes
     overrides = [word for before, word in zip([''] + words, words) if before == '-p']
-    if '--cluster' in words: return cluster_is_known() and [jobs_of(files, [], '--small' in words)]
+    if '--cluster' in words:
+        return cluster_is_known() and [jobs_of(files, [], '--small' in words)]
     jobs = jobs_of(files, overrides, '--small' in words)
     assert jobs and all(stage for stages in jobs for stage in stages), command
 
 
 def test_checks_of_commands_bite():
-    for wrong in ('params/finetune/lroa.yaml', 'params/finetune/lora.yaml -p lora_rnak=2', 'params/finetune/lora.yaml -p lora_rank=x'):
-        with pytest.raises((LabError, AssertionError)): check_run(wrong.split(), wrong)
+    for wrong in (
+        'params/finetune/lroa.yaml',
+        'params/finetune/lora.yaml -p lora_rnak=2',
+        'params/finetune/lora.yaml -p lora_rank=x',
+    ):
+        with pytest.raises((LabError, AssertionError)):
+            check_run(wrong.split(), wrong)
 
 
 def test_files_that_pages_name_exist():
     named = {file for text in texts.values() for file in re.findall(r'params/[\w/]+\.yaml', text)} - examples
-    lost = sorted(file for file in named if not (root/file).exists())
+    lost = sorted(file for file in named if not (root / file).exists())
     assert len(named) > 25 and not lost, lost
 
 
@@ -182,7 +261,16 @@ def test_commands_of_other_hardware_say_so():
     for page, text in texts.items():
         for block in re.findall(r'```sh\n(.*?)```', text, flags=re.DOTALL):
             for line in block.splitlines():
-                if 'llmft run' in line and '--small' not in line and 'needs' not in line and 'quickstart' not in line and page != 'README.md' and 'mine.yaml' not in line and '_small.yaml' not in line: bare.append(f'{page}: {line}')
+                if (
+                    'llmft run' in line
+                    and '--small' not in line
+                    and 'needs' not in line
+                    and 'quickstart' not in line
+                    and page != 'README.md'
+                    and 'mine.yaml' not in line
+                    and '_small.yaml' not in line
+                ):
+                    bare.append(f'{page}: {line}')
     assert not bare, bare
 
 
@@ -191,116 +279,293 @@ def test_cheap_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(root)
     assert call(['ls']) == 0 and call(['params', 'finetune']) == 0
     assert 'lora_rank' in capsys.readouterr().out
-    texts_folder = tmp_path/'my_texts'
+    texts_folder = tmp_path / 'my_texts'
     texts_folder.mkdir()
-    for number in range(24): (texts_folder/f'{number}.txt').write_text(f'Letter {number}. ' + f'The weather on day {number} was fine and the garden grew. ' * 6)
+    for number in range(24):
+        (texts_folder / f'{number}.txt').write_text(
+            f'Letter {number}. ' + f'The weather on day {number} was fine and the garden grew. ' * 6
+        )
     arguments = shlex.split('run params/finetune/lora.yaml --small -p name=mine -p data=my_texts')
-    assert any(' '.join(arguments) in command for page, command, _ in every if page.endswith('get-started.qmd')), 'the guide shows another command'
+    assert any(' '.join(arguments) in command for page, command, _ in every if page.endswith('get-started.qmd')), (
+        'the guide shows another command'
+    )
     arguments[-1] = f'data={texts_folder}'
-    extra = [word for value in ('max_steps=2', 'sample_tokens=4', 'max_length=64', f'outputs={tmp_path}/outputs') for word in ('-p', value)]
+    extra = [
+        word
+        for value in ('max_steps=2', 'sample_tokens=4', 'max_length=64', f'outputs={tmp_path}/outputs')
+        for word in ('-p', value)
+    ]
     assert call([*arguments, *extra]) == 0, capsys.readouterr()
-    record = json.loads((tmp_path/'outputs/finetune/mine/run.json').read_text())
-    assert record['run']['status'] == 'done' and record['meta']['notes']['train']['documents'] >= 15 and (tmp_path/'outputs/finetune/mine/adapter').exists()
+    record = json.loads((tmp_path / 'outputs/finetune/mine/run.json').read_text())
+    assert (
+        record['run']['status'] == 'done'
+        and record['meta']['notes']['train']['documents'] >= 15
+        and (tmp_path / 'outputs/finetune/mine/adapter').exists()
+    )
 
 
 def test_python_blocks_are_python():
-    blocks = [(page, block) for page, text in texts.items() for block in re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL)]
-    for page, block in blocks: ast.parse(re.sub(r'^[%!]', '#', block, flags=re.MULTILINE))
+    blocks = [
+        (page, block)
+        for page, text in texts.items()
+        for block in re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL)
+    ]
+    for page, block in blocks:
+        ast.parse(re.sub(r'^[%!]', '#', block, flags=re.MULTILINE))
     assert len(blocks) >= 8
 
 
 def test_python_blocks_run(monkeypatch):
     "The blocks that need neither a run nor Colab do what they say."
     monkeypatch.chdir(root)
-    blocks = [block for page, text in texts.items() for block in re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL) if 'google' not in block and 'execute_run' not in block and not block.startswith('!')]
+    blocks = [
+        block
+        for page, text in texts.items()
+        for block in re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL)
+        if 'google' not in block and 'execute_run' not in block and not block.startswith('!')
+    ]
     assert len(blocks) >= 5
-    for block in blocks: exec(compile(block, 'guide', 'exec'), {})
+    for block in blocks:
+        exec(compile(block, 'guide', 'exec'), {})
 
 
 # ---- the reproduction guide
 
 studies = {  # page -> what the documents of the study name: scripts, options, parameters, files
     'forecasting': dict(
-        commands=['preprocess_data.py --precision 2', 'preprocess_data.py --precision 3', 'base_eval_v3.py', 'base_eval_v2.py', 'hyper.py', 'context.py', 'finetune/finetune.py', 'finetune_eval.py'],
+        commands=[
+            'preprocess_data.py --precision 2',
+            'preprocess_data.py --precision 3',
+            'base_eval_v3.py',
+            'base_eval_v2.py',
+            'hyper.py',
+            'context.py',
+            'finetune/finetune.py',
+            'finetune_eval.py',
+        ],
         parameters='--precision --alpha --output_dir --use_text_files --text_file_path --num_samples --visualize_first_n --max_flops --use_wandb --model_1 --lr --rank --train_file --val_file --lora_r --lora_alpha --learning_rate '
-                   '--batch_size --max_steps --wandb_project Data_Dir'.split(),
-        outputs=['data/processed2', 'data/processed3', 'results/hyperparameter_search/', 'results/context_length_finetuning/', 'results/final-finetune/models']),
+        '--batch_size --max_steps --wandb_project Data_Dir'.split(),
+        outputs=[
+            'data/processed2',
+            'data/processed3',
+            'results/hyperparameter_search/',
+            'results/context_length_finetuning/',
+            'results/final-finetune/models',
+        ],
+    ),
     'finetuning': dict(
-        commands=['conda create', 'conda activate', 'pip3 install torch', 'pip install deepspeed', 'cd /mnt', 'requirements.txt', 'pip install modelscope', 'download_llm.sh', 'baseline_inference.py', 'optimized_inference.py',
-                  'plot_results.py` (inference)', 'baseline_finetune.py', '--use_lora`', '--use_lora --gradient_checkpointing', '--use_qlora`', '--use_qlora --gradient_checkpointing', 'install_cuda_toolkit_wsl.sh', 'source ~/.bashrc',
-                  'finetune_zero2.py', 'finetune_zero3.py', 'plot_results.py` (fine-tuning)', 'profile_qlora.py'],
+        commands=[
+            'conda create',
+            'conda activate',
+            'pip3 install torch',
+            'pip install deepspeed',
+            'cd /mnt',
+            'requirements.txt',
+            'pip install modelscope',
+            'download_llm.sh',
+            'baseline_inference.py',
+            'optimized_inference.py',
+            'plot_results.py` (inference)',
+            'baseline_finetune.py',
+            '--use_lora`',
+            '--use_lora --gradient_checkpointing',
+            '--use_qlora`',
+            '--use_qlora --gradient_checkpointing',
+            'install_cuda_toolkit_wsl.sh',
+            'source ~/.bashrc',
+            'finetune_zero2.py',
+            'finetune_zero3.py',
+            'plot_results.py` (fine-tuning)',
+            'profile_qlora.py',
+        ],
         parameters='--model_path --model_name --dataset_name --dataset_config --dataset_split --num_samples --batch_size --output_dir --use_4bit --method_name --num_epochs --learning_rate --max_length --use_lora --use_qlora '
-                   '--gradient_checkpointing --device --num_gpus --deepspeed_config'.split(),
-        outputs=['baseline_results/baseline_inference_metrics.json', 'avg_latency', 'throughput_tokens_per_sec', 'peak_memory_gb', 'optimized_results/INT4/baseline_inference_metrics.json', 'plots/inference_latency.png',
-                 'plots/inference_memory.png', 'baseline_finetune_output/baseline_finetune_metrics.json', *(f'optimized_finetune_output/{name}/baseline_finetune_metrics.json' for name in 'lora lora_gc qlora qlora_gc qlora_zero2 qlora_zero3'.split()),
-                 'plots/finetune_time.png', 'plots/finetune_time_per_epoch.png', 'plots/finetune_memory.png', 'qlora_profile_table.txt', 'Llama-3.2-3B-Instruct/', 'ds_zero2.json', 'ds_zero3.json']),
+        '--gradient_checkpointing --device --num_gpus --deepspeed_config'.split(),
+        outputs=[
+            'baseline_results/baseline_inference_metrics.json',
+            'avg_latency',
+            'throughput_tokens_per_sec',
+            'peak_memory_gb',
+            'optimized_results/INT4/baseline_inference_metrics.json',
+            'plots/inference_latency.png',
+            'plots/inference_memory.png',
+            'baseline_finetune_output/baseline_finetune_metrics.json',
+            *(
+                f'optimized_finetune_output/{name}/baseline_finetune_metrics.json'
+                for name in 'lora lora_gc qlora qlora_gc qlora_zero2 qlora_zero3'.split()
+            ),
+            'plots/finetune_time.png',
+            'plots/finetune_time_per_epoch.png',
+            'plots/finetune_memory.png',
+            'qlora_profile_table.txt',
+            'Llama-3.2-3B-Instruct/',
+            'ds_zero2.json',
+            'ds_zero3.json',
+        ],
+    ),
     'instructions': dict(
         commands=['DIVERSE', 'For Better Performance', 'For Reasoning Training', 'For Faster Training'],
         parameters='model_name `r` lora_alpha lora_dropout target_modules bias task_type optimizer learning_rate weight_decay max_grad_norm beta1 beta2 epsilon cosine warm-up batch_size gradient_accumulation_steps effective_batch_size num_epochs '
-                   'max_steps early_stopping_patience max_length padding truncation logging_steps eval_steps save_steps save_total_limit bf16 fp16 gradient_checkpointing optim attn_implementation system_prompt training_field train_split valid_split '
-                   'test_split metric_for_best_model greater_is_better load_best_model_at_end eval_strategy `seed` dataset_split_seed cudnn.deterministic benchmark flash_attention_2 lora_r'.split(),
-        outputs=['checkpoints every 100 steps', 'best checkpoint', 'log of losses', 'table of losses']),
+        'max_steps early_stopping_patience max_length padding truncation logging_steps eval_steps save_steps save_total_limit bf16 fp16 gradient_checkpointing optim attn_implementation system_prompt training_field train_split valid_split '
+        'test_split metric_for_best_model greater_is_better load_best_model_at_end eval_strategy `seed` dataset_split_seed cudnn.deterministic benchmark flash_attention_2 lora_r'.split(),
+        outputs=['checkpoints every 100 steps', 'best checkpoint', 'log of losses', 'table of losses'],
+    ),
     'sublora': dict(
-        commands=['prepare.py', 'conda env create', 'conda activate', 'pip install -e .', 'run_adaptive_experiments.bat', 'EXPERIMENT_COMMANDS.md', 'torchrun --standalone --nproc_per_node=2', 'allocation_mode=learned', 'run_all_bounds.sh',
-                  'eval_bounds.py', 'analyze_results.py', 'find out/adaptive_experiments'],
+        commands=[
+            'prepare.py',
+            'conda env create',
+            'conda activate',
+            'pip install -e .',
+            'run_adaptive_experiments.bat',
+            'EXPERIMENT_COMMANDS.md',
+            'torchrun --standalone --nproc_per_node=2',
+            'allocation_mode=learned',
+            'run_all_bounds.sh',
+            'eval_bounds.py',
+            'analyze_results.py',
+            'find out/adaptive_experiments',
+        ],
         parameters='--standalone --nproc_per_node --config-file --data.dataset_dir --login.out_dir --login.wandb_run_name --sublora.intrinsic_dim --sublora.allocation_mode --model.best_checkpoint_path --bounds.bound_type '
-                   '--data.openwebtext_train_eot_indices_file --data.empirical_document_length_distribution_file --results_dir --output_dir --budgets --seeds'.split(),
+        '--data.openwebtext_train_eot_indices_file --data.empirical_document_length_distribution_file --results_dir --output_dir --budgets --seeds'.split(),
         outputs='train.bin val.bin eot_indices.npy doc_lengths.npy best_ckpt.pt ckpt_at_random_initialization.pt forward_ckpt_at_random_initialization.pt trainable_initparams.pt names.pt bounds_metrics.pt kl_divergence empirical_bpd '
-                'bound_value compressed_size_bits pareto_frontier_d1000.png pareto_frontier_d2000.png compression_comparison_d1000.png compression_comparison_d2000.png allocation_comparison_grid.png learned_gating_heatmap_d1000.png '
-                'learned_gating_heatmap_d2000.png learned_gating_trend.png summary_table.csv summary_table.tex projectors.py config/sublora_train.yaml config/sublora_bounds.yaml'.split()),
+        'bound_value compressed_size_bits pareto_frontier_d1000.png pareto_frontier_d2000.png compression_comparison_d1000.png compression_comparison_d2000.png allocation_comparison_grid.png learned_gating_heatmap_d1000.png '
+        'learned_gating_heatmap_d2000.png learned_gating_trend.png summary_table.csv summary_table.tex projectors.py config/sublora_train.yaml config/sublora_bounds.yaml'.split(),
+    ),
     'pdfs': dict(
-        commands=['python -m venv llm_env', 'source llm_env', 'pip install torch==2.0.1', 'export CUDA_VISIBLE_DEVICES=0', 'llm_fine_tuning.py'],
-        parameters=['Rank (r) = 8', 'Alpha = 32', 'q_proj', 'Load in 4-bit', 'FP16', 'Double quantization', 'fp16=True', 'gradient_accumulation_steps', 'gradient_checkpointing_enable', 'paged_adamw_8bit', 'climate_text_dataset'],
-        outputs=['extracted_texts', 'training.log', 'training_stats.txt', 'Per Device Batch Size', 'Gradient Accumulation Steps', 'Effective Batch Size', 'GPU Memory Usage', 'Training Time', 'Perplexity on Test Set', 'Interpretation', 'Conclusion'])}
+        commands=[
+            'python -m venv llm_env',
+            'source llm_env',
+            'pip install torch==2.0.1',
+            'export CUDA_VISIBLE_DEVICES=0',
+            'llm_fine_tuning.py',
+        ],
+        parameters=[
+            'Rank (r) = 8',
+            'Alpha = 32',
+            'q_proj',
+            'Load in 4-bit',
+            'FP16',
+            'Double quantization',
+            'fp16=True',
+            'gradient_accumulation_steps',
+            'gradient_checkpointing_enable',
+            'paged_adamw_8bit',
+            'climate_text_dataset',
+        ],
+        outputs=[
+            'extracted_texts',
+            'training.log',
+            'training_stats.txt',
+            'Per Device Batch Size',
+            'Gradient Accumulation Steps',
+            'Effective Batch Size',
+            'GPU Memory Usage',
+            'Training Time',
+            'Perplexity on Test Set',
+            'Interpretation',
+            'Conclusion',
+        ],
+    ),
+}
 documents = {'forecasting': '000', 'finetuning': '001', 'instructions': '002', 'sublora': '003', 'pdfs': '004'}
 
 
 def rows(page, *titles):
     "(reference, here) of the table rows below the headings that begin with one of `titles`."
     sections = re.split(r'^## ', texts[f'nbs/studies/{page}.qmd'], flags=re.MULTILINE)[1:]
-    lines = [line for section in sections if section.startswith(titles) for line in section.splitlines() if line.startswith('|') and not re.match(r'\|( ---|\s*reference |\s*what )', line)]
+    lines = [
+        line
+        for section in sections
+        if section.startswith(titles)
+        for line in section.splitlines()
+        if line.startswith('|') and not re.match(r'\|( ---|\s*reference |\s*what )', line)
+    ]
     return [[cell.strip() for cell in line.strip('|').split(' | ')] for line in lines]
 
 
-@pytest.mark.parametrize('kind, titles', [('commands', ('Commands',)), ('parameters', ('Parameters',)), ('outputs', ('Outputs',))])
+@pytest.mark.parametrize(
+    'kind, titles', [('commands', ('Commands',)), ('parameters', ('Parameters',)), ('outputs', ('Outputs',))]
+)
 @pytest.mark.parametrize('page', studies)
 def test_every_item_of_a_study_has_its_row(page, kind, titles):
     found, wanted = rows(page, *titles), studies[page][kind]
     lost = [item for item in wanted if not any(item in row[0] for row in found)]
     assert not lost, f'{page} has no row for {lost}'
-    assert all(len(row) >= 2 and row[1].strip(' |') for row in found), f'rows without an answer: {[row for row in found if len(row) < 2 or not row[1].strip(" |")]}'
+    assert all(len(row) >= 2 and row[1].strip(' |') for row in found), (
+        f'rows without an answer: {[row for row in found if len(row) < 2 or not row[1].strip(" |")]}'
+    )
 
 
 def test_answers_name_parameters_that_exist():
     "A cell of the parameter tables that begins with a name in backticks means a parameter of an experiment."
     from llmft.runs.params import read_parameters
+
     known = {p.name for path in root.glob('nbs/experiments/*.ipynb') for p in read_parameters(path)}
-    named = {found[1]: page for page in studies for row in rows(page, 'Parameters') if (found := re.match(r'`([a-z_]+)(?::[^`]*)?`', row[1]))}
+    named = {
+        found[1]: page
+        for page in studies
+        for row in rows(page, 'Parameters')
+        if (found := re.match(r'`([a-z_]+)(?::[^`]*)?`', row[1]))
+    }
     assert len(named) > 40 and not set(named) - known, {name: page for name, page in named.items() if name not in known}
 
 
 def test_counts_of_the_reproduction_guide():
     "How many rows there are at least, so that no table can vanish."
-    counted = {kind: sum(len(rows(page, title)) for page in studies) for kind, title in (('commands', 'Commands'), ('parameters', 'Parameters'), ('outputs', 'Outputs'), ('results', 'Results'), ('wrong', 'What the reference got wrong'))}
-    assert counted['commands'] >= 44 and counted['parameters'] >= 108 and counted['outputs'] >= 52 and counted['results'] >= 38 and counted['wrong'] >= 20, counted
+    counted = {
+        kind: sum(len(rows(page, title)) for page in studies)
+        for kind, title in (
+            ('commands', 'Commands'),
+            ('parameters', 'Parameters'),
+            ('outputs', 'Outputs'),
+            ('results', 'Results'),
+            ('wrong', 'What the reference got wrong'),
+        )
+    }
+    assert (
+        counted['commands'] >= 44
+        and counted['parameters'] >= 108
+        and counted['outputs'] >= 52
+        and counted['results'] >= 38
+        and counted['wrong'] >= 20
+    ), counted
 
 
 @pytest.mark.parametrize('page', studies)
 def test_commands_of_a_study_lead_to_a_folder(page):
     for row in rows(page, 'Commands'):
-        for file in re.findall(r'llmft run (params/[\w/]+\.yaml)', row[1]): assert (root/file).exists(), f'{row[1]}: there is no {file}'
+        for file in re.findall(r'llmft run (params/[\w/]+\.yaml)', row[1]):
+            assert (root / file).exists(), f'{row[1]}: there is no {file}'
     assert any('llmft run' in row[1] for row in rows(page, 'Commands'))
     text = texts[f'nbs/studies/{page}.qmd']
     assert '**Hardware.**' in text and '**Time.**' in text and 'not measured' in text
 
 
-@pytest.mark.skipif('LLMFT_STUDIES' not in os.environ, reason='LLMFT_STUDIES does not name the folder with the five documents of the studies')
+@pytest.mark.skipif(
+    'LLMFT_STUDIES' not in os.environ,
+    reason='LLMFT_STUDIES does not name the folder with the five documents of the studies',
+)
 @pytest.mark.parametrize('page', studies)
 def test_the_documents_name_nothing_else(page):
     "Every script, option and file that a document names is in the list above, and so has a row."
-    document = next(Path(os.environ['LLMFT_STUDIES']).glob(f'{documents[page]}*')).read_text(encoding='utf-8', errors='replace')
+    document = next(Path(os.environ['LLMFT_STUDIES']).glob(f'{documents[page]}*')).read_text(
+        encoding='utf-8', errors='replace'
+    )
     have = ' '.join(str(item) for items in studies[page].values() for item in items) + texts[f'nbs/studies/{page}.qmd']
-    code = '\n'.join(re.findall(r'```(?:bash|python)?\n(.*?)```|code-block:: bash\n\n((?:      .*\n|\n)+)', document, flags=re.DOTALL) and [a or b for a, b in re.findall(r'```(?:bash|python)?\n(.*?)```|code-block:: bash\n\n((?:      .*\n|\n)+)', document, flags=re.DOTALL)])
-    named = {*re.findall(r'(?<![\w-])--[a-z][\w.-]*\w', code), *(Path(found).name for found in re.findall(r'[\w./]+\.(?:py|sh|bat)\b', code)), *(Path(found).name for found in re.findall(r'[\w./]+\.(?:png|csv|tex|npy|pt)\b', document))}
+    code = '\n'.join(
+        re.findall(
+            r'```(?:bash|python)?\n(.*?)```|code-block:: bash\n\n((?:      .*\n|\n)+)', document, flags=re.DOTALL
+        )
+        and [
+            a or b
+            for a, b in re.findall(
+                r'```(?:bash|python)?\n(.*?)```|code-block:: bash\n\n((?:      .*\n|\n)+)', document, flags=re.DOTALL
+            )
+        ]
+    )
+    named = {
+        *re.findall(r'(?<![\w-])--[a-z][\w.-]*\w', code),
+        *(Path(found).name for found in re.findall(r'[\w./]+\.(?:py|sh|bat)\b', code)),
+        *(Path(found).name for found in re.findall(r'[\w./]+\.(?:png|csv|tex|npy|pt)\b', document)),
+    }
     left = sorted(name for name in named if name not in have)
     assert len(named) >= (0 if page in ('instructions',) else 1) and not left, left

@@ -1,4 +1,5 @@
 """The tests' own machinery: tests that measure run alone, and an attempt to reach the network fails a test even when it is swallowed."""
+
 import json, shutil, subprocess, sys
 from pathlib import Path
 
@@ -27,22 +28,33 @@ def test_nothing(): pass
 
 def pytest_in(folder, text, *options):
     "Run the tests of `text` in `folder` under this folder's conftest.py."
-    (folder/'offline').mkdir()
-    for name in ('conftest.py', 'offline/sitecustomize.py'): shutil.copy(here/name, folder/name)
-    (folder/'pytest.ini').write_text('[pytest]\nmarkers = serial\n')
-    (folder/'test_it.py').write_text(text)
-    return subprocess.run([sys.executable, '-m', 'pytest', '-q', *options, 'test_it.py'], cwd=folder, capture_output=True, text=True, timeout=120)
+    (folder / 'offline').mkdir()
+    for name in ('conftest.py', 'offline/sitecustomize.py'):
+        shutil.copy(here / name, folder / name)
+    (folder / 'pytest.ini').write_text('[pytest]\nmarkers = serial\n')
+    (folder / 'test_it.py').write_text(text)
+    return subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', *options, 'test_it.py'],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_serial_tests_run_alone(tmp_path):
     done = pytest_in(tmp_path, timed, '-n', '2')
     assert '12 passed' in done.stdout, done.stdout
     spans = [json.loads(path.read_text()) for path in tmp_path.glob('*.json')]
-    overlaps = [(one[0], two[0]) for one in spans for two in spans if one is not two and one[1] < two[2] and two[1] < one[2]]
+    overlaps = [
+        (one[0], two[0]) for one in spans for two in spans if one is not two and one[1] < two[2] and two[1] < one[2]
+    ]
     assert (False, False) in overlaps, 'ordinary tests should run side by side'
     assert not any(True in pair for pair in overlaps), 'a serial test ran beside another one'
 
 
 def test_swallowed_attempts_fail(tmp_path):
     done = pytest_in(tmp_path, swallowed)
-    assert '3 passed, 2 errors' in done.stdout and 'the network was asked for: lookup of example.org' in done.stdout, done.stdout
+    assert '3 passed, 2 errors' in done.stdout and 'the network was asked for: lookup of example.org' in done.stdout, (
+        done.stdout
+    )

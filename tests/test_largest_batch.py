@@ -1,4 +1,5 @@
 "The search for the largest batch: exact, bounded in trials, and without a trace."
+
 import math
 
 import pytest, torch
@@ -13,7 +14,8 @@ from llmft.training.recipe import Recipe
 
 
 @pytest.fixture(scope='module')
-def net(): return add_lora(load_model('preset:llama-tiny'), 4, 8, .1, ['q_proj', 'v_proj'], seed=1)
+def net():
+    return add_lora(load_model('preset:llama-tiny'), 4, 8, 0.1, ['q_proj', 'v_proj'], seed=1)
 
 
 @given(st.integers(1, 64), st.integers(0, 512), st.integers(0, 600))
@@ -25,10 +27,23 @@ def test_the_search_is_exact_and_bounded(safe, more, true):
 
 def test_the_reference_log():
     asked = []
-    assert bisect_batch(lambda batch: not asked.append(batch) and batch <= 19, 2, 32) == 19 and asked == [2, 17, 25, 21, 19, 20]
+    assert bisect_batch(lambda batch: not asked.append(batch) and batch <= 19, 2, 32) == 19 and asked == [
+        2,
+        17,
+        25,
+        21,
+        19,
+        20,
+    ]
 
 
-def state(net): return weights_hash(dict(net.named_parameters())), torch.get_rng_state().tolist(), net.training, [p.grad for p in net.parameters() if p.grad is not None]
+def state(net):
+    return (
+        weights_hash(dict(net.named_parameters())),
+        torch.get_rng_state().tolist(),
+        net.training,
+        [p.grad for p in net.parameters() if p.grad is not None],
+    )
 
 
 @pytest.mark.parametrize('broken', [None, 'forward', 'optimiser', 'other'])
@@ -36,11 +51,17 @@ def test_a_trial_leaves_nothing_behind(net, monkeypatch, broken):
     "Whatever stops it: nothing, memory in the forward pass, memory in the optimiser's step, an error that is none of memory."
     net.eval()
     before = state(net)
-    def fail(*args, **kwargs): raise torch.OutOfMemoryError('out of memory') if broken != 'other' else RuntimeError('shapes')
-    if broken in ('forward', 'other'): monkeypatch.setattr(module.LossModel, 'forward', fail)
-    if broken == 'optimiser': monkeypatch.setattr(torch.optim.AdamW, 'step', fail)
+
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError('out of memory') if broken != 'other' else RuntimeError('shapes')
+
+    if broken in ('forward', 'other'):
+        monkeypatch.setattr(module.LossModel, 'forward', fail)
+    if broken == 'optimiser':
+        monkeypatch.setattr(torch.optim.AdamW, 'step', fail)
     if broken == 'other':
-        with pytest.raises(RuntimeError, match='shapes'): try_batch(net, Recipe(max_length=32), 2, 2**30)
+        with pytest.raises(RuntimeError, match='shapes'):
+            try_batch(net, Recipe(max_length=32), 2, 2**30)
     else:
         trial = try_batch(net, Recipe(max_length=32), 2, 2**30, accumulation=2)
         assert (trial.fits, trial.why) == ((True, '') if broken is None else (False, 'out of memory'))
@@ -50,9 +71,25 @@ def test_a_trial_leaves_nothing_behind(net, monkeypatch, broken):
 def test_the_worst_batch_takes_a_whole_step(net, monkeypatch):
     "Forward, backward and optimiser see rows of full length, all of them targets."
     seen, real = [], module.accumulate
-    monkeypatch.setattr(module, 'accumulate', lambda model, batches, targets: seen.append((sum(batch.slots for batch in batches), targets, {n for batch in batches for n in batch.lengths})) or real(model, batches, targets))
+    monkeypatch.setattr(
+        module,
+        'accumulate',
+        lambda model, batches, targets: (
+            seen.append(
+                (sum(batch.slots for batch in batches), targets, {n for batch in batches for n in batch.lengths})
+            )
+            or real(model, batches, targets)
+        ),
+    )
     steps, step = [], torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, 'step', lambda self, *rest: steps.append([p.grad is not None for group in self.param_groups for p in group['params']]) or step(self, *rest))
+    monkeypatch.setattr(
+        torch.optim.AdamW,
+        'step',
+        lambda self, *rest: (
+            steps.append([p.grad is not None for group in self.param_groups for p in group['params']])
+            or step(self, *rest)
+        ),
+    )
     try_batch(net, Recipe(max_length=48), 3, 2**30)
     assert seen == [(144, 144, {48})] and len(steps) == 1 and all(steps[0])
 
@@ -60,28 +97,42 @@ def test_the_worst_batch_takes_a_whole_step(net, monkeypatch):
 def test_memory_grows_with_the_batch_and_is_given_back(net):
     small, large = (try_batch(net, Recipe(max_length=256), batch, 2**34) for batch in (4, 64))
     again = try_batch(net, Recipe(max_length=256), 4, 2**34)
-    assert large.peak_bytes > 3 * small.peak_bytes and again.peak_bytes < 1.5 * small.peak_bytes + 2**23, (small, large, again)
+    assert large.peak_bytes > 3 * small.peak_bytes and again.peak_bytes < 1.5 * small.peak_bytes + 2**23, (
+        small,
+        large,
+        again,
+    )
     assert large.predicted_bytes > small.predicted_bytes
 
 
 def test_a_batch_of_one_that_does_not_fit_is_one_line(net):
-    with pytest.raises(LabError, match='not one row of 32 positions fits') as raised: largest_batch(net, Recipe(max_length=32), 2, 8, limit_gb=1e-5, say=lambda line: None)
+    with pytest.raises(LabError, match='not one row of 32 positions fits') as raised:
+        largest_batch(net, Recipe(max_length=32), 2, 8, limit_gb=1e-5, say=lambda line: None)
     assert '\n' not in str(raised.value)
     for arguments in ((0, 4), (8, 4)):
-        with pytest.raises(LabError, match='smallest <= largest'): largest_batch(net, Recipe(max_length=32), *arguments, say=lambda line: None)
+        with pytest.raises(LabError, match='smallest <= largest'):
+            largest_batch(net, Recipe(max_length=32), *arguments, say=lambda line: None)
 
 
 def test_what_would_take_the_machine_down_is_not_run(net, monkeypatch):
     tried = []
-    monkeypatch.setattr(module, 'try_batch', lambda model, recipe, batch, *rest, **facts: tried.append(batch) or Trial(batch, True, batch * 2**40))
+    monkeypatch.setattr(
+        module,
+        'try_batch',
+        lambda model, recipe, batch, *rest, **facts: tried.append(batch) or Trial(batch, True, batch * 2**40),
+    )
     best, trials = largest_batch(net, Recipe(), 2, 2**12, say=lambda line: None)
-    assert len(tried) <= 3 and any(trial.why.startswith('not run') for trial in trials) and not any(trial.fits for trial in trials if trial.why)
+    assert (
+        len(tried) <= 3
+        and any(trial.why.startswith('not run') for trial in trials)
+        and not any(trial.fits for trial in trials if trial.why)
+    )
 
 
 def test_a_run_that_goes_on_keeps_its_batch(net, tmp_path, monkeypatch):
-    first = largest_batch(net, Recipe(max_length=32), 1, 2, .5, say=lambda line: None, folder=tmp_path)
+    first = largest_batch(net, Recipe(max_length=32), 1, 2, 0.5, say=lambda line: None, folder=tmp_path)
     monkeypatch.setattr(module, 'try_batch', lambda *rest, **facts: pytest.fail('searched again'))
-    assert largest_batch(net, Recipe(max_length=32), 1, 2, .5, say=lambda line: None, folder=tmp_path) == first
+    assert largest_batch(net, Recipe(max_length=32), 1, 2, 0.5, say=lambda line: None, folder=tmp_path) == first
 
 
 @given(st.integers(1, 256), st.integers(1, 300))
@@ -91,6 +142,7 @@ def test_the_effective_batch_does_not_depend_on_the_machine(target, largest):
 
 
 def test_limits():
-    assert memory_limit(.25) == 2**28 and memory_limit() > 2**20
-    for wrong in (-1., 1e9):
-        with pytest.raises(LabError, match='memory_limit_gb'): memory_limit(wrong)
+    assert memory_limit(0.25) == 2**28 and memory_limit() > 2**20
+    for wrong in (-1.0, 1e9):
+        with pytest.raises(LabError, match='memory_limit_gb'):
+            memory_limit(wrong)

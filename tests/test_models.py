@@ -1,4 +1,5 @@
 """Models: packed documents stay apart, quantised gradients are right, weights depend on the seed alone, and nothing asks the network."""
+
 import os, shutil, subprocess, sys, time
 
 import huggingface_hub, pytest, torch
@@ -13,7 +14,8 @@ each_shape = pytest.mark.parametrize('shape', shapes)
 lengths = [7, 12, 12, 1, 30, 5]
 
 
-def tokens(rows=1, slots=sum(lengths), seed=0): return torch.randint(512, (rows, slots), generator=torch.Generator().manual_seed(seed))
+def tokens(rows=1, slots=sum(lengths), seed=0):
+    return torch.randint(512, (rows, slots), generator=torch.Generator().manual_seed(seed))
 
 
 def logits_and_gradients(model, pieces, **packed):
@@ -25,6 +27,7 @@ def logits_and_gradients(model, pieces, **packed):
 
 
 # ---- attention inside documents
+
 
 @pytest.mark.parametrize('attention', ['documents', 'sdpa', 'eager'])
 @each_shape
@@ -52,21 +55,26 @@ def test_nothing_leaks_between_documents(shape):
 def test_restarting_positions_without_lengths_are_isolated_too(shape):
     model, ids = load_model(f'preset:{shape}').eval(), tokens()
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
-    torch.testing.assert_close(hidden_states(model, ids, positions), hidden_states(model, ids, positions, lengths), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        hidden_states(model, ids, positions), hidden_states(model, ids, positions, lengths), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_right_padding_needs_no_mask():
     model, ids = load_model('preset:llama-tiny').eval(), tokens(3, 20)
     padded = hidden_states(model, ids, torch.arange(20).expand(3, 20))
     for row, length in enumerate([20, 11, 4]):
-        torch.testing.assert_close(padded[row, :length], hidden_states(model, ids[row:row + 1, :length])[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            padded[row, :length], hidden_states(model, ids[row : row + 1, :length])[0], atol=1e-5, rtol=1e-5
+        )
 
 
 @each_shape
 def test_gradient_checkpointing_changes_nothing(shape):
     model, ids = load_model(f'preset:{shape}'), tokens()
     for module in model.modules():
-        if isinstance(module, torch.nn.Dropout): module.p = 0.
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     plain, plain_gradient = logits_and_gradients(model, [ids], document_lengths=lengths)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     again, gradient = logits_and_gradients(model.train(), [ids], document_lengths=lengths)
@@ -78,14 +86,28 @@ def test_generation_is_that_of_sdpa(shape):
     ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.long)
     mask[0, :4] = mask[1, :1] = 0
     ours, theirs = (load_model(f'preset:{shape}', attention=attention).eval() for attention in ('documents', 'sdpa'))
-    options = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0, return_dict_in_generate=True, output_logits=True)
+    options = dict(
+        attention_mask=mask,
+        max_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
     a, b = ours.generate(ids, **options), theirs.generate(ids, **options)
     assert torch.equal(a.sequences, b.sequences) and torch.equal(torch.stack(a.logits), torch.stack(b.logits))
 
 
 def test_attention_window_inside_documents():
     config = model_config('preset:qwen2-tiny')
-    config.update(dict(use_sliding_window=True, sliding_window=4, max_window_layers=0, layer_types=['sliding_attention', 'full_attention']))
+    config.update(
+        dict(
+            use_sliding_window=True,
+            sliding_window=4,
+            max_window_layers=0,
+            layer_types=['sliding_attention', 'full_attention'],
+        )
+    )
     model, ids = AutoModelForCausalLM.from_config(config, attn_implementation='documents').eval(), tokens()
     alone, _ = logits_and_gradients(model, ids.split(lengths, dim=1))
     packed, _ = logits_and_gradients(model, [ids], document_lengths=lengths)
@@ -94,21 +116,28 @@ def test_attention_window_inside_documents():
 
 def test_rows_that_cannot_be_packed_are_refused():
     model = load_model('preset:llama-tiny')
-    with pytest.raises(LabError, match='one row'): hidden_states(model, tokens(2, 10), document_lengths=[5, 5])
-    with pytest.raises(LabError, match='sum to 9'): hidden_states(model, tokens(1, 10), document_lengths=[5, 4])
-    with pytest.raises(LabError, match='positions'): hidden_states(load_model('preset:gpt2-tiny'), tokens(1, 513))
+    with pytest.raises(LabError, match='one row'):
+        hidden_states(model, tokens(2, 10), document_lengths=[5, 5])
+    with pytest.raises(LabError, match='sum to 9'):
+        hidden_states(model, tokens(1, 10), document_lengths=[5, 4])
+    with pytest.raises(LabError, match='positions'):
+        hidden_states(load_model('preset:gpt2-tiny'), tokens(1, 513))
     hidden_states(model, tokens(1, 2200), document_lengths=[1000, 1200])  # only documents must fit, rows may be longer
     model.config.layer_types = ['full_attention', 'linear_attention']
-    with pytest.raises(LabError, match='linear_attention'): hidden_states(model, tokens(1, 10), document_lengths=[5, 5])
+    with pytest.raises(LabError, match='linear_attention'):
+        hidden_states(model, tokens(1, 10), document_lengths=[5, 5])
 
 
 def test_an_architecture_that_ignores_lengths_is_refused(monkeypatch):
     model = load_model('preset:llama-tiny')
     monkeypatch.setattr(model.config, '_attn_implementation_internal', 'sdpa')
-    for layer in model.model.layers: layer.self_attn.config = model_config('preset:llama-tiny')
-    for layer in model.model.layers: layer.self_attn.config._attn_implementation = 'sdpa'
+    for layer in model.model.layers:
+        layer.self_attn.config = model_config('preset:llama-tiny')
+    for layer in model.model.layers:
+        layer.self_attn.config._attn_implementation = 'sdpa'
     monkeypatch.setattr(model.config, '_attn_implementation_internal', 'documents')
-    with pytest.raises(LabError, match='did not respect'): hidden_states(model, tokens(1, 10), document_lengths=[5, 5])
+    with pytest.raises(LabError, match='did not respect'):
+        hidden_states(model, tokens(1, 10), document_lengths=[5, 5])
 
 
 @pytest.mark.serial
@@ -125,7 +154,8 @@ def test_packed_rows_are_faster_than_under_a_mask():
                 start = time.process_time()
                 hidden_states(model, ids, document_lengths=ragged).sum().backward()
                 times[attention].append(time.process_time() - start)
-    finally: torch.set_num_threads(threads)
+    finally:
+        torch.set_num_threads(threads)
     ratio = min(times['sdpa']) / min(times['documents'])
     print(f'documents: {ratio:.2f} times as fast as sdpa with a block mask')
     assert ratio > 1.2
@@ -133,8 +163,10 @@ def test_packed_rows_are_faster_than_under_a_mask():
 
 # ---- quantisation
 
+
 def gradient_after_evaluation(model, ids):
-    with torch.no_grad(): model.eval()(ids), model(ids[:, :1])
+    with torch.no_grad():
+        model.eval()(ids), model(ids[:, :1])
     embedding = model.get_input_embeddings().weight.requires_grad_(True)
     model.zero_grad()
     hidden_states(model, ids).square().mean().backward()
@@ -145,30 +177,48 @@ def gradient_after_evaluation(model, ids):
 @each_shape
 def test_quantised_gradients_after_an_evaluation(shape, quantisation):
     ids = tokens()
-    model, exact = load_model(f'preset:{shape}', quantisation=quantisation), load_model(f'preset:{shape}', quantisation=quantisation).dequantize()
-    assert torch.cosine_similarity(gradient_after_evaluation(model, ids), gradient_after_evaluation(exact, ids), dim=0) > .999
+    model, exact = (
+        load_model(f'preset:{shape}', quantisation=quantisation),
+        load_model(f'preset:{shape}', quantisation=quantisation).dequantize(),
+    )
+    assert (
+        torch.cosine_similarity(gradient_after_evaluation(model, ids), gradient_after_evaluation(exact, ids), dim=0)
+        > 0.999
+    )
 
 
 @each_shape
 def test_nf4_decodes_one_token_as_written_out(shape):
     ids = tokens(1, 1)
-    model, exact = load_model(f'preset:{shape}', quantisation='nf4').eval(), load_model(f'preset:{shape}', quantisation='nf4').dequantize().eval()
-    with torch.no_grad(): torch.testing.assert_close(model(ids).logits, exact(ids).logits, atol=1e-5, rtol=1e-4)
+    model, exact = (
+        load_model(f'preset:{shape}', quantisation='nf4').eval(),
+        load_model(f'preset:{shape}', quantisation='nf4').dequantize().eval(),
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, exact(ids).logits, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize('shape', ['llama-tiny', 'qwen2-tiny'])
 def test_nf4_weights_are_the_nearest_codes_in_every_row(shape):
     "Rows of 176 numbers are no whole number of blocks of 64."
-    exact, held = load_model(f'preset:{shape}').state_dict(), load_model(f'preset:{shape}', quantisation='nf4').dequantize().state_dict()
+    exact, held = (
+        load_model(f'preset:{shape}').state_dict(),
+        load_model(f'preset:{shape}', quantisation='nf4').dequantize().state_dict(),
+    )
     names = [name for name in exact if 'proj.weight' in name]
-    assert len(names) == 14 and all((held[name] - exact[name]).std() < .1 * exact[name].std() for name in names)
+    assert len(names) == 14 and all((held[name] - exact[name]).std() < 0.1 * exact[name].std() for name in names)
 
 
 @pytest.mark.parametrize('quantisation', ['nf4', 'int8'])
 @each_shape
 def test_quantised_share_counts_layers(shape, quantisation):
-    model, share = load_model(f'preset:{shape}'), quantised_share(load_model(f'preset:{shape}', quantisation=quantisation))
-    blocks = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ('.layers.' in name or '.h.' in name))
+    model, share = (
+        load_model(f'preset:{shape}'),
+        quantised_share(load_model(f'preset:{shape}', quantisation=quantisation)),
+    )
+    blocks = sum(
+        p.numel() for name, p in model.named_parameters() if p.dim() == 2 and ('.layers.' in name or '.h.' in name)
+    )
     assert share['total'] == sum(p.numel() for p in model.parameters())
     assert share['quantised'] in (0, blocks) and (shape.startswith('gpt2') or share['quantised'] == blocks)
     assert share['share'] == share['quantised'] / share['total']
@@ -176,15 +226,21 @@ def test_quantised_share_counts_layers(shape, quantisation):
 
 # ---- loading
 
+
 @each_shape
 def test_weights_depend_on_the_seed_alone(shape):
     torch.manual_seed(3)
     first = load_model(f'preset:{shape}', seed=5).state_dict()
     torch.rand(17)
     state = torch.get_rng_state()
-    again, other = load_model(f'preset:{shape}', seed=5).state_dict(), load_model(f'preset:{shape}', seed=6).state_dict()
+    again, other = (
+        load_model(f'preset:{shape}', seed=5).state_dict(),
+        load_model(f'preset:{shape}', seed=6).state_dict(),
+    )
     assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(first[name], again[name]) for name in first) and any(not torch.equal(first[name], other[name]) for name in first)
+    assert all(torch.equal(first[name], again[name]) for name in first) and any(
+        not torch.equal(first[name], other[name]) for name in first
+    )
 
 
 @pytest.mark.parametrize('precision', models.precisions)
@@ -200,23 +256,32 @@ def test_a_folder_is_read_back(shape, precision, tmp_path):
 
 
 def test_incomplete_and_broken_weights_are_one_line(tmp_path):
-    load_model('preset:llama-tiny').save_pretrained(tmp_path/'whole')
-    for name, spoil in dict(none=lambda file: file.unlink(), cut=lambda file: file.write_bytes(file.read_bytes()[:5000]), empty=lambda file: file.write_bytes(b'')).items():
-        shutil.copytree(tmp_path/'whole', tmp_path/name)
-        spoil(tmp_path/name/'model.safetensors')
-        with pytest.raises(LabError, match='cannot be loaded') as caught: load_model(str(tmp_path/name))
+    load_model('preset:llama-tiny').save_pretrained(tmp_path / 'whole')
+    for name, spoil in dict(
+        none=lambda file: file.unlink(),
+        cut=lambda file: file.write_bytes(file.read_bytes()[:5000]),
+        empty=lambda file: file.write_bytes(b''),
+    ).items():
+        shutil.copytree(tmp_path / 'whole', tmp_path / name)
+        spoil(tmp_path / name / 'model.safetensors')
+        with pytest.raises(LabError, match='cannot be loaded') as caught:
+            load_model(str(tmp_path / name))
         assert '\n' not in str(caught.value)
     config = model_config('preset:llama-tiny')
     config.num_hidden_layers = 3
-    shutil.copytree(tmp_path/'whole', tmp_path/'short')
-    config.save_pretrained(tmp_path/'short')
-    with pytest.raises(LabError, match='lacks 9 weights'): load_model(str(tmp_path/'short'))
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'short')
+    config.save_pretrained(tmp_path / 'short')
+    with pytest.raises(LabError, match='lacks 9 weights'):
+        load_model(str(tmp_path / 'short'))
 
 
-@pytest.mark.parametrize('name', ['Qwen/Qwen2.5-0.5B-Instruct', 'nobody/nothing', 'preset:llama-3.2-3', './nowhere', 'llama-tiny', 'a/b/c'])
+@pytest.mark.parametrize(
+    'name', ['Qwen/Qwen2.5-0.5B-Instruct', 'nobody/nothing', 'preset:llama-3.2-3', './nowhere', 'llama-tiny', 'a/b/c']
+)
 def test_a_model_that_is_not_there_is_one_line_at_once(name):
     start = time.perf_counter()
-    with pytest.raises(LabError, match='preset|folder') as caught: load_model(name)
+    with pytest.raises(LabError, match='preset|folder') as caught:
+        load_model(name)
     assert time.perf_counter() - start < 5 and '\n' not in str(caught.value)
 
 
@@ -224,8 +289,10 @@ def test_an_unreachable_hub_is_noticed_at_once(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(huggingface_hub, 'get_session', lambda: (_ for _ in ()).throw(OSError('no route')))
     start = time.perf_counter()
-    with pytest.raises(LabError, match='the hub cannot be reached'): model_config('nobody/nothing')
-    with pytest.raises(LabError, match='no tokenizer'): load_tokenizer('nobody/nothing')
+    with pytest.raises(LabError, match='the hub cannot be reached'):
+        model_config('nobody/nothing')
+    with pytest.raises(LabError, match='no tokenizer'):
+        load_tokenizer('nobody/nothing')
     assert time.perf_counter() - start < 5
 
 
@@ -244,28 +311,42 @@ model_config('meta-llama/Llama-3.2-3B-Instruct'), model_config({str(tmp_path)!r}
 
 def test_every_preset_has_a_configuration():
     assert len(presets) >= 12
-    for name in presets: assert model_config(f'preset:{name}').vocab_size >= 512
+    for name in presets:
+        assert model_config(f'preset:{name}').vocab_size >= 512
     assert all(preset in presets for preset in models.hub_presets.values()) and len(models.hub_presets) >= 12
 
 
-@pytest.mark.skipif(not (assets/'base'/'config.json').exists(), reason='the base model is not in the assets yet')
+@pytest.mark.skipif(not (assets / 'base' / 'config.json').exists(), reason='the base model is not in the assets yet')
 def test_the_shipped_base_loads():
     model = load_model('base').eval()
     assert sum(p.numel() for p in model.parameters()) < 5e6
     assert torch.isfinite(model(tokens()).logits).all()
 
 
-@pytest.mark.parametrize('gpu, rank, room, moves', [(True, False, True, ['cuda']), (True, True, True, []), (False, False, True, []), (True, False, False, ['cuda', 'cpu'])])
+@pytest.mark.parametrize(
+    'gpu, rank, room, moves',
+    [
+        (True, False, True, ['cuda']),
+        (True, True, True, []),
+        (False, False, True, []),
+        (True, False, False, ['cuda', 'cpu']),
+    ],
+)
 def test_a_model_goes_to_the_gpu_where_it_fits(monkeypatch, gpu, rank, room, moves):
     class Model:
         went = []
+
         def to(self, device):
             self.went = [*self.went, device]
-            if device == 'cuda' and not room: raise torch.cuda.OutOfMemoryError('full')
+            if device == 'cuda' and not room:
+                raise torch.cuda.OutOfMemoryError('full')
             return self
+
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
-    if rank: monkeypatch.setenv('RANK', '1')
-    else: monkeypatch.delenv('RANK', raising=False)
+    if rank:
+        monkeypatch.setenv('RANK', '1')
+    else:
+        monkeypatch.delenv('RANK', raising=False)
     model = Model()
     assert models.placed(model) is model and model.went == moves
 
@@ -274,11 +355,22 @@ class OnGpu(torch.Tensor):
     is_cuda = True
 
 
-@pytest.mark.parametrize('dtype, masked, repeated', [(torch.float32, False, True), (torch.float32, True, True), (torch.bfloat16, True, True), (torch.bfloat16, False, False)])
+@pytest.mark.parametrize(
+    'dtype, masked, repeated',
+    [
+        (torch.float32, False, True),
+        (torch.float32, True, True),
+        (torch.bfloat16, True, True),
+        (torch.bfloat16, False, False),
+    ],
+)
 def test_shared_heads_are_repeated_where_cuda_would_write_out_the_scores(dtype, masked, repeated):
     query, key, value = (torch.randn(1, heads, 5, 8, dtype=dtype) for heads in (4, 2, 2))
     assert models.shared_heads(query, key, value, masked)[2] and not models.shared_heads(query, query, query, masked)[2]
     keys, values, grouped = models.shared_heads(query.as_subclass(OnGpu), key, value, masked)
     assert (keys.shape[1] == 4) == repeated != grouped
     attend = torch.nn.functional.scaled_dot_product_attention
-    torch.testing.assert_close(attend(query, keys, values, is_causal=True, enable_gqa=grouped), attend(query, key, value, is_causal=True, enable_gqa=True))
+    torch.testing.assert_close(
+        attend(query, keys, values, is_causal=True, enable_gqa=grouped),
+        attend(query, key, value, is_causal=True, enable_gqa=True),
+    )

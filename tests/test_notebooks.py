@@ -1,39 +1,52 @@
 """Every library notebook runs from top to bottom by nbdev's own test runner, one process each."""
+
 import multiprocessing, os, sys, traceback
 from pathlib import Path
 
 import pytest
+from house import library, nbs, root
 
-root = Path(__file__).parent.parent
-notebooks = sorted(root.glob('nbs/[0-9]*.ipynb')) + sorted(root.glob('nbs/guides/*.ipynb')) + [root/'nbs/index.ipynb']
-processes = multiprocessing.get_context('forkserver')  # every notebook begins in a copy of one process that has imported what takes seconds
+notebooks = [*library, *sorted((nbs / 'guides').glob('*.ipynb')), nbs / 'index.ipynb']
+processes = multiprocessing.get_context(
+    'forkserver'
+)  # every notebook begins in a copy of one process that has imported what takes seconds
 processes.set_forkserver_preload(['nbdev.test', 'torch', 'transformers', 'peft', 'accelerate', 'datasets'])
 
 
 def flags():
     "The test flags of settings.ini that this machine can honour."
     import torch
+
     return 'gpu' if torch.cuda.is_available() else ''
 
 
 def run(notebook, flags, log):
     "Run `notebook` in this process; everything it says goes to the file `log`."
     with open(log, 'w') as file:
-        for stream in (1, 2): os.dup2(file.fileno(), stream)
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(stream), 'w', buffering=1) for stream in (1, 2))
     os.chdir(root)
     from nbdev.test import nbdev_test
-    try: nbdev_test.__wrapped__(path=str(notebook), flags=flags, n_workers=0, do_print=True)
-    except BaseException: traceback.print_exc(); raise
-    finally: sys.stdout.flush(); sys.stderr.flush()
+
+    try:
+        nbdev_test.__wrapped__(path=str(notebook), flags=flags, n_workers=0, do_print=True)
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
-@pytest.mark.parametrize('notebook', notebooks, ids=lambda path: path.stem)
+@pytest.mark.parametrize('notebook', notebooks, ids=lambda path: path.relative_to(nbs).with_suffix('').as_posix())
 def test_notebook(notebook, tmp_path):
-    process = processes.Process(target=run, args=(notebook, flags(), tmp_path/'log'))
+    process = processes.Process(target=run, args=(notebook, flags(), tmp_path / 'log'))
     process.start()
     process.join(600)
-    said = (tmp_path/'log').read_text() if (tmp_path/'log').exists() else ''
-    if process.is_alive(): process.kill(); pytest.fail(f'not done after 600 s:\n{said}'[-6000:])
+    said = (tmp_path / 'log').read_text() if (tmp_path / 'log').exists() else ''
+    if process.is_alive():
+        process.kill()
+        pytest.fail(f'not done after 600 s:\n{said}'[-6000:])
     assert process.exitcode == 0, said[-6000:]
     assert 'Success.' in said and said.count('Starting') == 1, f'not exactly this notebook was tested:\n{said}'

@@ -1,11 +1,24 @@
 "Strict YAML, typed parameters, and errors of one line that name file, line and the nearest valid name."
+
 from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from llmft.core import LabError
-from llmft.runs.params import as_type, check_name, check_params, parse_overrides, parse_mapping, parse_parameters, parse_yaml, read_parameters, read_yaml, resolve_params, types
+from llmft.runs.params import (
+    as_type,
+    check_name,
+    check_params,
+    parse_overrides,
+    parse_mapping,
+    parse_parameters,
+    parse_yaml,
+    read_parameters,
+    read_yaml,
+    resolve_params,
+    types,
+)
 
-here = Path(__file__).parent/'notebooks'
+here = Path(__file__).parent / 'notebooks'
 cell = '''name: str = "demo"  # run
 rate: float = 1e-3  # peak
 rank: int = 8  # of the adapter
@@ -17,49 +30,120 @@ shares: list[float] = [.5]  # parts
 declared = parse_parameters(cell, 'demo')
 
 
-def values(text): return check_params('demo', parse_mapping(text, 'params/demo/x.yaml'), declared, defaults=False)
+def values(text):
+    return check_params('demo', parse_mapping(text, 'params/demo/x.yaml'), declared, defaults=False)
 
 
-@pytest.mark.parametrize('text, expected', [
-    ('rate: 2e-4', 2e-4), ('rate: 2E-4', 2e-4), ('rate: -1.5e+3', -1500.), ('rate: .5', .5), ('rate: 5.', 5.), ('rate: 1', 1.), ('rank: 16', 16), ('rank: -1', -1), ('rank: 0', 0),
-    ('quick: true', True), ('quick: False', False), ('name: no', 'no'), ('name: 2026-08-01', '2026-08-01'), ('name: 1_000', '1_000'), ('name: "7"', '7'), ('name: 1:30', '1:30'), ('name: ""', ''),
-    ('targets: [a, b]', ['a', 'b']), ('targets:\n- a\n- b', ['a', 'b']), ('lengths: [1, 2]', [1, 2]), ('shares: [1, 2e-4]', [1., 2e-4]), ('targets: []', []),
-    ('shares: &a [1.0]\nlengths: [3]', [1.]), ('<<: {rank: 4}\nrate: 1e-3', 4), ('<<: {rank: 4}\nrank: 5', 5)])
+@pytest.mark.parametrize(
+    'text, expected',
+    [
+        ('rate: 2e-4', 2e-4),
+        ('rate: 2E-4', 2e-4),
+        ('rate: -1.5e+3', -1500.0),
+        ('rate: .5', 0.5),
+        ('rate: 5.', 5.0),
+        ('rate: 1', 1.0),
+        ('rank: 16', 16),
+        ('rank: -1', -1),
+        ('rank: 0', 0),
+        ('quick: true', True),
+        ('quick: False', False),
+        ('name: no', 'no'),
+        ('name: 2026-08-01', '2026-08-01'),
+        ('name: 1_000', '1_000'),
+        ('name: "7"', '7'),
+        ('name: 1:30', '1:30'),
+        ('name: ""', ''),
+        ('targets: [a, b]', ['a', 'b']),
+        ('targets:\n- a\n- b', ['a', 'b']),
+        ('lengths: [1, 2]', [1, 2]),
+        ('shares: [1, 2e-4]', [1.0, 2e-4]),
+        ('targets: []', []),
+        ('shares: &a [1.0]\nlengths: [3]', [1.0]),
+        ('<<: {rank: 4}\nrate: 1e-3', 4),
+        ('<<: {rank: 4}\nrank: 5', 5),
+    ],
+)
 def test_values_that_are_read(text, expected):
     got = values(text)
     value = got['rank'] if 'rank' in got else next(iter(got.values()))
     assert value == expected and value.__class__ is expected.__class__
 
 
-@pytest.mark.parametrize('text, line, words', [
-    ('rank: 1_000', 1, "'1_000' is not a whole number: write 1000"), ('rate: 1_000', 1, 'write 1000'), ('rank: 08', 1, 'write 8'), ('rate: 08.5', 1, 'write 8.5'), ('\nrank: 0x10', 2, 'not a whole number'),
-    ('quick: no', 1, "'no' is not true or false: write false"), ('quick: on', 1, 'write true'), ('quick: 1', 1, 'write true'), ('quick: "true"', 1, 'not true or false'),
-    ('rank: 8.0', 1, 'write 8'), ('rank: 1e3', 1, 'write 1000'), ('rank: "8"', 1, 'without quotes'), ('rank: true', 1, 'True is not a whole number'), ('rank:', 1, 'nothing is not a whole number'),
-    ('rate: fast', 1, "'fast' is not a number"), ('rate: .nan', 1, 'finite'), ('rate: .inf', 1, 'finite'), (f'rate: {10**400}', 1, 'finite'), ('rate: true', 1, 'True is not a number'), ('name: 7', 1, 'write "7" in quotes'),
-    ('name: true', 1, 'in quotes'), ('targets: q_proj', 1, 'write [q_proj]'), ('targets: [1]', 1, 'in quotes'), ('lengths: [1, 2.5]', 1, 'not a whole number'), ('targets: {a: b}', 1, 'not a list'),
-    ('rank: 4\nrank: 8', 2, 'rank stands twice, first in line 1'), ('rate: 1e-3\nrnak: 8', 2, "rnak is no parameter of demo (did you mean 'rank'?)"), ('7: x', 1, 'key must be text'),
-    ('true: x', 1, 'key must be text'), ('[a]: x', 1, 'key must be text'), ('rank: 4\n\n\trate: 1', 3, 'not valid YAML'), ('targets: [a', 1, 'not valid YAML'), ('rank: *x', 1, 'not valid YAML'),
-    ('name: !!python/name:os.system x', 1, 'not valid YAML'), ('rank: 1\n---\nrank: 2', 2, 'not valid YAML'), ('<<: 3', 1, 'not valid YAML'), ('targets: &a [*a]', 1, 'not valid YAML')])
+@pytest.mark.parametrize(
+    'text, line, words',
+    [
+        ('rank: 1_000', 1, "'1_000' is not a whole number: write 1000"),
+        ('rate: 1_000', 1, 'write 1000'),
+        ('rank: 08', 1, 'write 8'),
+        ('rate: 08.5', 1, 'write 8.5'),
+        ('\nrank: 0x10', 2, 'not a whole number'),
+        ('quick: no', 1, "'no' is not true or false: write false"),
+        ('quick: on', 1, 'write true'),
+        ('quick: 1', 1, 'write true'),
+        ('quick: "true"', 1, 'not true or false'),
+        ('rank: 8.0', 1, 'write 8'),
+        ('rank: 1e3', 1, 'write 1000'),
+        ('rank: "8"', 1, 'without quotes'),
+        ('rank: true', 1, 'True is not a whole number'),
+        ('rank:', 1, 'nothing is not a whole number'),
+        ('rate: fast', 1, "'fast' is not a number"),
+        ('rate: .nan', 1, 'finite'),
+        ('rate: .inf', 1, 'finite'),
+        (f'rate: {10**400}', 1, 'finite'),
+        ('rate: true', 1, 'True is not a number'),
+        ('name: 7', 1, 'write "7" in quotes'),
+        ('name: true', 1, 'in quotes'),
+        ('targets: q_proj', 1, 'write [q_proj]'),
+        ('targets: [1]', 1, 'in quotes'),
+        ('lengths: [1, 2.5]', 1, 'not a whole number'),
+        ('targets: {a: b}', 1, 'not a list'),
+        ('rank: 4\nrank: 8', 2, 'rank stands twice, first in line 1'),
+        ('rate: 1e-3\nrnak: 8', 2, "rnak is no parameter of demo (did you mean 'rank'?)"),
+        ('7: x', 1, 'key must be text'),
+        ('true: x', 1, 'key must be text'),
+        ('[a]: x', 1, 'key must be text'),
+        ('rank: 4\n\n\trate: 1', 3, 'not valid YAML'),
+        ('targets: [a', 1, 'not valid YAML'),
+        ('rank: *x', 1, 'not valid YAML'),
+        ('name: !!python/name:os.system x', 1, 'not valid YAML'),
+        ('rank: 1\n---\nrank: 2', 2, 'not valid YAML'),
+        ('<<: 3', 1, 'not valid YAML'),
+        ('targets: &a [*a]', 1, 'not valid YAML'),
+    ],
+)
 def test_values_that_are_refused(text, line, words):
-    with pytest.raises(LabError) as caught: values(text)
+    with pytest.raises(LabError) as caught:
+        values(text)
     message = str(caught.value)
     assert words in message and message.startswith('params/demo/x.yaml:') and '\n' not in message
     assert abs(int(message.split(':')[1]) - line) <= (1 if 'valid YAML' in words else 0)
 
 
-@pytest.mark.parametrize('text, words', [('- a\n- b', 'not `name: value` lines'), ('just text', 'not `name: value` lines'), ('\x00', 'not valid YAML'), ('rank: "\\q"', 'not valid YAML')])
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('- a\n- b', 'not `name: value` lines'),
+        ('just text', 'not `name: value` lines'),
+        ('\x00', 'not valid YAML'),
+        ('rank: "\\q"', 'not valid YAML'),
+    ],
+)
 def test_files_that_are_refused(tmp_path, text, words):
-    (tmp_path/'x.yaml').write_text(text)
-    with pytest.raises(LabError, match='x.yaml') as caught: read_yaml(tmp_path/'x.yaml')
+    (tmp_path / 'x.yaml').write_text(text)
+    with pytest.raises(LabError, match='x.yaml') as caught:
+        read_yaml(tmp_path / 'x.yaml')
     assert words in str(caught.value) and '\n' not in str(caught.value)
 
 
 def test_empty_and_binary_files(tmp_path):
-    (tmp_path/'empty.yaml').write_text('# nothing\n')
-    (tmp_path/'binary.yaml').write_bytes(b'\xff\xfe\x00')
-    assert read_yaml(tmp_path/'empty.yaml') == {}
-    with pytest.raises(LabError, match='UTF-8'): read_yaml(tmp_path/'binary.yaml')
-    with pytest.raises(LabError, match="did you mean 'empty.yaml'"): read_yaml(tmp_path/'emty.yaml')
+    (tmp_path / 'empty.yaml').write_text('# nothing\n')
+    (tmp_path / 'binary.yaml').write_bytes(b'\xff\xfe\x00')
+    assert read_yaml(tmp_path / 'empty.yaml') == {}
+    with pytest.raises(LabError, match='UTF-8'):
+        read_yaml(tmp_path / 'binary.yaml')
+    with pytest.raises(LabError, match="did you mean 'empty.yaml'"):
+        read_yaml(tmp_path / 'emty.yaml')
 
 
 def test_nested_mappings_know_their_lines():
@@ -67,70 +151,121 @@ def test_nested_mappings_know_their_lines():
     assert read['stages'][0]['params'].lines == dict(rank=4, rate=5) and read['stages'][0].file == 's.yaml'
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-10**12, 10**12))
+@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(10**12), 10**12))
 @settings(max_examples=200, deadline=None)
-def test_every_number_that_python_prints_is_read_back(x, n): assert values(f'rate: {x!r}\nrank: {n}') == dict(rate=x, rank=n)
+def test_every_number_that_python_prints_is_read_back(x, n):
+    assert values(f'rate: {x!r}\nrank: {n}') == dict(rate=x, rank=n)
 
 
 @given(st.text())
 @settings(max_examples=300, deadline=None)
 def test_no_text_gives_anything_but_values_or_one_line(text):
-    try: values(text)
-    except LabError as error: assert '\n' not in str(error)
+    try:
+        values(text)
+    except LabError as error:
+        assert '\n' not in str(error)
 
 
-@given(st.one_of(st.none(), st.booleans(), st.integers(-2**53, 2**53), st.floats(), st.text(), st.lists(st.integers(-2**53, 2**53))), st.sampled_from(types))
+@given(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(2**53), 2**53),
+        st.floats(),
+        st.text(),
+        st.lists(st.integers(-(2**53), 2**53)),
+    ),
+    st.sampled_from(types),
+)
 @settings(max_examples=300, deadline=None)
 def test_a_value_has_its_declared_type_or_is_refused(value, kind):
-    try: got = as_type(value, kind)
-    except ValueError: return
+    try:
+        got = as_type(value, kind)
+    except ValueError:
+        return
     assert got.__class__.__name__ == kind.split('[')[0] and (got == value or got == list(value))
 
 
 def test_parameters_cell():
-    found = read_parameters(here/'ok.ipynb')
+    found = read_parameters(here / 'ok.ipynb')
     assert [(p.name, p.type, p.line) for p in found][2] == ('learning_rate', 'float', 3)
     assert found[2].help == 'peak, per optimiser step' and found[2].default == 1e-3
 
 
-@pytest.mark.parametrize('notebook, words', [('no_tag', 'no cell tagged'), ('two_tags', '2 cells tagged'), ('derived', 'line 7: the value of warmup is not a literal')])
+@pytest.mark.parametrize(
+    'notebook, words',
+    [
+        ('no_tag', 'no cell tagged'),
+        ('two_tags', '2 cells tagged'),
+        ('derived', 'line 7: the value of warmup is not a literal'),
+    ],
+)
 def test_notebooks_that_are_refused(notebook, words):
-    with pytest.raises(LabError, match=words): read_parameters(here/f'{notebook}.ipynb')
+    with pytest.raises(LabError, match=words):
+        read_parameters(here / f'{notebook}.ipynb')
 
 
-@pytest.mark.parametrize('source, words', [('a = 1', 'must read'), ('a: int', 'must read'), ('import os', 'must read'), ('a: int = 1.5', 'not a whole number'), ('a: dict = {}', 'has type dict'),
-                                           ('a: int = 1\na: int = 2', 'stands twice'), ('a: int = 10**6', 'not a literal'), ('a: str = f"{1}"', 'not a literal'), ('a: int = (', 'line 1'), ('a: str = None', 'nothing is not text')])
+@pytest.mark.parametrize(
+    'source, words',
+    [
+        ('a = 1', 'must read'),
+        ('a: int', 'must read'),
+        ('import os', 'must read'),
+        ('a: int = 1.5', 'not a whole number'),
+        ('a: dict = {}', 'has type dict'),
+        ('a: int = 1\na: int = 2', 'stands twice'),
+        ('a: int = 10**6', 'not a literal'),
+        ('a: str = f"{1}"', 'not a literal'),
+        ('a: int = (', 'line 1'),
+        ('a: str = None', 'nothing is not text'),
+    ],
+)
 def test_cells_that_are_refused(source, words):
-    with pytest.raises(LabError, match=words.replace('(', r'\(')): parse_parameters(source, 'demo')
+    with pytest.raises(LabError, match=words.replace('(', r'\(')):
+        parse_parameters(source, 'demo')
 
 
 def test_overrides():
-    assert parse_overrides(['name=7', 'rate=1', 'targets=[a,b]', 'quick=true'], declared) == dict(name='7', rate=1, targets=['a', 'b'], quick=True)
-    for text, words in [('rate', 'write -p name=value'), ('=3', 'write -p name=value'), ('rnak=3', "did you mean 'rank'"), ('rate=fast', "^-p rate: 'fast' is not a number")]:
-        with pytest.raises(LabError, match=words): check_params('demo', parse_overrides([text], declared), declared)
+    assert parse_overrides(['name=7', 'rate=1', 'targets=[a,b]', 'quick=true'], declared) == dict(
+        name='7', rate=1, targets=['a', 'b'], quick=True
+    )
+    for text, words in [
+        ('rate', 'write -p name=value'),
+        ('=3', 'write -p name=value'),
+        ('rnak=3', "did you mean 'rank'"),
+        ('rate=fast', "^-p rate: 'fast' is not a number"),
+    ]:
+        with pytest.raises(LabError, match=words):
+            check_params('demo', parse_overrides([text], declared), declared)
 
 
 def test_layers(tmp_path, monkeypatch):
-    (tmp_path/'settings.ini').touch()
-    (tmp_path/'nbs'/'experiments').mkdir(parents=True)
-    (tmp_path/'nbs'/'experiments'/'ok.ipynb').write_text((here/'ok.ipynb').read_text())
-    folder = tmp_path/'params'/'ok'
+    (tmp_path / 'settings.ini').touch()
+    (tmp_path / 'nbs' / 'experiments').mkdir(parents=True)
+    (tmp_path / 'nbs' / 'experiments' / 'ok.ipynb').write_text((here / 'ok.ipynb').read_text())
+    folder = tmp_path / 'params' / 'ok'
     folder.mkdir(parents=True)
-    (folder/'lora.yaml').write_text('learning_rate: 2e-4\nsteps: 100\n')
-    (folder/'more.yaml').write_text('quick: false\n')
-    (folder/'_small.yaml').write_text('steps: 5\n')
+    (folder / 'lora.yaml').write_text('learning_rate: 2e-4\nsteps: 100\n')
+    (folder / 'more.yaml').write_text('quick: false\n')
+    (folder / '_small.yaml').write_text('steps: 5\n')
     monkeypatch.chdir(tmp_path)
     notebook, params = resolve_params(['params/ok/lora.yaml'], ['learning_rate=1e-5'], small=True)
     assert notebook.name == 'ok.ipynb' and list(params) == [p.name for p in read_parameters(notebook)]
     assert (params['name'], params['steps'], params['learning_rate'], params['quick']) == ('lora', 5, 1e-5, True)
     assert resolve_params(['params/ok/lora.yaml', 'params/ok/more.yaml'])[1]['name'] == 'lora-more'
     assert resolve_params(['params/ok/lora.yaml', 'params/ok/_small.yaml'])[1]['steps'] == 5
-    with pytest.raises(LabError, match="params/ok/lra.yaml is no file .did you mean 'lora.yaml'"): resolve_params(['params/ok/lra.yaml'])
-    (folder/'bad.yaml').write_text('# header\nlearning_rat: 1\n')
-    with pytest.raises(LabError, match="^params/ok/bad.yaml:2: learning_rat is no parameter of ok .did you mean 'learning_rate'"): resolve_params(['params/ok/bad.yaml'])
-    with pytest.raises(LabError, match='cannot name a run'): resolve_params(['params/ok/lora.yaml'], ['name=../x'])
+    with pytest.raises(LabError, match="params/ok/lra.yaml is no file .did you mean 'lora.yaml'"):
+        resolve_params(['params/ok/lra.yaml'])
+    (folder / 'bad.yaml').write_text('# header\nlearning_rat: 1\n')
+    with pytest.raises(
+        LabError, match="^params/ok/bad.yaml:2: learning_rat is no parameter of ok .did you mean 'learning_rate'"
+    ):
+        resolve_params(['params/ok/bad.yaml'])
+    with pytest.raises(LabError, match='cannot name a run'):
+        resolve_params(['params/ok/lora.yaml'], ['name=../x'])
 
 
 @pytest.mark.parametrize('name', ['', '_x', '.x', 'a/b', 'a b', '..', 'x' * 101, 'a\n'])
 def test_names_that_are_refused(name):
-    with pytest.raises(LabError): check_name(name)
+    with pytest.raises(LabError):
+        check_name(name)

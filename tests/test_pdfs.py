@@ -1,4 +1,5 @@
 "PDFs: every file is read or named, the split is by file, no word is lost, and a reader that dies costs one file."
+
 import json, os, time
 from pathlib import Path
 
@@ -7,7 +8,18 @@ from hypothesis import given, settings, strategies as st
 
 from llmft import pdfs
 from llmft.core import LabError
-from llmft.data.pdfs import PdfFile, mark_copies, pack_paragraphs, pdf_corpus, pdf_paragraphs, read_pdf, read_pdfs, split_files, write_bad_pdfs, write_pdf
+from llmft.data.pdfs import (
+    PdfFile,
+    mark_copies,
+    pack_paragraphs,
+    pdf_corpus,
+    pdf_paragraphs,
+    read_pdf,
+    read_pdfs,
+    split_files,
+    write_bad_pdfs,
+    write_pdf,
+)
 
 shared = os.environ.get('LLMFT_SHARED_DATA')
 
@@ -16,10 +28,14 @@ shared = os.environ.get('LLMFT_SHARED_DATA')
 def folder(tmp_path_factory):
     "Twelve good files in two folders, one of them twice, and the five bad ones."
     folder = tmp_path_factory.mktemp('pdfs')
-    for n in range(12): write_pdf(folder/('deep/er' if n % 2 else '.')/f'paper{n:02}.pdf', '\n'.join(f'Sentence {k} of paper {n} is about water.' for k in range(100 + n)))
-    (folder/'copy.PDF').write_bytes((folder/'paper00.pdf').read_bytes())
+    for n in range(12):
+        write_pdf(
+            folder / ('deep/er' if n % 2 else '.') / f'paper{n:02}.pdf',
+            '\n'.join(f'Sentence {k} of paper {n} is about water.' for k in range(100 + n)),
+        )
+    (folder / 'copy.PDF').write_bytes((folder / 'paper00.pdf').read_bytes())
     write_bad_pdfs(folder)
-    (folder/'notes.txt').write_text('no PDF')
+    (folder / 'notes.txt').write_text('no PDF')
     return folder
 
 
@@ -27,21 +43,32 @@ def test_every_file_is_read_or_named(folder):
     files = {file.name: file for file in read_pdfs(folder, workers=2)}
     assert len(files) == 18 and 'notes.txt' not in files
     reasons = {name: file.skipped.split(':')[0] for name, file in files.items() if file.skipped}
-    assert reasons == {'broken.pdf': 'broken', 'empty.pdf': 'zero bytes', 'encrypted.pdf': 'encrypted', 'scanned.pdf': 'scanned', 'short.pdf': 'too short'}
+    assert reasons == {
+        'broken.pdf': 'broken',
+        'empty.pdf': 'zero bytes',
+        'encrypted.pdf': 'encrypted',
+        'scanned.pdf': 'scanned',
+        'short.pdf': 'too short',
+    }
     for n in range(12):
         file = files[f'{"deep/er/" if n % 2 else ""}paper{n:02}.pdf']
-        assert file.text.split() == ' '.join(f'Sentence {k} of paper {n} is about water.' for k in range(100 + n)).split() and file.pages == file.read == 2
-    assert read_pdf(folder/'paper00.pdf', max_pages=1).read == 1
+        assert (
+            file.text.split() == ' '.join(f'Sentence {k} of paper {n} is about water.' for k in range(100 + n)).split()
+            and file.pages == file.read == 2
+        )
+    assert read_pdf(folder / 'paper00.pdf', max_pages=1).read == 1
 
 
-def test_workers_change_nothing(folder): assert read_pdfs(folder, workers=1) == read_pdfs(folder, workers=3)
+def test_workers_change_nothing(folder):
+    assert read_pdfs(folder, workers=1) == read_pdfs(folder, workers=3)
 
 
 def test_a_reader_that_dies_or_hangs_costs_one_file(tmp_path, monkeypatch):
-    for n in range(4): write_pdf(tmp_path/f'{n}.pdf', 'Enough text to be kept. ' * 40)
-    hook = tmp_path/'hook'
+    for n in range(4):
+        write_pdf(tmp_path / f'{n}.pdf', 'Enough text to be kept. ' * 40)
+    hook = tmp_path / 'hook'
     hook.mkdir()
-    (hook/'sitecustomize.py').write_text("""
+    (hook / 'sitecustomize.py').write_text("""
 import os, sys, time
 if 'llmft.data.pdfs' in ' '.join(sys.orig_argv):
     import llmft.data.pdfs as pdfs
@@ -55,26 +82,41 @@ if 'llmft.data.pdfs' in ' '.join(sys.orig_argv):
     monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(hook), os.environ['PYTHONPATH']]))
     start = time.monotonic()
     files = read_pdfs(tmp_path, workers=1, seconds=2)
-    assert [file.skipped for file in files] == ['', 'made the reader crash', 'took more than 2 s', ''] and time.monotonic() - start < 40
+    assert [file.skipped for file in files] == [
+        '',
+        'made the reader crash',
+        'took more than 2 s',
+        '',
+    ] and time.monotonic() - start < 40
 
 
 def test_a_folder_without_pdfs_is_one_line(tmp_path):
-    with pytest.raises(LabError, match='holds no file that ends in .pdf'): read_pdfs(tmp_path)
-    with pytest.raises(LabError, match='there is no folder'): read_pdfs(tmp_path/'missing')
+    with pytest.raises(LabError, match='holds no file that ends in .pdf'):
+        read_pdfs(tmp_path)
+    with pytest.raises(LabError, match='there is no folder'):
+        read_pdfs(tmp_path / 'missing')
     write_bad_pdfs(tmp_path)
-    with pytest.raises(LabError, match='0 usable PDF'): pdf_corpus(read_pdfs(tmp_path, workers=1))
+    with pytest.raises(LabError, match='0 usable PDF'):
+        pdf_corpus(read_pdfs(tmp_path, workers=1))
 
 
 def test_the_split_is_by_file_and_written_down(folder, tmp_path):
     files = read_pdfs(folder, workers=1)
-    corpus, split = pdf_corpus(files, .25, 42, 400, tmp_path/'split_info.json')
-    written = json.loads((tmp_path/'split_info.json').read_text())
+    corpus, split = pdf_corpus(files, 0.25, 42, 400, tmp_path / 'split_info.json')
+    written = json.loads((tmp_path / 'split_info.json').read_text())
     assert set(written) == {'train_files', 'test_files', 'train_size', 'test_size', 'created_at'} and written == split
     assert (split['train_size'], split['test_size']) == (9, 3) == (len(split['train_files']), len(split['test_files']))
     sides = [{name.split('#')[0] for name in part.names} for part in (corpus.train, corpus.valid)]
     assert sides == [set(split['train_files']), set(split['test_files'])] and not sides[0] & sides[1]
     assert [file.name for file in files if 'the same text' in file.skipped] == ['paper00.pdf']
-    assert corpus.notes['skipped'] == {'broken': 1, 'zero bytes': 1, 'encrypted': 1, 'scanned': 1, 'too short': 1, 'the same text as copy.PDF': 1}
+    assert corpus.notes['skipped'] == {
+        'broken': 1,
+        'zero bytes': 1,
+        'encrypted': 1,
+        'scanned': 1,
+        'too short': 1,
+        'the same text as copy.PDF': 1,
+    }
     words = sum(len(file.text.split()) for file in files if not file.skipped)
     assert sum(len(text.split()) for part in (corpus.train, corpus.valid) for text in part.texts) == words
 
@@ -82,8 +124,10 @@ def test_the_split_is_by_file_and_written_down(folder, tmp_path):
 def test_the_split_is_the_studys_share_and_depends_on_the_seed_alone():
     names = [f'{n}.pdf' for n in range(830)]
     one, two, other = split_files(names), split_files(names[::-1]), split_files(names, seed=1)
-    assert (one['train_size'], one['test_size']) == (747, 83) and one['test_files'] == two['test_files'] != other['test_files']
-    assert split_files(['a', 'b'], .9)['train_size'] == 1
+    assert (one['train_size'], one['test_size']) == (747, 83) and one['test_files'] == two['test_files'] != other[
+        'test_files'
+    ]
+    assert split_files(['a', 'b'], 0.9)['train_size'] == 1
 
 
 @settings(max_examples=100, deadline=None)
@@ -97,11 +141,18 @@ def test_no_word_is_lost(pages, most):
 
 
 def test_copies_are_skipped_whatever_their_white_space():
-    files = mark_copies([PdfFile('a', 1, text='one  two'), PdfFile('b', 1, text='one\ntwo'), PdfFile('c', 1, text='three'), PdfFile('d', 1, text='three', skipped='broken')])
+    files = mark_copies(
+        [
+            PdfFile('a', 1, text='one  two'),
+            PdfFile('b', 1, text='one\ntwo'),
+            PdfFile('c', 1, text='three'),
+            PdfFile('d', 1, text='three', skipped='broken'),
+        ]
+    )
     assert [file.skipped for file in files] == ['', 'the same text as a', '', 'broken']
 
 
 @pytest.mark.skipif(not shared, reason='LLMFT_SHARED_DATA is not set: no real PDFs here')
 def test_real_papers():
-    files = read_pdfs(Path(shared)/'pdf', workers=1)
+    files = read_pdfs(Path(shared) / 'pdf', workers=1)
     assert len(files) == 3 and all(not file.skipped and file.characters > 10_000 for file in files)

@@ -1,128 +1,186 @@
 "The run's folder: locks, true status, fingerprint, what lies aside, and notebooks run without our runner."
+
 import errno, json, os, subprocess, sys, threading, time
 from pathlib import Path
 import pytest
 from llmft.core import LabError, read_json, write_atomic, write_json
-from llmft.runs.run import Run, close_folder, fingerprint, hold, is_held, list_runs, lock_path, open_folder, read_run, release, reserve_bytes, start_run
+from llmft.runs.run import (
+    Run,
+    close_folder,
+    fingerprint,
+    hold,
+    is_held,
+    list_runs,
+    lock_path,
+    open_folder,
+    read_run,
+    release,
+    reserve_bytes,
+    start_run,
+)
 
-here = Path(__file__).parent/'notebooks'
+here = Path(__file__).parent / 'notebooks'
 
 
 def child(code, *args):
     "A Python process that runs `code` and has printed its first line."
-    process = subprocess.Popen([sys.executable, '-c', 'import os, sys, time\nfrom llmft.runs.run import *\n' + code, *map(str, args)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, '-c', 'import os, sys, time\nfrom llmft.runs.run import *\n' + code, *map(str, args)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout.readline() == 'ready\n'
     return process
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
-    process = child('hold(sys.argv[1]); print("ready", flush=True); time.sleep(60)', tmp_path/'x')
-    with pytest.raises(LabError, match=f'in use by process {process.pid}'): hold(tmp_path/'x')
-    assert is_held(tmp_path/'x')
+    process = child('hold(sys.argv[1]); print("ready", flush=True); time.sleep(60)', tmp_path / 'x')
+    with pytest.raises(LabError, match=f'in use by process {process.pid}'):
+        hold(tmp_path / 'x')
+    assert is_held(tmp_path / 'x')
     process.kill()
     process.wait()
-    assert not is_held(tmp_path/'x')
-    hold(tmp_path/'x')
-    release(tmp_path/'x')
+    assert not is_held(tmp_path / 'x')
+    hold(tmp_path / 'x')
+    release(tmp_path / 'x')
 
 
 def test_a_forked_worker_does_not_keep_the_lock(tmp_path):
     code = 'hold(sys.argv[1])\npid = os.fork()\nif pid == 0: time.sleep(20); os._exit(0)\nprint("ready", flush=True); print(pid, flush=True); time.sleep(60)'
-    process = child(code, tmp_path/'x')
+    process = child(code, tmp_path / 'x')
     worker = int(process.stdout.readline())
-    time.sleep(.2)
+    time.sleep(0.2)
     process.kill()
     process.wait()
     try:
         os.kill(worker, 0)  # the worker outlives its parent
-        assert not is_held(tmp_path/'x')
-    finally: os.kill(worker, 9)
+        assert not is_held(tmp_path / 'x')
+    finally:
+        os.kill(worker, 9)
 
 
 def test_readers_never_turn_a_run_away(tmp_path):
-    hold(tmp_path/'x')
-    release(tmp_path/'x')
+    hold(tmp_path / 'x')
+    release(tmp_path / 'x')
     stop = threading.Event()
+
     def look():
-        while not stop.is_set(): is_held(tmp_path/'x')
+        while not stop.is_set():
+            is_held(tmp_path / 'x')
+
     readers = [threading.Thread(target=look) for _ in range(2)]
-    for reader in readers: reader.start()
+    for reader in readers:
+        reader.start()
     try:
         for _ in range(20):
-            hold(tmp_path/'x')
-            release(tmp_path/'x')
-            time.sleep(.005)
+            hold(tmp_path / 'x')
+            release(tmp_path / 'x')
+            time.sleep(0.005)
     finally:
         stop.set()
-        for reader in readers: reader.join()
+        for reader in readers:
+            reader.join()
 
 
 def test_of_many_that_start_at_once_one_runs(tmp_path):
     code = 'import json\ntry: open_folder(sys.argv[1], dict(name="x")); print("won", flush=True)\nexcept Exception as error: print("lost", error.__class__.__name__, flush=True)\ntime.sleep(3)'
-    processes = [subprocess.Popen([sys.executable, '-c', 'import sys, time\nfrom llmft.runs.run import *\n' + code, str(tmp_path/'x')], stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, '-c', 'import sys, time\nfrom llmft.runs.run import *\n' + code, str(tmp_path / 'x')],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
     said = sorted(process.stdout.readline().strip() for process in processes)
-    for process in processes: process.kill(); process.wait()
+    for process in processes:
+        process.kill()
+        process.wait()
     assert said == ['lost LabError'] * 3 + ['won']
 
 
 def test_status_after_kill_9(tmp_path):
-    process = child('open_folder(sys.argv[1], dict(name="x")); print("ready", flush=True); time.sleep(60)', tmp_path/'x')
-    assert read_run(tmp_path/'x')['run']['status'] == 'running'
+    process = child(
+        'open_folder(sys.argv[1], dict(name="x")); print("ready", flush=True); time.sleep(60)', tmp_path / 'x'
+    )
+    assert read_run(tmp_path / 'x')['run']['status'] == 'running'
     process.kill()
     process.wait()
-    assert read_json(tmp_path/'x'/'run.json')['run']['status'] == 'running'
-    assert read_run(tmp_path/'x')['run']['status'] == read_json(tmp_path/'x'/'run.json')['run']['status'] == 'interrupted'
+    assert read_json(tmp_path / 'x' / 'run.json')['run']['status'] == 'running'
+    assert (
+        read_run(tmp_path / 'x')['run']['status']
+        == read_json(tmp_path / 'x' / 'run.json')['run']['status']
+        == 'interrupted'
+    )
 
 
 def test_killed_at_any_moment_the_record_reads(tmp_path):
     code = 'open_folder(sys.argv[1], dict(name="x")); print("ready", flush=True)\nfor i in range(10**6): update_record(sys.argv[1], train=dict(steps=i, text="x" * 5000))'
-    for moment in (.01, .03, .06, .1, .15):
-        process = child(code, tmp_path/'x')
+    for moment in (0.01, 0.03, 0.06, 0.1, 0.15):
+        process = child(code, tmp_path / 'x')
         time.sleep(moment)
         process.kill()
         process.wait()
-        assert read_run(tmp_path/'x')['run']['status'] == 'interrupted'
+        assert read_run(tmp_path / 'x')['run']['status'] == 'interrupted'
 
 
 def test_same_run_resumes_and_another_moves_it_aside(tmp_path):
-    folder = tmp_path/'out'/'demo'/'x'
-    first = open_folder(folder, dict(name='x', lr=1.))
-    (folder/'checkpoints').mkdir()
+    folder = tmp_path / 'out' / 'demo' / 'x'
+    first = open_folder(folder, dict(name='x', lr=1.0))
+    (folder / 'checkpoints').mkdir()
     close_folder(folder, 'failed', 'bad', 3)
-    again = open_folder(folder, dict(name='x', lr=1., outputs='elsewhere'))
-    assert again['run']['resumed'] == first['run']['id'] and (folder/'checkpoints').exists() and again['run']['error'] is None
+    again = open_folder(folder, dict(name='x', lr=1.0, outputs='elsewhere'))
+    assert (
+        again['run']['resumed'] == first['run']['id']
+        and (folder / 'checkpoints').exists()
+        and again['run']['error'] is None
+    )
     close_folder(folder, 'done')
-    assert open_folder(folder, dict(name='x', lr=1.), keep_done=True)['run'] == read_run(folder)['run'] and not is_held(folder)
-    other = open_folder(folder, dict(name='x', lr=2.))
-    assert other['run']['resumed'] is None and not (folder/'checkpoints').exists()
-    aside = folder.parent/'_previous'/f"x-{again['run']['id']}"
-    assert read_run(aside)['run']['status'] == 'done' and (aside/'checkpoints').exists()
+    assert open_folder(folder, dict(name='x', lr=1.0), keep_done=True)['run'] == read_run(folder)[
+        'run'
+    ] and not is_held(folder)
+    other = open_folder(folder, dict(name='x', lr=2.0))
+    assert other['run']['resumed'] is None and not (folder / 'checkpoints').exists()
+    aside = folder.parent / '_previous' / f"x-{again['run']['id']}"
+    assert read_run(aside)['run']['status'] == 'done' and (aside / 'checkpoints').exists()
     close_folder(folder, 'interrupted')
-    fresh = open_folder(folder, dict(name='x', lr=2.), fresh=True)
-    assert fresh['run']['resumed'] is None and len(list((folder.parent/'_previous').iterdir())) == 2
+    fresh = open_folder(folder, dict(name='x', lr=2.0), fresh=True)
+    assert fresh['run']['resumed'] is None and len(list((folder.parent / '_previous').iterdir())) == 2
     close_folder(folder, 'done')
-    assert [record['run']['id'] for record in list_runs(tmp_path/'out')] == [fresh['run']['id']]
+    assert [record['run']['id'] for record in list_runs(tmp_path / 'out')] == [fresh['run']['id']]
 
 
 def test_a_broken_record_is_moved_aside_not_deleted(tmp_path):
-    write_atomic(tmp_path/'x'/'run.json', '{"run": ')
-    write_atomic(tmp_path/'x'/'precious', 'data')
-    open_folder(tmp_path/'x', dict(name='x'))
-    close_folder(tmp_path/'x', 'done')
-    assert (tmp_path/'_previous'/'x-unknown'/'precious').read_text() == 'data'
+    write_atomic(tmp_path / 'x' / 'run.json', '{"run": ')
+    write_atomic(tmp_path / 'x' / 'precious', 'data')
+    open_folder(tmp_path / 'x', dict(name='x'))
+    close_folder(tmp_path / 'x', 'done')
+    assert (tmp_path / '_previous' / 'x-unknown' / 'precious').read_text() == 'data'
 
 
 def test_fingerprint_sees_code_and_parameters_and_nothing_else(tmp_path):
-    notebook = json.loads((here/'ok.ipynb').read_text())
-    def of(change=lambda nb: None, params=dict(lr=1.)):
+    notebook = json.loads((here / 'ok.ipynb').read_text())
+
+    def of(change=lambda nb: None, params=dict(lr=1.0)):
         copy = json.loads(json.dumps(notebook))
         change(copy)
-        return fingerprint(params, write_atomic(tmp_path/'n.ipynb', json.dumps(copy)))
+        return fingerprint(params, write_atomic(tmp_path / 'n.ipynb', json.dumps(copy)))
+
     same = of()
     assert of(lambda nb: nb['cells'][0].update(source='# another title')) == same
     assert of(lambda nb: nb['cells'][2].update(outputs=[], execution_count=7)) == same
-    assert of(params=dict(lr=1., outputs='x')) == same
-    assert len({same, of(lambda nb: nb['cells'][2].update(source='x = 1')), of(params=dict(lr=2.)), of(params=dict(lr=1., seed=1))}) == 4
+    assert of(params=dict(lr=1.0, outputs='x')) == same
+    assert (
+        len(
+            {
+                same,
+                of(lambda nb: nb['cells'][2].update(source='x = 1')),
+                of(params=dict(lr=2.0)),
+                of(params=dict(lr=1.0, seed=1)),
+            }
+        )
+        == 4
+    )
 
 
 def test_the_library_is_part_of_the_fingerprint(monkeypatch):
@@ -143,65 +201,116 @@ def test_what_a_run_exports_is_not_what_it_depends_on(monkeypatch):
 
 
 def test_a_full_disk_leaves_room_for_the_status(tmp_path, monkeypatch):
-    open_folder(tmp_path/'x', dict(name='x'))
-    assert (tmp_path/'x'/'.reserve').stat().st_size == reserve_bytes
+    open_folder(tmp_path / 'x', dict(name='x'))
+    assert (tmp_path / 'x' / '.reserve').stat().st_size == reserve_bytes
+
     def full(path, value):
-        if (tmp_path/'x'/'.reserve').exists(): raise OSError(errno.ENOSPC, 'No space left on device')
+        if (tmp_path / 'x' / '.reserve').exists():
+            raise OSError(errno.ENOSPC, 'No space left on device')
         return write_json(path, value)
-    monkeypatch.setattr('llmft.runs.run.write_json', full)
-    close_folder(tmp_path/'x', 'failed', 'no space')
-    assert read_run(tmp_path/'x')['run']['status'] == 'failed'
+
+    monkeypatch.setattr('llmft.core.write_json', full)
+    close_folder(tmp_path / 'x', 'failed', 'no space')
+    assert read_run(tmp_path / 'x')['run']['status'] == 'failed'
 
 
-def space(tmp_path, **more): return dict(__annotations__=dict(name=str, outputs=str, lr=float, wandb=str), name='x', outputs=str(tmp_path), lr='2e-4', wandb='off') | more
+def space(tmp_path, **more):
+    return (
+        dict(
+            __annotations__=dict(name=str, outputs=str, lr=float, wandb=str),
+            name='x',
+            outputs=str(tmp_path),
+            lr='2e-4',
+            wandb='off',
+        )
+        | more
+    )
 
 
 def test_run_in_a_namespace(tmp_path, capsys):
     names = space(tmp_path)
     run = start_run('demo', names)
-    assert names['lr'] == run.params.lr == 2e-4 and run.folder == tmp_path/'demo'/'x'
+    assert names['lr'] == run.params.lr == 2e-4 and run.folder == tmp_path / 'demo' / 'x'
     run.note('train', steps=1, tokens=dict(real=5))
     run.note('train', tokens=dict(slots=6), loss=float('nan'))
     run.note('meta', data=dict(train='abc'))
-    with pytest.raises(LabError, match='flat'): run.finish(dict(a=[1]))
+    with pytest.raises(LabError, match='flat'):
+        run.finish(dict(a=[1]))
     assert read_run(run.folder)['run']['status'] == 'running'
     run.finish(dict(loss=1.5, memory=float('inf')), 'Well.')
     record = read_run(run.folder)
-    assert record['train'] == dict(steps=1, tokens=dict(real=5, slots=6), loss=None) and record['meta']['data'] == dict(train='abc')
-    assert read_json(run.folder/'metrics.json') == dict(loss=1.5, memory=None) and record['run']['verdict'] == 'Well.' and record['run']['status'] == 'done'
-    assert capsys.readouterr().out.count('\n') == 1 and not is_held(run.folder) and not (run.folder/'.reserve').exists()
+    assert record['train'] == dict(steps=1, tokens=dict(real=5, slots=6), loss=None) and record['meta']['data'] == dict(
+        train='abc'
+    )
+    assert (
+        read_json(run.folder / 'metrics.json') == dict(loss=1.5, memory=None)
+        and record['run']['verdict'] == 'Well.'
+        and record['run']['status'] == 'done'
+    )
+    assert (
+        capsys.readouterr().out.count('\n') == 1 and not is_held(run.folder) and not (run.folder / '.reserve').exists()
+    )
 
 
 def test_running_the_setup_cell_again(tmp_path):
     first = start_run('demo', space(tmp_path))
     second = start_run('demo', space(tmp_path))
-    assert second.id != first.id and read_json(second.folder/'run.json')['run']['resumed'] == first.id
+    assert second.id != first.id and read_json(second.folder / 'run.json')['run']['resumed'] == first.id
     second.finish({})
 
 
-@pytest.mark.parametrize('more, words', [(dict(lr='fast'), 'lr'), (dict(wandb='ofline'), "did you mean 'offline'"), (dict(In=['# Parameters\nlrr = 1']), "did you mean 'lr'"), (dict(name='a/b'), 'cannot name a run')])
+@pytest.mark.parametrize(
+    'more, words',
+    [
+        (dict(lr='fast'), 'lr'),
+        (dict(wandb='ofline'), "did you mean 'offline'"),
+        (dict(In=['# Parameters\nlrr = 1']), "did you mean 'lr'"),
+        (dict(name='a/b'), 'cannot name a run'),
+    ],
+)
 def test_namespaces_that_are_refused(tmp_path, more, words):
-    with pytest.raises(LabError, match=words): start_run('demo', space(tmp_path, **more))
-    assert not is_held(tmp_path/'demo'/'x')
+    with pytest.raises(LabError, match=words):
+        start_run('demo', space(tmp_path, **more))
+    assert not is_held(tmp_path / 'demo' / 'x')
 
 
 def test_figure(tmp_path):
     import matplotlib.pyplot as plt
+
     run = start_run('demo', space(tmp_path))
     fig, ax = plt.subplots(figsize=(4, 3))
     shown = run.figure(fig, 'loss')
-    assert (run.folder/'figures'/'loss.png').read_bytes() == shown.data and 300 < shown.width < 420 and not plt.fignum_exists(fig.number)
+    assert (
+        (run.folder / 'figures' / 'loss.png').read_bytes() == shown.data
+        and 300 < shown.width < 420
+        and not plt.fignum_exists(fig.number)
+    )
     run.finish({})
 
 
 def papermill(notebook, tmp_path, *args):
-    process = subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', str(here/f'{notebook}.ipynb'), str(tmp_path/'out.ipynb'), '-p', 'outputs', str(tmp_path), *args], capture_output=True, text=True)
-    return process, tmp_path/notebook/'demo'
+    process = subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'papermill',
+            '--no-progress-bar',
+            str(here / f'{notebook}.ipynb'),
+            str(tmp_path / 'out.ipynb'),
+            '-p',
+            'outputs',
+            str(tmp_path),
+            *args,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    return process, tmp_path / notebook / 'demo'
 
 
 def test_plain_papermill(tmp_path):
-    (tmp_path/'a.yaml').write_text('learning_rate: 2e-4\n')  # text to papermill
-    process, folder = papermill('ok', tmp_path, '-f', str(tmp_path/'a.yaml'))
+    (tmp_path / 'a.yaml').write_text('learning_rate: 2e-4\n')  # text to papermill
+    process, folder = papermill('ok', tmp_path, '-f', str(tmp_path / 'a.yaml'))
     record = read_run(folder)
     assert process.returncode == 0 and record['run']['status'] == 'done' and record['params']['learning_rate'] == 2e-4
 
@@ -221,7 +330,7 @@ def test_wandb_offline_stays_here(tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_MODE', 'disabled')  # what the runner's kernels have
     run = start_run('demo', space(tmp_path, wandb='offline'))
     run.log(dict(loss=1.5))
-    run.finish(dict(loss=1.))
+    run.finish(dict(loss=1.0))
     assert list(run.folder.glob('wandb/offline-run-*/*.wandb'))
 
 

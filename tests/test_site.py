@@ -1,4 +1,5 @@
 """The docs site, built once and driven in a real browser: pages, links, search, figures, phone width, and nothing asked of the network."""
+
 import contextlib, functools, http.server, importlib.util, json, os, re, resource, shutil, subprocess, sys, threading
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,108 +12,152 @@ missing = [package for package in ('mkdocs', 'material', 'playwright') if import
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed: pip install -e '.[docs]'")
 timed_out = __import__('playwright.sync_api', fromlist=['TimeoutError']).TimeoutError if not missing else TimeoutError
 chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-flags = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+flags = [
+    '--headless',
+    '--no-sandbox',
+    '--disable-gpu',
+    '--disable-quic',
+    '--no-first-run',
+    '--disable-background-networking',
+    '--disable-component-update',
+    '--disable-sync',
+]
 phone, desk = dict(width=390, height=844), dict(width=1280, height=900)
 
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory):
     "The folder of the built site, what the build said and the processor time it took, in seconds; a copy of the project is built, so that nothing is left here."
-    if given := os.environ.get('LLMFT_SITE'): return dict(folder=Path(given), said='', seconds=0, processed=root/'_proc')  # one that make docs has built
+    if given := os.environ.get('LLMFT_SITE'):
+        return dict(folder=Path(given), said='', seconds=0, processed=root / '_proc')  # one that make docs has built
     copy = tmp_path_factory.mktemp('project')
-    for name in ('nbs', 'tools', 'llmft'): shutil.copytree(root/name, copy/name, ignore=shutil.ignore_patterns('__pycache__', '*.safetensors'))
+    for name in ('nbs', 'tools', 'llmft'):
+        shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns('__pycache__', '*.safetensors'))
     for path in root.iterdir():
-        if path.name not in ('nbs', 'tools', 'llmft', '_proc', '_docs') and not path.name.startswith('.'): (copy/path.name).symlink_to(path)
+        if path.name not in ('nbs', 'tools', 'llmft', '_proc', '_docs') and not path.name.startswith('.'):
+            (copy / path.name).symlink_to(path)
     environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(copy), os.environ.get('PYTHONPATH', '')]))
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     before = used()
-    done = subprocess.run([sys.executable, 'tools/docs.py'], cwd=copy, capture_output=True, text=True, timeout=600, env=environment)
+    done = subprocess.run(
+        [sys.executable, 'tools/docs.py'], cwd=copy, capture_output=True, text=True, timeout=600, env=environment
+    )
     assert done.returncode == 0, f'{done.stdout}\n{done.stderr}'[-6000:]
-    return dict(folder=copy/'_docs', said=done.stdout, seconds=used() - before, processed=copy/'_proc')
+    return dict(folder=copy / '_docs', said=done.stdout, seconds=used() - before, processed=copy / '_proc')
 
 
 class Page(HTMLParser):
     "The ids, links, images and text of a page."
+
     def __init__(self, text):
         super().__init__()
         self.ids, self.links, self.resources = set(), [], []
         self.feed(text)
+
     def handle_starttag(self, tag, attrs):
         found = dict(attrs)
         self.ids |= {found[key] for key in ('id', 'name') if found.get(key)}
-        if tag == 'a' and found.get('href'): self.links.append(found['href'])
-        if tag in ('img', 'script', 'iframe', 'source') and found.get('src'): self.resources.append(found['src'])
-        if tag == 'link' and found.get('rel') not in ('canonical', 'prev', 'next', 'edit') and found.get('href'): self.resources.append(found['href'])
+        if tag == 'a' and found.get('href'):
+            self.links.append(found['href'])
+        if tag in ('img', 'script', 'iframe', 'source') and found.get('src'):
+            self.resources.append(found['src'])
+        if tag == 'link' and found.get('rel') not in ('canonical', 'prev', 'next', 'edit') and found.get('href'):
+            self.resources.append(found['href'])
 
 
 @pytest.fixture(scope='module')
 def pages(site):
     "Path of each page -> what it holds."
-    return {path.relative_to(site['folder']).as_posix(): Page(path.read_text(encoding='utf-8')) for path in sorted(site['folder'].rglob('*.html'))}
+    return {
+        path.relative_to(site['folder']).as_posix(): Page(path.read_text(encoding='utf-8'))
+        for path in sorted(site['folder'].rglob('*.html'))
+    }
 
 
 def test_every_notebook_is_a_page(site, pages):
     sources = [*root.glob('nbs/**/*.ipynb'), *root.glob('nbs/**/*.qmd'), *root.glob('nbs/**/*.qmd.py')]
     reports = list(root.glob('outputs/gallery/*/*/report.html'))
     assert len(sources) >= 50 and len(reports) >= 4
-    assert len(pages) == len(sources) + len(reports) + 1, 'one page for each notebook and each report, and the page for what is not found'
+    assert len(pages) == len(sources) + len(reports) + 1, (
+        'one page for each notebook and each report, and the page for what is not found'
+    )
     assert len(list(site['processed'].rglob('*.ipynb'))) == len(list(root.glob('nbs/**/*.ipynb')))
-    for path in [name for name in pages if name.startswith('gallery/')]: assert (site['folder']/path).stat().st_size < 1_500_000, f'{path} is too large'
-    assert max((site['folder']/path).stat().st_size for path in pages) < 1_500_000
+    for path in [name for name in pages if name.startswith('gallery/')]:
+        assert (site['folder'] / path).stat().st_size < 1_500_000, f'{path} is too large'
+    assert max((site['folder'] / path).stat().st_size for path in pages) < 1_500_000
 
 
 def test_the_build_is_quick(site):
-    assert site['seconds'] < 120, f"the site took {site['seconds']:.0f} s of processor time: more than 60 s on two cores"
+    assert site['seconds'] < 120, (
+        f"the site took {site['seconds']:.0f} s of processor time: more than 60 s on two cores"
+    )
 
 
 def test_no_link_and_no_anchor_is_broken(site, pages):
     looked, broken = 0, []
     for path, page in pages.items():
         for link in [*page.links, *page.resources]:
-            if re.match(r'(https?|mailto|data|javascript):', link): continue
+            if re.match(r'(https?|mailto|data|javascript):', link):
+                continue
             address, anchor = urldefrag(urljoin(f'/{path}', link))
             target = unquote(address).lstrip('/') or 'index.html'
-            if path == '404.html': target = target.removeprefix('llmft/') or 'index.html'
+            if path == '404.html':
+                target = target.removeprefix('llmft/') or 'index.html'
             looked += 1
-            if not (site['folder']/target).exists(): broken.append(f'{path}: {link}')
-            elif anchor and target in pages and unquote(anchor) not in pages[target].ids and anchor != '__toc': broken.append(f'{path}: no #{anchor} in {target}')
+            if not (site['folder'] / target).exists():
+                broken.append(f'{path}: {link}')
+            elif anchor and target in pages and unquote(anchor) not in pages[target].ids and anchor != '__toc':
+                broken.append(f'{path}: no #{anchor} in {target}')
     assert looked > 3000 and not broken, f'of {looked} links {len(broken)} are broken: {broken[:20]}'
 
 
 def test_links_to_the_repository_lead_to_files(pages):
     looked, lost = 0, []
     for path, page in pages.items():
-        if path.startswith('gallery/'): continue
+        if path.startswith('gallery/'):
+            continue
         for link in page.links:
-            found = re.match(r'https://(?:colab\.research\.google\.com/github/llmft/llmft|github\.com/llmft/llmft)/(?:blob|tree)/main/([^#]+)(?:#L(\d+))?', link)
-            if not found: continue
+            found = re.match(
+                r'https://(?:colab\.research\.google\.com/github/llmft/llmft|github\.com/llmft/llmft)/(?:blob|tree)/main/([^#]+)(?:#L(\d+))?',
+                link,
+            )
+            if not found:
+                continue
             looked += 1
-            file = root/found[1]
-            if not file.exists() or (found[2] and int(found[2]) > len(file.read_text(encoding='utf-8').splitlines())): lost.append(f'{path}: {link}')
+            file = root / found[1]
+            if not file.exists() or (found[2] and int(found[2]) > len(file.read_text(encoding='utf-8').splitlines())):
+                lost.append(f'{path}: {link}')
     assert looked > 200 and not lost, lost[:20]
 
 
 def test_pages_take_nothing_from_elsewhere(site, pages):
-    outside = [f'{path}: {link}' for path, page in pages.items() for link in page.resources if re.match(r'(https?:)?//', link)]
+    outside = [
+        f'{path}: {link}' for path, page in pages.items() for link in page.resources if re.match(r'(https?:)?//', link)
+    ]
     assert not outside, outside[:20]
     styles = list(site['folder'].rglob('*.css'))
     assert len(styles) >= 3
-    for style in styles: assert not re.search(r'(@import|url\()\s*["\']?(https?:)?//', style.read_text(encoding='utf-8')), f'{style.name} fetches from elsewhere'
-    text = ''.join((site['folder']/path).read_text(encoding='utf-8') for path in pages)
+    for style in styles:
+        assert not re.search(r'(@import|url\()\s*["\']?(https?:)?//', style.read_text(encoding='utf-8')), (
+            f'{style.name} fetches from elsewhere'
+        )
+    text = ''.join((site['folder'] / path).read_text(encoding='utf-8') for path in pages)
     assert 'arithmatex' not in text and text.count('<math') > 50, 'formulas must be MathML'
 
 
 def test_api_pages_have_signatures_and_parameter_tables(site, pages):
-    text = (site['folder']/'training.html').read_text(encoding='utf-8')
-    entry = text[text.index('id="fit"'):]
+    text = (site['folder'] / 'training.html').read_text(encoding='utf-8')
+    entry = text[text.index('id="fit"') :]
     assert 'llmft/training.py#L' in entry[:2000] and 'class="headerlink" href="#fit"' in entry[:500]
-    for parameter in ('model', 'train', 'valid', 'folder', 'recipe'): assert f'<td data-label="parameter"><code>{parameter}</code></td>' in entry, f'fit has no row for {parameter}'
+    for parameter in ('model', 'train', 'valid', 'folder', 'recipe'):
+        assert f'<td data-label="parameter"><code>{parameter}</code></td>' in entry, f'fit has no row for {parameter}'
     assert 'from <a href="models.html#load_model">' in entry, 'names in backticks lead to their pages'
     assert sum('.html#' in link and not link.startswith('http') for page in pages.values() for link in page.links) > 150
 
 
 def test_reference_lists_every_parameter(site, pages):
     from llmft.runs.params import read_parameters
+
     experiments = sorted(root.glob('nbs/experiments/*.ipynb'))
     names = [f'{path.stem}.{p.name}' for path in experiments for p in read_parameters(path)]
     assert len(names) > 80 and not set(names) - pages['reference/parameters.html'].ids
@@ -120,13 +165,21 @@ def test_reference_lists_every_parameter(site, pages):
 
 # ---- in the browser
 
+
 @pytest.fixture(scope='module')
 def address(site):
     "The site on this machine."
+
     class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_): pass
-        def translate_path(self, path): return super().translate_path(path.removeprefix('/llmft'))  # as published, below the project's name
-    server = http.server.ThreadingHTTPServer(('localhost', 0), functools.partial(Handler, directory=str(site['folder'])))
+        def log_message(self, *_):
+            pass
+
+        def translate_path(self, path):
+            return super().translate_path(path.removeprefix('/llmft'))  # as published, below the project's name
+
+    server = http.server.ThreadingHTTPServer(
+        ('localhost', 0), functools.partial(Handler, directory=str(site['folder']))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f'http://localhost:{server.server_address[1]}/llmft/'
     server.shutdown()
@@ -135,8 +188,10 @@ def address(site):
 @pytest.fixture(scope='module')
 def browser(address):
     "A real headless Chromium."
-    if not chromium: pytest.skip('no Chromium on this machine: install chromium to see the pages tested in it')
+    if not chromium:
+        pytest.skip('no Chromium on this machine: install chromium to see the pages tested in it')
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=chromium, args=flags)
         yield found
@@ -148,13 +203,27 @@ def tab(browser, allowed, **settings):
     "A tab that notes what must not happen: requests to elsewhere, failed ones, messages on the console."
     context = browser.new_context(**settings)
     page, trouble = context.new_page(), []
-    page.on('request', lambda request: request.url.startswith((*allowed, 'data:', 'blob:')) or trouble.append(f'request to {request.url}'))
-    page.on('requestfailed', lambda request: request.failure == 'net::ERR_ABORTED' or trouble.append(f'failed: {request.url}'))  # aborted: the tab went on to the next page
-    page.on('response', lambda response: response.status >= 400 and trouble.append(f'{response.status}: {response.url}'))
-    page.on('console', lambda message: message.type in ('error', 'warning') and trouble.append(f'console: {message.text}'))
+    page.on(
+        'request',
+        lambda request: (
+            request.url.startswith((*allowed, 'data:', 'blob:')) or trouble.append(f'request to {request.url}')
+        ),
+    )
+    page.on(
+        'requestfailed',
+        lambda request: request.failure == 'net::ERR_ABORTED' or trouble.append(f'failed: {request.url}'),
+    )  # aborted: the tab went on to the next page
+    page.on(
+        'response', lambda response: response.status >= 400 and trouble.append(f'{response.status}: {response.url}')
+    )
+    page.on(
+        'console', lambda message: message.type in ('error', 'warning') and trouble.append(f'console: {message.text}')
+    )
     page.on('pageerror', lambda error: trouble.append(f'script: {error}'))
-    try: yield page, trouble
-    finally: context.close()
+    try:
+        yield page, trouble
+    finally:
+        context.close()
 
 
 wide = '''() => [document.documentElement.scrollWidth, innerWidth, [...document.querySelectorAll('article *, main *')].filter(e => {
@@ -166,7 +235,7 @@ pictures = '''() => [...document.images].map(i => { i.loading = 'eager'; return 
 
 def test_every_page_at_phone_width(browser, address, site, pages):
     wrong, figures = [], 0
-    index = json.loads((site['folder']/'search/search_index.json').read_text(encoding='utf-8'))
+    index = json.loads((site['folder'] / 'search/search_index.json').read_text(encoding='utf-8'))
     short = index | dict(docs=index['docs'][:1])
     with tab(browser, [address], viewport=phone) as (page, trouble):
         page.route('**/search_index.json', lambda route: route.fulfill(json=short))  # searching has tests of its own
@@ -174,7 +243,8 @@ def test_every_page_at_phone_width(browser, address, site, pages):
             page.goto(address + path, wait_until='load')
             assert page.title(), path
             width, inner, over = page.evaluate(wide)
-            if width > inner or over: wrong.append(f'{path}: {width} px wide, {over}')
+            if width > inner or over:
+                wrong.append(f'{path}: {width} px wide, {over}')
             page.evaluate(pictures)
             page.wait_for_function('() => [...document.images].every(i => i.complete)', timeout=10_000)
             seen = page.evaluate(pictures)
@@ -189,7 +259,8 @@ def test_every_page_at_phone_width(browser, address, site, pages):
 def test_concepts_have_figures(browser, address, pages):
     concepts = [path for path in pages if path.startswith('concepts/')]
     assert len(concepts) >= 6
-    for path in concepts: assert any('figures/' in source for source in pages[path].resources), f'{path} has no figure'
+    for path in concepts:
+        assert any('figures/' in source for source in pages[path].resources), f'{path} has no figure'
 
 
 def search(page, words):
@@ -205,7 +276,10 @@ def search(page, words):
     return page.eval_on_selector_all('.md-search-result__link', 'links => links.map(link => link.getAttribute("href"))')
 
 
-@pytest.mark.parametrize('words, page_wanted', [('linear_cross_entropy', 'losses.html'), ('gradient_checkpointing', 'reference/parameters.html')])
+@pytest.mark.parametrize(
+    'words, page_wanted',
+    [('linear_cross_entropy', 'losses.html'), ('gradient_checkpointing', 'reference/parameters.html')],
+)
 def test_search_finds_a_function_and_a_parameter(browser, address, words, page_wanted):
     with tab(browser, [address], viewport=desk) as (page, trouble):
         page.goto(address + 'index.html')

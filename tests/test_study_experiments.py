@@ -1,4 +1,5 @@
 "Instruction tuning and the study of PDFs, end to end and as small as they go."
+
 import json
 
 import pytest
@@ -10,32 +11,59 @@ from llmft.runs.params import resolve_params
 root = project_root()
 
 
-def overrides(**values): return [f'{name}={json.dumps(value)}' for name, value in values.items()]
+def overrides(**values):
+    return [f'{name}={json.dumps(value)}' for name, value in values.items()]
 
 
 def execute(config, outputs, small=True, **values):
-    notebook, params = resolve_params([root/config], overrides(outputs=str(outputs), **values), small)
-    return execute_run(notebook, params, on_line=lambda line: None), outputs/notebook.stem/params['name']
+    notebook, params = resolve_params([root / config], overrides(outputs=str(outputs), **values), small)
+    return execute_run(notebook, params, on_line=lambda line: None), outputs / notebook.stem / params['name']
 
 
 @pytest.fixture(scope='module')
-def outputs(tmp_path_factory): return tmp_path_factory.mktemp('outputs')
+def outputs(tmp_path_factory):
+    return tmp_path_factory.mktemp('outputs')
 
 
 @pytest.fixture(scope='module')
 def instruct(outputs):
     "Rows of one's own, early stopping after two evaluations without a better one, two problems that are run."
-    rows = [dict(input=f'Return {n}.', solution=f'return {n}' if n < 24 else 'zebra ' * 5, split='train' if n < 24 else 'valid' if n < 28 else 'test', tests=['assert f() == 1'] * (n > 29)) for n in range(32)]
+    rows = [
+        dict(
+            input=f'Return {n}.',
+            solution=f'return {n}' if n < 24 else 'zebra ' * 5,
+            split='train' if n < 24 else 'valid' if n < 28 else 'test',
+            tests=['assert f() == 1'] * (n > 29),
+        )
+        for n in range(32)
+    ]
     rows += [dict(input='Return f.', solution='def f(): return 1', split='test', tests=['assert f() == 1'])]
-    data = outputs/'rows.jsonl'
+    data = outputs / 'rows.jsonl'
     data.write_text('\n'.join(map(json.dumps, rows)))
-    return execute('params/instruct/diverse.yaml', outputs, data=str(data), num_samples=0, max_length=96, batch_size=4, gradient_accumulation=1, learning_rate=.05, eval_every=1, save_every=1, num_problems=3, sample_tokens=8, max_steps=12)
+    return execute(
+        'params/instruct/diverse.yaml',
+        outputs,
+        data=str(data),
+        num_samples=0,
+        max_length=96,
+        batch_size=4,
+        gradient_accumulation=1,
+        learning_rate=0.05,
+        eval_every=1,
+        save_every=1,
+        num_problems=3,
+        sample_tokens=8,
+        max_steps=12,
+    )
 
 
 def test_instruct_stops_early_and_keeps_the_best(instruct):
     record, folder = instruct
     assert record['run']['status'] == 'done', record['run']['error']
-    metrics, log = json.loads((folder/'metrics.json').read_text()), [json.loads(line) for line in (folder/'log.jsonl').read_text().splitlines()]
+    metrics, log = (
+        json.loads((folder / 'metrics.json').read_text()),
+        [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()],
+    )
     held_out = {row['step']: row['valid_loss'] for row in log if 'valid_loss' in row}
     assert metrics['stopped'] == 'early stopping' and metrics['steps'] < metrics['planned_steps'] == 12
     assert metrics['best_step'] == min(held_out, key=held_out.get) == metrics['steps'] - 2
@@ -46,63 +74,167 @@ def test_instruct_stops_early_and_keeps_the_best(instruct):
 
 def test_instruct_reports(instruct):
     _, folder = instruct
-    page = (folder/'report.html').read_text()
-    assert all(words in page for words in ('pass@1', '.8158', 'real tokens', 'left out because their reference solution fails')) or '0.81580' in page
-    assert {path.name for path in (folder/'figures').iterdir()} == {'lengths.png', 'loss.png', 'learning_rate.png'} and (folder/'adapter'/'adapter_model.safetensors').exists()
-    metrics = json.loads((folder/'metrics.json').read_text())
-    assert metrics['fill'] == 1. and metrics['padded_fill'] < .9 and metrics['pass_at_1'] in (0., 1.)
+    page = (folder / 'report.html').read_text()
+    assert (
+        all(
+            words in page
+            for words in ('pass@1', '.8158', 'real tokens', 'left out because their reference solution fails')
+        )
+        or '0.81580' in page
+    )
+    assert {path.name for path in (folder / 'figures').iterdir()} == {
+        'lengths.png',
+        'loss.png',
+        'learning_rate.png',
+    } and (folder / 'adapter' / 'adapter_model.safetensors').exists()
+    metrics = json.loads((folder / 'metrics.json').read_text())
+    assert metrics['fill'] == 1.0 and metrics['padded_fill'] < 0.9 and metrics['pass_at_1'] in (0.0, 1.0)
 
 
 @pytest.fixture(scope='module')
-def pdfs(outputs): return execute('params/pdf_finetune/all.yaml', outputs, max_pages=1, max_length=96, chunk_characters=300, largest_batch=4, target_effective_batch=8, max_steps=3, eval_every=3)
+def pdfs(outputs):
+    return execute(
+        'params/pdf_finetune/all.yaml',
+        outputs,
+        max_pages=1,
+        max_length=96,
+        chunk_characters=300,
+        largest_batch=4,
+        target_effective_batch=8,
+        max_steps=3,
+        eval_every=3,
+    )
 
 
 def test_pdfs_leave_the_artefacts_of_the_study(pdfs):
     record, folder = pdfs
     assert record['run']['status'] == 'done', record['run']['error']
-    metrics = json.loads((folder/'metrics.json').read_text())
-    split, search = (json.loads((folder/name).read_text()) for name in ('split_info.json', 'batch_search.json'))
-    assert set(split) == {'train_files', 'test_files', 'train_size', 'test_size', 'created_at'} and split['train_size'] == metrics['train_files']
-    assert search['batch'] == metrics['max_batch_size'] and metrics['effective_batch_size'] == 8 and metrics['batch_size'] <= search['batch']
-    log = (folder/'training.log').read_text().splitlines()
+    metrics = json.loads((folder / 'metrics.json').read_text())
+    split, search = (json.loads((folder / name).read_text()) for name in ('split_info.json', 'batch_search.json'))
+    assert (
+        set(split) == {'train_files', 'test_files', 'train_size', 'test_size', 'created_at'}
+        and split['train_size'] == metrics['train_files']
+    )
+    assert (
+        search['batch'] == metrics['max_batch_size']
+        and metrics['effective_batch_size'] == 8
+        and metrics['batch_size'] <= search['batch']
+    )
+    log = (folder / 'training.log').read_text().splitlines()
     assert len(log) == 4 and 'loss=' in log[0] and 'valid_perplexity=' in log[-1]
-    stats = dict(line.split(': ', 1) for line in (folder/'training_stats.txt').read_text().splitlines())
-    assert float(stats['Final perplexity']) == pytest.approx(metrics['perplexity_after'], abs=1e-3) and stats['Effective batch size'] == '8'
-    assert json.loads(stats['Arguments'])['max_pages'] == 1 and set(stats) == {'Training completed at', 'Maximum batch size', 'Gradient accumulation steps', 'Effective batch size', 'Final perplexity', 'Training time', 'Arguments'}
+    stats = dict(line.split(': ', 1) for line in (folder / 'training_stats.txt').read_text().splitlines())
+    assert (
+        float(stats['Final perplexity']) == pytest.approx(metrics['perplexity_after'], abs=1e-3)
+        and stats['Effective batch size'] == '8'
+    )
+    assert json.loads(stats['Arguments'])['max_pages'] == 1 and set(stats) == {
+        'Training completed at',
+        'Maximum batch size',
+        'Gradient accumulation steps',
+        'Effective batch size',
+        'Final perplexity',
+        'Training time',
+        'Arguments',
+    }
 
 
 def test_the_studys_report_has_no_blank(pdfs):
     _, folder = pdfs
-    report = (folder/'report.md').read_text()
-    for blank in ('Per device batch size', 'Gradient accumulation steps', 'Effective batch size', 'GPU', 'Memory usage', 'Training time', 'Perplexity on test set', 'Interpretation', 'Conclusion'): assert f'**{blank}' in report
+    report = (folder / 'report.md').read_text()
+    for blank in (
+        'Per device batch size',
+        'Gradient accumulation steps',
+        'Effective batch size',
+        'GPU',
+        'Memory usage',
+        'Training time',
+        'Perplexity on test set',
+        'Interpretation',
+        'Conclusion',
+    ):
+        assert f'**{blank}' in report
     assert 'FILL' not in report and 'None' not in report and 'nan' not in report
-    page = (folder/'report.html').read_text()
-    assert all(f'{name}.pdf' in page for name in ('encrypted', 'broken', 'scanned', 'empty', 'short')) and {'lengths.png', 'batch_search.png', 'loss.png'} == {path.name for path in (folder/'figures').iterdir()}
+    page = (folder / 'report.html').read_text()
+    assert all(f'{name}.pdf' in page for name in ('encrypted', 'broken', 'scanned', 'empty', 'short')) and {
+        'lengths.png',
+        'batch_search.png',
+        'loss.png',
+    } == {path.name for path in (folder / 'figures').iterdir()}
 
 
 def test_the_comparison_reads_it(pdfs, outputs):
     record, folder = execute('nbs/experiments/pdf_compare.ipynb', outputs, small=False)
     assert record['run']['status'] == 'done', record['run']['error']
-    assert json.loads((folder/'metrics.json').read_text())['widest'] == 'all'
+    assert json.loads((folder / 'metrics.json').read_text())['widest'] == 'all'
 
 
-@pytest.mark.parametrize('config, rows, per_epoch, total, warmup, trainable', [('diverse', 4530, 284, 852, 26, 36_929_536), ('diverse_high_capacity', 4530, 284, 1136, 57, 73_859_072), ('diverse_reasoning', 4530, 284, 852, 26, 36_929_536), ('diverse_fast', 4530, 284, 852, 26, 36_929_536)])
+@pytest.mark.parametrize(
+    'config, rows, per_epoch, total, warmup, trainable',
+    [
+        ('diverse', 4530, 284, 852, 26, 36_929_536),
+        ('diverse_high_capacity', 4530, 284, 1136, 57, 73_859_072),
+        ('diverse_reasoning', 4530, 284, 852, 26, 36_929_536),
+        ('diverse_fast', 4530, 284, 852, 26, 36_929_536),
+    ],
+)
 def test_full_scale_files_hold_the_studys_numbers(config, rows, per_epoch, total, warmup, trainable):
     from types import SimpleNamespace
     from llmft.models.cost import lora_parameter_count, parameter_count
     from llmft.models.load import model_config
     from llmft.training.recipe import Recipe, warmup_steps
     from llmft.training.fit import planned_steps
-    _, params = resolve_params([root/f'params/instruct/{config}.yaml'], [], False)
+
+    _, params = resolve_params([root / f'params/instruct/{config}.yaml'], [], False)
     recipe, shape = Recipe.from_params(SimpleNamespace(**params)), model_config(params['model'])
-    assert (planned_steps(rows, Recipe(**{**vars(recipe), 'num_epochs': 1.})), planned_steps(rows, recipe), warmup_steps(recipe, total)) == (per_epoch, total, warmup)
-    assert lora_parameter_count(shape, params['lora_rank'], params['lora_targets']) == trainable and parameter_count(shape)['total'] == 1_543_714_304
-    assert (params['lora_alpha'], params['lora_dropout'], recipe.weight_decay, recipe.clip, recipe.beta1, recipe.beta2, recipe.patience, params['eval_every'], params['log_every'], params['num_samples']) == (2. * params['lora_rank'], .1, .01, 1., .9, .999, 2, 100, 20, rows)
+    assert (
+        planned_steps(rows, Recipe(**{**vars(recipe), 'num_epochs': 1.0})),
+        planned_steps(rows, recipe),
+        warmup_steps(recipe, total),
+    ) == (per_epoch, total, warmup)
+    assert (
+        lora_parameter_count(shape, params['lora_rank'], params['lora_targets']) == trainable
+        and parameter_count(shape)['total'] == 1_543_714_304
+    )
+    assert (
+        params['lora_alpha'],
+        params['lora_dropout'],
+        recipe.weight_decay,
+        recipe.clip,
+        recipe.beta1,
+        recipe.beta2,
+        recipe.patience,
+        params['eval_every'],
+        params['log_every'],
+        params['num_samples'],
+    ) == (2.0 * params['lora_rank'], 0.1, 0.01, 1.0, 0.9, 0.999, 2, 100, 20, rows)
 
 
 def test_the_pdf_files_hold_the_studys_numbers():
-    for config, changed in dict(all={}, lora_only=dict(quantisation='none', gradient_checkpointing=False, optimiser='adamw'), int8=dict(quantisation='int8'), r16=dict(lora_rank=16, lora_alpha=64.), bf16=dict(precision='bf16'), wide_search=dict(smallest_batch=1, largest_batch=128)).items():
-        _, params = resolve_params([root/f'params/pdf_finetune/{config}.yaml'], [], False)
-        expected = dict(quantisation='nf4', precision='fp16', optimiser='paged_adamw_8bit', gradient_checkpointing=True, lora_rank=8, lora_alpha=32., lora_dropout=.1, lora_targets=['q_proj', 'k_proj', 'v_proj', 'o_proj'], max_length=512, max_pages=30, min_characters=500,
-                        target_effective_batch=32, test_share=.1, seed=42, smallest_batch=2, largest_batch=32)
+    for config, changed in dict(
+        all={},
+        lora_only=dict(quantisation='none', gradient_checkpointing=False, optimiser='adamw'),
+        int8=dict(quantisation='int8'),
+        r16=dict(lora_rank=16, lora_alpha=64.0),
+        bf16=dict(precision='bf16'),
+        wide_search=dict(smallest_batch=1, largest_batch=128),
+    ).items():
+        _, params = resolve_params([root / f'params/pdf_finetune/{config}.yaml'], [], False)
+        expected = dict(
+            quantisation='nf4',
+            precision='fp16',
+            optimiser='paged_adamw_8bit',
+            gradient_checkpointing=True,
+            lora_rank=8,
+            lora_alpha=32.0,
+            lora_dropout=0.1,
+            lora_targets=['q_proj', 'k_proj', 'v_proj', 'o_proj'],
+            max_length=512,
+            max_pages=30,
+            min_characters=500,
+            target_effective_batch=32,
+            test_share=0.1,
+            seed=42,
+            smallest_batch=2,
+            largest_batch=32,
+        )
         assert {key: params[key] for key in expected} == expected | changed, config

@@ -1,4 +1,5 @@
 "Subspaces, coding, bounds and certificates: the properties that a proof hangs on."
+
 import json, math, os, shutil, signal, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -6,9 +7,28 @@ from pathlib import Path
 import numpy as np, pytest, torch, yaml
 from hypothesis import given, settings, strategies as st
 
-from llmft.bounds.bounds import (full_bound, kl_bound, kl_coins, kl_inverse, lowest_loss, shared_delta, smoothed_bits, smoothing_width, subsampling_bound, topk_bound)
+from llmft.bounds.bounds import (
+    full_bound,
+    kl_bound,
+    kl_coins,
+    kl_inverse,
+    lowest_loss,
+    shared_delta,
+    smoothed_bits,
+    smoothing_width,
+    subsampling_bound,
+    topk_bound,
+)
 from llmft.bounds.certificates import build_model, make_claims, prove, read_certificate, verify, write_certificate
-from llmft.bounds.coding import charged_bits, decode_message, encode_message, entropy, make_codebook, prefixed_bits, reference_bits
+from llmft.bounds.coding import (
+    charged_bits,
+    decode_message,
+    encode_message,
+    entropy,
+    make_codebook,
+    prefixed_bits,
+    reference_bits,
+)
 from llmft.core import LabError, project_root
 from llmft.models.projections import make_projection, projections
 from llmft.training.recipe import Recipe
@@ -24,40 +44,67 @@ N, M = 8_009_762, 10_000
 
 # ---- bounds
 
-@pytest.mark.parametrize('alpha, width', [(1e-4, 28.904605039990), (.01, 22.246393844330), (.1, 18.786965125321), (.5, 15.617065640352)])
-def test_widths_are_those_of_the_specification(alpha, width): assert smoothing_width(alpha, 50257) == pytest.approx(width, abs=1e-11)
+
+@pytest.mark.parametrize(
+    'alpha, width', [(1e-4, 28.904605039990), (0.01, 22.246393844330), (0.1, 18.786965125321), (0.5, 15.617065640352)]
+)
+def test_widths_are_those_of_the_specification(alpha, width):
+    assert smoothing_width(alpha, 50257) == pytest.approx(width, abs=1e-11)
 
 
 def test_vectors_of_the_specification():
-    assert subsampling_bound(10.60, 131_098, N, M, smoothing_width(.1, 50257), .05, 8) == pytest.approx(12.314339735, abs=1e-9)
-    assert subsampling_bound(10.66, 131_098, N, M, smoothing_width(.25, 50257), .05, 8) == pytest.approx(12.229710028, abs=1e-9)
-    assert topk_bound(.9150, 131_088.999626 + 7, N, M, kl=False) == pytest.approx(1.002560497, abs=1e-9)
-    assert topk_bound(.9150, 131_088.999626 + 7, N, M) == pytest.approx(.955841317, abs=1e-9)
-    assert kl_inverse(.1, .01) == pytest.approx(.147675539298, abs=1e-11) and kl_inverse(.9, .02) == pytest.approx(.949370846092, abs=1e-11)
-    assert subsampling_bound(0, 0, N, M, 1.) - math.sqrt(math.log((M + N) / (M * .05)) / (2 * N)) == pytest.approx(.012241282554, abs=1e-11)
+    assert subsampling_bound(10.60, 131_098, N, M, smoothing_width(0.1, 50257), 0.05, 8) == pytest.approx(
+        12.314339735, abs=1e-9
+    )
+    assert subsampling_bound(10.66, 131_098, N, M, smoothing_width(0.25, 50257), 0.05, 8) == pytest.approx(
+        12.229710028, abs=1e-9
+    )
+    assert topk_bound(0.9150, 131_088.999626 + 7, N, M, kl=False) == pytest.approx(1.002560497, abs=1e-9)
+    assert topk_bound(0.9150, 131_088.999626 + 7, N, M) == pytest.approx(0.955841317, abs=1e-9)
+    assert kl_inverse(0.1, 0.01) == pytest.approx(0.147675539298, abs=1e-11) and kl_inverse(0.9, 0.02) == pytest.approx(
+        0.949370846092, abs=1e-11
+    )
+    assert subsampling_bound(0, 0, N, M, 1.0) - math.sqrt(math.log((M + N) / (M * 0.05)) / (2 * N)) == pytest.approx(
+        0.012241282554, abs=1e-11
+    )
     counts = [60, 400, 1800, 5200, 10200, 14680, 10200, 5200, 1800, 400, 60]
-    assert entropy(counts) == pytest.approx(2.614030285911, abs=1e-11) and reference_bits(counts) == 131_055 and prefixed_bits(131_055) == 131_088
+    assert (
+        entropy(counts) == pytest.approx(2.614030285911, abs=1e-11)
+        and reference_bits(counts) == 131_055
+        and prefixed_bits(131_055) == 131_088
+    )
     assert math.log2(50257) == pytest.approx(15.617036934288, abs=1e-11)
 
 
-situation = st.fixed_dictionaries(dict(risk=st.floats(0, 1), bits=st.floats(0, 1e6), n=st.integers(10, 10**8), share=st.floats(.001, 1), delta=st.floats(1e-6, .9), choices=st.integers(1, 100)))
+situation = st.fixed_dictionaries(
+    dict(
+        risk=st.floats(0, 1),
+        bits=st.floats(0, 1e6),
+        n=st.integers(10, 10**8),
+        share=st.floats(0.001, 1),
+        delta=st.floats(1e-6, 0.9),
+        choices=st.integers(1, 100),
+    )
+)
 
 
 def both(risk, bits, n, share, delta, choices):
     m = max(1, int(n * share))
-    return [form(risk, bits, n, m, 1., delta, choices) for form in (subsampling_bound, kl_bound)]
+    return [form(risk, bits, n, m, 1.0, delta, choices) for form in (subsampling_bound, kl_bound)]
 
 
 @quick
 @given(situation, st.floats(1, 10))
 def test_bounds_are_monotone_and_never_below_the_risk(given, factor):
-    for before, after in zip(both(**given), both(**{**given, 'bits': given['bits'] * factor})): assert given['risk'] <= before <= after + 1e-12
-    for before, after in zip(both(**given), both(**{**given, 'delta': given['delta'] / factor})): assert before <= after + 1e-12
+    for before, after in zip(both(**given), both(**{**given, 'bits': given['bits'] * factor})):
+        assert given['risk'] <= before <= after + 1e-12
+    for before, after in zip(both(**given), both(**{**given, 'delta': given['delta'] / factor})):
+        assert before <= after + 1e-12
     m = max(1, int(given['n'] * given['share']))
     rest = {key: value for key, value in given.items() if key not in ('n', 'share')}
     for form in (subsampling_bound, kl_bound):
-        here = form(n=given['n'], m=m, width=1., **rest)
-        assert form(n=int(given['n'] * factor), m=int(m * factor), width=1., **rest) <= here + 1e-9
+        here = form(n=given['n'], m=m, width=1.0, **rest)
+        assert form(n=int(given['n'] * factor), m=int(m * factor), width=1.0, **rest) <= here + 1e-9
     assert all(kl <= hoeffding + 1e-9 for hoeffding, kl in [both(**given)])
 
 
@@ -65,42 +112,79 @@ def test_bounds_are_monotone_and_never_below_the_risk(given, factor):
 @given(st.floats(0, 1), st.floats(0, 5))
 def test_the_kl_inverse_inverts(q, c):
     p = kl_inverse(q, c)
-    assert q <= p <= 1 and kl_coins(q, max(q, p - 1e-9)) <= c + 1e-6 and (p == 1 or kl_coins(q, min(1, p + 1e-6)) >= c - 1e-9)
+    assert (
+        q <= p <= 1
+        and kl_coins(q, max(q, p - 1e-9)) <= c + 1e-6
+        and (p == 1 or kl_coins(q, min(1, p + 1e-6)) >= c - 1e-9)
+    )
 
 
 @quick
-@given(st.floats(0, 1), st.floats(1e-6, .999), st.integers(2, 100_000))
+@given(st.floats(0, 1), st.floats(1e-6, 0.999), st.integers(2, 100_000))
 def test_smoothed_losses_stay_inside_their_interval(p, alpha, vocabulary):
     low, loss = lowest_loss(alpha, vocabulary), smoothed_bits([p], [alpha], vocabulary)[0, 0]
     assert low - 1e-9 <= loss <= low + smoothing_width(alpha, vocabulary) + 1e-9
 
 
-@pytest.mark.parametrize('call, reason', [
-    (lambda: smoothing_width(0., 16), 'alpha is 0'), (lambda: smoothing_width(1., 16), 'alpha is 1'), (lambda: subsampling_bound(1., 9, 100, 10, 1., delta=1.), 'delta is 1'), (lambda: subsampling_bound(1., 9, 10, 11, 1.), 'no more than there are'),
-    (lambda: make_codebook([1., 2.], 4), 'odd'), (lambda: make_codebook([1., 2.], 0), 'odd'), (lambda: make_projection('kronecker', 10, 11, ''), 'larger than'), (lambda: make_projection('kronecker', 10, 0, ''), 'at least 1'),
-    (lambda: SubspaceConfig(mode='fixed', ratio=0.).check(), 'ratio is 0'), (lambda: SubspaceConfig(mode='fixed', ratio=1.).check(), 'ratio is 1'), (lambda: boundaries([1, 9, 9], 9), 'is empty'), (lambda: prefixed_bits(0), 'at least 1 bit')])
+@pytest.mark.parametrize(
+    'call, reason',
+    [
+        (lambda: smoothing_width(0.0, 16), 'alpha is 0'),
+        (lambda: smoothing_width(1.0, 16), 'alpha is 1'),
+        (lambda: subsampling_bound(1.0, 9, 100, 10, 1.0, delta=1.0), 'delta is 1'),
+        (lambda: subsampling_bound(1.0, 9, 10, 11, 1.0), 'no more than there are'),
+        (lambda: make_codebook([1.0, 2.0], 4), 'odd'),
+        (lambda: make_codebook([1.0, 2.0], 0), 'odd'),
+        (lambda: make_projection('kronecker', 10, 11, ''), 'larger than'),
+        (lambda: make_projection('kronecker', 10, 0, ''), 'at least 1'),
+        (lambda: SubspaceConfig(mode='fixed', ratio=0.0).check(), 'ratio is 0'),
+        (lambda: SubspaceConfig(mode='fixed', ratio=1.0).check(), 'ratio is 1'),
+        (lambda: boundaries([1, 9, 9], 9), 'is empty'),
+        (lambda: prefixed_bits(0), 'at least 1 bit'),
+    ],
+)
 def test_bad_input_is_one_clear_line(call, reason):
-    with pytest.raises(LabError, match=reason) as raised: call()
+    with pytest.raises(LabError, match=reason) as raised:
+        call()
     assert '\n' not in str(raised.value)
 
 
 def test_all_documents_are_charged_at_their_share_of_delta():
-    scores = Scores(np.full((50, 8), 2.), np.full((50, 5), .5), np.full(50, 9), (1e-4, 1e-3, 5e-3, .01, .05, .1, .25, .5), (1, 5, 10, 50, 100))
+    scores = Scores(
+        np.full((50, 8), 2.0),
+        np.full((50, 5), 0.5),
+        np.full(50, 9),
+        (1e-4, 1e-3, 5e-3, 0.01, 0.05, 0.1, 0.25, 0.5),
+        (1, 5, 10, 50, 100),
+    )
     claims = make_claims(scores, b'\1' * 40, 5000, 16, 30)
-    assert len(claims) == 5 and all(claim['delta'] == shared_delta(.05, 5) for claim in claims.values())
-    assert claims['bits_per_token_kl']['bits'] == prefixed_bits(320) + math.log2(30) + 3 and claims['top1_error']['bits'] == prefixed_bits(320) + math.log2(30)
+    assert len(claims) == 5 and all(claim['delta'] == shared_delta(0.05, 5) for claim in claims.values())
+    assert claims['bits_per_token_kl']['bits'] == prefixed_bits(320) + math.log2(30) + 3 and claims['top1_error'][
+        'bits'
+    ] == prefixed_bits(320) + math.log2(30)
 
 
 # ---- coding
 
-vectors = st.one_of(st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=400), st.integers(1, 400).map(lambda n: [.25] * n),
-                    st.tuples(st.integers(1, 50_000), st.integers(0, 5)).map(lambda pair: np.random.default_rng(pair[1]).choice([0., 0., 0., 1., -1.], pair[0]).tolist()))
+vectors = st.one_of(
+    st.lists(st.floats(-3, 3, width=32), min_size=1, max_size=400),
+    st.integers(1, 400).map(lambda n: [0.25] * n),
+    st.tuples(st.integers(1, 50_000), st.integers(0, 5)).map(
+        lambda pair: np.random.default_rng(pair[1]).choice([0.0, 0.0, 0.0, 1.0, -1.0], pair[0]).tolist()
+    ),
+)
 
 
 @quick
-@given(vectors, st.sampled_from([1, 3, 11]), st.sampled_from(['uniform', 'kmeans', 'optimal']), st.lists(st.integers(0, 15), max_size=13))
+@given(
+    vectors,
+    st.sampled_from([1, 3, 11]),
+    st.sampled_from(['uniform', 'kmeans', 'optimal']),
+    st.lists(st.integers(0, 15), max_size=13),
+)
 def test_what_is_decoded_is_what_was_coded(values, levels, kind, gates):
     from llmft.bounds.coding import assign
+
     codebook = make_codebook(values, levels, kind)
     coded = codebook[assign(values, codebook)]
     message = encode_message(coded, codebook, gates, 4)
@@ -115,13 +199,15 @@ def test_what_is_decoded_is_what_was_coded(values, levels, kind, gates):
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=60), st.sampled_from([3, 5]))
 def test_no_codebook_beats_the_optimal_one(values, levels):
     from llmft.bounds.coding import _optimal, _kmeans, _uniform, assign
+
     values = np.array(values)
-    error = lambda codebook: ((values - codebook[assign(values, codebook)])**2).sum()
+    error = lambda codebook: ((values - codebook[assign(values, codebook)]) ** 2).sum()
     best = error(np.unique(_optimal(values, levels)))
     assert all(best <= error(np.unique(other(values, levels))) + 1e-9 for other in (_kmeans, _uniform))
 
 
 # ---- projections
+
 
 @pytest.mark.parametrize('kind', sorted(set(projections) - {'identity'}))
 @pytest.mark.parametrize('rows, columns', [(200, 16), (203, 17), (64, 64), (31, 1)])
@@ -131,66 +217,101 @@ def test_projections_have_exact_adjoints_full_rank_and_no_dead_row(kind, rows, c
     y = torch.randn(rows, generator=torch.Generator().manual_seed(0))
     assert (made.transpose(y).double() - matrix.T @ y.double()).abs().max() < 1e-5 * matrix.abs().sum(0).max()
     assert (matrix.abs().sum(1) > 0).all()
-    if kind in ('kronecker', 'fastfood') or rows > 2 * columns: assert torch.linalg.matrix_rank(matrix) == columns
+    if kind in ('kronecker', 'fastfood') or rows > 2 * columns:
+        assert torch.linalg.matrix_rank(matrix) == columns
 
 
 def test_a_projection_is_the_same_in_another_process():
     made = {kind: make_projection(kind, 300, 20, 'test').hash() for kind in sorted(set(projections) - {'identity'})}
     text = f"from llmft.models.projections import make_projection; print({{k: make_projection(k, 300, 20, 'test').hash() for k in {sorted(made)}}} == {made})"
-    assert subprocess.run([sys.executable, '-c', text], capture_output=True, text=True, cwd=root).stdout.strip() == 'True'
-    assert made['kronecker'] == 'b78b7c0f6c8c2edf'  # the documented layout: another value means that every certificate breaks
+    assert (
+        subprocess.run([sys.executable, '-c', text], capture_output=True, text=True, cwd=root).stdout.strip() == 'True'
+    )
+    assert (
+        made['kronecker'] == 'b78b7c0f6c8c2edf'
+    )  # the documented layout: another value means that every certificate breaks
 
 
 # ---- training in a subspace
 
+
 def spec(mode='learned', d=60, **subspace):
-    return dict(base=dict(model='random', layers=2, heads=2, width=16, block=65, vocabulary=16, seed=1, scale=.1), lora=dict(targets=['q_proj', 'v_proj', 'lm_head'], rank=4, alpha=16., dropout=.1, seed=1),
-                subspace=asdict(SubspaceConfig(d, mode, anneal_steps=6, **subspace)))
+    return dict(
+        base=dict(model='random', layers=2, heads=2, width=16, block=65, vocabulary=16, seed=1, scale=0.1),
+        lora=dict(targets=['q_proj', 'v_proj', 'lm_head'], rank=4, alpha=16.0, dropout=0.1, seed=1),
+        subspace=asdict(SubspaceConfig(d, mode, anneal_steps=6, **subspace)),
+    )
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('tokens')/'pp'
+    folder = tmp_path_factory.mktemp('tokens') / 'pp'
     prepare_tokens(folder, 'simulated:predator_prey', 'characters:abcdefghijklmno', 400, 20)
     return folder
 
 
-recipe = Recipe(learning_rate=.03, max_steps=6, batch_size=4, gradient_accumulation=2, max_length=65, layout='bucketed', save_every=2, keep_best=False, log_every=1)
+recipe = Recipe(
+    learning_rate=0.03,
+    max_steps=6,
+    batch_size=4,
+    gradient_accumulation=2,
+    max_length=65,
+    layout='bucketed',
+    save_every=2,
+    keep_best=False,
+    log_every=1,
+)
 
 
 def train(folder, data, mode='learned', steps=6, stop=None, plain=False):
-    model, subspace = build_model(spec(mode) | (dict(subspace=asdict(SubspaceConfig(projection='identity'))) if plain else {}))
-    if subspace.gates is not None: subspace.gates.learning_rate_ratio, subspace.gates.decayed = 2., False
+    model, subspace = build_model(
+        spec(mode) | (dict(subspace=asdict(SubspaceConfig(projection='identity'))) if plain else {})
+    )
+    if subspace.gates is not None:
+        subspace.gates.learning_rate_ratio, subspace.gates.decayed = 2.0, False
+
     def on_log(entry):
-        if stop and entry['step'] == stop: raise KeyboardInterrupt
-    try: fit(model, read_token_file(data).examples(), None, folder, replace(recipe, max_steps=steps), on_log)
-    except KeyboardInterrupt: pass
+        if stop and entry['step'] == stop:
+            raise KeyboardInterrupt
+
+    try:
+        fit(model, read_token_file(data).examples(), None, folder, replace(recipe, max_steps=steps), on_log)
+    except KeyboardInterrupt:
+        pass
     return model, subspace
 
 
 def test_a_resumed_subspace_ends_with_the_same_bits(data, tmp_path):
-    _, whole = train(tmp_path/'whole', data)
-    train(tmp_path/'stopped', data, stop=3)
-    _, resumed = train(tmp_path/'stopped', data)
+    _, whole = train(tmp_path / 'whole', data)
+    train(tmp_path / 'stopped', data, stop=3)
+    _, resumed = train(tmp_path / 'stopped', data)
     assert torch.equal(whole.v, resumed.v) and torch.equal(whole.gates, resumed.gates) and whole.gates[-1].item() == 5
     assert whole.v.abs().max() > 0 and whole.gates[:-1].abs().max() > 0 and len(set(whole.gates[:-1].tolist())) > 1
-    with pytest.raises(LabError, match='belongs to another run'): train(tmp_path/'stopped', data, mode='uniform')
+    with pytest.raises(LabError, match='belongs to another run'):
+        train(tmp_path / 'stopped', data, mode='uniform')
 
 
 def test_identity_is_plain_training_of_the_factors(data, tmp_path):
     "Full-dimensional and subspace training go through the same gradient: P = I moves the factors as plain AdamW on them does."
     from llmft.models.subspace import add_low_rank, frozen_gpt2
+
     given = spec()
-    model, subspace = build_model(given | dict(subspace=asdict(SubspaceConfig(projection='identity')), lora=given['lora'] | dict(dropout=0.)))
+    model, subspace = build_model(
+        given | dict(subspace=asdict(SubspaceConfig(projection='identity')), lora=given['lora'] | dict(dropout=0.0))
+    )
     plain = frozen_gpt2(**{k: v for k, v in given['base'].items() if k != 'model'})
-    factors = add_low_rank(plain, **given['lora'] | dict(dropout=0.))
-    for p in factors.values(): p.requires_grad_(True); p.decayed = False
+    factors = add_low_rank(plain, **given['lora'] | dict(dropout=0.0))
+    for p in factors.values():
+        p.requires_grad_(True)
+        p.decayed = False
     subspace.v.decayed = False
     examples, settings_ = read_token_file(data).examples(), replace(recipe, max_steps=4)
-    fit(model, examples, None, tmp_path/'a', settings_); fit(plain, examples, None, tmp_path/'b', settings_)
-    with torch.no_grad(): subspace.write()
+    fit(model, examples, None, tmp_path / 'a', settings_)
+    fit(plain, examples, None, tmp_path / 'b', settings_)
+    with torch.no_grad():
+        subspace.write()
     moved = torch.cat([factors[name].detach().flatten() for name in subspace.names])
-    assert (moved - subspace.start).abs().max() > .01
+    assert (moved - subspace.start).abs().max() > 0.01
     assert (torch.cat([p.flatten() for p in subspace.parameters_of]) - moved).abs().max() < 1e-4
 
 
@@ -203,19 +324,26 @@ def write_json(path, value):
     calls.append(path)
     if len(calls) == 2: os.kill(os.getpid(), signal.SIGKILL)
 t.write_json = write_json
-t.prepare_tokens({str(tmp_path/'a')!r}, 'simulated:predator_prey', 'characters:abcdefghijklmno', 300, 8, batch=10)"""
+t.prepare_tokens({str(tmp_path / 'a')!r}, 'simulated:predator_prey', 'characters:abcdefghijklmno', 300, 8, batch=10)"""
     assert subprocess.run([sys.executable, '-c', text], cwd=root, capture_output=True).returncode == -signal.SIGKILL
-    left = (tmp_path/'a'/'.train.bin.partial').stat().st_size
+    left = (tmp_path / 'a' / '.train.bin.partial').stat().st_size
     assert 0 < left < 300 * 65 * 2
     for part in ('bin', 'sizes'):  # what was written after the last note
-        with (tmp_path/'a'/f'.train.{part}.partial').open('ab') as file: file.write(bytes(range(48)))
-    resumed = prepare_tokens(tmp_path/'a', 'simulated:predator_prey', 'characters:abcdefghijklmno', 300, 8, batch=10)
-    fresh = prepare_tokens(tmp_path/'b', 'simulated:predator_prey', 'characters:abcdefghijklmno', 300, 8, batch=10)
-    assert resumed == fresh and (tmp_path/'a'/'train.bin').read_bytes() == (tmp_path/'b'/'train.bin').read_bytes()
-    assert np.array_equal(np.load(tmp_path/'a'/'eot_indices.npy'), np.flatnonzero(np.fromfile(tmp_path/'a'/'train.bin', np.uint16) == 15))
+        with (tmp_path / 'a' / f'.train.{part}.partial').open('ab') as file:
+            file.write(bytes(range(48)))
+    resumed = prepare_tokens(tmp_path / 'a', 'simulated:predator_prey', 'characters:abcdefghijklmno', 300, 8, batch=10)
+    fresh = prepare_tokens(tmp_path / 'b', 'simulated:predator_prey', 'characters:abcdefghijklmno', 300, 8, batch=10)
+    assert (
+        resumed == fresh and (tmp_path / 'a' / 'train.bin').read_bytes() == (tmp_path / 'b' / 'train.bin').read_bytes()
+    )
+    assert np.array_equal(
+        np.load(tmp_path / 'a' / 'eot_indices.npy'),
+        np.flatnonzero(np.fromfile(tmp_path / 'a' / 'train.bin', np.uint16) == 15),
+    )
 
 
 # ---- certificates
+
 
 @pytest.fixture(scope='module')
 def certified(data, tmp_path_factory):
@@ -224,9 +352,18 @@ def certified(data, tmp_path_factory):
     subspace.quantise(make_codebook(subspace.v.detach().numpy(), 5, 'optimal'), train=False)
     levels = subspace.finish()
     message = encode_message(subspace.v.detach().numpy(), levels, gates, 4)
-    choices = dict(samples=100, token_samples=50, configurations=3, delta=.05, block=65)
+    choices = dict(samples=100, token_samples=50, configurations=3, delta=0.05, block=65)
     claims, scores = prove(model, data, message, **choices)
-    return write_certificate(tmp_path_factory.mktemp('out')/'c.llmft', spec(), subspace, model, message, claims, data, choices), claims, scores, model, message, choices
+    return (
+        write_certificate(
+            tmp_path_factory.mktemp('out') / 'c.llmft', spec(), subspace, model, message, claims, data, choices
+        ),
+        claims,
+        scores,
+        model,
+        message,
+        choices,
+    )
 
 
 def test_scoring_twice_gives_identical_numbers(certified, data):
@@ -250,83 +387,182 @@ def test_any_changed_byte_is_refused(certified, draw):
     content = path.read_bytes()
     at, flip = draw.draw(st.integers(0, len(content) - 1)), draw.draw(st.integers(1, 255))
     changed = path.with_name('changed.llmft')
-    changed.write_bytes(content[:at] + bytes([content[at] ^ flip]) + content[at + 1:])
-    with pytest.raises(LabError, match='changed'): read_certificate(changed)
+    changed.write_bytes(content[:at] + bytes([content[at] ^ flip]) + content[at + 1 :])
+    with pytest.raises(LabError, match='changed'):
+        read_certificate(changed)
 
 
 def test_a_claim_that_is_too_good_is_found_out(certified, data):
     path, claims, _, model, message, choices = certified
     subspace = next(module for module in model.modules() if type(module).__name__ == 'Subspace')
-    better = {name: claim | dict(bound=claim['bound'] - .01) for name, claim in claims.items()}
+    better = {name: claim | dict(bound=claim['bound'] - 0.01) for name, claim in claims.items()}
     forged = write_certificate(path.with_name('forged.llmft'), spec(), subspace, model, message, better, data, choices)
     assert not any(claim['holds'] for claim in verify(forged, data).values())
     cheap = {name: claim | dict(bits=claim['bits'] - 8) for name, claim in claims.items()}
-    assert not any(claim['holds'] for claim in verify(write_certificate(path.with_name('cheap.llmft'), spec(), subspace, model, message, cheap, data, choices), data).values())
+    assert not any(
+        claim['holds']
+        for claim in verify(
+            write_certificate(path.with_name('cheap.llmft'), spec(), subspace, model, message, cheap, data, choices),
+            data,
+        ).values()
+    )
 
 
 # ---- scoring
 
+
 def test_the_toy_of_the_specification():
-    toy = summarise(np.array([0, 0, 0, 1, 1, 2, 2, 2, 2]), [.5, .25, .01, .001, .2, 1e-6, .9, .3, .05], [0, 1, 12, 150, 2, 40000, 0, 1, 9], 3, 50257)
+    toy = summarise(
+        np.array([0, 0, 0, 1, 1, 2, 2, 2, 2]),
+        [0.5, 0.25, 0.01, 0.001, 0.2, 1e-6, 0.9, 0.3, 0.05],
+        [0, 1, 12, 150, 2, 40000, 0, 1, 9],
+        3,
+        50257,
+    )
     assert toy.bits.mean(0)[[5, 7]] == pytest.approx([5.309209195, 5.927433335], abs=1e-9)
-    assert 1 - toy.errors.mean(0)[[0, 1, 2, 4]] == pytest.approx([7/36, 5/9, 23/36, 3/4])
+    assert 1 - toy.errors.mean(0)[[0, 1, 2, 4]] == pytest.approx([7 / 36, 5 / 9, 23 / 36, 3 / 4])
 
 
 # ---- the study, as small as it goes
 
-TEN = {'pareto_frontier_d1000.png', 'pareto_frontier_d2000.png', 'compression_comparison_d1000.png', 'compression_comparison_d2000.png', 'allocation_comparison_grid.png', 'learned_gating_heatmap_d1000.png',
-       'learned_gating_heatmap_d2000.png', 'learned_gating_trend.png'}
+TEN = {
+    'pareto_frontier_d1000.png',
+    'pareto_frontier_d2000.png',
+    'compression_comparison_d1000.png',
+    'compression_comparison_d2000.png',
+    'allocation_comparison_grid.png',
+    'learned_gating_heatmap_d1000.png',
+    'learned_gating_heatmap_d2000.png',
+    'learned_gating_trend.png',
+}
 
 
 def test_the_sweep_is_the_study():
     from llmft.runs.sweeps import expand, needs
-    train_stage, bound_stage, summary = expand(root/'params/sweeps/sublora_allocation.yaml', True)
-    seen = {(p.params['intrinsic_dim'], p.params['allocation_mode'], p.params['b_ratio'] if p.params['allocation_mode'] == 'fixed' else None, p.params['seed']) for p in train_stage}
-    assert seen == {(d, mode, ratio, seed) for d in (1000, 2000) for mode, ratio in (('uniform', None), ('fixed', .2), ('fixed', .5), ('fixed', .8), ('learned', None)) for seed in (42, 123, 999)}
-    assert len(bound_stage) == 30 and all(p.params['configurations'] == 30 and [q.name for q in needs(p, train_stage)] == [p.name] for p in bound_stage)
+
+    train_stage, bound_stage, summary = expand(root / 'params/sweeps/sublora_allocation.yaml', True)
+    seen = {
+        (
+            p.params['intrinsic_dim'],
+            p.params['allocation_mode'],
+            p.params['b_ratio'] if p.params['allocation_mode'] == 'fixed' else None,
+            p.params['seed'],
+        )
+        for p in train_stage
+    }
+    assert seen == {
+        (d, mode, ratio, seed)
+        for d in (1000, 2000)
+        for mode, ratio in (('uniform', None), ('fixed', 0.2), ('fixed', 0.5), ('fixed', 0.8), ('learned', None))
+        for seed in (42, 123, 999)
+    }
+    assert len(bound_stage) == 30 and all(
+        p.params['configurations'] == 30 and [q.name for q in needs(p, train_stage)] == [p.name] for p in bound_stage
+    )
 
 
 def test_train_bound_and_analysis_notebooks(tmp_path):
     from llmft.runs.execute import execute_run
     from llmft.runs.params import resolve_params
+
     def run(path, **values):
-        notebook, params = resolve_params([root/path], [f'{k}={json.dumps(v)}' for k, v in values.items()], True)
+        notebook, params = resolve_params([root / path], [f'{k}={json.dumps(v)}' for k, v in values.items()], True)
         record = execute_run(notebook, params | dict(outputs=str(tmp_path)), on_line=lambda line: None)
         assert record['run']['status'] == 'done', record['run']['error']
-        return json.loads((tmp_path/notebook.stem/params['name']/'metrics.json').read_text())
+        return json.loads((tmp_path / notebook.stem / params['name'] / 'metrics.json').read_text())
+
     for d, mode in ((1000, 'learned'), (2000, 'learned')):
-        run(f'params/sublora_train/d{d}_{mode}.yaml', documents=3000, valid_documents=100, max_steps=4, eval_every=2, save_every=2, log_every=1)
-        found = run('params/sublora_bounds/d1000_uniform.yaml', name=f'd{d}_{mode}', trained=f'd{d}_{mode}', retrain_steps=2, samples=100, valid_samples=100, configurations=2)
-        assert found['verified'] and found['bound_value'] > found['empirical_bpd'] and found['kl_divergence'] == pytest.approx(found['charged_bits'] * math.log(2))
-        folder = tmp_path/'sublora_bounds'/f'd{d}_{mode}'
-        assert set(json.loads((folder/'bounds_metrics.json').read_text())) == {'kl_divergence', 'empirical_bpd', 'bound_value', 'compressed_size_bits'}
-        assert {'best_ckpt.safetensors', 'trainable_initparams.safetensors', 'names.json', 'gate_trace.safetensors', 'spec.json'} <= {p.name for p in (tmp_path/'sublora_train'/f'd{d}_{mode}').iterdir()}
-        assert 8 * (folder/'message.bin').stat().st_size == found['compressed_size_bits']
-    found = run('params/sublora_analysis/allocation.yaml', coverage_games=20, coverage_documents=90, coverage_samples=30)
-    folder = tmp_path/'sublora_analysis'/'allocation'
-    assert found['runs'] == 2 and {p.name for p in (folder/'figures').iterdir()} == TEN and {'summary_table.csv', 'summary_table.tex'} <= {p.name for p in folder.iterdir()}
+        run(
+            f'params/sublora_train/d{d}_{mode}.yaml',
+            documents=3000,
+            valid_documents=100,
+            max_steps=4,
+            eval_every=2,
+            save_every=2,
+            log_every=1,
+        )
+        found = run(
+            'params/sublora_bounds/d1000_uniform.yaml',
+            name=f'd{d}_{mode}',
+            trained=f'd{d}_{mode}',
+            retrain_steps=2,
+            samples=100,
+            valid_samples=100,
+            configurations=2,
+        )
+        assert (
+            found['verified']
+            and found['bound_value'] > found['empirical_bpd']
+            and found['kl_divergence'] == pytest.approx(found['charged_bits'] * math.log(2))
+        )
+        folder = tmp_path / 'sublora_bounds' / f'd{d}_{mode}'
+        assert set(json.loads((folder / 'bounds_metrics.json').read_text())) == {
+            'kl_divergence',
+            'empirical_bpd',
+            'bound_value',
+            'compressed_size_bits',
+        }
+        assert {
+            'best_ckpt.safetensors',
+            'trainable_initparams.safetensors',
+            'names.json',
+            'gate_trace.safetensors',
+            'spec.json',
+        } <= {p.name for p in (tmp_path / 'sublora_train' / f'd{d}_{mode}').iterdir()}
+        assert 8 * (folder / 'message.bin').stat().st_size == found['compressed_size_bits']
+    found = run(
+        'params/sublora_analysis/allocation.yaml', coverage_games=20, coverage_documents=90, coverage_samples=30
+    )
+    folder = tmp_path / 'sublora_analysis' / 'allocation'
+    assert (
+        found['runs'] == 2
+        and {p.name for p in (folder / 'figures').iterdir()} == TEN
+        and {'summary_table.csv', 'summary_table.tex'} <= {p.name for p in folder.iterdir()}
+    )
 
 
 def test_two_processes_train_the_same_subspace(tmp_path):
     from safetensors.torch import load_file
     from llmft.runs.execute import execute_run
     from llmft.runs.params import resolve_params
+
     found = {}
     for name, more in (('alone', []), ('two', ['nproc=2', 'strategy="ddp"'])):
-        notebook, params = resolve_params([root/'params/sublora_train/d1000_learned.yaml'], [f'name="{name}"', 'documents=2000', 'valid_documents=50', 'max_steps=4', 'eval_every=2', 'save_every=2', 'log_every=1', *more], True)
+        notebook, params = resolve_params(
+            [root / 'params/sublora_train/d1000_learned.yaml'],
+            [
+                f'name="{name}"',
+                'documents=2000',
+                'valid_documents=50',
+                'max_steps=4',
+                'eval_every=2',
+                'save_every=2',
+                'log_every=1',
+                *more,
+            ],
+            True,
+        )
         record = execute_run(notebook, params | dict(outputs=str(tmp_path)), on_line=lambda line: None)
         assert record['run']['status'] == 'done', record['run']['error']
-        folder = tmp_path/'sublora_train'/name
-        found[name] = load_file(folder/'best_ckpt.safetensors') | load_file(folder/'gate_trace.safetensors')
-    assert found['alone']['step'].tolist() == [1, 2, 3, 4] and set(found['alone']) == set(found['two']) == {'v', 'gates', 'step', 'shares'}
-    for key, value in found['alone'].items(): torch.testing.assert_close(found['two'][key], value, rtol=1e-3, atol=1e-5)
+        folder = tmp_path / 'sublora_train' / name
+        found[name] = load_file(folder / 'best_ckpt.safetensors') | load_file(folder / 'gate_trace.safetensors')
+    assert found['alone']['step'].tolist() == [1, 2, 3, 4] and set(found['alone']) == set(found['two']) == {
+        'v',
+        'gates',
+        'step',
+        'shares',
+    }
+    for key, value in found['alone'].items():
+        torch.testing.assert_close(found['two'][key], value, rtol=1e-3, atol=1e-5)
     assert (found['alone']['shares'][0] != found['alone']['shares'][-1]).any()
 
 
 def test_a_tie_is_no_hit():
     from llmft.bounds.scoring import _targets
+
     head = torch.nn.Linear(4, 6, bias=False)
-    with torch.no_grad(): head.weight.copy_(torch.tensor([[1., 0, 0, 0]] * 3 + [[2., 0, 0, 0]] + [[0.] * 4] * 2))
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1.0, 0, 0, 0]] * 3 + [[2.0, 0, 0, 0]] + [[0.0] * 4] * 2))
     _, ranks = _targets(torch.ones(4, 4), head, torch.tensor([0, 3, 4, 2]), 2**20)
     assert ranks.tolist() == [3, 0, 5, 3]
     head.weight.data.zero_()
@@ -335,21 +571,24 @@ def test_a_tie_is_no_hit():
 
 def test_two_runs_of_one_seed_are_not_averaged_in_silence():
     from llmft.studies.sublora.allocation import MEASURES, aggregate
-    row = dict(intrinsic_dim=1000, allocation_mode='uniform', b_ratio=None, seed=42, **{key: 1. for key in MEASURES})
+
+    row = dict(intrinsic_dim=1000, allocation_mode='uniform', b_ratio=None, seed=42, **{key: 1.0 for key in MEASURES})
     assert aggregate([row, row | dict(seed=43)])[0]['n'] == 2
-    with pytest.raises(LabError, match='have the same seed'): aggregate([row, row])
+    with pytest.raises(LabError, match='have the same seed'):
+        aggregate([row, row])
 
 
 @pytest.mark.parametrize('file', ['train_offsets.npy', 'tokens.json'])
 def test_a_certificate_is_about_these_documents(certified, data, tmp_path, file):
-    other = tmp_path/'data'
+    other = tmp_path / 'data'
     shutil.copytree(data, other)
     if file == 'tokens.json':
-        facts = json.loads((other/file).read_text())
+        facts = json.loads((other / file).read_text())
         facts['train']['sha256'] = '0' * 64
-        (other/file).write_text(json.dumps(facts))
+        (other / file).write_text(json.dumps(facts))
     else:
-        offsets = np.load(other/file)
+        offsets = np.load(other / file)
         offsets[1] += 1
-        np.save(other/file, offsets)
-    with pytest.raises(LabError, match='another corpus' if file == 'tokens.json' else 'other documents'): verify(certified[0], other)
+        np.save(other / file, offsets)
+    with pytest.raises(LabError, match='another corpus' if file == 'tokens.json' else 'other documents'):
+        verify(certified[0], other)

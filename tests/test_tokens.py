@@ -1,4 +1,5 @@
 "Tokens are accounted for, whatever the text, the policy or the layout."
+
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 
@@ -9,7 +10,8 @@ from llmft.data.tokens import Examples, cut, encode, policies, read_tokens, trai
 
 
 @pytest.fixture(scope='module')
-def tokenizer(): return train_tokenizer(builtin_part('topics').texts[:20], 600)
+def tokenizer():
+    return train_tokenizer(builtin_part('topics').texts[:20], 600)
 
 
 @settings(max_examples=100, deadline=None)
@@ -47,7 +49,8 @@ def test_splitting_loses_no_target(lengths, length, mask):
     targets = np.sort(np.concatenate([np.arange(s + 1, e) for s, e in zip(pieces.starts, pieces.ends)] or [[]]))
     wanted = np.sort(np.concatenate([np.arange(s + 1, e) for s, e in zip(whole.starts, whole.ends)]))
     assert notes['targets_lost'] == 0 and notes['targets'] == whole.supervised().sum()
-    if not mask: assert np.array_equal(targets, wanted)
+    if not mask:
+        assert np.array_equal(targets, wanted)
     assert len(pieces) == 0 or pieces.slots.max() <= length
 
 
@@ -56,13 +59,18 @@ def test_splitting_loses_no_target(lengths, length, mask):
 def test_what_is_cut_is_counted(lengths, length, policy):
     whole = examples(lengths)
     kept, notes = cut(whole, length, policy)
-    assert notes['targets'] + notes['targets_lost'] == whole.supervised().sum() and kept.supervised().sum() == notes['targets']
+    assert (
+        notes['targets'] + notes['targets_lost'] == whole.supervised().sum()
+        and kept.supervised().sum() == notes['targets']
+    )
     assert notes['too_long'] == sum(l - 1 > length for l in lengths)
 
 
 def test_error_policy_refuses_and_unknown_policy_is_named():
-    with pytest.raises(LabError, match='max_length is 10'): cut(examples([30]), 10, 'error')
-    with pytest.raises(LabError, match='choose from split'): cut(examples([30]), 10, 'cut')
+    with pytest.raises(LabError, match='max_length is 10'):
+        cut(examples([30]), 10, 'error')
+    with pytest.raises(LabError, match='choose from split'):
+        cut(examples([30]), 10, 'cut')
     assert policies == ('split', 'truncate', 'drop', 'error')
 
 
@@ -70,17 +78,24 @@ def test_error_policy_refuses_and_unknown_policy_is_named():
 @given(ragged, st.integers(1, 5), st.sampled_from(layouts), st.booleans())
 def test_layouts_hold_the_same_targets_inside_their_documents(lengths, size, layout, mask):
     whole, _ = cut(examples(lengths, mask), 70)
-    if not len(whole): return
+    if not len(whole):
+        return
     batches = micro_batches(whole, np.arange(len(whole)), size, 70, layout)
-    pairs = {(int(i), int(l)) for b in batches for i, l in zip(b.ids_BT.flatten(), b.labels_BT.flatten()) if l != IGNORED}
-    assert pairs == {(int(t - 1), int(t)) for t in (label for b in batches for label in b.labels_BT.flatten()) if t != IGNORED}
+    pairs = {
+        (int(i), int(l)) for b in batches for i, l in zip(b.ids_BT.flatten(), b.labels_BT.flatten()) if l != IGNORED
+    }
+    assert pairs == {
+        (int(t - 1), int(t)) for t in (label for b in batches for label in b.labels_BT.flatten()) if t != IGNORED
+    }
     assert sum(b.supervised for b in batches) == whole.supervised().sum() == len(pairs)
     assert sum(b.tokens for b in batches) == whole.slots.sum()
     for batch in batches:
         assert batch.slots <= max(size * 70, 70)
         if layout == 'packed':
             assert sum(batch.lengths) == batch.slots == batch.tokens
-            assert batch.positions_BT[0].tolist() == [position for length in batch.lengths for position in range(length)]
+            assert batch.positions_BT[0].tolist() == [
+                position for length in batch.lengths for position in range(length)
+            ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,13 +112,15 @@ def test_an_epoch_is_every_example_once(count, rows, seed):
 def test_bins_hold_every_item_once_and_never_overflow(sizes, capacity):
     bins = best_fit(sizes, capacity)
     assert sorted(item for group in bins for item in group) == list(range(len(sizes)))
-    for group in bins: assert len(group) == 1 or sum(sizes[item] for item in group) <= capacity
+    for group in bins:
+        assert len(group) == 1 or sum(sizes[item] for item in group) <= capacity
 
 
 def test_token_files_are_mapped_and_a_cut_one_is_found(tokenizer, tmp_path):
     texts = builtin_part('topics_eval').texts[:4]
     stored = encode(texts, tokenizer, tmp_path, batch=2)
     assert isinstance(stored.ids, np.memmap) and np.array_equal(stored.ids, encode(texts, tokenizer).ids)
-    data = (tmp_path/'tokens.bin').read_bytes()
-    (tmp_path/'tokens.bin').write_bytes(data[:-2])
-    with pytest.raises(LabError, match='was cut'): read_tokens(tmp_path)
+    data = (tmp_path / 'tokens.bin').read_bytes()
+    (tmp_path / 'tokens.bin').write_bytes(data[:-2])
+    with pytest.raises(LabError, match='was cut'):
+        read_tokens(tmp_path)

@@ -1,4 +1,5 @@
 "The promises of the fit loop: exact resume after kill -9, damaged checkpoints found, steps that do not depend on their layout."
+
 import errno, json, math, shutil, signal, subprocess, sys
 from collections import defaultdict
 from pathlib import Path
@@ -29,12 +30,12 @@ def straight(tmp_path_factory):
 
 
 def log_of(folder):
-    rows = [json.loads(line) for line in (Path(folder)/'log.jsonl').read_text().splitlines()]
+    rows = [json.loads(line) for line in (Path(folder) / 'log.jsonl').read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in timing} for row in rows]
 
 
 def final(folder):
-    newest = checkpoints.checkpoints(Path(folder)/'checkpoints')[0]
+    newest = checkpoints.checkpoints(Path(folder) / 'checkpoints')[0]
     return newest.name, {file.stem: load_file(file) for file in newest.glob('*.safetensors')}
 
 
@@ -44,11 +45,21 @@ def assert_same_run(one, other):
     assert set(groups) == {'weights', 'optimiser', 'random'}
     for stem, tensors in groups.items():
         assert len(tensors) > 0 and set(tensors) == set(other_groups[stem])
-        for key, tensor in tensors.items(): assert torch.equal(tensor, other_groups[stem][key]), (stem, key)
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, other_groups[stem][key]), (stem, key)
     assert log_of(one) == log_of(other)
 
 
-@pytest.mark.parametrize('point', ['inside an epoch', 'at the end of an epoch', 'in the first step', 'between writing and renaming', 'during an evaluation'])
+@pytest.mark.parametrize(
+    'point',
+    [
+        'inside an epoch',
+        'at the end of an epoch',
+        'in the first step',
+        'between writing and renaming',
+        'during an evaluation',
+    ],
+)
 def test_killed_and_resumed_is_the_same_run(straight, tmp_path, point):
     assert training_runs.run(tmp_path, point) == -signal.SIGKILL
     assert training_runs.run(tmp_path) == 0
@@ -67,69 +78,98 @@ def test_another_seed_is_another_run(straight, tmp_path):
 
 
 def test_another_recipe_is_refused(straight, tmp_path):
-    shutil.copytree(straight, tmp_path/'run')
-    with pytest.raises(LabError, match='belongs to another run .recipe differ'): train_here(tmp_path/'run', learning_rate=5e-3)
+    shutil.copytree(straight, tmp_path / 'run')
+    with pytest.raises(LabError, match='belongs to another run .recipe differ'):
+        train_here(tmp_path / 'run', learning_rate=5e-3)
 
 
 def train_here(folder, model=None, train=None, valid=None, ledger=None, on_log=None, **settings):
-    model = model or add_lora(load_model('preset:llama-tiny'), 4, 8, .1, ['q_proj', 'v_proj'], seed=1)
-    recipe = Recipe(**dict(dict(learning_rate=1e-2, num_epochs=4, batch_size=2, gradient_accumulation=2, max_length=24, save_every=7, keep_best=False), **settings))
+    model = model or add_lora(load_model('preset:llama-tiny'), 4, 8, 0.1, ['q_proj', 'v_proj'], seed=1)
+    recipe = Recipe(
+        **dict(
+            dict(
+                learning_rate=1e-2,
+                num_epochs=4,
+                batch_size=2,
+                gradient_accumulation=2,
+                max_length=24,
+                save_every=7,
+                keep_best=False,
+            ),
+            **settings,
+        )
+    )
     return fit(model, train or examples(), valid or examples(6, seed=1), folder, recipe, on_log, ledger)
 
 
-def truncate(path): path.write_bytes(path.read_bytes()[:-10])
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
 def flip_a_bit(path):
-    data = bytearray(path.read_bytes()); data[len(data)//2] ^= 4; path.write_bytes(bytes(data))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(bytes(data))
 
 
 @pytest.mark.parametrize('harm', [truncate, flip_a_bit, Path.unlink])
 @pytest.mark.parametrize('name', ['weights.safetensors', 'optimiser.safetensors', 'state.json', 'manifest.json'])
 def test_damage_is_found_and_the_one_before_is_used(straight, tmp_path, harm, name):
-    shutil.copytree(straight, tmp_path/'run')
-    newest, before = checkpoints.checkpoints(tmp_path/'run'/'checkpoints')[:2]
-    harm(newest/name)
+    shutil.copytree(straight, tmp_path / 'run')
+    newest, before = checkpoints.checkpoints(tmp_path / 'run' / 'checkpoints')[:2]
+    harm(newest / name)
     said = []
-    assert checkpoints.latest_checkpoint(tmp_path/'run'/'checkpoints', said.append) == before
+    assert checkpoints.latest_checkpoint(tmp_path / 'run' / 'checkpoints', said.append) == before
     assert len(said) == 1 and newest.name in said[0] and 'damaged' in said[0]
 
 
 def test_a_damaged_checkpoint_costs_steps_and_nothing_else(straight, tmp_path):
-    shutil.copytree(straight, tmp_path/'run')
-    flip_a_bit(checkpoints.checkpoints(tmp_path/'run'/'checkpoints')[0]/'weights.safetensors')
-    assert training_runs.run(tmp_path/'run') == 0
-    assert_same_run(straight, tmp_path/'run')
+    shutil.copytree(straight, tmp_path / 'run')
+    flip_a_bit(checkpoints.checkpoints(tmp_path / 'run' / 'checkpoints')[0] / 'weights.safetensors')
+    assert training_runs.run(tmp_path / 'run') == 0
+    assert_same_run(straight, tmp_path / 'run')
 
 
 def test_an_empty_manifest_is_damage(straight, tmp_path):
-    shutil.copytree(checkpoints.checkpoints(straight/'checkpoints')[0], tmp_path/'step-000001')
-    (tmp_path/'step-000001'/'manifest.json').write_text('{}')
-    assert 'state.json' in checkpoints.damage(tmp_path/'step-000001')
+    shutil.copytree(checkpoints.checkpoints(straight / 'checkpoints')[0], tmp_path / 'step-000001')
+    (tmp_path / 'step-000001' / 'manifest.json').write_text('{}')
+    assert 'state.json' in checkpoints.damage(tmp_path / 'step-000001')
 
 
 def test_pickles_are_refused(tmp_path):
     step = checkpoints.save_checkpoint(tmp_path, 3, dict(weights=dict(a=torch.ones(2))), dict(step=3))
-    (step/'weights.pkl').write_bytes(b'cos\nsystem\n')
-    manifest = json.loads((step/'manifest.json').read_text())
-    (step/'manifest.json').write_text(json.dumps(dict(manifest, **{'weights.pkl': checkpoints.sha256_of(step/'weights.pkl')})))
-    with pytest.raises(LabError, match='neither safetensors nor JSON'): checkpoints.load_checkpoint(step)
+    (step / 'weights.pkl').write_bytes(b'cos\nsystem\n')
+    manifest = json.loads((step / 'manifest.json').read_text())
+    (step / 'manifest.json').write_text(
+        json.dumps(dict(manifest, **{'weights.pkl': checkpoints.sha256_of(step / 'weights.pkl')}))
+    )
+    with pytest.raises(LabError, match='neither safetensors nor JSON'):
+        checkpoints.load_checkpoint(step)
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     first = checkpoints.save_checkpoint(tmp_path, 1, dict(weights=dict(a=torch.ones(2))), dict(step=1))
-    def full(*args): raise OSError(errno.ENOSPC, 'No space left on device')
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
     monkeypatch.setattr(checkpoints, 'save_file', full)
-    with pytest.raises(LabError, match='the disk is full'): checkpoints.save_checkpoint(tmp_path, 2, dict(weights=dict(a=torch.ones(2))), dict(step=2))
+    with pytest.raises(LabError, match='the disk is full'):
+        checkpoints.save_checkpoint(tmp_path, 2, dict(weights=dict(a=torch.ones(2))), dict(step=2))
     assert checkpoints.latest_checkpoint(tmp_path) == first
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
 
 
 @pytest.fixture(scope='module')
-def ragged(): return examples(8, 60, seed=3)
+def ragged():
+    return examples(8, 60, seed=3)
 
 
 def loss_and_gradient(ragged, layout, size):
     model = load_model('preset:llama-tiny')
-    batches, targets = step_batches(ragged, np.arange(8), Recipe(batch_size=size, gradient_accumulation=8//size, max_length=60, layout=layout))
+    batches, targets = step_batches(
+        ragged, np.arange(8), Recipe(batch_size=size, gradient_accumulation=8 // size, max_length=60, layout=layout)
+    )
     loss = accumulate(LossModel(model), batches, targets)
     return float(loss), torch.cat([p.grad.flatten() for p in model.parameters()]), batches
 
@@ -142,13 +182,18 @@ def test_a_step_does_not_depend_on_its_layout(ragged):
             other_loss, other, batches = loss_and_gradient(ragged, layout, size)
             packs += sum(len(batch.lengths or []) > 1 for batch in batches)
             assert math.isclose(loss, other_loss, rel_tol=1e-5)
-            assert torch.allclose(gradient, other, rtol=1e-4, atol=1e-6) and math.isclose(gradient.norm(), other.norm(), rel_tol=1e-5)
+            assert torch.allclose(gradient, other, rtol=1e-4, atol=1e-6) and math.isclose(
+                gradient.norm(), other.norm(), rel_tol=1e-5
+            )
     assert packs >= 3
 
 
 def test_a_mean_of_means_would_be_noticed(ragged):
     model = load_model('preset:llama-tiny')
-    losses = [(float(LossModel(model)(batch)), batch.supervised) for batch in micro_batches(ragged, np.arange(8), 2, 60, 'padded')]
+    losses = [
+        (float(LossModel(model)(batch)), batch.supervised)
+        for batch in micro_batches(ragged, np.arange(8), 2, 60, 'padded')
+    ]
     assert len(losses) == 4
     honest, mean_of_means = sum(l for l, _ in losses) / sum(n for _, n in losses), np.mean([l / n for l, n in losses])
     assert abs(honest - mean_of_means) > 1e-4
@@ -162,8 +207,11 @@ def test_processes_share_a_step_without_changing_it(ragged, world):
     model = load_model('preset:llama-tiny')
     loss = sum(float(accumulate(LossModel(model), *share)) for share in shares)
     alone = load_model('preset:llama-tiny')
-    assert math.isclose(loss, float(accumulate(LossModel(alone), *step_batches(ragged, np.arange(7), recipe))), rel_tol=1e-5)
-    for p, q in zip(model.parameters(), alone.parameters()): assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+    assert math.isclose(
+        loss, float(accumulate(LossModel(alone), *step_batches(ragged, np.arange(7), recipe))), rel_tol=1e-5
+    )
+    for p, q in zip(model.parameters(), alone.parameters()):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize('adapt', [False, True])
@@ -171,9 +219,11 @@ def test_gradient_checkpointing_changes_nothing_and_is_off_when_it_says_off(ragg
     found = {}
     for on in (False, True):
         model = load_model('preset:llama-tiny')
-        if adapt: model = add_lora(model, 4, 8, 0., ['q_proj', 'v_proj'], seed=1)
+        if adapt:
+            model = add_lora(model, 4, 8, 0.0, ['q_proj', 'v_proj'], seed=1)
         for name, parameter in model.named_parameters():
-            if 'lora_B' in name: torch.nn.init.normal_(parameter, std=.02, generator=torch.Generator().manual_seed(1))
+            if 'lora_B' in name:
+                torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
         training.set_gradient_checkpointing(model, not on)
         training.set_gradient_checkpointing(model, on)
         model.train()
@@ -187,30 +237,45 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_p
     model = load_model('preset:llama-tiny')
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     before['lm_head.weight'] = None
-    with torch.no_grad(): model.model.layers[0].mlp.up_proj.weight[0, 0] = float('nan')
-    with pytest.raises(LabError, match='step 1: the loss is nan'): train_here(tmp_path, model)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float('nan')
+    with pytest.raises(LabError, match='step 1: the loss is nan'):
+        train_here(tmp_path, model)
     for name, parameter in model.named_parameters():
-        if name != 'model.layers.0.mlp.up_proj.weight': assert torch.equal(parameter, before[name]), name
-    assert not list((tmp_path/'checkpoints').glob('step-*'))
+        if name != 'model.layers.0.mlp.up_proj.weight':
+            assert torch.equal(parameter, before[name]), name
+    assert not list((tmp_path / 'checkpoints').glob('step-*'))
 
 
 def test_a_held_out_loss_that_is_not_finite_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(training, 'evaluate_loss', lambda *args: dict(loss=math.nan, perplexity=math.nan, targets=1))
-    with pytest.raises(LabError, match='the held-out loss is nan'): train_here(tmp_path, keep_best=True, eval_every=3)
+    with pytest.raises(LabError, match='the held-out loss is nan'):
+        train_here(tmp_path, keep_best=True, eval_every=3)
 
 
 def test_examples_without_a_target_never_reach_a_batch():
     from llmft.data.tokens import cut
+
     whole = examples(10)
     masked = Examples(whole.ids, whole.starts, whole.ends, np.zeros(len(whole.ids), bool))
     kept, notes = cut(masked, 24)
     assert len(kept) == 0 and notes['without_target'] == 10
-    with pytest.raises(LabError, match='no training example with a target'): fit(load_model('preset:llama-tiny'), kept, None, '.', Recipe(max_length=24))
+    with pytest.raises(LabError, match='no training example with a target'):
+        fit(load_model('preset:llama-tiny'), kept, None, '.', Recipe(max_length=24))
 
 
 def test_early_stopping_stops_and_ends_with_the_best_weights(tmp_path):
     model = load_model('preset:llama-tiny')
-    result = train_here(tmp_path, model, learning_rate=3e-2, num_epochs=30, patience=2, keep_best=True, eval_every=5, schedule='constant')
+    result = train_here(
+        tmp_path,
+        model,
+        learning_rate=3e-2,
+        num_epochs=30,
+        patience=2,
+        keep_best=True,
+        eval_every=5,
+        schedule='constant',
+    )
     losses = [row['valid_loss'] for row in result.log if 'valid_loss' in row]
     assert result.progress.stopped == 'early stopping' and result.progress.step < result.steps
     assert min(losses[-2:]) > min(losses) and len(losses) == losses.index(min(losses)) + 3
@@ -218,35 +283,45 @@ def test_early_stopping_stops_and_ends_with_the_best_weights(tmp_path):
 
 
 def test_a_flop_budget_is_never_overdrawn(tmp_path):
-    free = train_here(tmp_path/'free')
+    free = train_here(tmp_path / 'free')
     budget = free.progress.flops / 3
-    bound = train_here(tmp_path/'bound', max_flops=budget)
+    bound = train_here(tmp_path / 'bound', max_flops=budget)
     assert bound.progress.stopped == 'FLOP budget' and free.progress.stopped == 'finished'
     flops = [row['flops'] for row in bound.log if 'flops' in row]
     assert flops[-1] <= budget < flops[-1] + max(after - before for before, after in zip([0] + flops, flops))
-    with pytest.raises(LabError, match='one optimiser step takes'): train_here(tmp_path/'tiny', max_flops=1.)
+    with pytest.raises(LabError, match='one optimiser step takes'):
+        train_here(tmp_path / 'tiny', max_flops=1.0)
 
 
 class Purse:
     "A ledger that can pay for so many steps."
-    def __init__(self, steps): self.steps, self.booked = steps, []
-    def allows(self, flops, step, lengths): return len(self.booked) < self.steps
-    def book(self, step, tokens, lengths, flops): self.booked.append((step, tokens, sum(lengths), flops))
+
+    def __init__(self, steps):
+        self.steps, self.booked = steps, []
+
+    def allows(self, flops, step, lengths):
+        return len(self.booked) < self.steps
+
+    def book(self, step, tokens, lengths, flops):
+        self.booked.append((step, tokens, sum(lengths), flops))
 
 
 def test_a_ledger_is_told_of_every_step_and_ends_the_run(tmp_path):
     purse = Purse(3)
     result = train_here(tmp_path, ledger=purse)
     assert result.progress.stopped == 'FLOP budget' and [row[0] for row in purse.booked] == [1, 2, 3]
-    assert sum(row[3] for row in purse.booked) == result.progress.flops and sum(row[1] for row in purse.booked) == result.progress.tokens
+    assert (
+        sum(row[3] for row in purse.booked) == result.progress.flops
+        and sum(row[1] for row in purse.booked) == result.progress.tokens
+    )
     assert result.log[-1]['step'] == 3 and 'valid_loss' in result.log[-1]
 
 
 def test_a_parameter_may_have_a_rate_and_a_decay_of_its_own():
     still, moving, decayed = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
-    still.learning_rate_ratio, decayed.decayed = 0., True
-    groups = make_optimiser([still, moving, decayed], Recipe(learning_rate=.1, weight_decay=.5)).param_groups
-    assert {(group['ratio'], group['weight_decay']) for group in groups} == {(0., 0.), (1., 0.), (1., .5)}
+    still.learning_rate_ratio, decayed.decayed = 0.0, True
+    groups = make_optimiser([still, moving, decayed], Recipe(learning_rate=0.1, weight_decay=0.5)).param_groups
+    assert {(group['ratio'], group['weight_decay']) for group in groups} == {(0.0, 0.0), (1.0, 0.0), (1.0, 0.5)}
 
 
 @pytest.mark.parametrize('name', ['llama-tiny', 'gpt2-tiny', 'qwen2-tiny'])
@@ -254,16 +329,23 @@ def test_muon_turns_matrices_between_hidden_states_and_leaves_the_rest_to_adamw(
     model = load_model(f'preset:{name}')
     before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
     for weight in model.parameters():
-        weight.grad = torch.nn.init.orthogonal_(torch.empty_like(weight)) * .01 if weight.ndim == 2 else torch.ones_like(weight)
-    make_optimiser(list(model.parameters()), Recipe(optimiser='muon', learning_rate=1., weight_decay=0.)).step()
+        weight.grad = (
+            torch.nn.init.orthogonal_(torch.empty_like(weight)) * 0.01 if weight.ndim == 2 else torch.ones_like(weight)
+        )
+    make_optimiser(list(model.parameters()), Recipe(optimiser='muon', learning_rate=1.0, weight_decay=0.0)).step()
     turned = set()
     for key, weight in model.named_parameters():
         moved = weight.detach() - before[key]
-        if (moved.abs().median() - 1).abs() < 1e-3: continue  # AdamW's first step has the size of the learning rate
-        sizes = torch.linalg.svdvals(moved) / (.2 * math.sqrt(max(moved.shape)))
-        assert .6 < sizes.min() and sizes.max() < 1.3, key
+        if (moved.abs().median() - 1).abs() < 1e-3:
+            continue  # AdamW's first step has the size of the learning rate
+        sizes = torch.linalg.svdvals(moved) / (0.2 * math.sqrt(max(moved.shape)))
+        assert 0.6 < sizes.min() and sizes.max() < 1.3, key
         turned.add(key)
-    layers = {key for key, weight in before.items() if weight.ndim == 2 and not any(word in key for word in ('embed', 'lm_head', 'wte', 'wpe'))}
+    layers = {
+        key
+        for key, weight in before.items()
+        if weight.ndim == 2 and not any(word in key for word in ('embed', 'lm_head', 'wte', 'wpe'))
+    }
     assert turned == layers and len(layers) >= 8
 
 
@@ -271,14 +353,29 @@ def test_muon_turns_matrices_between_hidden_states_and_leaves_the_rest_to_adamw(
 def test_the_schedule_reaches_the_weights(tmp_path, optimiser):
     "The first of ten steps of warm-up moves every weight by a tenth of what it moves without."
     first = {}
-    for rise in (.99, 0.):
+    for rise in (0.99, 0.0):
         model = load_model('preset:llama-tiny')
         before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
+
         def on_log(entry):
-            if entry['step'] == 1 and 'loss' in entry: first[rise] = {key: float((weight.detach() - before[key]).norm()) for key, weight in model.named_parameters()}
-        train_here(tmp_path/str(rise), model, optimiser=optimiser, learning_rate=1e-2, max_steps=10, warmup_ratio=rise, schedule='constant', on_log=on_log)
-    assert len(first[0.]) > 8
-    for key, moved in first[0.].items(): assert moved > 0 and first[.99][key] == pytest.approx(moved / 10, rel=.02), key
+            if entry['step'] == 1 and 'loss' in entry:
+                first[rise] = {
+                    key: float((weight.detach() - before[key]).norm()) for key, weight in model.named_parameters()
+                }
+
+        train_here(
+            tmp_path / str(rise),
+            model,
+            optimiser=optimiser,
+            learning_rate=1e-2,
+            max_steps=10,
+            warmup_ratio=rise,
+            schedule='constant',
+            on_log=on_log,
+        )
+    assert len(first[0.0]) > 8
+    for key, moved in first[0.0].items():
+        assert moved > 0 and first[0.99][key] == pytest.approx(moved / 10, rel=0.02), key
 
 
 def test_evaluation_keeps_no_logits():
@@ -291,26 +388,47 @@ def test_evaluation_keeps_no_logits():
 
 @pytest.mark.parametrize('optimiser', ['adamw', 'adamw_8bit', 'paged_adamw_8bit', 'muon'])
 def test_every_optimiser_learns_and_resumes(tmp_path, optimiser):
-    whole = train_here(tmp_path/'whole', load_model('preset:llama-tiny'), optimiser=optimiser, learning_rate=3e-3)
+    whole = train_here(tmp_path / 'whole', load_model('preset:llama-tiny'), optimiser=optimiser, learning_rate=3e-3)
     losses = [row['loss'] for row in whole.log if 'loss' in row]
     assert np.mean(losses[-5:]) < np.mean(losses[:5])
-    shutil.copytree(tmp_path/'whole', tmp_path/'again')
-    shutil.rmtree(checkpoints.checkpoints(tmp_path/'again'/'checkpoints')[0])
-    train_here(tmp_path/'again', load_model('preset:llama-tiny'), optimiser=optimiser, learning_rate=3e-3)
-    assert log_of(tmp_path/'whole') == log_of(tmp_path/'again')
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'again')
+    shutil.rmtree(checkpoints.checkpoints(tmp_path / 'again' / 'checkpoints')[0])
+    train_here(tmp_path / 'again', load_model('preset:llama-tiny'), optimiser=optimiser, learning_rate=3e-3)
+    assert log_of(tmp_path / 'whole') == log_of(tmp_path / 'again')
 
 
-@pytest.mark.parametrize('setting, place', [(dict(fused=True), 'meta'), (dict(capturable=True), 'meta'), (dict(fused=False), 'cpu'), ({}, 'cpu')])
+@pytest.mark.parametrize(
+    'setting, place',
+    [(dict(fused=True), 'meta'), (dict(capturable=True), 'meta'), (dict(fused=False), 'cpu'), ({}, 'cpu')],
+)
 def test_step_counts_of_a_fused_optimiser_lie_beside_their_parameter(setting, place):
     other, parameter = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(2, device='meta'))
-    optimiser = SimpleNamespace(param_groups=[dict(params=[other]), dict(params=[parameter], **setting)], state=defaultdict(dict))
-    checkpoints.restore_optimiser(optimiser, {parameter: 'w', other: 'o'}, {'w|step': torch.tensor(3.), 'w|exp_avg': torch.ones(2), 'o|step': torch.tensor(3.)}, {})
-    assert optimiser.state[parameter]['step'].device.type == place and optimiser.state[parameter]['exp_avg'].device.type == 'meta' and float(optimiser.state[other]['step']) == 3
+    optimiser = SimpleNamespace(
+        param_groups=[dict(params=[other]), dict(params=[parameter], **setting)], state=defaultdict(dict)
+    )
+    checkpoints.restore_optimiser(
+        optimiser,
+        {parameter: 'w', other: 'o'},
+        {'w|step': torch.tensor(3.0), 'w|exp_avg': torch.ones(2), 'o|step': torch.tensor(3.0)},
+        {},
+    )
+    assert (
+        optimiser.state[parameter]['step'].device.type == place
+        and optimiser.state[parameter]['exp_avg'].device.type == 'meta'
+        and float(optimiser.state[other]['step']) == 3
+    )
 
 
 def test_one_process_may_train_in_two_precisions(tmp_path):
-    for precision in ('no', 'bf16', 'no'): assert train_here(tmp_path/f'{precision}{len(list(tmp_path.iterdir()))}', mixed_precision=precision, max_steps=2).progress.step == 2
+    for precision in ('no', 'bf16', 'no'):
+        assert (
+            train_here(
+                tmp_path / f'{precision}{len(list(tmp_path.iterdir()))}', mixed_precision=precision, max_steps=2
+            ).progress.step
+            == 2
+        )
 
 
 def test_fp16_weights_are_not_trained(tmp_path):
-    with pytest.raises(LabError, match='weights in fp16 would be trained'): train_here(tmp_path, load_model('preset:llama-tiny', 'fp16'), max_steps=2)
+    with pytest.raises(LabError, match='weights in fp16 would be trained'):
+        train_here(tmp_path, load_model('preset:llama-tiny', 'fp16'), max_steps=2)

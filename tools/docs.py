@@ -1,6 +1,7 @@
 """Make the docs site in _docs: with Quarto where there is one, else from the same processed notebooks with MkDocs Material.
 
 nbdev_docs itself would try to install a missing Quarto with administrator's rights, so it is only called where there is one."""
+
 import argparse, base64, functools, http.server, logging, os, re, shutil, subprocess, sys, time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
 root = Path(__file__).resolve().parent.parent
-site = root/'tools'/'site'
+site = root / 'tools' / 'site'
 
 
 def prepare():
@@ -22,37 +23,51 @@ def prepare():
 def palette_css():
     "The colours and the type scale of the figures as CSS variables, so that pages and figures are of one kind."
     from llmft.runs.figures import faint, ink, muted, palette
+
     names = dict(ink=ink, soft=muted, line=faint) | {f'c{number}': colour for number, colour in enumerate(palette, 1)}
     return ':root{' + ';'.join(f'--figure-{name}:{colour}' for name, colour in names.items()) + '}\n'
 
 
 def copy_reports(folder):
     "Put the reports of the gallery, and the richest figure of each, where the gallery page looks for them; how many."
-    reports = sorted((root/'outputs/gallery').glob('*/*/report.html'))
+    reports = sorted((root / 'outputs/gallery').glob('*/*/report.html'))
     for report in reports:
-        target = folder/'gallery'/report.parent.parent.name/f'{report.parent.name}.html'
+        target = folder / 'gallery' / report.parent.parent.name / f'{report.parent.name}.html'
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(report, target)
         figures = re.findall(r'src="data:image/png;base64,([^"]+)', report.read_text(encoding='utf-8'))
-        if figures: target.with_suffix('.png').write_bytes(base64.b64decode(max(figures, key=len)))
+        if figures:
+            target.with_suffix('.png').write_bytes(base64.b64decode(max(figures, key=len)))
     return len(reports)
 
 
 def render(processed, target):
     "The site in `target` from the notebooks that nbdev `processed`; how many pages."
     import mkdocs.commands.build, mkdocs.config, mkdocs.exceptions, pages
-    source = processed/'_pages'
+
+    source = processed / '_pages'
     shutil.rmtree(source, ignore_errors=True)
     made = pages.write_pages(processed, source)
-    shutil.copytree(processed/'images', source/'images')
-    shutil.copytree(site/'assets', source/'assets')
-    (source/'assets/palette.css').write_text(palette_css())
-    project, nav = get_config(path=root), pages.navigation(yaml.safe_load((root/'nbs/sidebar.yml').read_text()), made)
+    shutil.copytree(processed / 'images', source / 'images')
+    shutil.copytree(site / 'assets', source / 'assets')
+    (source / 'assets/palette.css').write_text(palette_css())
+    project, nav = get_config(path=root), pages.navigation(yaml.safe_load((root / 'nbs/sidebar.yml').read_text()), made)
     logging.basicConfig(level=logging.WARNING, format='%(message)s')
-    settings = mkdocs.config.load_config(str(site/'mkdocs.yml'), docs_dir=str(source), site_dir=str(target), site_name=project.title, nav=nav, repo_url=project.git_url,
-                                         site_url=f'{project.doc_host}{project.doc_baseurl}/', site_description=project.description, copyright=f'{project.copyright} · Apache License 2.0')
-    try: mkdocs.commands.build.build(settings)
-    except mkdocs.exceptions.Abort as error: raise SystemExit(f'the site is not whole: {error}')
+    settings = mkdocs.config.load_config(
+        str(site / 'mkdocs.yml'),
+        docs_dir=str(source),
+        site_dir=str(target),
+        site_name=project.title,
+        nav=nav,
+        repo_url=project.git_url,
+        site_url=f'{project.doc_host}{project.doc_baseurl}/',
+        site_description=project.description,
+        copyright=f'{project.copyright} · Apache License 2.0',
+    )
+    try:
+        mkdocs.commands.build.build(settings)
+    except mkdocs.exceptions.Abort as error:
+        raise SystemExit(f'the site is not whole: {error}')
     copy_reports(target)
     return len(made)
 
@@ -65,8 +80,10 @@ def build(target):
         copy_reports(target)
         return status
     prepare()
-    count = render(root/'_proc', target)
-    print(f'{count} pages in {time.time() - started:.0f} s: open {target/"index.html"}, or see them with make docs-serve')
+    count = render(root / '_proc', target)
+    print(
+        f'{count} pages in {time.time() - started:.0f} s: open {target / "index.html"}, or see them with make docs-serve'
+    )
     return 0
 
 
@@ -75,19 +92,25 @@ def serve(target, port):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(target))
     with http.server.ThreadingHTTPServer(('localhost', port), handler) as server:
         print(f'http://localhost:{server.server_address[1]} (Ctrl-C ends it)', flush=True)
-        try: server.serve_forever()
-        except KeyboardInterrupt: print()
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
 
 
 def main():
     "Read the command line: build, and serve when asked to."
     command = argparse.ArgumentParser(description='Make the docs site.')
-    command.add_argument('--serve', action='store_true', help='show it on localhost afterwards; an existing site is not built again')
+    command.add_argument(
+        '--serve', action='store_true', help='show it on localhost afterwards; an existing site is not built again'
+    )
     command.add_argument('--port', type=int, default=8000)
     given, target = command.parse_args(), get_config(path=root).doc_path
-    status = 0 if given.serve and (target/'index.html').exists() else build(target)
-    if given.serve and not status: serve(target, given.port)
+    status = 0 if given.serve and (target / 'index.html').exists() else build(target)
+    if given.serve and not status:
+        serve(target, given.port)
     return status
 
 
-if __name__ == '__main__': sys.exit(main())
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,4 +1,5 @@
 """Write README.md from nbs/index.ipynb, or with --check tell whether it is up to date. Quarto is not needed."""
+
 import posixpath, re, sys, tempfile
 from pathlib import Path
 
@@ -14,20 +15,23 @@ link = re.compile(r'(\]\(|\bsrc="|\bhref=")([^)"\s]+)')
 
 class Plain(FilterDefaults):
     "nbdev's processing without links from backticked names to the docs site: README.md must not change with the library."
-    def procs(self): return [proc for proc in super().procs() if proc.__name__ != 'add_links']
+
+    def procs(self):
+        return [proc for proc in super().procs() if proc.__name__ != 'add_links']
 
 
 def from_root(match):
     "A link of index.ipynb as it must read in README.md, one folder higher."
     before, target = match.groups()
-    if re.match(r'[a-z]+:|#|/', target): return match[0]
+    if re.match(r'[a-z]+:|#|/', target):
+        return match[0]
     return before + posixpath.normpath(posixpath.join('nbs', target))
 
 
 def readme(notebook):
     "The text of README.md that `notebook` gives: its cells after nbdev's processing, as Markdown."
     with tempfile.TemporaryDirectory() as folder:
-        processed = Path(folder)/'index.ipynb'
+        processed = Path(folder) / 'index.ipynb'
         exec_nb(notebook, processed, Plain)
         cells = nbformat.read(processed, as_version=4)
     front = yaml.safe_load(cells.cells.pop(0).source.strip().strip('-'))
@@ -39,12 +43,14 @@ def readme(notebook):
 
 def main(check):
     "Write the file, or with `check` leave it alone and return 1 when it is out of date."
-    target, text = root/'README.md', readme(get_config(path=root).nbs_path/'index.ipynb')
-    if not check: target.write_text(text, encoding='utf-8')
+    target, text = root / 'README.md', readme(get_config(path=root).nbs_path / 'index.ipynb')
+    if not check:
+        target.write_text(text, encoding='utf-8')
     elif target.read_text(encoding='utf-8') != text:
         print('README.md is not what nbs/index.ipynb gives: run make readme', file=sys.stderr)
         return 1
     return 0
 
 
-if __name__ == '__main__': sys.exit(main('--check' in sys.argv[1:]))
+if __name__ == '__main__':
+    sys.exit(main('--check' in sys.argv[1:]))

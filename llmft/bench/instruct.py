@@ -26,29 +26,49 @@ linears = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down
 @dataclass
 class InstructSetting:
     "What is equal for every way of training on instruction rows."
-    model: str                   # a preset, as in 'preset:llama-6x256'
-    rank: int = 32               # of the LoRA on all linear layers
+
+    model: str  # a preset, as in 'preset:llama-6x256'
+    rank: int = 32  # of the LoRA on all linear layers
     learning_rate: float = 2e-4  # constant
-    max_length: int = 1024       # the reference pads every row to it, positions
-    batch_size: int = 4          # rows a micro-batch
-    accumulation: int = 4        # micro-batches an optimiser step
-    packed_rows: int = 4         # rows of max_length positions a step of TRL
-    seed: int = 42               # weights, adapter, order
+    max_length: int = 1024  # the reference pads every row to it, positions
+    batch_size: int = 4  # rows a micro-batch
+    accumulation: int = 4  # micro-batches an optimiser step
+    packed_rows: int = 4  # rows of max_length positions a step of TRL
+    seed: int = 42  # weights, adapter, order
 
-
+# %% ../../nbs/bench/02_instruct.ipynb #04fdc410
 def instruct_model(setting:InstructSetting, # model, rank, seed
                    attention:str,           # 'documents' for ours, 'sdpa' for the peers
 ):                                          # a `PeftModel` with fp32 weights
     "The model of `setting` with a fresh adapter on all linear layers."
-    return add_lora(load_model(setting.model, seed=setting.seed, attention=attention), setting.rank, 2. * setting.rank, 0., linears, setting.seed)
+    return add_lora(
+        load_model(setting.model, seed=setting.seed, attention=attention),
+        setting.rank,
+        2.0 * setting.rank,
+        0.0,
+        linears,
+        setting.seed,
+    )
 
-
+# %% ../../nbs/bench/02_instruct.ipynb #c9f72905
 def instruct_recipe(setting:InstructSetting, # learning rate, rows, length
                     layout:str='packed',     # packed | bucketed | padded
 )->Recipe:
     "Ours, for one epoch."
-    return Recipe(learning_rate=setting.learning_rate, num_epochs=1, batch_size=setting.batch_size, gradient_accumulation=setting.accumulation, max_length=setting.max_length, layout=layout, weight_decay=.01, schedule='constant', warmup_ratio=0.,
-                  gradient_checkpointing=True, save_every=10**9, seed=setting.seed)
+    return Recipe(
+        learning_rate=setting.learning_rate,
+        num_epochs=1,
+        batch_size=setting.batch_size,
+        gradient_accumulation=setting.accumulation,
+        max_length=setting.max_length,
+        layout=layout,
+        weight_decay=0.01,
+        schedule='constant',
+        warmup_ratio=0.0,
+        gradient_checkpointing=True,
+        save_every=10**9,
+        seed=setting.seed,
+    )
 
 # %% ../../nbs/bench/02_instruct.ipynb #bfa718f7
 ways = ('ours', 'ours_padded', 'hf_padded_full', 'trl_packed')
@@ -59,12 +79,19 @@ def pad_fully(collate,    # a collator of transformers
 ):                        # a collator
     "`collate` with every row padded to `length`."
     fills = dict(labels=-100)
+
     def padded(rows):
         batch = collate(rows)
-        return type(batch)({key: torch.nn.functional.pad(value, (0, length - value.shape[1]), value=fills.get(key, 0)) for key, value in batch.items()})
+        return type(batch)(
+            {
+                key: torch.nn.functional.pad(value, (0, length - value.shape[1]), value=fills.get(key, 0))
+                for key, value in batch.items()
+            }
+        )
+
     return padded
 
-
+# %% ../../nbs/bench/02_instruct.ipynb #3c33a2f9
 def instruct_trainer(way:str,                  # hf_padded_full or trl_packed
                      setting:InstructSetting,  # what is equal for all
                      train:Examples,           # rows of the epoch
@@ -72,15 +99,44 @@ def instruct_trainer(way:str,                  # hf_padded_full or trl_packed
 ):                                             # a `transformers.Trainer`, ready to train
     "The trainer of a peer; a `LabError` when it is not installed or there is no such peer."
     import transformers
-    if way not in ways[2:]: raise LabError(f"there is no peer called '{way}'{nearest(way, ways)}: choose from {', '.join(ways[2:])}")
+
+    if way not in ways[2:]:
+        raise LabError(f"there is no peer called '{way}'{nearest(way, ways)}: choose from {', '.join(ways[2:])}")
     model, (data, tokenizer) = instruct_model(setting, 'sdpa'), peer_data(train)
-    told = dict(output_dir=str(folder), num_train_epochs=1, seed=setting.seed, learning_rate=setting.learning_rate, lr_scheduler_type='constant', weight_decay=.01, max_grad_norm=1., optim='adamw_torch_fused', bf16=False, fp16=False,
-                gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False), logging_steps=1, save_strategy='no', report_to='none', disable_tqdm=True, use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False)
+    told = dict(
+        output_dir=str(folder),
+        num_train_epochs=1,
+        seed=setting.seed,
+        learning_rate=setting.learning_rate,
+        lr_scheduler_type='constant',
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        optim='adamw_torch_fused',
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs=dict(use_reentrant=False),
+        logging_steps=1,
+        save_strategy='no',
+        report_to='none',
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+    )
     if way == 'trl_packed':
         trl = require('trl', 'bench')
-        trainer = trl.SFTTrainer(model, trl.SFTConfig(packing=True, max_length=setting.max_length, per_device_train_batch_size=setting.packed_rows, **told), train_dataset=data, processing_class=tokenizer)
+        trainer = trl.SFTTrainer(
+            model,
+            trl.SFTConfig(
+                packing=True, max_length=setting.max_length, per_device_train_batch_size=setting.packed_rows, **told
+            ),
+            train_dataset=data,
+            processing_class=tokenizer,
+        )
     else:
-        arguments = transformers.TrainingArguments(per_device_train_batch_size=setting.batch_size, gradient_accumulation_steps=setting.accumulation, **told)
+        arguments = transformers.TrainingArguments(
+            per_device_train_batch_size=setting.batch_size, gradient_accumulation_steps=setting.accumulation, **told
+        )
         collator = pad_fully(transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False), setting.max_length)
         trainer = transformers.Trainer(model, arguments, collator, data, processing_class=tokenizer)
     trainer.remove_callback(transformers.PrinterCallback)
@@ -94,16 +150,26 @@ def instruct_step(layout:str,              # packed, or padded to max_length
     "Loss and gradient of one optimiser step on `rows`."
     model, recipe = instruct_model(setting, 'documents').train(), instruct_recipe(setting, layout)
     batches, targets = step_batches(rows, np.arange(len(rows)), recipe)
-    if layout == 'padded': batches = [_to_length(batch, setting.max_length) for batch in batches]
+    if layout == 'padded':
+        batches = [_to_length(batch, setting.max_length) for batch in batches]
     loss = accumulate(LossModel(model), [batch.to(model.device) for batch in batches], targets)
-    return dict(loss=loss.item(), gradient=torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), slots=sum(batch.slots for batch in batches))
+    return dict(
+        loss=loss.item(),
+        gradient=torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+        slots=sum(batch.slots for batch in batches),
+    )
 
 
 def _to_length(batch, length):
     "A padded micro-batch with every row of `length` slots."
     more = length - batch.ids_BT.shape[1]
     pad = lambda tensor, value: torch.nn.functional.pad(tensor, (0, more), value=value)
-    return replace(batch, ids_BT=pad(batch.ids_BT, 0), labels_BT=pad(batch.labels_BT, -100), positions_BT=torch.arange(length).expand(len(batch.ids_BT), length))
+    return replace(
+        batch,
+        ids_BT=pad(batch.ids_BT, 0),
+        labels_BT=pad(batch.labels_BT, -100),
+        positions_BT=torch.arange(length).expand(len(batch.ids_BT), length),
+    )
 
 # %% ../../nbs/bench/02_instruct.ipynb #062ba647
 def instruct_block(way:str,                 # one of `ways`
@@ -113,38 +179,63 @@ def instruct_block(way:str,                 # one of `ways`
 )->Block:
     "An epoch by one way of training, with the time and the tokens of each step."
     block = Block()
+
     def on_log(entry):
         block.note(entry['loss'])
         block.tokens.append(entry['targets'] - sum(block.tokens))
+
     with tempfile.TemporaryDirectory() as folder:
         if way.startswith('ours'):
             model = instruct_model(setting, 'documents')
-            block.flops = fit(model, train, None, folder, instruct_recipe(setting, 'padded' if way == 'ours_padded' else 'packed'), on_log).progress.flops
+            block.flops = fit(
+                model,
+                train,
+                None,
+                folder,
+                instruct_recipe(setting, 'padded' if way == 'ours_padded' else 'packed'),
+                on_log,
+            ).progress.flops
         else:
             trainer = watch(instruct_trainer(way, setting, train, folder), block)
             trainer.train()
             model = trainer.model
-    if way == 'hf_padded_full': block.tokens = [sum(block.tokens[first:first + setting.accumulation]) for first in range(0, len(block.tokens), setting.accumulation)]
+    if way == 'hf_padded_full':
+        block.tokens = [
+            sum(block.tokens[first : first + setting.accumulation])
+            for first in range(0, len(block.tokens), setting.accumulation)
+        ]
     block.valid_loss = evaluate_loss(model, valid, setting.batch_size, setting.max_length, 'padded')['loss']
     return block
 
-
+# %% ../../nbs/bench/02_instruct.ipynb #ae78b3dd
 def instruct_memory(way:str,                 # one of `ways`
                     setting:InstructSetting, # what is equal for all
                     rows:Examples=None,      # of the steps; two steps of full rows when `None`
 )->dict:                                     # peak_bytes above what the process held with the model loaded
     "Peak memory of training in this process. For a process of its own, as `measured` makes it."
     from llmft.bench.training import log_normal_documents
-    rows = rows or log_normal_documents(2 * setting.batch_size * setting.accumulation, model_config(setting.model).vocab_size, setting.seed, median=setting.max_length / 4, spread=.6, high=setting.max_length)
+
+    rows = rows or log_normal_documents(
+        2 * setting.batch_size * setting.accumulation,
+        model_config(setting.model).vocab_size,
+        setting.seed,
+        median=setting.max_length / 4,
+        spread=0.6,
+        high=setting.max_length,
+    )
     with tempfile.TemporaryDirectory() as folder:
         if way.startswith('ours'):
             model = instruct_model(setting, 'documents')
-            work = lambda: fit(model, rows, None, folder, instruct_recipe(setting, 'padded' if way == 'ours_padded' else 'packed'))
-        else: work = instruct_trainer(way, setting, rows, folder).train
-        with Meter() as meter: work()
+            work = lambda: fit(
+                model, rows, None, folder, instruct_recipe(setting, 'padded' if way == 'ours_padded' else 'packed')
+            )
+        else:
+            work = instruct_trainer(way, setting, rows, folder).train
+        with Meter() as meter:
+            work()
     return dict(peak_bytes=meter.growth_bytes, kind=meter.memory_kind)
 
-
+# %% ../../nbs/bench/02_instruct.ipynb #ec16463b
 def measured(way:str,                  # one of `ways`
              setting:InstructSetting,  # what is equal for all
 )->dict:                               # as from `instruct_memory`
@@ -165,13 +256,15 @@ def characters(path):
     try: return sum(len(page.extract_text()) for page in pypdf.PdfReader(path).pages[:30])
     except Exception: return 0
 if __name__ == '__main__':
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool: print(sum(pool.map(characters, sorted(Path(sys.argv[1]).rglob('*.pdf')))))""")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool: print(sum(pool.map(characters, sorted(Path(sys.argv[1]).rglob('*.pdf')))))""",
+)
 
 
 def reading_time(library:str,  # ours | pypdf
                  folder,       # of PDFs
 )->dict:                       # seconds of a fresh process, characters it found
     "Time to extract the text of all PDFs below `folder` across all cores."
-    if library == 'pypdf': require('pypdf', 'bench')
+    if library == 'pypdf':
+        require('pypdf', 'bench')
     seconds, last = run_python(_reading[library], folder)
     return dict(seconds=seconds, characters=int(last))

@@ -23,13 +23,14 @@ from ..training.fit import LossModel, accumulate, evaluate_loss, fit, step_batch
 @dataclass
 class Setting:
     "What every way of training has in common."
-    model: str                     # a preset, as in 'preset:llama-6x256'
-    rank: int = 8                  # of the LoRA on all linear layers
-    learning_rate: float = 1e-3    # constant
-    max_length: int = 512          # longest example, positions
-    rows: int = 16                 # examples an optimiser step
-    packed_rows: int = 4           # rows of max_length positions an optimiser step, for peers that pack ahead
-    seed: int = 42                 # of weights, adapter and order
+
+    model: str  # a preset, as in 'preset:llama-6x256'
+    rank: int = 8  # of the LoRA on all linear layers
+    learning_rate: float = 1e-3  # constant
+    max_length: int = 512  # longest example, positions
+    rows: int = 16  # examples an optimiser step
+    packed_rows: int = 4  # rows of max_length positions an optimiser step, for peers that pack ahead
+    seed: int = 42  # of weights, adapter and order
 
 # %% ../../nbs/bench/01_training.ipynb #3c156d9c
 def log_normal_documents(count:int,       # documents
@@ -43,7 +44,7 @@ def log_normal_documents(count:int,       # documents
     "Documents of log-normal lengths whose tokens follow Zipf's law."
     rng = purpose_rng(seed, 'bench documents')
     lengths = np.clip(rng.lognormal(np.log(median), spread, count), low, high).astype(np.int64)
-    weights = 1 / (10. + np.arange(vocabulary - 2))
+    weights = 1 / (10.0 + np.arange(vocabulary - 2))
     words = purpose_rng(0, 'bench words').permutation(vocabulary - 2)
     ids = 2 + words[rng.choice(vocabulary - 2, int(lengths.sum()), p=weights / weights.sum())]
     ends = np.cumsum(lengths)
@@ -54,17 +55,25 @@ def adapted_model(setting:Setting,  # names the model, the rank and the seed
                   attention:str,    # 'documents' for ours, 'sdpa' for the peers
 ):                                  # a `PeftModel` with fp32 weights
     "The model of `setting` with a fresh adapter on all linear layers."
-    return add_lora(load_model(setting.model, seed=setting.seed, attention=attention), setting.rank, 2. * setting.rank, 0., ['all-linear'], setting.seed)
+    return add_lora(
+        load_model(setting.model, seed=setting.seed, attention=attention),
+        setting.rank,
+        2.0 * setting.rank,
+        0.0,
+        ['all-linear'],
+        setting.seed,
+    )
 
 # %% ../../nbs/bench/01_training.ipynb #142a51fa
 @dataclass
 class Block:
     "One epoch by one way of training."
-    ended: list = field(default_factory=list)   # clock at the end of each step, seconds
+
+    ended: list = field(default_factory=list)  # clock at the end of each step, seconds
     tokens: list = field(default_factory=list)  # targets of each step
     losses: list = field(default_factory=list)  # training loss of each step, nats a target
-    valid_loss: float = None                    # on the held-out documents, nats a target
-    flops: float = 0.                           # hardware FLOPs of the epoch, where they are known
+    valid_loss: float = None  # on the held-out documents, nats a target
+    flops: float = 0.0  # hardware FLOPs of the epoch, where they are known
 
     def note(self, loss):
         "A step has ended with this training loss."
@@ -76,7 +85,8 @@ class Block:
     )->tuple:              # (seconds of each step that counts, their tokens)
         "Steps that count: neither the first ones nor the last, which may be smaller."
         steps = range(max(1, skip), len(self.ended) - 1)
-        if not steps: raise LabError(f'a block has {len(self.ended)} steps and none is left to be timed: give more documents')
+        if not steps:
+            raise LabError(f'a block has {len(self.ended)} steps and none is left to be timed: give more documents')
         return [self.ended[step] - self.ended[step - 1] for step in steps], [self.tokens[step] for step in steps]
 
     def rate(self,
@@ -92,8 +102,18 @@ def recipe_of(setting:Setting,  # what is equal for all
               rows:int=None,    # documents an optimiser step, other than the setting's
 )->Recipe:
     "The recipe for an epoch of `setting`."
-    return Recipe(learning_rate=setting.learning_rate, num_epochs=1, batch_size=rows or setting.rows, max_length=setting.max_length, layout=layout, weight_decay=0.,
-                  schedule='constant', warmup_ratio=0., save_every=10**9, seed=setting.seed)
+    return Recipe(
+        learning_rate=setting.learning_rate,
+        num_epochs=1,
+        batch_size=rows or setting.rows,
+        max_length=setting.max_length,
+        layout=layout,
+        weight_decay=0.0,
+        schedule='constant',
+        warmup_ratio=0.0,
+        save_every=10**9,
+        seed=setting.seed,
+    )
 
 # %% ../../nbs/bench/01_training.ipynb #055dc9a8
 def peer_data(examples:Examples,
@@ -101,10 +121,18 @@ def peer_data(examples:Examples,
     "Documents as the peers read them."
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
+
     datasets, vocabulary = require('datasets', 'bench'), {'<pad>': 0, '<eos>': 1}
     datasets.disable_progress_bars()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token='<eos>')), pad_token='<pad>', eos_token='<eos>', unk_token='<eos>')
-    return datasets.Dataset.from_dict(dict(input_ids=[examples[row].tolist() for row in range(len(examples))])), tokenizer
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token='<eos>')),
+        pad_token='<pad>',
+        eos_token='<eos>',
+        unk_token='<eos>',
+    )
+    return datasets.Dataset.from_dict(
+        dict(input_ids=[examples[row].tolist() for row in range(len(examples))])
+    ), tokenizer
 
 # %% ../../nbs/bench/01_training.ipynb #167da87f
 ours = dict(ours='packed', ours_padded='padded')
@@ -119,17 +147,45 @@ def peer_trainer(way:str,          # one of `peers`
 ):                                 # a `transformers.Trainer`, ready to train
     "The trainer of a peer; a `LabError` when it is not installed or there is no such peer."
     import transformers
-    if way not in peers: raise LabError(f"there is no way of training called '{way}'{nearest(way, [*ours, *peers])}: choose from {', '.join([*ours, *peers])}")
+
+    if way not in peers:
+        raise LabError(
+            f"there is no way of training called '{way}'{nearest(way, [*ours, *peers])}: choose from {', '.join([*ours, *peers])}"
+        )
     model, (data, tokenizer) = adapted_model(setting, 'sdpa'), peer_data(train)
-    told = dict(output_dir=str(folder), per_device_train_batch_size=rows or (setting.packed_rows if way == 'trl_packed' else setting.rows), num_train_epochs=1, seed=setting.seed,
-                learning_rate=setting.learning_rate, lr_scheduler_type='constant', weight_decay=0., max_grad_norm=1., optim='adamw_torch_fused', bf16=False, fp16=False,
-                gradient_checkpointing=False, logging_steps=1, save_strategy='no', report_to='none', disable_tqdm=True, use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False)
+    told = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=rows or (setting.packed_rows if way == 'trl_packed' else setting.rows),
+        num_train_epochs=1,
+        seed=setting.seed,
+        learning_rate=setting.learning_rate,
+        lr_scheduler_type='constant',
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim='adamw_torch_fused',
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy='no',
+        report_to='none',
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+    )
     if way == 'hf_trainer':
         collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        trainer = transformers.Trainer(model, transformers.TrainingArguments(**told), collator, data, processing_class=tokenizer)
+        trainer = transformers.Trainer(
+            model, transformers.TrainingArguments(**told), collator, data, processing_class=tokenizer
+        )
     else:
         trl = require('trl', 'bench')
-        trainer = trl.SFTTrainer(model, trl.SFTConfig(packing=way == 'trl_packed', max_length=setting.max_length, **told), train_dataset=data, processing_class=tokenizer)
+        trainer = trl.SFTTrainer(
+            model,
+            trl.SFTConfig(packing=way == 'trl_packed', max_length=setting.max_length, **told),
+            train_dataset=data,
+            processing_class=tokenizer,
+        )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -139,19 +195,24 @@ def watch(trainer,      # of a peer
 ):                      # `trainer`
     "Have `trainer` report its steps to `block`."
     from transformers import TrainerCallback
+
     collate = trainer.data_collator
+
     def counted(rows):
         batch = collate(rows)
         block.tokens.append(int((batch['labels'][:, 1:] != -100).sum()))
         return batch
+
     class Watch(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if 'loss' in logs: block.note(logs['loss'])
+            if 'loss' in logs:
+                block.note(logs['loss'])
+
     trainer.data_collator = counted
     trainer.add_callback(Watch())
     return trainer
 
-
+# %% ../../nbs/bench/01_training.ipynb #728ebd40
 def train_block(way:str,          # ours, ours_padded, or one of `peers`
                 setting:Setting,  # what is equal for all
                 train:Examples,   # documents of the epoch
@@ -159,9 +220,11 @@ def train_block(way:str,          # ours, ours_padded, or one of `peers`
 )->Block:
     "An epoch by one way of training, and the held-out loss of the model it leaves, measured in the same way for all."
     block = Block()
+
     def on_log(entry):
         block.note(entry['loss'])
         block.tokens.append(entry['targets'] - sum(block.tokens))
+
     with tempfile.TemporaryDirectory() as folder:
         if way in ours:
             model = adapted_model(setting, 'documents')
@@ -179,9 +242,12 @@ def available(ways,       # names of ways of training
 )->list:                  # those whose libraries are installed
     "The `ways` that can be compared here."
     wanting = [way for way in ways if way.startswith('trl')]
-    try: require('trl' if wanting else 'datasets', 'bench')
-    except LabError as error: say(f"{', '.join(wanting)} left out: {error}")
-    else: return list(ways)
+    try:
+        require('trl' if wanting else 'datasets', 'bench')
+    except LabError as error:
+        say(f"{', '.join(wanting)} left out: {error}")
+    else:
+        return list(ways)
     return [way for way in ways if way not in wanting]
 
 # %% ../../nbs/bench/01_training.ipynb #d0bab7b2
@@ -217,12 +283,16 @@ def take_turns(jobs:dict,         # name -> function without arguments
             say(name, results[name][-1])
     return results
 
-
+# %% ../../nbs/bench/01_training.ipynb #3ff23599
 def ratios(values:dict,    # name -> one number a round
            reference:str,  # name of the one that is divided
 )->dict:                   # name -> median over the rounds of reference/value
     "How many times as much as each other one the `reference` has, round by round."
-    return {name: statistics.median(a / b for a, b in zip(values[reference], value)) for name, value in values.items() if name != reference}
+    return {
+        name: statistics.median(a / b for a, b in zip(values[reference], value))
+        for name, value in values.items()
+        if name != reference
+    }
 
 # %% ../../nbs/bench/01_training.ipynb #b5376385
 def summary(blocks:list,    # of one way of training
@@ -230,8 +300,14 @@ def summary(blocks:list,    # of one way of training
 )->dict:                    # medians over rounds and steps
     "What the blocks of one way of training have in common."
     steps, first = [block.timed(skip) for block in blocks], blocks[0]
-    return dict(tokens_per_sec=statistics.median(block.rate(skip) for block in blocks), step_seconds=statistics.median(second for seconds, _ in steps for second in seconds),
-                tokens_per_step=statistics.fmean(token for _, tokens in steps for token in tokens), steps=len(first.ended), epoch_tokens=sum(first.tokens), valid_loss=first.valid_loss)
+    return dict(
+        tokens_per_sec=statistics.median(block.rate(skip) for block in blocks),
+        step_seconds=statistics.median(second for seconds, _ in steps for second in seconds),
+        tokens_per_step=statistics.fmean(token for _, tokens in steps for token in tokens),
+        steps=len(first.ended),
+        epoch_tokens=sum(first.tokens),
+        valid_loss=first.valid_loss,
+    )
 
 # %% ../../nbs/bench/01_training.ipynb #df0c0614
 def step_memory(way:str,         # 'ours', or one of `peers`
@@ -248,23 +324,28 @@ def step_memory(way:str,         # 'ours', or one of `peers`
         if way == 'ours':
             model = adapted_model(setting, 'documents')
             work = lambda: fit(model, examples, None, folder, recipe_of(setting, 'packed'))
-        else: work = peer_trainer(way, setting, examples, folder).train
-        with Meter() as meter: work()
+        else:
+            work = peer_trainer(way, setting, examples, folder).train
+        with Meter() as meter:
+            work()
     return dict(peak_bytes=meter.growth_bytes, start_bytes=meter.start_bytes, kind=meter.memory_kind)
 
-
+# %% ../../nbs/bench/01_training.ipynb #be4eb574
 def run_python(code:str,    # Python source
                *arguments,  # its sys.argv[1:]
 )->tuple:                   # (wall time of the process in seconds, the last line it printed)
     "Run `code` in a fresh Python that does not know of the run it is started from; a `LabError` with its last words when it fails."
     environment = {name: value for name, value in os.environ.items() if not name.startswith('LLMFT_')}
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, '-c', code, *map(str, arguments)], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, '-c', code, *map(str, arguments)], capture_output=True, text=True, env=environment
+    )
     seconds = time.perf_counter() - start
-    if done.returncode: raise LabError(f'a measured program failed: {(done.stderr.strip() or "no message").splitlines()[-1]}')
+    if done.returncode:
+        raise LabError(f'a measured program failed: {(done.stderr.strip() or "no message").splitlines()[-1]}')
     return seconds, (done.stdout.strip().splitlines() or [''])[-1]
 
-
+# %% ../../nbs/bench/01_training.ipynb #824ab658
 def measured_memory(way:str,          # as in `step_memory`
                     setting:Setting,  # what is equal for all
                     vocabulary:int,   # as in `step_memory`

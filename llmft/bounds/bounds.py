@@ -16,18 +16,20 @@ def check_share(what:str,  # how errors call the number
                 value,     # the number
 )->float:                  # `value`
     "`value` when it lies strictly between 0 and 1, else a `LabError`."
-    if not (isinstance(value, (int, float)) and 0 < value < 1): raise LabError(f'{what} is {value}: give a number above 0 and below 1')
+    if not (isinstance(value, (int, float)) and 0 < value < 1):
+        raise LabError(f'{what} is {value}: give a number above 0 and below 1')
     return value
 
-
+# %% ../../nbs/bounds/02_bounds.ipynb #63a1c841
 def smoothing_width(alpha:float,     # weight of the uniform guess, in (0, 1)
                     vocabulary:int,  # number of tokens the model can predict
 )->float:                            # bits
     "The width of the interval that smoothed losses lie in."
-    if vocabulary < 2: raise LabError(f'vocabulary is {vocabulary}: a model needs at least 2 tokens to choose from')
+    if vocabulary < 2:
+        raise LabError(f'vocabulary is {vocabulary}: a model needs at least 2 tokens to choose from')
     return math.log2(1 + (1 - check_share('alpha', alpha)) * vocabulary / alpha)
 
-
+# %% ../../nbs/bounds/02_bounds.ipynb #e8470a56
 def lowest_loss(alpha:float,     # weight of the uniform guess, in (0, 1)
                 vocabulary:int,  # number of tokens the model can predict
 )->float:                        # bits; slightly above 0
@@ -48,19 +50,21 @@ def kl_coins(q:float,  # observed mean, in [0, 1]
              p:float,  # supposed mean, in [0, 1]
 )->float:              # nats; infinite where p rules q out
     "The relative entropy of a coin of mean `q` to one of mean `p`."
-    part = lambda x, y: 0. if x == 0 else math.inf if y <= 0 else x * math.log(x / y)
+    part = lambda x, y: 0.0 if x == 0 else math.inf if y <= 0 else x * math.log(x / y)
     return part(q, p) + part(1 - q, 1 - p)
 
-
+# %% ../../nbs/bounds/02_bounds.ipynb #918ccf1c
 def kl_inverse(q:float,  # observed mean of losses, in [0, 1]
                c:float,  # nats allowed, at least 0
 )->float:                # in [q, 1]
     "The largest p with `kl_coins(q, p) <= c`, from above."
-    if not (0 <= q <= 1 and c >= 0): raise LabError(f'kl_inverse of q = {q}, c = {c}: q must lie in [0, 1] and c must not be negative')
-    low, high = q, 1.
+    if not (0 <= q <= 1 and c >= 0):
+        raise LabError(f'kl_inverse of q = {q}, c = {c}: q must lie in [0, 1] and c must not be negative')
+    low, high = q, 1.0
     for _ in range(100):
         middle = (low + high) / 2
-        if middle in (low, high): break
+        if middle in (low, high):
+            break
         low, high = (low, middle) if kl_coins(q, middle) > c else (middle, high)
     return high
 
@@ -68,9 +72,12 @@ def kl_inverse(q:float,  # observed mean of losses, in [0, 1]
 def _check(bits, n, m, delta, choices):
     "A `LabError` for numbers that make no bound."
     check_share('delta', delta)
-    if bits < 0: raise LabError(f'bits is {bits}: a message cannot have fewer than 0')
-    if not 1 <= m <= n: raise LabError(f'm is {m} and n is {n}: sample at least 1 of the n documents, and no more than there are')
-    if choices < 1: raise LabError(f'choices is {choices}: give at least 1')
+    if bits < 0:
+        raise LabError(f'bits is {bits}: a message cannot have fewer than 0')
+    if not 1 <= m <= n:
+        raise LabError(f'm is {m} and n is {n}: sample at least 1 of the n documents, and no more than there are')
+    if choices < 1:
+        raise LabError(f'choices is {choices}: give at least 1')
 
 
 def _nats(bits, n, m, delta, choices):
@@ -105,9 +112,12 @@ def kl_bound(risk:float,        # mean loss of the sampled documents
     "The kl form of the bound, tighter than Hoeffding's; a `LabError` for numbers that make none."
     _check(bits, n, m, delta, choices)
     share = (risk - lowest) / width
-    if not -1e-9 <= share <= 1 + 1e-9: raise LabError(f'a risk of {risk:g} does not lie in the interval from {lowest:g} to {lowest + width:g}: give its width and lowest loss')
+    if not -1e-9 <= share <= 1 + 1e-9:
+        raise LabError(
+            f'a risk of {risk:g} does not lie in the interval from {lowest:g} to {lowest + width:g}: give its width and lowest loss'
+        )
     sample, complexity = _nats(bits, n, m, delta, choices)
-    return lowest + width * kl_inverse(kl_inverse(min(max(share, 0.), 1.), sample / m), complexity / n)
+    return lowest + width * kl_inverse(kl_inverse(min(max(share, 0.0), 1.0), sample / m), complexity / n)
 
 # %% ../../nbs/bounds/02_bounds.ipynb #d614d582
 def full_bound(risk:float,       # mean loss of all documents
@@ -121,7 +131,8 @@ def full_bound(risk:float,       # mean loss of all documents
     "The bound when every training document was scored."
     _check(bits, n, n, delta, 1)
     nats = (bits * math.log(2) + math.log(1 / delta)) / n
-    if kl: return lowest + width * kl_inverse(min(max((risk - lowest) / width, 0.), 1.), nats)
+    if kl:
+        return lowest + width * kl_inverse(min(max((risk - lowest) / width, 0.0), 1.0), nats)
     return risk + width * math.sqrt(nats / 2)
 
 # %% ../../nbs/bounds/02_bounds.ipynb #019884c8
@@ -134,7 +145,7 @@ def topk_bound(error:float,      # mean over the sampled documents of the share 
                kl:bool=True,     # the kl form, or Hoeffding's
 )->float:                        # a share of tokens; 1 and above says nothing
     "The bound of a top-k error."
-    return (kl_bound if kl else subsampling_bound)(error, bits, n, m, 1., delta, choices)
+    return (kl_bound if kl else subsampling_bound)(error, bits, n, m, 1.0, delta, choices)
 
 # %% ../../nbs/bounds/02_bounds.ipynb #b6502bb1
 def token_bound(risk:float,       # mean loss of the sampled tokens
@@ -153,7 +164,8 @@ def shared_delta(delta:float,  # probability that any of the claims may fail wit
                  claims:int,   # bounds that are reported together
 )->float:
     "What remains for each of `claims` bounds, so that all hold together."
-    if claims < 1: raise LabError(f'claims is {claims}: give at least 1')
+    if claims < 1:
+        raise LabError(f'claims is {claims}: give at least 1')
     return check_share('delta', delta) / claims
 
 # %% ../../nbs/bounds/02_bounds.ipynb #7e5e7126
@@ -174,7 +186,24 @@ def coverage(losses_HN,         # loss of every document of the population under
         risks = losses[:, drawn[:m]].mean(1)
         best = int(np.argmin(risks))
         settings = dict(bits=bits, n=n, m=m, width=width, delta=delta, choices=len(losses))
-        rows.append((truth[best], risks[best], subsampling_bound(risks[best], **settings), kl_bound(risks[best], **settings, lowest=lowest)))
+        rows.append(
+            (
+                truth[best],
+                risks[best],
+                subsampling_bound(risks[best], **settings),
+                kl_bound(risks[best], **settings, lowest=lowest),
+            )
+        )
     true, risk, loose, tight = np.array(rows).T
-    return dict(hoeffding=float((loose >= true).mean()), kl=float((tight >= true).mean()), hoeffding_slack=float((loose - true).mean()), kl_slack=float((tight - true).mean()),
-                sample_gap=float((true - risk).mean()), games=games, n=n, m=m, predictors=len(losses), delta=delta)
+    return dict(
+        hoeffding=float((loose >= true).mean()),
+        kl=float((tight >= true).mean()),
+        hoeffding_slack=float((loose - true).mean()),
+        kl_slack=float((tight - true).mean()),
+        sample_gap=float((true - risk).mean()),
+        games=games,
+        n=n,
+        m=m,
+        predictors=len(losses),
+        delta=delta,
+    )

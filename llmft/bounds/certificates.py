@@ -12,7 +12,16 @@ import numpy as np
 from dataclasses import asdict
 from pathlib import Path
 from ..models.adapters import weights_hash
-from .bounds import full_bound, kl_bound, lowest_loss, shared_delta, smoothing_width, subsampling_bound, token_bound, topk_bound
+from llmft.bounds.bounds import (
+    full_bound,
+    kl_bound,
+    lowest_loss,
+    shared_delta,
+    smoothing_width,
+    subsampling_bound,
+    token_bound,
+    topk_bound,
+)
 from .coding import charged_bits, decode_message
 from ..core import LabError, find_path, jsonable, read_json, sha256_of, write_atomic
 from ..models.load import load_model, placed
@@ -26,35 +35,54 @@ def build_model(spec:dict,  # base, lora, subspace: the arguments of `frozen_gpt
 )->tuple:                   # (model, its `Subspace`)
     "The model that a description stands for, at v = 0."
     base, lora = spec['base'], spec['lora']
-    model = placed(frozen_gpt2(**{k: v for k, v in base.items() if k != 'model'})) if base['model'] == 'random' else load_model(base['model'])
+    model = (
+        placed(frozen_gpt2(**{k: v for k, v in base.items() if k != 'model'}))
+        if base['model'] == 'random'
+        else load_model(base['model'])
+    )
     model.requires_grad_(False).eval()
-    if lora['targets']: parameters = add_low_rank(model, **lora)
-    else: parameters = {name: p for name, p in model.named_parameters() if p.ndim == 2 and '.h.' in name or '.layers.' in name and p.ndim == 2}
+    if lora['targets']:
+        parameters = add_low_rank(model, **lora)
+    else:
+        parameters = {
+            name: p
+            for name, p in model.named_parameters()
+            if p.ndim == 2 and '.h.' in name or '.layers.' in name and p.ndim == 2
+        }
     config = dict(spec['subspace'])
-    if config['projection'] == 'identity': config['dimension'] = sum(p.numel() for p in parameters.values())
+    if config['projection'] == 'identity':
+        config['dimension'] = sum(p.numel() for p in parameters.values())
     subspace = attach(model, parameters, SubspaceConfig(**config))
     return model, subspace
 
-
+# %% ../../nbs/bounds/04_certificates.ipynb #419b3cad
 def subspace_training(params,  # spec, for `build_model`; tokens, a folder of token files; max_length; gate_rate, the gates' learning rate over the recipe's
 )->tuple:                     # (model, training examples, held-out examples)
     "Everything `fit` needs of a run in a subspace, built from its description alone."
     model, subspace = build_model(params.spec)
-    if subspace.gates is not None: subspace.gates.learning_rate_ratio, subspace.gates.decayed = params.gate_rate, False
-    return model, *(cut(read_token_file(params.tokens, side).examples(), params.max_length)[0] for side in ('train', 'val'))
+    if subspace.gates is not None:
+        subspace.gates.learning_rate_ratio, subspace.gates.decayed = params.gate_rate, False
+    return model, *(
+        cut(read_token_file(params.tokens, side).examples(), params.max_length)[0] for side in ('train', 'val')
+    )
 
-
-def subspace_of(model)->Subspace:
+# %% ../../nbs/bounds/04_certificates.ipynb #40d4f9d4
+def subspace_of(model) -> Subspace:
     "The subspace that `attach` made a part of `model`."
     return next(module for module in model.modules() if isinstance(module, Subspace))
 
-
+# %% ../../nbs/bounds/04_certificates.ipynb #367cb5c8
 def model_facts(model,     # from `build_model`
                 subspace,  # likewise
 )->dict:                   # base and subspace, as hashes
     "What a rebuilt model must agree with."
     mine = {id(p) for p in subspace.parameters_of}
-    return dict(base=weights_hash({name: p for name, p in model.named_parameters() if id(p) not in mine and 'subspace_' not in name}), **{k: v for k, v in describe(subspace).items() if k in ('parameters', 'start', 'projection_hash')})
+    return dict(
+        base=weights_hash(
+            {name: p for name, p in model.named_parameters() if id(p) not in mine and 'subspace_' not in name}
+        ),
+        **{k: v for k, v in describe(subspace).items() if k in ('parameters', 'start', 'projection_hash')},
+    )
 
 # %% ../../nbs/bounds/04_certificates.ipynb #5208d99f
 def _bits_claim(scores, form, bits, n, delta, choices, vocabulary):
@@ -62,10 +90,14 @@ def _bits_claim(scores, form, bits, n, delta, choices, vocabulary):
     found = []
     for alpha, risk in zip(scores.alphas, scores.bits.mean(0)):
         width, low, m = smoothing_width(alpha, vocabulary), lowest_loss(alpha, vocabulary), len(scores)
-        if form == 'token': bound = token_bound(risk, bits, n, m, width, delta, choices)
-        elif m == n: bound = full_bound(risk, bits, n, width, delta, form == 'kl', low)
-        elif form == 'kl': bound = kl_bound(risk, bits, n, m, width, delta, choices, low)
-        else: bound = subsampling_bound(risk, bits, n, m, width, delta, choices)
+        if form == 'token':
+            bound = token_bound(risk, bits, n, m, width, delta, choices)
+        elif m == n:
+            bound = full_bound(risk, bits, n, width, delta, form == 'kl', low)
+        elif form == 'kl':
+            bound = kl_bound(risk, bits, n, m, width, delta, choices, low)
+        else:
+            bound = subsampling_bound(risk, bits, n, m, width, delta, choices)
         found.append((float(bound), float(risk), alpha, width))
     return min(found)
 
@@ -86,14 +118,27 @@ def make_claims(scores,            # of the sampled documents
     smoothed, plain = charged_bits(message, configurations, S), charged_bits(message, configurations)
     for form in ('hoeffding', 'kl'):
         bound, risk, alpha, width = _bits_claim(scores, form, smoothed, n, each, S * configurations, vocabulary)
-        claims[f'bits_per_token_{form}'] = dict(bound=bound, risk=risk, alpha=alpha, width=width, bits=smoothed, n=n, m=len(scores), delta=each)
+        claims[f'bits_per_token_{form}'] = dict(
+            bound=bound, risk=risk, alpha=alpha, width=width, bits=smoothed, n=n, m=len(scores), delta=each
+        )
     for k, error in zip(scores.ks, scores.errors.mean(0)):
-        if k not in ks: continue
-        bound = full_bound(error, plain, n, 1., each, True) if len(scores) == n else topk_bound(error, plain, n, len(scores), each, configurations)
-        claims[f'top{k}_error'] = dict(bound=float(bound), risk=float(error), width=1., bits=plain, n=n, m=len(scores), delta=each)
+        if k not in ks:
+            continue
+        bound = (
+            full_bound(error, plain, n, 1.0, each, True)
+            if len(scores) == n
+            else topk_bound(error, plain, n, len(scores), each, configurations)
+        )
+        claims[f'top{k}_error'] = dict(
+            bound=float(bound), risk=float(error), width=1.0, bits=plain, n=n, m=len(scores), delta=each
+        )
     if tokens is not None:
-        bound, risk, alpha, width = _bits_claim(tokens, 'token', smoothed, token_count, each, S * configurations, vocabulary)
-        claims['bits_per_token_of_tokens'] = dict(bound=bound, risk=risk, alpha=alpha, width=width, bits=smoothed, n=token_count, m=len(tokens), delta=each)
+        bound, risk, alpha, width = _bits_claim(
+            tokens, 'token', smoothed, token_count, each, S * configurations, vocabulary
+        )
+        claims['bits_per_token_of_tokens'] = dict(
+            bound=bound, risk=risk, alpha=alpha, width=width, bits=smoothed, n=token_count, m=len(tokens), delta=each
+        )
     return claims
 
 # %% ../../nbs/bounds/04_certificates.ipynb #f8df82f5
@@ -108,22 +153,26 @@ def prove(model,              # with the decoded vector in it
           batch_tokens:int=8192,  # tokens that go through the model at once
 )->tuple:                     # (claims, `Scores` of the sampled documents)
     "Score a model on a sample that its own message decides, and compute every claim."
-    facts, file = read_json(Path(folder)/'tokens.json'), read_token_file(folder)
+    facts, file = read_json(Path(folder) / 'tokens.json'), read_token_file(folder)
     key, count = (sha256_of(message), facts['train']['sha256']), int(file.doc_lengths.sum())
     score = dict(vocabulary=facts['vocabulary'], block=block, batch_tokens=batch_tokens)
     scores = score_documents(model, file, draw_sample(len(file), samples or len(file), 0, 'documents', *key), **score)
-    tokens = score_tokens(model, file, draw_sample(count, token_samples, 0, 'tokens', *key), **score) if token_samples else None
+    tokens = (
+        score_tokens(model, file, draw_sample(count, token_samples, 0, 'tokens', *key), **score)
+        if token_samples
+        else None
+    )
     return make_claims(scores, message, len(file), facts['vocabulary'], configurations, delta, tokens, count), scores
 
 # %% ../../nbs/bounds/04_certificates.ipynb #a52482c1
 MAGIC = b'llmft certificate 1\n'
 
 
-def round_up(value:float)->float:
+def round_up(value: float) -> float:
     "A bound as a certificate claims it: above the number computed, by .0002 to .0012."
     return math.ceil((value + 2e-4) * 1000) / 1000
 
-
+# %% ../../nbs/bounds/04_certificates.ipynb #2d0af6c9
 def write_certificate(path,           # where the file shall stand
                       spec:dict,      # description of the model, for `build_model`
                       subspace,       # trained and quantised, with the decoded vector in it
@@ -134,27 +183,44 @@ def write_certificate(path,           # where the file shall stand
                       settings:dict,  # samples, token_samples, configurations, delta and block, as given to `prove`
 )->Path:                              # `path`
     "Write a certificate."
-    facts = read_json(Path(folder)/'tokens.json')
+    facts = read_json(Path(folder) / 'tokens.json')
     gates = 0 if subspace.gates is None else len(subspace.layers)
-    known = dict(folder=str(folder), documents=facts['train']['documents'], sha256=facts['train']['sha256'], offsets=sha256_of(Path(folder)/'train_offsets.npy'), tokenizer=facts['tokenizer'], vocabulary=facts['vocabulary'], source=facts['source'])
-    header = dict(spec=spec, model=model_facts(model, subspace), gates=gates, data=known, settings=settings,
-                  claims={name: {**claim, 'bound': round_up(claim['bound'])} for name, claim in claims.items()})
+    known = dict(
+        folder=str(folder),
+        documents=facts['train']['documents'],
+        sha256=facts['train']['sha256'],
+        offsets=sha256_of(Path(folder) / 'train_offsets.npy'),
+        tokenizer=facts['tokenizer'],
+        vocabulary=facts['vocabulary'],
+        source=facts['source'],
+    )
+    header = dict(
+        spec=spec,
+        model=model_facts(model, subspace),
+        gates=gates,
+        data=known,
+        settings=settings,
+        claims={name: {**claim, 'bound': round_up(claim['bound'])} for name, claim in claims.items()},
+    )
     text = json.dumps(jsonable(header), sort_keys=True).encode()
     body = MAGIC + len(text).to_bytes(8, 'big') + text + message
     return write_atomic(path, body + bytes.fromhex(sha256_of(body)))
 
-
-def read_certificate(path)->tuple:
+# %% ../../nbs/bounds/04_certificates.ipynb #79b7d95b
+def read_certificate(path) -> tuple:
     "(description, message) of a certificate; a `LabError` when a byte of it was changed."
     path = find_path(path)
-    if not path.is_file(): raise LabError(f'there is no certificate {path}')
+    if not path.is_file():
+        raise LabError(f'there is no certificate {path}')
     content = path.read_bytes()
-    if not content.startswith(MAGIC): raise LabError(f'{path} is no certificate of this laboratory, or its first bytes were changed')
+    if not content.startswith(MAGIC):
+        raise LabError(f'{path} is no certificate of this laboratory, or its first bytes were changed')
     body, digest = content[:-32], content[-32:]
-    if bytes.fromhex(sha256_of(body)) != digest: raise LabError(f'{path} was changed or cut: its content does not match its hash')
+    if bytes.fromhex(sha256_of(body)) != digest:
+        raise LabError(f'{path} was changed or cut: its content does not match its hash')
     start = len(MAGIC) + 8
-    size = int.from_bytes(body[len(MAGIC):start], 'big')
-    return json.loads(body[start:start + size]), body[start + size:]
+    size = int.from_bytes(body[len(MAGIC) : start], 'big')
+    return json.loads(body[start : start + size]), body[start + size :]
 
 # %% ../../nbs/bounds/04_certificates.ipynb #993771ca
 def check_data(known:dict,  # what a certificate says of its data
@@ -162,16 +228,28 @@ def check_data(known:dict,  # what a certificate says of its data
 ):
     "A `LabError` unless the token files in `folder` are the certificate's."
     folder = find_path(folder)
-    if not (folder/'tokens.json').exists(): raise LabError(f"there are no token files in {folder}: give the folder with --data, prepared from {known['source']['data']}")
-    facts, file = read_json(folder/'tokens.json'), read_token_file(folder)
+    if not (folder / 'tokens.json').exists():
+        raise LabError(
+            f"there are no token files in {folder}: give the folder with --data, prepared from {known['source']['data']}"
+        )
+    facts, file = read_json(folder / 'tokens.json'), read_token_file(folder)
     if facts['tokenizer'] != known['tokenizer'] or facts['vocabulary'] != known['vocabulary']:
-        raise LabError(f"another tokenizer: the certificate was made with {known['tokenizer']} ({known['vocabulary']:,} tokens), {folder} with {facts['tokenizer']} ({facts['vocabulary']:,})")
-    if len(file) != known['documents']: raise LabError(f"another number of documents: the certificate is about {known['documents']:,}, {folder} holds {len(file):,}")
-    if not sha256_of(folder/'train.bin') == facts['train']['sha256'] == known['sha256']: raise LabError(f'another corpus: {folder}/train.bin does not match the hash in the certificate')
-    if sha256_of(folder/'train_offsets.npy') != known['offsets']: raise LabError(f'other documents: {folder}/train_offsets.npy, where each begins, does not match the hash in the certificate')
+        raise LabError(
+            f"another tokenizer: the certificate was made with {known['tokenizer']} ({known['vocabulary']:,} tokens), {folder} with {facts['tokenizer']} ({facts['vocabulary']:,})"
+        )
+    if len(file) != known['documents']:
+        raise LabError(
+            f"another number of documents: the certificate is about {known['documents']:,}, {folder} holds {len(file):,}"
+        )
+    if not sha256_of(folder / 'train.bin') == facts['train']['sha256'] == known['sha256']:
+        raise LabError(f'another corpus: {folder}/train.bin does not match the hash in the certificate')
+    if sha256_of(folder / 'train_offsets.npy') != known['offsets']:
+        raise LabError(
+            f'other documents: {folder}/train_offsets.npy, where each begins, does not match the hash in the certificate'
+        )
     return folder
 
-
+# %% ../../nbs/bounds/04_certificates.ipynb #dfa84dd6
 def decoded_model(header:dict,    # from `read_certificate`
                   message:bytes,  # likewise
 )->tuple:                         # (model, `Subspace`) with the decoded numbers in it
@@ -179,13 +257,18 @@ def decoded_model(header:dict,    # from `read_certificate`
     model, subspace = build_model(header['spec'])
     mine = model_facts(model, subspace)
     for key, value in header['model'].items():
-        if mine[key] != value: raise LabError(f'another model: {key} comes out as {mine[key]} and the certificate says {value}; its base weights or the library that makes them differ')
+        if mine[key] != value:
+            raise LabError(
+                f'another model: {key} comes out as {mine[key]} and the certificate says {value}; its base weights or the library that makes them differ'
+            )
     values, gates = decode_message(message, subspace.config.dimension, header['gates'], subspace.config.gate_bits)
-    if gates: subspace.code_gates(gates)
-    with torch.no_grad(): subspace.v.copy_(torch.from_numpy(values))
+    if gates:
+        subspace.code_gates(gates)
+    with torch.no_grad():
+        subspace.v.copy_(torch.from_numpy(values))
     return model, subspace
 
-
+# %% ../../nbs/bounds/04_certificates.ipynb #23603238
 def verify(path,       # a certificate
            data=None,  # folder of the token files; by default the one the certificate names
 )->dict:               # name of a claim -> claimed, recomputed, holds; a `LabError` when it cannot be checked
@@ -194,5 +277,15 @@ def verify(path,       # a certificate
     settings, folder = header['settings'], check_data(header['data'], data or header['data']['folder'])
     model, _ = decoded_model(header, message)
     again, _ = prove(model, folder, message, **settings)
-    if set(again) != set(header['claims']): raise LabError(f'the certificate claims {sorted(header["claims"])} and its settings give {sorted(again)}: it was put together by hand')
-    return {name: dict(claimed=claim['bound'], recomputed=again[name]['bound'], holds=bool(again[name]['bound'] <= claim['bound'] and again[name]['bits'] == claim['bits'])) for name, claim in header['claims'].items()}
+    if set(again) != set(header['claims']):
+        raise LabError(
+            f'the certificate claims {sorted(header["claims"])} and its settings give {sorted(again)}: it was put together by hand'
+        )
+    return {
+        name: dict(
+            claimed=claim['bound'],
+            recomputed=again[name]['bound'],
+            holds=bool(again[name]['bound'] <= claim['bound'] and again[name]['bits'] == claim['bits']),
+        )
+        for name, claim in header['claims'].items()
+    }

@@ -18,23 +18,26 @@ def assign(values_D,    # numbers, (d,)
 ):                      # symbols_D, int32: which level is nearest
     "The nearest level of each value; a tie goes to the lower level."
     codebook_Q = np.asarray(codebook_Q, dtype=np.float64)
-    return np.searchsorted((codebook_Q[1:] + codebook_Q[:-1]) / 2, np.asarray(values_D, dtype=np.float64), side='left').astype(np.int32)
+    return np.searchsorted(
+        (codebook_Q[1:] + codebook_Q[:-1]) / 2, np.asarray(values_D, dtype=np.float64), side='left'
+    ).astype(np.int32)
 
-
+# %% ../../nbs/bounds/01_coding.ipynb #5f26b2fd
 def _uniform(values_D, q):
     "Levels in the middle of q equal parts of the range."
     low, high = values_D.min(), values_D.max()
-    return low + (np.arange(q) + .5) / q * (high - low)
+    return low + (np.arange(q) + 0.5) / q * (high - low)
 
 
 def _kmeans(values_D, q, rounds=100):
     "Lloyd's algorithm from the middle of q equal shares of the numbers."
-    levels = np.quantile(values_D, (np.arange(q) + .5) / q)
+    levels = np.quantile(values_D, (np.arange(q) + 0.5) / q)
     for _ in range(rounds):
         symbols = assign(values_D, levels)
         counts, sums = np.bincount(symbols, minlength=q), np.bincount(symbols, values_D, minlength=q)
         moved = np.sort(np.where(counts > 0, sums / np.maximum(counts, 1), levels))
-        if np.array_equal(moved, levels): break
+        if np.array_equal(moved, levels):
+            break
         levels = moved
     return levels
 
@@ -52,7 +55,7 @@ def _round(costs, sums, squares, d):
             offsets = np.cumsum(sizes) - sizes
             cut = np.arange(sizes.sum()) - np.repeat(offsets - low, sizes)
             end = np.repeat(ends, sizes)
-            total = costs[cut] + squares[end] - squares[cut] - (sums[end] - sums[cut])**2 / (end - cut)
+            total = costs[cut] + squares[end] - squares[cut] - (sums[end] - sums[cut]) ** 2 / (end - cut)
             best[ends] = np.minimum.reduceat(total, offsets)
             first = np.flatnonzero(total == np.repeat(best[ends], sizes))
             owner = np.searchsorted(offsets, first, side='right') - 1
@@ -71,9 +74,11 @@ def _optimal(values_D, q):
         costs, start = _round(costs, sums, squares, d)
         cuts.append(start)
     edges = [d]
-    for start in reversed(cuts): edges.append(start[edges[-1]])
+    for start in reversed(cuts):
+        edges.append(start[edges[-1]])
     edges = edges[::-1]
     return np.array([(sums[b] - sums[a]) / (b - a) for a, b in zip(edges, edges[1:]) if b > a]) + values_D.mean()
+
 
 codebooks = dict(uniform=_uniform, kmeans=_kmeans, optimal=_optimal)
 
@@ -84,12 +89,17 @@ def make_codebook(values_D,           # the trained vector, (d,)
 ):                                    # codebook_Q, float32 numbers that are exact in float16, ascending; fewer than q where values repeat
     "The levels that stand for `values_D`; a `LabError` for levels or values that make no codebook."
     values_D = np.asarray(values_D, dtype=np.float64)
-    if levels < 1 or levels % 2 == 0: raise LabError(f'levels is {levels}: give an odd number, such as 11')
-    if kind not in codebooks: raise LabError(f"codebook is '{kind}'{nearest(kind, codebooks)}: choose from {', '.join(codebooks)}")
-    if not len(values_D) or not np.isfinite(values_D).all(): raise LabError('the vector to code is empty or has values that are not finite: train it with a lower learning rate')
+    if levels < 1 or levels % 2 == 0:
+        raise LabError(f'levels is {levels}: give an odd number, such as 11')
+    if kind not in codebooks:
+        raise LabError(f"codebook is '{kind}'{nearest(kind, codebooks)}: choose from {', '.join(codebooks)}")
+    if not len(values_D) or not np.isfinite(values_D).all():
+        raise LabError(
+            'the vector to code is empty or has values that are not finite: train it with a lower learning rate'
+        )
     return in_float16(codebooks[kind](values_D, levels))
 
-
+# %% ../../nbs/bounds/01_coding.ipynb #28e91cd8
 def in_float16(codebook_Q):
     "Levels as float16 can hold them, ascending and without repeats."
     return np.unique(np.asarray(codebook_Q).astype(np.float16)).astype(np.float32)
@@ -100,10 +110,10 @@ def entropy(counts_Q,  # how often each symbol occurs, (q,)
     "The entropy of the symbols' frequencies."
     counts = np.asarray(counts_Q, dtype=np.float64)
     share = counts[counts > 0] / counts.sum()
-    return float(-(share * np.log2(share)).sum()) + 0.
+    return float(-(share * np.log2(share)).sum()) + 0.0
 
-
-def reference_bits(counts_Q)->int:
+# %% ../../nbs/bounds/01_coding.ipynb #dcf11b65
+def reference_bits(counts_Q) -> int:
     "The published length: entropy, one bit, and for each level 16 bits and a count."
     d, q = int(np.sum(counts_Q)), len(counts_Q)
     return math.ceil(d * entropy(counts_Q)) + 1 + 16 * q + math.ceil(math.log2(d)) * q
@@ -112,26 +122,34 @@ def reference_bits(counts_Q)->int:
 def prefixed_bits(length:int,  # L, bits, at least 1
 )->int:                        # bits of the length's Elias gamma code and the message
     "The prefix-free length of a message of `length` bits."
-    if length < 1: raise LabError(f'a message of {length} bits has no prefix code: it needs at least 1 bit')
+    if length < 1:
+        raise LabError(f'a message of {length} bits has no prefix code: it needs at least 1 bit')
     return length + 2 * (int(length).bit_length() - 1) + 1
 
 # %% ../../nbs/bounds/01_coding.ipynb #a357f3e7
 class Bits:
     "Whole numbers packed into bytes, the highest bit first; written with `put`, read with `take`."
-    def __init__(self, data:bytes=b''): self.number, self.length, self.at, self.data = 0, 0, 0, data
+
+    def __init__(self, data: bytes = b''):
+        self.number, self.length, self.at, self.data = 0, 0, 0, data
+
     def put(self, value:int,  # at least 0
             width:int):       # bits
         "Append `value`."
-        if not 0 <= value < 1 << width: raise LabError(f'{value} does not fit {width} bits')
+        if not 0 <= value < 1 << width:
+            raise LabError(f'{value} does not fit {width} bits')
         self.number, self.length = self.number << width | int(value), self.length + width
         return self
+
     def bytes(self):
         "All that was put, filled up with zero bits to whole bytes."
         filled = -self.length % 8
         return (self.number << filled).to_bytes((self.length + filled) // 8, 'big')
-    def take(self, width:int):
+
+    def take(self, width: int):
         "The next number of `width` bits."
-        if self.at + width > 8 * len(self.data): raise LabError('the message ends too early: it was cut')
+        if self.at + width > 8 * len(self.data):
+            raise LabError('the message ends too early: it was cut')
         self.at += width
         return int.from_bytes(self.data, 'big') >> (8 * len(self.data) - self.at) & (1 << width) - 1
 
@@ -144,7 +162,8 @@ def _model(counts_Q):
 
 def _coded(symbols_D, counts_Q):
     "The symbols as bytes; none when there is only one symbol to choose from. Zero bytes at the end are left out."
-    if len(counts_Q) < 2: return b''
+    if len(counts_Q) < 2:
+        return b''
     encoder = stream.queue.RangeEncoder()
     encoder.encode(np.asarray(symbols_D, dtype=np.int32), _model(counts_Q))
     return encoder.get_compressed().astype('>u4').tobytes().rstrip(b'\0')
@@ -152,7 +171,8 @@ def _coded(symbols_D, counts_Q):
 
 def _decoded(data, counts_Q, d):
     "The d symbols that `_coded` turned into `data`."
-    if len(counts_Q) < 2: return np.zeros(d, dtype=np.int32)
+    if len(counts_Q) < 2:
+        return np.zeros(d, dtype=np.int32)
     words = np.frombuffer(data + b'\0' * (-len(data) % 4), dtype='>u4').astype(np.uint32)
     return stream.queue.RangeDecoder(words).decode(_model(counts_Q), d)
 
@@ -164,31 +184,41 @@ def encode_message(values_D,        # d numbers, each one of the levels
 )->bytes:
     "The message that `decode_message` turns back into `values_D` and `gates`; a `LabError` when it would not."
     values_D, codebook_Q = np.asarray(values_D, dtype=np.float32), np.asarray(codebook_Q, dtype=np.float32)
-    if len(codebook_Q) > 255: raise LabError(f'{len(codebook_Q)} levels do not fit one byte: use at most 255')
+    if len(codebook_Q) > 255:
+        raise LabError(f'{len(codebook_Q)} levels do not fit one byte: use at most 255')
     symbols = assign(values_D, codebook_Q)
     used, symbols = np.unique(symbols, return_inverse=True)
     levels, counts, bits, d = codebook_Q[used], np.bincount(symbols), Bits().put(len(used), 8), len(values_D)
-    for level, count in zip(levels, counts): bits.put(struct.unpack('>H', struct.pack('>e', level))[0], 16).put(int(count), d.bit_length())
-    for gate in gates: bits.put(int(gate), gate_bits)
+    for level, count in zip(levels, counts):
+        bits.put(struct.unpack('>H', struct.pack('>e', level))[0], 16).put(int(count), d.bit_length())
+    for gate in gates:
+        bits.put(int(gate), gate_bits)
     message = bits.bytes() + _coded(symbols, counts)
     again, gates_again = decode_message(message, d, len(gates), gate_bits)
-    if not (np.array_equal(again, values_D) and gates_again == [int(gate) for gate in gates]): raise LabError('the values are not levels of the codebook: quantise them first')
+    if not (np.array_equal(again, values_D) and gates_again == [int(gate) for gate in gates]):
+        raise LabError('the values are not levels of the codebook: quantise them first')
     return message
 
-
+# %% ../../nbs/bounds/01_coding.ipynb #b13f4a6d
 def decode_message(message:bytes,    # from `encode_message`
                    d:int,            # numbers in the vector
                    gates:int=0,      # number of gates
                    gate_bits:int=0,  # bits a gate
 )->tuple:                            # (values_D float32, list of gates)
     "What the message says; a `LabError` when it cannot be one."
-    bits = Bits(message[:1 + (255 * (16 + d.bit_length()) + gates * gate_bits) // 8 + 1])
-    pairs = [(struct.unpack('>e', struct.pack('>H', bits.take(16)))[0], bits.take(d.bit_length())) for _ in range(bits.take(8))]
+    bits = Bits(message[: 1 + (255 * (16 + d.bit_length()) + gates * gate_bits) // 8 + 1])
+    pairs = [
+        (struct.unpack('>e', struct.pack('>H', bits.take(16)))[0], bits.take(d.bit_length()))
+        for _ in range(bits.take(8))
+    ]
     levels, counts = np.array([level for level, _ in pairs], dtype=np.float32), [count for _, count in pairs]
-    if sum(counts) != d or not all(counts): raise LabError(f'the message is for {sum(counts)} numbers and not for {d}: it belongs to another configuration')
+    if sum(counts) != d or not all(counts):
+        raise LabError(f'the message is for {sum(counts)} numbers and not for {d}: it belongs to another configuration')
     found = [bits.take(gate_bits) for _ in range(gates)]
-    try: symbols = _decoded(message[-(-bits.at // 8):], counts, d)
-    except AssertionError as error: raise LabError(f'the message cannot be decoded ({error}): it was changed') from None
+    try:
+        symbols = _decoded(message[-(-bits.at // 8) :], counts, d)
+    except AssertionError as error:
+        raise LabError(f'the message cannot be decoded ({error}): it was changed') from None
     return levels[symbols], found
 
 # %% ../../nbs/bounds/01_coding.ipynb #64eb1e02
@@ -197,5 +227,6 @@ def charged_bits(message:bytes,         # from `encode_message`
                  choices:int=1,         # values chosen afterwards, such as smoothing weights
 )->float:                               # K, bits
     "All bits that the bound charges."
-    if configurations < 1 or choices < 1: raise LabError(f'configurations is {configurations} and choices is {choices}: give at least 1 of each')
+    if configurations < 1 or choices < 1:
+        raise LabError(f'configurations is {configurations} and choices is {choices}: give at least 1 of each')
     return prefixed_bits(8 * len(message)) + math.log2(configurations) + math.log2(choices)

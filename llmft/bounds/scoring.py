@@ -23,13 +23,16 @@ SLIDE = 100  # tokens a window is shifted by
 @dataclass
 class Windows:
     "Stretches of tokens and which of their predictions count; arrays of one entry a window."
+
     document: np.ndarray  # place in the list of documents
-    start: np.ndarray     # first input token, in the file
-    inputs: np.ndarray    # input tokens
-    skip: np.ndarray      # predictions at the beginning that another window has scored
-    def __len__(self): return len(self.start)
+    start: np.ndarray  # first input token, in the file
+    inputs: np.ndarray  # input tokens
+    skip: np.ndarray  # predictions at the beginning that another window has scored
 
+    def __len__(self):
+        return len(self.start)
 
+# %% ../../nbs/bounds/03_scoring.ipynb #afaed9b6
 def make_windows(starts,       # first input token of each document, in the file
                  predicted,    # tokens of each document that are predicted
                  block:int,    # positions of the model
@@ -53,7 +56,9 @@ def _targets(hidden_RD, head, targets_R, chunk_bytes):
         logits = head(hidden_RD[rows]).float()
         truth = logits.gather(1, targets_R[rows, None])
         logs.append(-torch.nn.functional.cross_entropy(logits, targets_R[rows], reduction='none'))
-        ranks.append(torch.ge(logits, truth, out=logits).sum(1).long() - 1)  # in the place of the logits: whole numbers below 2**24 are exact
+        ranks.append(
+            torch.ge(logits, truth, out=logits).sum(1).long() - 1
+        )  # in the place of the logits: whole numbers below 2**24 are exact
     return torch.cat(logs), torch.cat(ranks)
 
 
@@ -69,7 +74,7 @@ def score_windows(model,                  # a causal language model
     model.eval()
     order, at = np.argsort(-windows.inputs, kind='stable'), 0
     while at < len(order):
-        rows = order[at:at + max(1, batch_tokens // int(windows.inputs[order[at]]))]
+        rows = order[at : at + max(1, batch_tokens // int(windows.inputs[order[at]]))]
         at += len(rows)
         steps, inputs = np.arange(windows.inputs[rows[0]]), windows.inputs[rows, None]
         place = windows.start[rows, None] + np.minimum(steps, inputs - 1)
@@ -77,25 +82,33 @@ def score_windows(model,                  # a causal language model
         hidden = hidden_states(model, torch.from_numpy(np.asarray(ids[place], dtype=np.int64)).to(device))
         truth = torch.from_numpy(np.asarray(ids[place[counts] + 1], dtype=np.int64)).to(device)
         logs, ranks = _targets(hidden[torch.from_numpy(counts).to(device)], output_head(model), truth, chunk_bytes)
-        yield np.broadcast_to(rows[:, None], place.shape)[counts], place[counts] + 1, logs.double().cpu().numpy(), ranks.cpu().numpy()
+        yield (
+            np.broadcast_to(rows[:, None], place.shape)[counts],
+            place[counts] + 1,
+            logs.double().cpu().numpy(),
+            ranks.cpu().numpy(),
+        )
     model.train(mode)
 
 # %% ../../nbs/bounds/03_scoring.ipynb #03b03152
-ALPHAS = (1e-4, 1e-3, 5e-3, .01, .05, .1, .25, .5)
+ALPHAS = (1e-4, 1e-3, 5e-3, 0.01, 0.05, 0.1, 0.25, 0.5)
 TOP_K = (1, 5, 10, 50, 100)
 
 
 @dataclass
 class Scores:
     "Losses and errors of documents, or of tokens taken as documents of length 1."
-    bits: np.ndarray    # mean smoothed loss, (documents, alphas)
+
+    bits: np.ndarray  # mean smoothed loss, (documents, alphas)
     errors: np.ndarray  # share of tokens outside the k best, (documents, ks)
     tokens: np.ndarray  # tokens scored, (documents,)
-    alphas: tuple       # smoothing weights
-    ks: tuple           # ranks
-    def __len__(self): return len(self.tokens)
+    alphas: tuple  # smoothing weights
+    ks: tuple  # ranks
 
+    def __len__(self):
+        return len(self.tokens)
 
+# %% ../../nbs/bounds/03_scoring.ipynb #f39a7c0a
 def summarise(document,        # which document each token belongs to, (tokens,)
               probabilities,   # of the true tokens
               ranks,           # number of tokens that were more probable
@@ -108,7 +121,13 @@ def summarise(document,        # which document each token belongs to, (tokens,)
     tokens = np.bincount(document, minlength=documents)
     mean = lambda column: np.bincount(document, column, minlength=documents) / np.maximum(tokens, 1)
     bits = smoothed_bits(probabilities, alphas, vocabulary)
-    return Scores(np.stack([mean(column) for column in bits.T], 1), np.stack([mean(np.asarray(ranks) >= k) for k in ks], 1), tokens, tuple(alphas), tuple(ks))
+    return Scores(
+        np.stack([mean(column) for column in bits.T], 1),
+        np.stack([mean(np.asarray(ranks) >= k) for k in ks], 1),
+        tokens,
+        tuple(alphas),
+        tuple(ks),
+    )
 
 # %% ../../nbs/bounds/03_scoring.ipynb #32ca628d
 def score_documents(model,                  # a causal language model
@@ -124,7 +143,10 @@ def score_documents(model,                  # a causal language model
     "All losses and errors of some documents, in one pass."
     examples = file.examples()
     windows = make_windows(examples.starts[rows], examples.slots[rows], block, slide)
-    parts = [(windows.document[window], np.exp(logs), ranks) for window, _, logs, ranks in score_windows(model, file.ids, windows, batch_tokens)]
+    parts = [
+        (windows.document[window], np.exp(logs), ranks)
+        for window, _, logs, ranks in score_windows(model, file.ids, windows, batch_tokens)
+    ]
     return summarise(*map(np.concatenate, zip(*parts)), len(rows), vocabulary, alphas, ks)
 
 # %% ../../nbs/bounds/03_scoring.ipynb #f14c4e9a
@@ -134,7 +156,8 @@ def draw_sample(n:int,     # documents, or tokens, there are
                 *purpose,  # what it is for
 ):                         # int64, ascending, (m,)
     "m different numbers below n; a `LabError` when there are not so many."
-    if not 1 <= m <= n: raise LabError(f'{m} samples of {n} documents: draw at least 1 and at most as many as there are')
+    if not 1 <= m <= n:
+        raise LabError(f'{m} samples of {n} documents: draw at least 1 and at most as many as there are')
     rng = purpose_rng(seed, 'sample', *purpose)
     if m < n // 2:
         found = np.unique(rng.integers(0, n, 2 * m))
@@ -166,4 +189,6 @@ def score_tokens(model,                  # a causal language model
     where, logs, ranks = map(np.concatenate, list(zip(*score_windows(model, file.ids, windows, batch_tokens)))[1:])
     mine = np.isin(where, place)
     order = np.argsort(where[mine])
-    return summarise(np.arange(len(place)), np.exp(logs[mine][order]), ranks[mine][order], len(place), vocabulary, alphas, ks)
+    return summarise(
+        np.arange(len(place)), np.exp(logs[mine][order]), ranks[mine][order], len(place), vocabulary, alphas, ks
+    )

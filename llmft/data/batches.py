@@ -15,17 +15,22 @@ from .tokens import Examples
 @dataclass
 class Plan:
     "Which examples each optimiser step learns from: a pure function of the seed and the step."
+
     examples: int  # number of examples
-    rows: int      # examples an optimiser step
-    seed: int      # of the order
+    rows: int  # examples an optimiser step
+    seed: int  # of the order
     _order: tuple = field(default=(None, None), repr=False)
+
     @property
-    def steps_per_epoch(self): return -(-self.examples // self.rows)
-    def step(self, number:int)->np.ndarray:
+    def steps_per_epoch(self):
+        return -(-self.examples // self.rows)
+
+    def step(self, number: int) -> np.ndarray:
         "The examples of optimiser step `number`, counted from 0."
         epoch, index = divmod(number, self.steps_per_epoch)
-        if self._order[0] != epoch: self._order = (epoch, purpose_rng(self.seed, 'order', epoch).permutation(self.examples))
-        return self._order[1][index * self.rows:(index + 1) * self.rows]
+        if self._order[0] != epoch:
+            self._order = (epoch, purpose_rng(self.seed, 'order', epoch).permutation(self.examples))
+        return self._order[1][index * self.rows : (index + 1) * self.rows]
 
 # %% ../../nbs/data/05_batches.ipynb #13c9df40
 IGNORED = -100
@@ -34,17 +39,26 @@ IGNORED = -100
 @dataclass
 class MicroBatch:
     "What goes through the model at once. B rows of T slots."
-    ids_BT: torch.Tensor        # int64
-    labels_BT: torch.Tensor     # int64: the target of each position, IGNORED where there is none
+
+    ids_BT: torch.Tensor  # int64
+    labels_BT: torch.Tensor  # int64: the target of each position, IGNORED where there is none
     positions_BT: torch.Tensor  # int64: position inside the document
-    lengths: list               # documents of a packed row, in slots; None for rows of one document each
-    tokens: int                 # real input tokens
-    supervised: int             # targets trained on
+    lengths: list  # documents of a packed row, in slots; None for rows of one document each
+    tokens: int  # real input tokens
+    supervised: int  # targets trained on
+
     @property
-    def slots(self): return self.ids_BT.numel()
-    def to(self, device)->'MicroBatch':
+    def slots(self):
+        return self.ids_BT.numel()
+
+    def to(self, device) -> 'MicroBatch':
         "The same micro-batch on `device`."
-        return MicroBatch(*(t.to(device, non_blocking=True) for t in (self.ids_BT, self.labels_BT, self.positions_BT)), self.lengths, self.tokens, self.supervised)
+        return MicroBatch(
+            *(t.to(device, non_blocking=True) for t in (self.ids_BT, self.labels_BT, self.positions_BT)),
+            self.lengths,
+            self.tokens,
+            self.supervised,
+        )
 
 
 def _example(examples, row):
@@ -52,16 +66,22 @@ def _example(examples, row):
     start, end = examples.starts[row], examples.ends[row]
     ids = np.asarray(examples.ids[start:end], dtype=np.int64)
     labels = ids[1:].copy()
-    if examples.loss is not None: labels[~examples.loss[start + 1:end]] = IGNORED
+    if examples.loss is not None:
+        labels[~examples.loss[start + 1 : end]] = IGNORED
     return ids[:-1], labels
 
 
-def _micro_batch(pairs, lengths, pad)->MicroBatch:
+def _micro_batch(pairs, lengths, pad) -> MicroBatch:
     longest = max(len(ids) for ids, _ in pairs)
     ids_BT = np.full((len(pairs), longest), pad, dtype=np.int64)
     labels_BT = np.full((len(pairs), longest), IGNORED, dtype=np.int64)
-    for b, (ids, labels) in enumerate(pairs): ids_BT[b, :len(ids)], labels_BT[b, :len(labels)] = ids, labels
-    positions_BT = np.concatenate([np.arange(n) for n in lengths])[None] if lengths else np.broadcast_to(np.arange(longest), ids_BT.shape).copy()
+    for b, (ids, labels) in enumerate(pairs):
+        ids_BT[b, : len(ids)], labels_BT[b, : len(labels)] = ids, labels
+    positions_BT = (
+        np.concatenate([np.arange(n) for n in lengths])[None]
+        if lengths
+        else np.broadcast_to(np.arange(longest), ids_BT.shape).copy()
+    )
     tensors = (torch.from_numpy(array) for array in (ids_BT, labels_BT, positions_BT))
     return MicroBatch(*tensors, lengths, sum(len(ids) for ids, _ in pairs), int((labels_BT != IGNORED).sum()))
 
@@ -75,8 +95,11 @@ def best_fit(sizes,         # size of each item
         fits = [b for b in range(len(bins)) if room[b] >= sizes[item]]
         if fits:
             chosen = min(fits, key=lambda b: (room[b], b))
-            bins[chosen].append(item); room[chosen] -= sizes[item]
-        else: bins.append([item]); room.append(capacity - sizes[item])
+            bins[chosen].append(item)
+            room[chosen] -= sizes[item]
+        else:
+            bins.append([item])
+            room.append(capacity - sizes[item])
     return bins
 
 # %% ../../nbs/data/05_batches.ipynb #4971df25
@@ -91,7 +114,8 @@ def micro_batches(examples:Examples,    # all examples, of which `rows` are laid
                   pad:int=0,            # token id that fills unused slots
 )->list:                                # MicroBatch objects
     "Lay out the examples of one optimiser step; every layout has the same targets."
-    if layout not in layouts: raise LabError(f"layout is '{layout}': choose from {', '.join(layouts)}")
+    if layout not in layouts:
+        raise LabError(f"layout is '{layout}': choose from {', '.join(layouts)}")
     rows = np.asarray(rows)
     slots = examples.slots[rows]
     if layout == 'packed':
@@ -102,8 +126,12 @@ def micro_batches(examples:Examples,    # all examples, of which `rows` are laid
             whole = tuple(np.concatenate(part) for part in zip(*pairs))
             packed.append(_micro_batch([whole], [len(ids) for ids, _ in pairs], pad))
         return packed
-    if layout == 'bucketed': rows = rows[np.argsort(-slots, kind='stable')]
-    return [_micro_batch([_example(examples, row) for row in rows[first:first + batch_size]], None, pad) for first in range(0, len(rows), batch_size)]
+    if layout == 'bucketed':
+        rows = rows[np.argsort(-slots, kind='stable')]
+    return [
+        _micro_batch([_example(examples, row) for row in rows[first : first + batch_size]], None, pad)
+        for first in range(0, len(rows), batch_size)
+    ]
 
 # %% ../../nbs/data/05_batches.ipynb #e854302b
 def evaluation_batches(examples:Examples,    # held-out examples
@@ -114,12 +142,20 @@ def evaluation_batches(examples:Examples,    # held-out examples
 ):                                           # iterator of MicroBatch
     "All examples once, longest first, in micro-batches of the given layout."
     order = np.argsort(-examples.slots, kind='stable')
-    if layout != 'packed': yield from (m for first in range(0, len(order), batch_size) for m in micro_batches(examples, order[first:first + batch_size], batch_size, length, layout, pad)); return
+    if layout != 'packed':
+        yield from (
+            m
+            for first in range(0, len(order), batch_size)
+            for m in micro_batches(examples, order[first : first + batch_size], batch_size, length, layout, pad)
+        )
+        return
     group, used = [], 0
     for row in order:
         size = int(examples.slots[row])
         if group and used + size > batch_size * length:
             yield from micro_batches(examples, group, batch_size, length, layout, pad)
             group, used = [], 0
-        group.append(row); used += size
-    if group: yield from micro_batches(examples, group, batch_size, length, layout, pad)
+        group.append(row)
+        used += size
+    if group:
+        yield from micro_batches(examples, group, batch_size, length, layout, pad)

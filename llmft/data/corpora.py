@@ -19,33 +19,49 @@ from ..core import LabError, find_path, nearest, sha256_of, short_hash
 @dataclass
 class Documents:
     "Texts with a name each; the names say where a text came from."
+
     texts: list  # one string a document
     names: list  # "argparse.py", "notes.jsonl:17", ...
-    def __len__(self): return len(self.texts)
-    def __iter__(self): return iter(zip(self.names, self.texts))
-    def __getitem__(self, index): return Documents(self.texts[index], self.names[index])
-    @property
-    def characters(self): return sum(map(len, self.texts))
-    @property
-    def bytes(self): return sum(len(text.encode()) for text in self.texts)
 
+    def __len__(self):
+        return len(self.texts)
 
+    def __iter__(self):
+        return iter(zip(self.names, self.texts))
+
+    def __getitem__(self, index):
+        return Documents(self.texts[index], self.names[index])
+
+    @property
+    def characters(self):
+        return sum(map(len, self.texts))
+
+    @property
+    def bytes(self):
+        return sum(len(text.encode()) for text in self.texts)
+
+# %% ../../nbs/data/02_corpora.ipynb #9743ba62
 @dataclass
 class Corpus:
     "Training and held-out documents, and the count of whatever was dropped."
+
     train: Documents
     valid: Documents
     notes: dict = field(default_factory=dict)  # count of documents dropped, by reason
-    def hashes(self)->dict:
+
+    def hashes(self) -> dict:
         "What identifies the data of a run: number of documents, bytes and content hash of each side."
-        return {side: dict(documents=len(part), bytes=part.bytes, sha256=short_hash(part.texts)) for side, part in (('train', self.train), ('valid', self.valid))}
+        return {
+            side: dict(documents=len(part), bytes=part.bytes, sha256=short_hash(part.texts))
+            for side, part in (('train', self.train), ('valid', self.valid))
+        }
 
 # %% ../../nbs/data/02_corpora.ipynb #ff7e28c1
-def content_key(text:str)->str:
+def content_key(text: str) -> str:
     "A hash of `text` that ignores differences in white space."
     return sha256_of(' '.join(text.split()))
 
-
+# %% ../../nbs/data/02_corpora.ipynb #182f6a1b
 def is_held_out(text:str,     # or a key of it
                 share:float,  # of all texts, in (0, 1)
                 seed:int,     # another seed, another split
@@ -53,17 +69,19 @@ def is_held_out(text:str,     # or a key of it
     "Whether a text belongs to the held-out side: a hash decides, so that copies share a side."
     return int(sha256_of(f'{seed} {text}')[:12], 16) < share * 16**12
 
-
+# %% ../../nbs/data/02_corpora.ipynb #ac0282ab
 def split_documents(documents:Documents,   # all documents, copies included
                     valid_share:float=.1,  # share of documents to hold out, in (0, 1)
                     seed:int=42,           # another seed, another split
 )->Corpus:                                 # `notes` counts copies dropped
     "Split by a hash of each text, so that copies share a side; further copies within a side are dropped."
-    if not 0 < valid_share < 1: raise LabError(f'valid_share is {valid_share}: give a number between 0 and 1')
+    if not 0 < valid_share < 1:
+        raise LabError(f'valid_share is {valid_share}: give a number between 0 and 1')
     seen, sides = set(), {True: [], False: []}
     for row, text in enumerate(documents.texts):
         key = content_key(text)
-        if key in seen: continue
+        if key in seen:
+            continue
         seen.add(key)
         sides[is_held_out(key, valid_share, seed)].append(row)
     pick = lambda rows: Documents([documents.texts[r] for r in rows], [documents.names[r] for r in rows])
@@ -76,15 +94,29 @@ def drop_shared(train:Documents,  # loses every document that `valid` holds too
     "Keep two given sides apart: documents of `train` that stand in `valid` are dropped and counted."
     held_out = {content_key(text) for text in valid.texts}
     kept = [row for row, text in enumerate(train.texts) if content_key(text) not in held_out]
-    return Corpus(Documents([train.texts[r] for r in kept], [train.names[r] for r in kept]), valid, dict(duplicates_across_splits=len(train) - len(kept)))
+    return Corpus(
+        Documents([train.texts[r] for r in kept], [train.names[r] for r in kept]),
+        valid,
+        dict(duplicates_across_splits=len(train) - len(kept)),
+    )
 
 # %% ../../nbs/data/02_corpora.ipynb #e1278fdf
-function_modules = frozenset('argparse csv textwrap heapq configparser shutil zipfile calendar mailbox imaplib smtplib ftplib pprint random json wsgiref plistlib '
-    'glob fnmatch gettext tempfile ipaddress poplib netrc sndhdr string copy types weakref contextlib trace timeit profile'.split())
-function_eval_modules = frozenset('statistics difflib shlex colorsys bisect numbers cmd xmlrpc telnetlib quopri'.split())
-base_eval_modules = frozenset('subprocess logging fractions selectors queue mimetypes webbrowser getopt sched dataclasses pstats filecmp'.split())
-topic_eval = frozenset('execmodel naming exceptions dynamic-features comparisons in import raise slicings subscriptions typesmapping'.split())
-left_out = frozenset('test tests idle_test site-packages dist-packages pydoc_data encodings turtledemo lib-dynload __pycache__ ensurepip'.split())
+function_modules = frozenset(
+    'argparse csv textwrap heapq configparser shutil zipfile calendar mailbox imaplib smtplib ftplib pprint random json wsgiref plistlib '
+    'glob fnmatch gettext tempfile ipaddress poplib netrc sndhdr string copy types weakref contextlib trace timeit profile'.split()
+)
+function_eval_modules = frozenset(
+    'statistics difflib shlex colorsys bisect numbers cmd xmlrpc telnetlib quopri'.split()
+)
+base_eval_modules = frozenset(
+    'subprocess logging fractions selectors queue mimetypes webbrowser getopt sched dataclasses pstats filecmp'.split()
+)
+topic_eval = frozenset(
+    'execmodel naming exceptions dynamic-features comparisons in import raise slicings subscriptions typesmapping'.split()
+)
+left_out = frozenset(
+    'test tests idle_test site-packages dist-packages pydoc_data encodings turtledemo lib-dynload __pycache__ ensurepip'.split()
+)
 builtin_parts = ('base', 'base_eval', 'topics', 'topics_eval', 'functions', 'functions_eval')
 
 # %% ../../nbs/data/02_corpora.ipynb #47d5d808
@@ -97,35 +129,44 @@ def library_files(modules=None,  # top-level names to take; None takes all that 
     for file in sorted(root.rglob('*.py')):
         name = file.relative_to(root)
         top = name.parts[0].removesuffix('.py')
-        if left_out & set(name.parts) or top.startswith('_sysconfigdata'): continue
+        if left_out & set(name.parts) or top.startswith('_sysconfigdata'):
+            continue
         if (top not in held_out) if modules is None else (top in modules):
             text = file.read_text(encoding='utf-8', errors='replace')
-            if text.strip(): texts.append(text); names.append(name.as_posix())
+            if text.strip():
+                texts.append(text)
+                names.append(name.as_posix())
     return Documents(texts, names)
 
 # %% ../../nbs/data/02_corpora.ipynb #d5dd9a26
-def library_tests()->Documents:
+def library_tests() -> Documents:
     "Test files of the standard library, without those of modules that some other part holds."
     root = Path(sysconfig.get_paths()['stdlib'])
     held_out = function_modules | function_eval_modules | base_eval_modules
     texts, names = [], []
     for file in sorted(root.rglob('*.py')):
         name = file.relative_to(root)
-        if not {'test', 'tests', 'idle_test'} & set(name.parts) or 'site-packages' in name.parts: continue
-        if held_out & {word for part in name.with_suffix('').parts for word in (part, *part.split('_'))}: continue
+        if not {'test', 'tests', 'idle_test'} & set(name.parts) or 'site-packages' in name.parts:
+            continue
+        if held_out & {word for part in name.with_suffix('').parts for word in (part, *part.split('_'))}:
+            continue
         text = file.read_text(encoding='utf-8', errors='replace')
-        if text.strip() and '\ufffd' not in text: texts.append(text); names.append(name.as_posix())
+        if text.strip() and '\ufffd' not in text:
+            texts.append(text)
+            names.append(name.as_posix())
     return Documents(texts, names)
 
-
-def bundled_packages()->Documents:
+# %% ../../nbs/data/02_corpora.ipynb #b594e8d7
+def bundled_packages() -> Documents:
     "Source files inside the wheels that `ensurepip` carries; none where a distribution removed them."
-    wheels = sorted((Path(sysconfig.get_paths()['stdlib'])/'ensurepip'/'_bundled').glob('*.whl'))
+    wheels = sorted((Path(sysconfig.get_paths()['stdlib']) / 'ensurepip' / '_bundled').glob('*.whl'))
     texts, names = [], []
     for wheel in map(zipfile.ZipFile, wheels):
         for name in sorted(name for name in wheel.namelist() if name.endswith('.py')):
             text = wheel.read(name).decode('utf-8', errors='replace')
-            if text.strip() and '\ufffd' not in text: texts.append(text); names.append(name)
+            if text.strip() and '\ufffd' not in text:
+                texts.append(text)
+                names.append(name)
     return Documents(texts, names)
 
 # %% ../../nbs/data/02_corpora.ipynb #52d6c91e
@@ -135,19 +176,24 @@ def functions_in(files:Documents,   # Python source
     "Functions and methods of Python `files`, one document each, named `file.py:qualified_name`."
     texts, names = [], []
     for name, source in files:
-        try: tree = ast.parse(source)
-        except SyntaxError: continue
+        try:
+            tree = ast.parse(source)
+        except SyntaxError:
+            continue
         lines = source.splitlines()
         owners = [('', tree)] + [(f'{node.name}.', node) for node in tree.body if isinstance(node, ast.ClassDef)]
         for prefix, owner in owners:
             for node in owner.body:
-                if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): continue
+                if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    continue
                 margin = node.col_offset
-                text = '\n'.join(line[margin:] for line in lines[node.lineno - 1:node.end_lineno]) + '\n'
-                if len(text) >= least: texts.append(text); names.append(f'{name}:{prefix}{node.name}')
+                text = '\n'.join(line[margin:] for line in lines[node.lineno - 1 : node.end_lineno]) + '\n'
+                if len(text) >= least:
+                    texts.append(text)
+                    names.append(f'{name}:{prefix}{node.name}')
     return Documents(texts, names)
 
-
+# %% ../../nbs/data/02_corpora.ipynb #13efe616
 def library_functions(modules,             # top-level module names
                       least:int=120,       # characters a function must have
 )->Documents:
@@ -162,7 +208,7 @@ def paragraphs(text:str,        # a document
     blocks = [(block, ' '.join(block.split())) for block in re.split(r'\n[ \t]*\n', text)]
     return [(block, key if len(key) >= least else None) for block, key in blocks]
 
-
+# %% ../../nbs/data/02_corpora.ipynb #d99de48e
 def without_seen(documents:Documents,  # what to clean
                  seen,                 # set of paragraph keys that may not stand in the result
                  least:int=200,        # characters a document must keep to stay
@@ -171,11 +217,13 @@ def without_seen(documents:Documents,  # what to clean
     texts, names = [], []
     for name, text in documents:
         kept = '\n\n'.join(block for block, key in paragraphs(text) if key is None or key not in seen)
-        if len(kept.strip()) >= min(least, len(text)): texts.append(kept); names.append(name)
+        if len(kept.strip()) >= min(least, len(text)):
+            texts.append(kept)
+            names.append(name)
     return Documents(texts, names)
 
-
-def paragraph_keys(documents:Documents)->set:
+# %% ../../nbs/data/02_corpora.ipynb #d80579e7
+def paragraph_keys(documents: Documents) -> set:
     "The keys of all paragraphs of `documents` that are long enough to count."
     return {key for text in documents.texts for _, key in paragraphs(text) if key}
 
@@ -183,37 +231,51 @@ def paragraph_keys(documents:Documents)->set:
 _parts = {}
 
 
-def _topics(names, seen)->Documents:
+def _topics(names, seen) -> Documents:
     "The topics in `names`, from the longest to the shortest, each without what a longer one or `seen` said."
     from pydoc_data.topics import topics
+
     texts, kept = [], []
     for name in sorted(names & set(topics), key=lambda name: (-len(topics[name]), name)):
-        for text in without_seen(Documents([topics[name]], [name]), seen).texts: texts.append(text); kept.append(name)
+        for text in without_seen(Documents([topics[name]], [name]), seen).texts:
+            texts.append(text)
+            kept.append(name)
         seen = seen | paragraph_keys(Documents([topics[name]], [name]))
     return Documents(texts, kept)
 
 
-def _first_copies(documents)->Documents:
+def _first_copies(documents) -> Documents:
     "`documents` without further copies of a text."
     first = {content_key(text): row for row, text in reversed(list(enumerate(documents.texts)))}
-    return Documents([documents.texts[row] for row in sorted(first.values())], [documents.names[row] for row in sorted(first.values())])
+    return Documents(
+        [documents.texts[row] for row in sorted(first.values())],
+        [documents.names[row] for row in sorted(first.values())],
+    )
 
 
-def _held_out(part)->Documents:
+def _held_out(part) -> Documents:
     "A part that is never trained on."
-    if part == 'base_eval': return library_files(base_eval_modules)
+    if part == 'base_eval':
+        return library_files(base_eval_modules)
     return _topics(topic_eval, set()) if part == 'topics_eval' else library_functions(function_eval_modules)
 
 
-def _trained(part)->Documents:
+def _trained(part) -> Documents:
     "A part to train on, without any paragraph of a held-out part; what the base is trained on is without those of the parts for fine-tuning too."
     from pydoc_data.topics import topics
-    seen = set().union(*(paragraph_keys(builtin_part(held_out)) for held_out in builtin_parts if held_out.endswith('_eval')))
-    if part == 'topics': return _topics(set(topics) - topic_eval, seen)
+
+    seen = set().union(
+        *(paragraph_keys(builtin_part(held_out)) for held_out in builtin_parts if held_out.endswith('_eval'))
+    )
+    if part == 'topics':
+        return _topics(set(topics) - topic_eval, seen)
     if part == 'base':
         found = [library_files(), library_tests(), bundled_packages()]
         found = Documents(*(list(itertools.chain(*column)) for column in zip(*((p.texts, p.names) for p in found))))
-        return without_seen(_first_copies(found), seen | paragraph_keys(builtin_part('topics')) | paragraph_keys(builtin_part('functions')))
+        return without_seen(
+            _first_copies(found),
+            seen | paragraph_keys(builtin_part('topics')) | paragraph_keys(builtin_part('functions')),
+        )
     functions = library_functions(function_modules)
     kept = [row for row, text in enumerate(functions.texts) if not seen & paragraph_keys(Documents([text], ['']))]
     return Documents([functions.texts[row] for row in kept], [functions.names[row] for row in kept])
@@ -222,9 +284,16 @@ def _trained(part)->Documents:
 def builtin_part(part:str,  # one of `builtin_parts`
 )->Documents:
     "One named part of the built-in corpus; the same text on every machine with the same Python."
-    if part not in builtin_parts: raise LabError(f"there is no built-in part '{part}'{nearest(part, builtin_parts)}: choose from {', '.join(builtin_parts)}")
-    if part not in _parts: _parts[part] = _held_out(part) if part.endswith('_eval') else _trained(part)
-    if not len(_parts[part]): raise LabError(f"this Python has no text for the built-in part '{part}': use a Python with its standard library's sources")
+    if part not in builtin_parts:
+        raise LabError(
+            f"there is no built-in part '{part}'{nearest(part, builtin_parts)}: choose from {', '.join(builtin_parts)}"
+        )
+    if part not in _parts:
+        _parts[part] = _held_out(part) if part.endswith('_eval') else _trained(part)
+    if not len(_parts[part]):
+        raise LabError(
+            f"this Python has no text for the built-in part '{part}': use a Python with its standard library's sources"
+        )
     return _parts[part]
 
 # %% ../../nbs/data/02_corpora.ipynb #bb892b6d
@@ -232,11 +301,16 @@ text_endings = ('.txt', '.md', '.rst', '.py')
 row_endings = ('.jsonl', '.parquet')
 
 
-def _rows(rows, text_field, where)->Documents:
+def _rows(rows, text_field, where) -> Documents:
     "The `text_field` of table `rows` as documents; a `LabError` that lists the fields when it is missing."
     if text_field not in rows.column_names:
-        raise LabError(f"{where} has no field '{text_field}'{nearest(text_field, rows.column_names)}: its fields are {', '.join(rows.column_names)}; set text_field")
-    return Documents([text if isinstance(text, str) else '' for text in rows[text_field]], [f'{where}:{row}' for row in range(len(rows))])
+        raise LabError(
+            f"{where} has no field '{text_field}'{nearest(text_field, rows.column_names)}: its fields are {', '.join(rows.column_names)}; set text_field"
+        )
+    return Documents(
+        [text if isinstance(text, str) else '' for text in rows[text_field]],
+        [f'{where}:{row}' for row in range(len(rows))],
+    )
 
 
 def read_rows(path:Path,            # a .jsonl or .parquet file
@@ -245,25 +319,34 @@ def read_rows(path:Path,            # a .jsonl or .parquet file
     "One document per row of a table file."
     from datasets import Dataset
     import pyarrow.json, pyarrow.parquet
+
     try:
         table = pyarrow.parquet.read_table(path) if path.suffix == '.parquet' else pyarrow.json.read_json(path)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-        raise LabError(f"{path} can't be read as {path.suffix[1:]} ({str(error).splitlines()[0]}): one JSON object a line, or a parquet table") from None
+        raise LabError(
+            f"{path} can't be read as {path.suffix[1:]} ({str(error).splitlines()[0]}): one JSON object a line, or a parquet table"
+        ) from None
     return _rows(Dataset(table), text_field, path.name)
 
-
+# %% ../../nbs/data/02_corpora.ipynb #4713a3a9
 def read_files(path:Path,              # a file or a folder
                text_field:str='text',  # for .jsonl and .parquet
 )->Documents:
     "Documents of a file, or of all files below a folder whose endings are known."
     files = sorted(f for f in path.rglob('*') if f.suffix in text_endings + row_endings) if path.is_dir() else [path]
-    if not files: raise LabError(f"{path} holds no file that ends in {', '.join(text_endings + row_endings)}")
+    if not files:
+        raise LabError(f"{path} holds no file that ends in {', '.join(text_endings + row_endings)}")
     parts = []
     for file in files:
-        if file.suffix in row_endings: parts.append(read_rows(file, text_field)); continue
-        if file.suffix not in text_endings: raise LabError(f"{file} ends in '{file.suffix}': give one of {', '.join(text_endings + row_endings)}")
-        try: parts.append(Documents([file.read_text(encoding='utf-8')], [file.name]))
-        except UnicodeDecodeError as error: raise LabError(f'{file} is not UTF-8 text (byte {error.start}): convert it first') from None
+        if file.suffix in row_endings:
+            parts.append(read_rows(file, text_field))
+            continue
+        if file.suffix not in text_endings:
+            raise LabError(f"{file} ends in '{file.suffix}': give one of {', '.join(text_endings + row_endings)}")
+        try:
+            parts.append(Documents([file.read_text(encoding='utf-8')], [file.name]))
+        except UnicodeDecodeError as error:
+            raise LabError(f'{file} is not UTF-8 text (byte {error.start}): convert it first') from None
     return Documents(list(itertools.chain(*(p.texts for p in parts))), list(itertools.chain(*(p.names for p in parts))))
 
 # %% ../../nbs/data/02_corpora.ipynb #da342f24
@@ -273,11 +356,15 @@ def read_hub(name:str,               # for instance "Salesforce/wikitext"
 )->dict:                             # split name -> Documents
     "The splits of a Hugging Face data set as documents."
     import datasets
-    try: loaded = datasets.load_dataset(name, config or None)
+
+    try:
+        loaded = datasets.load_dataset(name, config or None)
     except Exception as error:
         asked = f"data '{name}'" + (f" with data_config '{config}'" if config else '')
-        raise LabError(f"{asked} is no file, folder or built-in part here, and the hub gave nothing ({type(error).__name__}): "
-                       "check the name and the network, or use data=builtin:topics or --small") from None
+        raise LabError(
+            f"{asked} is no file, folder or built-in part here, and the hub gave nothing ({type(error).__name__}): "
+            "check the name and the network, or use data=builtin:topics or --small"
+        ) from None
     return {split: _rows(rows, text_field, f'{name}/{split}') for split, rows in loaded.items()}
 
 # %% ../../nbs/data/02_corpora.ipynb #8c67cfd3
@@ -291,24 +378,35 @@ def load_corpus(data:str,                # "builtin:topics", a file or folder, o
     "Training and held-out documents of any source, with nothing in common, and notes on what was dropped."
     if data.startswith('builtin:'):
         part = data.removeprefix('builtin:')
-        if f'{part}_eval' not in builtin_parts: raise LabError(f"data '{data}' is no training part{nearest(data, ['builtin:base', 'builtin:topics', 'builtin:functions'])}: "
-                                                               'choose builtin:base, builtin:topics or builtin:functions')
+        if f'{part}_eval' not in builtin_parts:
+            raise LabError(
+                f"data '{data}' is no training part{nearest(data, ['builtin:base', 'builtin:topics', 'builtin:functions'])}: "
+                'choose builtin:base, builtin:topics or builtin:functions'
+            )
         corpus = Corpus(builtin_part(part), builtin_part(f'{part}_eval'))
-    elif find_path(data).exists(): corpus = _split(dict(all=read_files(find_path(data), text_field)), valid_share, seed)
-    elif Path(data).suffix in text_endings + row_endings or data.startswith(('.', '/', '~')): raise LabError(f'data {data}: there is no such file or folder')
-    else: corpus = _split(read_hub(data, config, text_field), valid_share, seed)
-    if 0 < num_samples < len(corpus.train): corpus.train, corpus.notes['beyond_num_samples'] = corpus.train[:num_samples], len(corpus.train) - num_samples
+    elif find_path(data).exists():
+        corpus = _split(dict(all=read_files(find_path(data), text_field)), valid_share, seed)
+    elif Path(data).suffix in text_endings + row_endings or data.startswith(('.', '/', '~')):
+        raise LabError(f'data {data}: there is no such file or folder')
+    else:
+        corpus = _split(read_hub(data, config, text_field), valid_share, seed)
+    if 0 < num_samples < len(corpus.train):
+        corpus.train, corpus.notes['beyond_num_samples'] = corpus.train[:num_samples], len(corpus.train) - num_samples
     for side, part in (('training', corpus.train), ('held-out', corpus.valid)):
-        if not len(part): raise LabError(f'data {data} gives no {side} document with text in it: add documents or change valid_share')
+        if not len(part):
+            raise LabError(f'data {data} gives no {side} document with text in it: add documents or change valid_share')
     return corpus
 
 
-def _split(sides, valid_share, seed)->Corpus:
+def _split(sides, valid_share, seed) -> Corpus:
     "A `Corpus` of the splits of a data set, without empty documents."
     kept, empty = {}, 0
     for split, part in sides.items():
         rows = [row for row, text in enumerate(part.texts) if text.strip()]
-        kept[split], empty = Documents([part.texts[r] for r in rows], [part.names[r] for r in rows]), empty + len(part) - len(rows)
+        kept[split], empty = (
+            Documents([part.texts[r] for r in rows], [part.names[r] for r in rows]),
+            empty + len(part) - len(rows),
+        )
     train = 'train' if 'train' in kept else next(iter(kept))
     valid = next((split for split in ('validation', 'valid', 'test') if split in kept and split != train), None)
     corpus = drop_shared(kept[train], kept[valid]) if valid else split_documents(kept[train], valid_share, seed)

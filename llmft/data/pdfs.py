@@ -17,18 +17,20 @@ from .corpora import Corpus, Documents, builtin_part, content_key
 @dataclass
 class PdfFile:
     "What became of one file."
-    name: str             # path below the folder
-    bytes: int            # size on disk
-    pages: int = None     # of the file; None when it could not be opened
-    read: int = None      # pages whose text was taken
-    characters: int = 0   # of that text
-    skipped: str = ''     # why the file is not used; '' when it is
-    text: str = ''        # of the pages read, with a form feed between two
 
+    name: str  # path below the folder
+    bytes: int  # size on disk
+    pages: int = None  # of the file; None when it could not be opened
+    read: int = None  # pages whose text was taken
+    characters: int = 0  # of that text
+    skipped: str = ''  # why the file is not used; '' when it is
+    text: str = ''  # of the pages read, with a form feed between two
 
+# %% ../../nbs/data/03_pdfs.ipynb #987bde9c
 def _page_text(page):
     "The text of a page, words broken by hyphens mended, and whether it holds an image."
     from pypdfium2 import raw
+
     text = page.get_textpage().get_text_range().replace('\r\n', '\n').replace('\r', '\n')
     text = re.sub('[\x02\ufffe\xad]\\s*', '', text).replace('\x00', '').encode('utf-8', 'ignore').decode()
     return text, not text.strip() and any(True for _ in page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE]))
@@ -41,21 +43,34 @@ def read_pdf(path:Path,                # the file
 )->PdfFile:                            # with the text, or the reason why there is none
     "Extract the text of one PDF; whatever is wrong with it is told, not raised."
     import pypdfium2
+
     found = PdfFile(name or Path(path).name, Path(path).stat().st_size)
-    if not found.bytes: found.skipped = 'zero bytes'; return found
-    try: document = pypdfium2.PdfDocument(path)
+    if not found.bytes:
+        found.skipped = 'zero bytes'
+        return found
+    try:
+        document = pypdfium2.PdfDocument(path)
     except pypdfium2.PdfiumError as error:
-        found.skipped = 'encrypted: it asks for a password' if 'password' in str(error).lower() else f'broken: {str(error).removeprefix("Failed to load document ").strip("().")}'
+        found.skipped = (
+            'encrypted: it asks for a password'
+            if 'password' in str(error).lower()
+            else f'broken: {str(error).removeprefix("Failed to load document ").strip("().")}'
+        )
         return found
     with contextlib.closing(document):
         found.pages = len(document)
         found.read = min(found.pages, max_pages or found.pages)
-        try: pages = [_page_text(document[number]) for number in range(found.read)]
-        except Exception as error: found.skipped = f'broken: {" ".join(str(error).split())[:80]}'; return found
+        try:
+            pages = [_page_text(document[number]) for number in range(found.read)]
+        except Exception as error:
+            found.skipped = f'broken: {" ".join(str(error).split())[:80]}'
+            return found
     found.text = '\f'.join(text.strip() for text, _ in pages)
     found.characters = len(found.text.strip())
-    if not found.characters and any(image for _, image in pages): found.skipped = 'scanned: its pages hold images and no text'
-    elif found.characters < min_characters: found.skipped = f'too short: under {min_characters} characters'
+    if not found.characters and any(image for _, image in pages):
+        found.skipped = 'scanned: its pages hold images and no text'
+    elif found.characters < min_characters:
+        found.skipped = f'too short: under {min_characters} characters'
     return found
 
 # %% ../../nbs/data/03_pdfs.ipynb #b295d2ac
@@ -66,47 +81,61 @@ def write_pdf(path,                # where the file shall stand
     "Set `text` as pages of A4 in a fixed-width font, the same bytes every time."
     from reportlab.lib.pagesizes import A4
     from reportlab.pdfgen.canvas import Canvas
-    path, lines = Path(path), [piece for line in text.splitlines() for piece in (textwrap.wrap(line, 90, drop_whitespace=False, replace_whitespace=False) or [''])]
+
+    path, lines = (
+        Path(path),
+        [
+            piece
+            for line in text.splitlines()
+            for piece in (textwrap.wrap(line, 90, drop_whitespace=False, replace_whitespace=False) or [''])
+        ],
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas = Canvas(str(path), pagesize=A4, invariant=1, encrypt=password or None)
     for first in range(0, max(1, len(lines)), 64):
         page = canvas.beginText(50, A4[1] - 50)
         page.setFont('Courier', 9, leading=11.5)
-        for line in lines[first:first + 64]: page.textLine(line.encode('latin-1', 'replace').decode('latin-1'))
+        for line in lines[first : first + 64]:
+            page.textLine(line.encode('latin-1', 'replace').decode('latin-1'))
         canvas.drawText(page)
         canvas.showPage()
     canvas.save()
     return path
 
-
-def write_bad_pdfs(folder)->list:
+# %% ../../nbs/data/03_pdfs.ipynb #34c91473
+def write_bad_pdfs(folder) -> list:
     "Five files that a folder of PDFs is known for: encrypted, broken, scanned, empty, and too short; their names."
     from PIL import Image
     from reportlab.lib.utils import ImageReader
     from reportlab.pdfgen.canvas import Canvas
+
     folder, text = Path(folder), 'Nobody will read this. ' * 60
-    write_pdf(folder/'encrypted.pdf', text, 'secret')
-    whole = write_pdf(folder/'broken.pdf', text).read_bytes()
-    (folder/'broken.pdf').write_bytes(whole[40:len(whole) // 3])
-    canvas = Canvas(str(folder/'scanned.pdf'), invariant=1)
+    write_pdf(folder / 'encrypted.pdf', text, 'secret')
+    whole = write_pdf(folder / 'broken.pdf', text).read_bytes()
+    (folder / 'broken.pdf').write_bytes(whole[40 : len(whole) // 3])
+    canvas = Canvas(str(folder / 'scanned.pdf'), invariant=1)
     canvas.drawImage(ImageReader(Image.effect_noise((120, 160), 40)), 50, 50, 480, 640)
     canvas.save()
-    (folder/'empty.pdf').write_bytes(b'')
-    write_pdf(folder/'short.pdf', 'One line only.')
+    (folder / 'empty.pdf').write_bytes(b'')
+    write_pdf(folder / 'short.pdf', 'One line only.')
     return ['broken.pdf', 'empty.pdf', 'encrypted.pdf', 'scanned.pdf', 'short.pdf']
 
 # %% ../../nbs/data/03_pdfs.ipynb #131c0ac4
 def _serve():
     "A worker: paths in, one a line, and `PdfFile`s out as JSON; it dies rather than take too long or too much memory."
     import resource
+
     seconds, max_pages, min_characters = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    with contextlib.suppress(ValueError, OSError): resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     for line in sys.stdin:
         signal.alarm(seconds)
         path, name = json.loads(line)
-        try: found = read_pdf(path, max_pages, min_characters, name)
-        except Exception as error: found = PdfFile(name, 0, skipped=f'broken: {error.__class__.__name__} {" ".join(str(error).split())[:80]}')
+        try:
+            found = read_pdf(path, max_pages, min_characters, name)
+        except Exception as error:
+            found = PdfFile(name, 0, skipped=f'broken: {error.__class__.__name__} {" ".join(str(error).split())[:80]}')
         signal.alarm(0)
         print(json.dumps(asdict(found)), flush=True)
 
@@ -115,9 +144,19 @@ def _worker(jobs, results, settings):
     "Feed the files in the queue `jobs` to a worker process, and to another one when it dies."
     process = None
     while True:
-        try: path, name = jobs.get_nowait()
-        except queue.Empty: break
-        if process is None: process = subprocess.Popen([sys.executable, '-c', 'from llmft.data.pdfs import _serve; _serve()', *map(str, settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding='utf-8')
+        try:
+            path, name = jobs.get_nowait()
+        except queue.Empty:
+            break
+        if process is None:
+            process = subprocess.Popen(
+                [sys.executable, '-c', 'from llmft.data.pdfs import _serve; _serve()', *map(str, settings)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding='utf-8',
+            )
         try:
             process.stdin.write(json.dumps([str(path), name]) + '\n')
             process.stdin.flush()
@@ -125,9 +164,18 @@ def _worker(jobs, results, settings):
         except (OSError, ValueError):
             process.kill()
             late = process.wait() == -signal.SIGALRM
-            results.put(PdfFile(name, path.stat().st_size, skipped=f'took more than {settings[0]} s' if late else 'made the reader crash'))
+            results.put(
+                PdfFile(
+                    name,
+                    path.stat().st_size,
+                    skipped=f'took more than {settings[0]} s' if late else 'made the reader crash',
+                )
+            )
             process = None
-    if process: process.stdin.close(); process.stdout.close(); process.wait()
+    if process:
+        process.stdin.close()
+        process.stdout.close()
+        process.wait()
 
 
 def read_pdfs(folder,                   # searched with all folders below it
@@ -138,18 +186,27 @@ def read_pdfs(folder,                   # searched with all folders below it
 )->list:                                # a `PdfFile` for every file, in the order of their names
     "Extract the text of all PDFs below `folder` in parallel. `LabError` when there is none."
     from tqdm.auto import tqdm
+
     folder = find_path(folder)
-    if not folder.is_dir(): raise LabError(f'there is no folder {folder}: give one that holds PDFs')
+    if not folder.is_dir():
+        raise LabError(f'there is no folder {folder}: give one that holds PDFs')
     paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() == '.pdf' and path.is_file())
-    if not paths: raise LabError(f'{folder} holds no file that ends in .pdf: give a folder of PDFs')
+    if not paths:
+        raise LabError(f'{folder} holds no file that ends in .pdf: give a folder of PDFs')
     jobs, results = queue.SimpleQueue(), queue.SimpleQueue()
-    for path in sorted(paths, key=lambda path: -path.stat().st_size): jobs.put((path, path.relative_to(folder).as_posix()))
+    for path in sorted(paths, key=lambda path: -path.stat().st_size):
+        jobs.put((path, path.relative_to(folder).as_posix()))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    threads = [threading.Thread(target=_worker, args=(jobs, results, (seconds, max_pages, min_characters)), daemon=True) for _ in range(min(workers or cores, len(paths)))]
-    for thread in threads: thread.start()
+    threads = [
+        threading.Thread(target=_worker, args=(jobs, results, (seconds, max_pages, min_characters)), daemon=True)
+        for _ in range(min(workers or cores, len(paths)))
+    ]
+    for thread in threads:
+        thread.start()
     shown = shows_bar()
     files = [results.get() for _ in tqdm(paths, unit='file', desc='PDFs', disable=not shown)]
-    for thread in threads: thread.join()
+    for thread in threads:
+        thread.join()
     return sorted(files, key=lambda file: file.name)
 
 # %% ../../nbs/data/03_pdfs.ipynb #25feb0f0
@@ -160,23 +217,30 @@ def pdf_paragraphs(text:str,  # of a `PdfFile`
     for page in text.split('\f'):
         lines = [' '.join(line.split()) for line in page.split('\n')]
         widths = sorted(len(line) for line in lines if line)
-        full = .75 * widths[int(.9 * (len(widths) - 1))] if widths else 0
+        full = 0.75 * widths[int(0.9 * (len(widths) - 1))] if widths else 0
         current = []
         for line in lines:
-            if line: current.append(line)
-            if current and (not line or (len(line) < full and line.endswith(('.', '!', '?', ':')))): found.append(' '.join(current)); current = []
-        if current: found.append(' '.join(current))
+            if line:
+                current.append(line)
+            if current and (not line or (len(line) < full and line.endswith(('.', '!', '?', ':')))):
+                found.append(' '.join(current))
+                current = []
+        if current:
+            found.append(' '.join(current))
     return found
 
-
+# %% ../../nbs/data/03_pdfs.ipynb #48a7482d
 def pack_paragraphs(paragraphs:list,  # texts without line breaks
                     most:int=2000,    # characters of a chunk
 )->list:                              # chunks, paragraphs in them on lines of their own
     "Whole paragraphs packed into chunks of at most `most` characters; longer ones are divided between words."
-    pieces = itertools.chain.from_iterable(textwrap.wrap(p, most, break_on_hyphens=False) if len(p) > most else [p] for p in paragraphs)
+    pieces = itertools.chain.from_iterable(
+        textwrap.wrap(p, most, break_on_hyphens=False) if len(p) > most else [p] for p in paragraphs
+    )
     chunks = ['']
     for piece in pieces:
-        if chunks[-1] and len(chunks[-1]) + 1 + len(piece) > most: chunks.append('')
+        if chunks[-1] and len(chunks[-1]) + 1 + len(piece) > most:
+            chunks.append('')
         chunks[-1] += ('\n' if chunks[-1] else '') + piece
     return [chunk for chunk in chunks if chunk]
 
@@ -186,24 +250,36 @@ def mark_copies(files:list,  # of `PdfFile`; copies among them are marked as ski
     "Skip every file that has the text of an earlier one."
     first = {}
     for file in files:
-        if file.skipped: continue
+        if file.skipped:
+            continue
         key = content_key(file.text)
-        if key in first: file.skipped = f'the same text as {first[key]}'
+        if key in first:
+            file.skipped = f'the same text as {first[key]}'
         first.setdefault(key, file.name)
     return files
 
-
+# %% ../../nbs/data/03_pdfs.ipynb #1951412e
 def split_files(names:list,           # of usable files
                 test_share:float=.1,  # of them that are held out, rounded up
                 seed:int=42,          # another seed, another split
 )->dict:                              # train_files, test_files, train_size, test_size, created_at
     "Which files are trained on and which are held out."
-    if not 0 < test_share < 1: raise LabError(f'test_share is {test_share}: give a number between 0 and 1')
-    if len(names) < 2: raise LabError(f'{len(names)} usable PDF: a split by file needs two at least; add files, or see why others were skipped')
+    if not 0 < test_share < 1:
+        raise LabError(f'test_share is {test_share}: give a number between 0 and 1')
+    if len(names) < 2:
+        raise LabError(
+            f'{len(names)} usable PDF: a split by file needs two at least; add files, or see why others were skipped'
+        )
     order = purpose_rng(seed, 'pdf files').permutation(len(names))
     held_out = min(len(names) - 1, -int(-test_share * len(names) // 1))
     test, train = ([sorted(names)[row] for row in sorted(part)] for part in (order[:held_out], order[held_out:]))
-    return dict(train_files=train, test_files=test, train_size=len(train), test_size=len(test), created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'))
+    return dict(
+        train_files=train,
+        test_files=test,
+        train_size=len(train),
+        test_size=len(test),
+        created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
+    )
 
 # %% ../../nbs/data/03_pdfs.ipynb #7009839f
 def pdf_corpus(files:list,                  # from `read_pdfs`
@@ -215,20 +291,33 @@ def pdf_corpus(files:list,                  # from `read_pdfs`
     "Chunks of the training files and of the held-out files. `LabError` when fewer than two files are usable."
     texts = {file.name: file.text for file in mark_copies(files) if not file.skipped}
     split = split_files(list(texts), test_share, seed)
-    if split_file: write_json(split_file, split)
+    if split_file:
+        write_json(split_file, split)
+
     def side(names):
-        chunks = [(chunk, f'{name}#{number}') for name in names for number, chunk in enumerate(pack_paragraphs(pdf_paragraphs(texts[name]), chunk_characters))]
+        chunks = [
+            (chunk, f'{name}#{number}')
+            for name in names
+            for number, chunk in enumerate(pack_paragraphs(pdf_paragraphs(texts[name]), chunk_characters))
+        ]
         return Documents([chunk for chunk, _ in chunks], [name for _, name in chunks])
+
     reasons = collections.Counter(re.split('[:,]', file.skipped)[0] for file in files if file.skipped)
-    return Corpus(side(split['train_files']), side(split['test_files']), dict(files=len(files), used=len(texts), skipped=dict(reasons))), split
+    return Corpus(
+        side(split['train_files']),
+        side(split['test_files']),
+        dict(files=len(files), used=len(texts), skipped=dict(reasons)),
+    ), split
 
-
-def builtin_pdfs(folder)->Path:
+# %% ../../nbs/data/03_pdfs.ipynb #a97ad45f
+def builtin_pdfs(folder) -> Path:
     "A folder of PDFs made from the built-in language reference, one a topic, and the five bad ones; it is made once."
     folder = Path(folder)
-    if (folder/'made').exists(): return folder
+    if (folder / 'made').exists():
+        return folder
     for part in ('topics', 'topics_eval'):
-        for name, text in builtin_part(part): write_pdf(folder/f'{name}.pdf', text)
+        for name, text in builtin_part(part):
+            write_pdf(folder / f'{name}.pdf', text)
     write_bad_pdfs(folder)
-    write_atomic(folder/'made', 'from the topics of pydoc\n')
+    write_atomic(folder / 'made', 'from the topics of pydoc\n')
     return folder

@@ -14,7 +14,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from ..core import LabError, find_path, nearest, purpose_rng, read_json, sha256_of, short_hash, write_json
-from .corpora import Documents, builtin_part, functions_in, is_held_out, library_files, library_tests, row_endings, text_endings
+from llmft.data.corpora import (
+    Documents,
+    builtin_part,
+    functions_in,
+    is_held_out,
+    library_files,
+    library_tests,
+    row_endings,
+    text_endings,
+)
 from .tokens import Examples, load_tokenizer, tokenizer_hash
 
 # %% ../../nbs/data/06_token_files.ipynb #8c54fd05
@@ -23,58 +32,93 @@ def boundaries(ids,      # tokens of a whole file
 ):                       # offsets, int64, (n + 1,): document i is ids[offsets[i]:offsets[i + 1]], its EOT included
     "Where documents begin; a `LabError` when one is empty or the file does not end with an EOT."
     ends = np.flatnonzero(np.asarray(ids) == eot)
-    if not len(ends) or ends[-1] != len(ids) - 1: raise LabError('the token file does not end with the end-of-text token: it was cut, or made with another tokenizer')
+    if not len(ends) or ends[-1] != len(ids) - 1:
+        raise LabError(
+            'the token file does not end with the end-of-text token: it was cut, or made with another tokenizer'
+        )
     offsets = np.concatenate([[0], ends + 1]).astype(np.int64)
-    if (empty := np.flatnonzero(np.diff(offsets) < 2)).size: raise LabError(f'document {empty[0]} is empty: drop empty documents before preparing tokens')
+    if (empty := np.flatnonzero(np.diff(offsets) < 2)).size:
+        raise LabError(f'document {empty[0]} is empty: drop empty documents before preparing tokens')
     return offsets
 
-
+# %% ../../nbs/data/06_token_files.ipynb #e1115d8e
 @dataclass
 class TokenFile:
     "Documents in a file of tokens, memory-mapped."
-    ids: np.ndarray      # uint16, (tokens,)
+
+    ids: np.ndarray  # uint16, (tokens,)
     offsets: np.ndarray  # int64, (n + 1,)
-    def __len__(self): return len(self.offsets) - 1
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
     @property
-    def eot_indices(self): return self.offsets[1:] - 1
+    def eot_indices(self):
+        return self.offsets[1:] - 1
+
     @property
-    def doc_lengths(self): return np.diff(self.eot_indices, prepend=0)
-    def examples(self)->Examples:
+    def doc_lengths(self):
+        return np.diff(self.eot_indices, prepend=0)
+
+    def examples(self) -> Examples:
         "Each document with the EOT before it, as training and scoring see it."
         return Examples(self.ids, np.concatenate([[0], self.eot_indices[:-1]]), self.offsets[1:])
 
 # %% ../../nbs/data/06_token_files.ipynb #c162ef42
 class Characters:
     "A tokenizer with one token per character of `alphabet`; the EOT comes last."
-    def __init__(self, alphabet:str):
-        if len(set(alphabet)) != len(alphabet) or not 1 <= len(alphabet) < 2**16: raise LabError('the alphabet must be different characters, at least one')
-        self.alphabet, self.eot, self.vocabulary, self.hash = alphabet, len(alphabet), len(alphabet) + 1, sha256_of(f'characters {alphabet}')[:12]
+
+    def __init__(self, alphabet: str):
+        if len(set(alphabet)) != len(alphabet) or not 1 <= len(alphabet) < 2**16:
+            raise LabError('the alphabet must be different characters, at least one')
+        self.alphabet, self.eot, self.vocabulary, self.hash = (
+            alphabet,
+            len(alphabet),
+            len(alphabet) + 1,
+            sha256_of(f'characters {alphabet}')[:12],
+        )
         self.table = np.full(max(map(ord, alphabet)) + 2, self.vocabulary, dtype=np.uint16)
         self.table[[ord(c) for c in alphabet]] = np.arange(len(alphabet))
+
     def __call__(self, texts):
         "Token ids of each text; a `LabError` for a character that is not in the alphabet."
         points = np.frombuffer(''.join(texts).encode('utf-32-le'), dtype=np.uint32)
         ids = self.table[np.minimum(points, len(self.table) - 1)]
-        if (wrong := np.flatnonzero(ids == self.vocabulary)).size: raise LabError(f'{chr(points[wrong[0]])!r} is not in the alphabet of the tokenizer: {self.alphabet!r}')
+        if (wrong := np.flatnonzero(ids == self.vocabulary)).size:
+            raise LabError(f'{chr(points[wrong[0]])!r} is not in the alphabet of the tokenizer: {self.alphabet!r}')
         return np.split(ids, np.cumsum([len(text) for text in texts])[:-1])
 
-
+# %% ../../nbs/data/06_token_files.ipynb #b81f67b4
 class Subwords:
     "The tokenizer of a model, for batches of texts; it uses all cores."
+
     def __init__(self, tokenizer):
-        self.backend, self.eot, self.vocabulary, self.hash = tokenizer.backend_tokenizer, tokenizer.eos_token_id, len(tokenizer), tokenizer_hash(tokenizer)
-        if self.vocabulary > 2**16: raise LabError(f'a vocabulary of {self.vocabulary:,} does not fit 16-bit tokens: use a tokenizer of at most {2**16:,}')
+        self.backend, self.eot, self.vocabulary, self.hash = (
+            tokenizer.backend_tokenizer,
+            tokenizer.eos_token_id,
+            len(tokenizer),
+            tokenizer_hash(tokenizer),
+        )
+        if self.vocabulary > 2**16:
+            raise LabError(
+                f'a vocabulary of {self.vocabulary:,} does not fit 16-bit tokens: use a tokenizer of at most {2**16:,}'
+            )
+
     def __call__(self, texts):
         "Token ids of each text, without special tokens."
-        return [np.array(made.ids, dtype=np.uint16) for made in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            np.array(made.ids, dtype=np.uint16)
+            for made in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        ]
 
-
+# %% ../../nbs/data/06_token_files.ipynb #80d0628e
 printable = ''.join(map(chr, [9, 10, *range(32, 127)]))  # ASCII that occurs in source text
 
 
-def make_encoder(name:str):
+def make_encoder(name: str):
     "The tokenizer for token files: 'characters:abc', 'characters:printable', or that of a model."
-    if name.startswith('characters:'): return Characters(printable if name == 'characters:printable' else name.removeprefix('characters:'))
+    if name.startswith('characters:'):
+        return Characters(printable if name == 'characters:printable' else name.removeprefix('characters:'))
     return Subwords(load_tokenizer(name))
 
 # %% ../../nbs/data/06_token_files.ipynb #03eb538f
@@ -89,7 +133,10 @@ def _lotka_volterra(rates_4N, start_2N, times, step, substeps):
     for _ in range(times):
         found.append(state)
         for _ in range(substeps):
-            k1 = slope(state); k2 = slope(state + h / 2 * k1); k3 = slope(state + h / 2 * k2); k4 = slope(state + h * k3)
+            k1 = slope(state)
+            k2 = slope(state + h / 2 * k1)
+            k3 = slope(state + h / 2 * k2)
+            k4 = slope(state + h * k3)
             state = state + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
     return np.array(found)
 
@@ -101,8 +148,8 @@ def trajectory_texts(count:int,     # documents
 )->list:                         # texts
     "Independent predator-prey trajectories as texts of 15 letters."
     rng = purpose_rng(seed, 'predator prey', *purpose)
-    rates = rng.uniform([[.8], [.8], [.8], [.8]], [[1.2], [1.2], [1.2], [1.2]], (4, count))
-    states = _lotka_volterra(rates, rng.uniform(.4, 2.2, (2, count)), times, .35, 4)
+    rates = rng.uniform([[0.8], [0.8], [0.8], [0.8]], [[1.2], [1.2], [1.2], [1.2]], (4, count))
+    states = _lotka_volterra(rates, rng.uniform(0.4, 2.2, (2, count)), times, 0.35, 4)
     levels = np.clip(np.floor((np.log(states) + 1.9) / 2.9 * 15), 0, 14).astype(np.int64)
     codes = np.array([ord(c) for c in letters15], dtype=np.uint8)[levels.transpose(2, 0, 1).reshape(count, -1)]
     return [row.tobytes().decode() for row in codes]
@@ -110,10 +157,16 @@ def trajectory_texts(count:int,     # documents
 # %% ../../nbs/data/06_token_files.ipynb #4e6c578f
 def _functions(everything, least=120, most=1200):
     "The functions of the standard library and its tests, or of the modules the shipped base has never seen: of moderate length, printable ASCII, each once, in an order that a hash decides."
-    if not everything: return sorted({*builtin_part('functions').texts, *builtin_part('functions_eval').texts}, key=sha256_of)
+    if not everything:
+        return sorted({*builtin_part('functions').texts, *builtin_part('functions_eval').texts}, key=sha256_of)
     root = Path(sysconfig.get_paths()['stdlib'])
     names = {path.relative_to(root).parts[0].removesuffix('.py') for path in root.rglob('*.py')}
-    found = functions_in(Documents([*library_files(names).texts, *library_tests().texts], [*library_files(names).names, *library_tests().names]), least)
+    found = functions_in(
+        Documents(
+            [*library_files(names).texts, *library_tests().texts], [*library_files(names).names, *library_tests().names]
+        ),
+        least,
+    )
     texts = {text for text in found.texts if len(text) <= most and not set(text) - set(printable)}
     return sorted(texts, key=sha256_of)
 
@@ -123,22 +176,38 @@ def _file_rows(path, text_field):
     if path.suffix == '.jsonl':
         with path.open(encoding='utf-8') as file:
             for number, line in enumerate(file, 1):
-                try: yield json.loads(line)[text_field]
-                except (ValueError, KeyError, TypeError): raise LabError(f"{path}:{number} is no JSON object with the field '{text_field}': set text_field") from None
+                try:
+                    yield json.loads(line)[text_field]
+                except (ValueError, KeyError, TypeError):
+                    raise LabError(
+                        f"{path}:{number} is no JSON object with the field '{text_field}': set text_field"
+                    ) from None
     elif path.suffix == '.parquet':
         from pyarrow.parquet import ParquetFile
+
         table = ParquetFile(path)
-        if text_field not in table.schema_arrow.names: raise LabError(f"{path} has no field '{text_field}': its fields are {', '.join(table.schema_arrow.names)}; set text_field")
-        for rows in table.iter_batches(1024, columns=[text_field]): yield from rows.column(0).to_pylist()
-    elif path.suffix in text_endings: yield path.read_text(encoding='utf-8')
-    else: raise LabError(f"{path} ends in '{path.suffix}': give one of {', '.join(text_endings + row_endings)}")
+        if text_field not in table.schema_arrow.names:
+            raise LabError(
+                f"{path} has no field '{text_field}': its fields are {', '.join(table.schema_arrow.names)}; set text_field"
+            )
+        for rows in table.iter_batches(1024, columns=[text_field]):
+            yield from rows.column(0).to_pylist()
+    elif path.suffix in text_endings:
+        yield path.read_text(encoding='utf-8')
+    else:
+        raise LabError(f"{path} ends in '{path.suffix}': give one of {', '.join(text_endings + row_endings)}")
 
 
 def _hub_rows(name, config, text_field, side):
     "(texts of a hub data set's split, or of all of it; whether the split is its own)."
     import datasets
-    try: splits = datasets.load_dataset(name, config or None, streaming=True)
-    except Exception as error: raise LabError(f"data '{name}' is no file or folder here, and the hub gave nothing ({type(error).__name__}): check the name and the network, or use simulated:predator_prey") from None
+
+    try:
+        splits = datasets.load_dataset(name, config or None, streaming=True)
+    except Exception as error:
+        raise LabError(
+            f"data '{name}' is no file or folder here, and the hub gave nothing ({type(error).__name__}): check the name and the network, or use simulated:predator_prey"
+        ) from None
     own = next((split for split in ('validation', 'valid', 'test') if split in splits), None)
     return (row[text_field] for row in splits[own if own and side == 'val' else 'train']), own is not None
 
@@ -146,11 +215,15 @@ def _hub_rows(name, config, text_field, side):
 def _one_by_one(data, side, config, text_field, valid_share, seed):
     "The texts of one side of a source."
     path = find_path(data)
-    if data.startswith('builtin:'): rows, own = _functions(data == 'builtin:all_functions'), False
+    if data.startswith('builtin:'):
+        rows, own = _functions(data == 'builtin:all_functions'), False
     elif path.exists():
-        files = sorted(f for f in path.rglob('*') if f.suffix in text_endings + row_endings) if path.is_dir() else [path]
+        files = (
+            sorted(f for f in path.rglob('*') if f.suffix in text_endings + row_endings) if path.is_dir() else [path]
+        )
         rows, own = itertools.chain.from_iterable(_file_rows(file, text_field) for file in files), False
-    else: rows, own = _hub_rows(data, config, text_field, side)
+    else:
+        rows, own = _hub_rows(data, config, text_field, side)
     return rows if own else (text for text in rows if is_held_out(text, valid_share, seed) == (side == 'val'))
 
 
@@ -165,14 +238,23 @@ def document_stream(data:str,                # simulated:predator_prey, builtin:
 ):                                           # iterator of lists of texts
     "Batches of documents of one side; a `LabError` for a source that is not there."
     sources = ('simulated:predator_prey', 'builtin:functions', 'builtin:all_functions')
-    if data.partition(':')[0] in ('simulated', 'builtin') and data not in sources: raise LabError(f"there is no data '{data}'{nearest(data, sources)}: use one of {', '.join(sources)}, files, or a hub name")
+    if data.partition(':')[0] in ('simulated', 'builtin') and data not in sources:
+        raise LabError(
+            f"there is no data '{data}'{nearest(data, sources)}: use one of {', '.join(sources)}, files, or a hub name"
+        )
     if data == sources[0]:
-        if not documents: raise LabError(f'{data} never ends: say how many documents')
-        yield from (trajectory_texts(min(batch, documents - first), seed, side, first // batch) for first in range(0, documents, batch))
+        if not documents:
+            raise LabError(f'{data} never ends: say how many documents')
+        yield from (
+            trajectory_texts(min(batch, documents - first), seed, side, first // batch)
+            for first in range(0, documents, batch)
+        )
         return
     rows = _one_by_one(data, side, config, text_field, valid_share, seed)
-    if documents: rows = itertools.islice(rows, documents)
-    while texts := list(itertools.islice(rows, batch)): yield texts
+    if documents:
+        rows = itertools.islice(rows, documents)
+    while texts := list(itertools.islice(rows, batch)):
+        yield texts
 
 # %% ../../nbs/data/06_token_files.ipynb #157f3edb
 def write_side(folder,   # a `Path`, there already
@@ -182,34 +264,49 @@ def write_side(folder,   # a `Path`, there already
                note_every:int=8,  # batches between notes of how far it is
 ):                       # offsets, int64, (n + 1,)
     "Write one side to folder/side.bin, going on where an earlier call stopped; a `LabError` for an empty document."
-    parts = {kind: folder/f'.{side}.{kind}.partial' for kind in ('bin', 'sizes')}
-    note = folder/f'.{side}.json'
-    state = read_json(note) if note.exists() and all(part.exists() for part in parts.values()) else dict(batches=0, tokens=0, documents=0)
+    parts = {kind: folder / f'.{side}.{kind}.partial' for kind in ('bin', 'sizes')}
+    note = folder / f'.{side}.json'
+    state = (
+        read_json(note)
+        if note.exists() and all(part.exists() for part in parts.values())
+        else dict(batches=0, tokens=0, documents=0)
+    )
     with parts['bin'].open('ab') as tokens, parts['sizes'].open('ab') as sizes, ThreadPoolExecutor(1) as thread:
-        tokens.truncate(2 * state['tokens']); sizes.truncate(8 * state['documents'])
+        tokens.truncate(2 * state['tokens'])
+        sizes.truncate(8 * state['documents'])
         batches = itertools.islice(batches, state['batches'], None)
         ahead = thread.submit(lambda: (texts := next(batches, None)) and encoder(texts))
         while rows := ahead.result():
             ahead = thread.submit(lambda: (texts := next(batches, None)) and encoder(texts))
             lengths = np.array([len(row) + 1 for row in rows], dtype=np.int64)
-            if (lengths < 2).any(): raise LabError(f"document {state['documents'] + int(np.argmax(lengths < 2))} of {side} is empty: drop empty documents first")
+            if (lengths < 2).any():
+                raise LabError(
+                    f"document {state['documents'] + int(np.argmax(lengths < 2))} of {side} is empty: drop empty documents first"
+                )
             joined = np.concatenate([piece for row in rows for piece in (row, [encoder.eot])]).astype(np.uint16)
-            tokens.write(joined.tobytes()); sizes.write(lengths.tobytes())
-            state = dict(batches=state['batches'] + 1, tokens=state['tokens'] + len(joined), documents=state['documents'] + len(rows))
+            tokens.write(joined.tobytes())
+            sizes.write(lengths.tobytes())
+            state = dict(
+                batches=state['batches'] + 1,
+                tokens=state['tokens'] + len(joined),
+                documents=state['documents'] + len(rows),
+            )
             if state['batches'] % note_every == 0:
-                tokens.flush(); sizes.flush()
+                tokens.flush()
+                sizes.flush()
                 write_json(note, state)
     offsets = np.concatenate([[0], np.cumsum(np.fromfile(parts['sizes'], dtype=np.int64))])
-    os.replace(parts['bin'], folder/f'{side}.bin')
-    parts['sizes'].unlink(); note.unlink(missing_ok=True)
+    os.replace(parts['bin'], folder / f'{side}.bin')
+    parts['sizes'].unlink()
+    note.unlink(missing_ok=True)
     return offsets
 
-
+# %% ../../nbs/data/06_token_files.ipynb #5a6fefb2
 @contextmanager
 def _alone(folder):
     "Hold the folder's lock: another process that wants the same tokens waits."
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder/'.lock').open('a') as file:
+    with (folder / '.lock').open('a') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -218,9 +315,13 @@ def token_folder(outputs:str,  # folder of all runs
                  **source,     # what the tokens are made from: the arguments of `prepare_tokens`
 )->Path:                       # outputs/tokens/<hash of the source>
     "Where runs on the same source share their token files."
-    return find_path(outputs)/'tokens'/f"{re.sub(r'[^a-z]+', '-', source['data'].lower()).strip('-')}-{short_hash(source)}"
+    return (
+        find_path(outputs)
+        / 'tokens'
+        / f"{re.sub(r'[^a-z]+', '-', source['data'].lower()).strip('-')}-{short_hash(source)}"
+    )
 
-
+# %% ../../nbs/data/06_token_files.ipynb #40ee6a67
 def prepare_tokens(folder,         # train.bin, val.bin and what belongs to them
                    data:str,       # as for `document_stream`
                    tokenizer:str,  # as for `make_encoder`
@@ -229,23 +330,34 @@ def prepare_tokens(folder,         # train.bin, val.bin and what belongs to them
                    **options,      # of `document_stream`
 )->dict:                           # what tokens.json says
     "Prepare the token files of a corpus, or find them prepared; a `LabError` when the folder holds another corpus."
-    folder, source = Path(folder), dict(data=data, tokenizer=tokenizer, documents=documents, valid_documents=valid_documents, **options)
+    folder, source = (
+        Path(folder),
+        dict(data=data, tokenizer=tokenizer, documents=documents, valid_documents=valid_documents, **options),
+    )
     with _alone(folder):
-        if (folder/'tokens.json').exists():
-            facts = read_json(folder/'tokens.json')
-            if facts['source'] != source: raise LabError(f"{folder} holds other tokens ({facts['source']['data']}): give another folder")
+        if (folder / 'tokens.json').exists():
+            facts = read_json(folder / 'tokens.json')
+            if facts['source'] != source:
+                raise LabError(f"{folder} holds other tokens ({facts['source']['data']}): give another folder")
             return facts
         encoder, facts = make_encoder(tokenizer), {}
         for side, most in (('train', documents), ('val', valid_documents)):
-            if not (folder/f'{side}.bin').exists() or not (folder/f'{side}_offsets.npy').exists():
-                np.save(folder/f'{side}_offsets.npy', write_side(folder, side, document_stream(data, side, most, **options), encoder))
-            offsets = np.load(folder/f'{side}_offsets.npy')
-            if len(offsets) < 2: raise LabError(f'{data} gives no {side} document: change valid_share or add documents')
-            facts[side] = dict(documents=len(offsets) - 1, tokens=int(offsets[-1]), sha256=sha256_of(folder/f'{side}.bin'))
-        train = TokenFile(None, np.load(folder/'train_offsets.npy'))
-        np.save(folder/'eot_indices.npy', train.eot_indices); np.save(folder/'doc_lengths.npy', train.doc_lengths)
+            if not (folder / f'{side}.bin').exists() or not (folder / f'{side}_offsets.npy').exists():
+                np.save(
+                    folder / f'{side}_offsets.npy',
+                    write_side(folder, side, document_stream(data, side, most, **options), encoder),
+                )
+            offsets = np.load(folder / f'{side}_offsets.npy')
+            if len(offsets) < 2:
+                raise LabError(f'{data} gives no {side} document: change valid_share or add documents')
+            facts[side] = dict(
+                documents=len(offsets) - 1, tokens=int(offsets[-1]), sha256=sha256_of(folder / f'{side}.bin')
+            )
+        train = TokenFile(None, np.load(folder / 'train_offsets.npy'))
+        np.save(folder / 'eot_indices.npy', train.eot_indices)
+        np.save(folder / 'doc_lengths.npy', train.doc_lengths)
         facts |= dict(source=source, eot=encoder.eot, vocabulary=encoder.vocabulary, tokenizer=encoder.hash)
-        write_json(folder/'tokens.json', facts)
+        write_json(folder / 'tokens.json', facts)
         return facts
 
 # %% ../../nbs/data/06_token_files.ipynb #c8a66470
@@ -253,10 +365,19 @@ def read_token_file(folder,             # from `prepare_tokens`, or any with tra
                     side:str='train',   # train | val
 )->TokenFile:
     "The documents of one side, memory-mapped; boundaries of files that others made are found by their EOTs."
-    folder, path = Path(folder), Path(folder)/f'{side}.bin'
-    if not path.exists(): raise LabError(f'there is no {path}: prepare the tokens first')
-    facts, ids = read_json(folder/'tokens.json') if (folder/'tokens.json').exists() else {}, np.memmap(path, dtype=np.uint16, mode='r')
-    if (folder/f'{side}_offsets.npy').exists(): offsets = np.load(folder/f'{side}_offsets.npy')
-    else: offsets = boundaries(ids, facts.get('eot', int(ids[-1])))
-    if offsets[-1] != len(ids): raise LabError(f'{path} holds {len(ids):,} tokens and its boundaries say {int(offsets[-1]):,}: it was cut; delete the folder and prepare it again')
+    folder, path = Path(folder), Path(folder) / f'{side}.bin'
+    if not path.exists():
+        raise LabError(f'there is no {path}: prepare the tokens first')
+    facts, ids = (
+        read_json(folder / 'tokens.json') if (folder / 'tokens.json').exists() else {},
+        np.memmap(path, dtype=np.uint16, mode='r'),
+    )
+    if (folder / f'{side}_offsets.npy').exists():
+        offsets = np.load(folder / f'{side}_offsets.npy')
+    else:
+        offsets = boundaries(ids, facts.get('eot', int(ids[-1])))
+    if offsets[-1] != len(ids):
+        raise LabError(
+            f'{path} holds {len(ids):,} tokens and its boundaries say {int(offsets[-1]):,}: it was cut; delete the folder and prepare it again'
+        )
     return TokenFile(ids, offsets)

@@ -15,9 +15,11 @@ from ..core import LabError, assets, find_path, hub_answers, sha256_of, write_js
 
 # %% ../../nbs/data/04_tokens.ipynb #f7947650
 special_tokens = ('<|endoftext|>', '<|system|>', '<|user|>', '<|assistant|>')
-chat_template = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
-                 "{% if message['role'] == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
-                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+chat_template = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def train_tokenizer(texts,              # iterable of training texts
@@ -26,31 +28,59 @@ def train_tokenizer(texts,              # iterable of training texts
     "Train byte-level BPE on `texts`: digits one by one, special tokens first, a chat template."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-    if vocabulary < 256 + len(special_tokens): raise LabError(f'vocabulary is {vocabulary}: the bytes and special tokens alone are {256 + len(special_tokens)}')
+
+    if vocabulary < 256 + len(special_tokens):
+        raise LabError(
+            f'vocabulary is {vocabulary}: the bytes and special tokens alone are {256 + len(special_tokens)}'
+        )
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(special_tokens), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(special_tokens),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(texts, trainer)
     end = special_tokens[0]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end, chat_template=chat_template,
-                                   additional_special_tokens=list(special_tokens[1:]), clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=end,
+        eos_token=end,
+        pad_token=end,
+        chat_template=chat_template,
+        additional_special_tokens=list(special_tokens[1:]),
+        clean_up_tokenization_spaces=False,
+    )
 
 # %% ../../nbs/data/04_tokens.ipynb #cf2cc225
 def load_tokenizer(name:str,  # "base", a folder, or a hub name
 ):                            # a fast tokenizer with an end-of-text and a padding token
     "The tokenizer of a model; a `LabError` in one line when there is none."
     from transformers import AutoTokenizer
-    where = assets/'base' if name == 'base' else find_path(name) if find_path(name).exists() else name
-    try: tokenizer = AutoTokenizer.from_pretrained(where, clean_up_tokenization_spaces=False, local_files_only=isinstance(where, Path) or not hub_answers())
+
+    where = assets / 'base' if name == 'base' else find_path(name) if find_path(name).exists() else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            where, clean_up_tokenization_spaces=False, local_files_only=isinstance(where, Path) or not hub_answers()
+        )
     except Exception as error:
-        raise LabError(f"no tokenizer for '{name}' ({type(error).__name__}): give a folder that holds tokenizer.json, a hub name in the cache or reachable, or use --small") from None
-    if tokenizer.eos_token_id is None: raise LabError(f"the tokenizer of '{name}' has no end-of-text token: generation would never stop; choose another")
-    if tokenizer.pad_token_id is None: tokenizer.pad_token = tokenizer.eos_token
+        raise LabError(
+            f"no tokenizer for '{name}' ({type(error).__name__}): give a folder that holds tokenizer.json, a hub name in the cache or reachable, or use --small"
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise LabError(
+            f"the tokenizer of '{name}' has no end-of-text token: generation would never stop; choose another"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
-
-def tokenizer_hash(tokenizer)->str:
+# %% ../../nbs/data/04_tokens.ipynb #36b5f28b
+def tokenizer_hash(tokenizer) -> str:
     "A hash of everything that decides how text is cut: vocabulary, merges, rules."
     return sha256_of(tokenizer.backend_tokenizer.to_str())[:12]
 
@@ -58,25 +88,35 @@ def tokenizer_hash(tokenizer)->str:
 @dataclass
 class Examples:
     "Stretches of tokens in one flat array, which may be memory-mapped."
-    ids: np.ndarray          # uint16 or uint32, (tokens,)
-    starts: np.ndarray       # int64, (n,): first token of each example
-    ends: np.ndarray         # int64, (n,): one past its last token
+
+    ids: np.ndarray  # uint16 or uint32, (tokens,)
+    starts: np.ndarray  # int64, (n,): first token of each example
+    ends: np.ndarray  # int64, (n,): one past its last token
     loss: np.ndarray = None  # bool, (tokens,): trained on as a target; None trains on all
-    def __len__(self): return len(self.starts)
-    def __getitem__(self, row): return self.ids[self.starts[row]:self.ends[row]]
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, row):
+        return self.ids[self.starts[row] : self.ends[row]]
+
     @property
-    def slots(self): return self.ends - self.starts - 1
-    def supervised(self)->np.ndarray:
+    def slots(self):
+        return self.ends - self.starts - 1
+
+    def supervised(self) -> np.ndarray:
         "Number of trained targets of each example, (n,)."
-        if self.loss is None: return self.slots
+        if self.loss is None:
+            return self.slots
         total = np.concatenate([[0], np.cumsum(self.loss, dtype=np.int64)])
         return total[self.ends] - total[self.starts + 1]
-    def select(self, rows)->'Examples':
+
+    def select(self, rows) -> 'Examples':
         "The examples at `rows`, on the same tokens."
         return Examples(self.ids, self.starts[rows], self.ends[rows], self.loss)
 
 # %% ../../nbs/data/04_tokens.ipynb #f64c50e4
-def _wrap(ids, tokenizer, dtype)->np.ndarray:
+def _wrap(ids, tokenizer, dtype) -> np.ndarray:
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return np.array([*begin, *ids, tokenizer.eos_token_id], dtype=dtype)
 
@@ -89,29 +129,46 @@ def encode(texts,          # list of documents
     "Tokenise documents into one flat array, a beginning and an end of text around each."
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     sizes, pieces = [], []
-    partial = Path(folder)/'.tokens.partial' if folder else None
-    if folder: partial.parent.mkdir(parents=True, exist_ok=True)
-    with (partial.open('wb') if folder else open(os.devnull, 'wb')) as file:
+    partial = Path(folder) / '.tokens.partial' if folder else None
+    if folder:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open('wb') if folder else open(os.devnull, 'wb') as file:
         for first in range(0, len(texts), batch):
-            rows = [_wrap(ids, tokenizer, dtype) for ids in tokenizer(texts[first:first + batch], add_special_tokens=False, verbose=False)['input_ids']]
+            rows = [
+                _wrap(ids, tokenizer, dtype)
+                for ids in tokenizer(texts[first : first + batch], add_special_tokens=False, verbose=False)['input_ids']
+            ]
             sizes += map(len, rows)
-            if folder: file.write(b''.join(row.tobytes() for row in rows))
-            else: pieces += rows
+            if folder:
+                file.write(b''.join(row.tobytes() for row in rows))
+            else:
+                pieces += rows
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    if not folder: return Examples(np.concatenate(pieces) if pieces else np.zeros(0, dtype), offsets[:-1], offsets[1:])
-    np.save(Path(folder)/'offsets.npy', offsets)
-    os.replace(partial, Path(folder)/'tokens.bin')
-    write_json(Path(folder)/'tokens.json', dict(dtype=np.dtype(dtype).name, tokens=int(offsets[-1]), documents=len(sizes), tokenizer=tokenizer_hash(tokenizer),
-                                                sha256=sha256_of(Path(folder)/'tokens.bin')))
+    if not folder:
+        return Examples(np.concatenate(pieces) if pieces else np.zeros(0, dtype), offsets[:-1], offsets[1:])
+    np.save(Path(folder) / 'offsets.npy', offsets)
+    os.replace(partial, Path(folder) / 'tokens.bin')
+    write_json(
+        Path(folder) / 'tokens.json',
+        dict(
+            dtype=np.dtype(dtype).name,
+            tokens=int(offsets[-1]),
+            documents=len(sizes),
+            tokenizer=tokenizer_hash(tokenizer),
+            sha256=sha256_of(Path(folder) / 'tokens.bin'),
+        ),
+    )
     return read_tokens(folder)
 
-
-def read_tokens(folder)->Examples:
+# %% ../../nbs/data/04_tokens.ipynb #37b7739c
+def read_tokens(folder) -> Examples:
     "The documents in a folder that `encode` wrote, memory-mapped; a `LabError` when the file was cut."
-    facts = json.loads((Path(folder)/'tokens.json').read_text())
-    offsets, file = np.load(Path(folder)/'offsets.npy'), Path(folder)/'tokens.bin'
+    facts = json.loads((Path(folder) / 'tokens.json').read_text())
+    offsets, file = np.load(Path(folder) / 'offsets.npy'), Path(folder) / 'tokens.bin'
     if file.stat().st_size != facts['tokens'] * np.dtype(facts['dtype']).itemsize or offsets[-1] != facts['tokens']:
-        raise LabError(f"{file} holds {file.stat().st_size} bytes and tokens.json says {facts['tokens']} tokens: the file was cut; delete the folder and prepare it again")
+        raise LabError(
+            f"{file} holds {file.stat().st_size} bytes and tokens.json says {facts['tokens']} tokens: the file was cut; delete the folder and prepare it again"
+        )
     return Examples(np.memmap(file, dtype=facts['dtype'], mode='r'), offsets[:-1], offsets[1:])
 
 # %% ../../nbs/data/04_tokens.ipynb #26fd92a5
@@ -123,32 +180,49 @@ def cut(examples:Examples,        # one example a document
         too_long:str='split',     # split | truncate | drop | error
 )->tuple:                         # (Examples, notes with counts)
     "Bring every example to at most `length` positions by the policy `too_long`, and count what that costs."
-    if too_long not in policies: raise LabError(f"too_long is '{too_long}': choose from {', '.join(policies)}")
-    if length < 1: raise LabError(f'max_length is {length}: give at least 1')
+    if too_long not in policies:
+        raise LabError(f"too_long is '{too_long}': choose from {', '.join(policies)}")
+    if length < 1:
+        raise LabError(f'max_length is {length}: give at least 1')
     slots, before = examples.slots, int(examples.supervised().sum())
     long = slots > length
     notes = dict(documents=len(examples), too_long=int(long.sum()), too_long_policy=too_long)
     if too_long == 'error' and long.any():
-        raise LabError(f'document {int(np.argmax(long))} has {int(slots.max())} positions and max_length is {length}: raise max_length or set too_long to split, truncate or drop')
-    if too_long == 'drop': cut_examples = examples.select(~long)
-    elif too_long == 'truncate': cut_examples = Examples(examples.ids, examples.starts, np.minimum(examples.ends, examples.starts + length + 1), examples.loss)
+        raise LabError(
+            f'document {int(np.argmax(long))} has {int(slots.max())} positions and max_length is {length}: raise max_length or set too_long to split, truncate or drop'
+        )
+    if too_long == 'drop':
+        cut_examples = examples.select(~long)
+    elif too_long == 'truncate':
+        cut_examples = Examples(
+            examples.ids, examples.starts, np.minimum(examples.ends, examples.starts + length + 1), examples.loss
+        )
     else:
         pieces = -(-slots // length)
         row = np.repeat(np.arange(len(examples)), pieces)
         nth = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         starts = examples.starts[row] + nth * length
-        cut_examples = Examples(examples.ids, starts, np.minimum(starts + length + 1, examples.ends[row]), examples.loss)
+        cut_examples = Examples(
+            examples.ids, starts, np.minimum(starts + length + 1, examples.ends[row]), examples.loss
+        )
     supervised = cut_examples.supervised()
     kept = cut_examples.select(supervised > 0)
-    notes.update(examples=len(kept), targets=int(supervised.sum()), targets_lost=before - int(supervised.sum()), without_target=int((supervised == 0).sum()))
+    notes.update(
+        examples=len(kept),
+        targets=int(supervised.sum()),
+        targets_lost=before - int(supervised.sum()),
+        without_target=int((supervised == 0).sum()),
+    )
     return kept, notes
 
 # %% ../../nbs/data/04_tokens.ipynb #4cd77f62
 class Html(str):
     "A string that notebooks show as HTML."
-    def _repr_html_(self): return str(self)
 
+    def _repr_html_(self):
+        return str(self)
 
+# %% ../../nbs/data/04_tokens.ipynb #7e41e8c3
 def show_tokens(examples:Examples,  # where the example is taken from
                 row:int,            # which example
                 tokenizer,          # the one that made the ids
@@ -160,10 +234,15 @@ def show_tokens(examples:Examples,  # where the example is taken from
     for position in range(start, end):
         pieces.append(int(examples.ids[position]))
         text = tokenizer.decode(pieces)
-        if text.endswith('\ufffd') and len(pieces) < 4 and position + 1 < end: continue  # a character spelled in bytes
+        if text.endswith('\ufffd') and len(pieces) < 4 and position + 1 < end:
+            continue  # a character spelled in bytes
         trained, pieces = position > start and (examples.loss is None or examples.loss[position]), []
         text = html.escape(text).replace('\n', '⏎<br>')
-        shades.append(f'<span style="border-radius:3px;margin-right:1px;{"background:#0072b233" if trained else "opacity:.6"}">{text}</span>')
+        shades.append(
+            f'<span style="border-radius:3px;margin-right:1px;{"background:#0072b233" if trained else "opacity:.6"}">{text}</span>'
+        )
     rest = examples.ends[row] - end
     more = f' <i>and {rest:,} more tokens</i>' if rest else ''
-    return Html(f'<div style="font-family:monospace;line-height:1.5;white-space:pre-wrap">{"".join(shades)}{more}</div>')
+    return Html(
+        f'<div style="font-family:monospace;line-height:1.5;white-space:pre-wrap">{"".join(shades)}{more}</div>'
+    )

@@ -18,29 +18,46 @@ from ..models.load import causal_model, shared_heads
 # %% ../../nbs/inference/01_decoder.ipynb #d1f1b8b4
 def _is_plain(module):
     "Whether `module` is a linear layer whose weight is an ordinary matrix, with nothing hooked to it."
-    return type(module) is torch.nn.Linear and type(module.weight) is torch.nn.Parameter and not module._forward_hooks and not module._forward_pre_hooks
+    return (
+        type(module) is torch.nn.Linear
+        and type(module.weight) is torch.nn.Parameter
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
 
 
 def _is_plain_lora(module):
     "Whether `module` is a LoRA on a plain layer that adds plain products in the layer's own dtype."
-    if type(module).__name__ != 'Linear' or not hasattr(module, 'lora_A') or not _is_plain(module.base_layer): return False
+    if type(module).__name__ != 'Linear' or not hasattr(module, 'lora_A') or not _is_plain(module.base_layer):
+        return False
     parts = [part[name] for part in (module.lora_A, module.lora_B) for name in module.active_adapters if name in part]
-    return not module.merged and not module.disable_adapters and not module.lora_variant and all(part.bias is None and part.weight.dtype == module.base_layer.weight.dtype for part in parts)
+    return (
+        not module.merged
+        and not module.disable_adapters
+        and not module.lora_variant
+        and all(part.bias is None and part.weight.dtype == module.base_layer.weight.dtype for part in parts)
+    )
 
 
 def _packed(weight, bias):
     "A product with a copy of `weight` in the order that oneDNN multiplies a few rows with."
-    copy, multiply = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16), torch.ops.mkldnn._linear_pointwise.default
+    copy, multiply = (
+        torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16),
+        torch.ops.mkldnn._linear_pointwise.default,
+    )
     return lambda inputs_RI: multiply(inputs_RI, copy, bias, 'none', [], '')
 
 
 def _in_stripes(weight, bias, stripes=16):
     "A product with `weight` for one or two rows at a time, a stripe of outputs after the other; more rows go the usual way."
     striped = weight.unflatten(0, (stripes, -1))
+
     def few(inputs_RI):
-        if len(inputs_RI) > 2: return linear(inputs_RI, weight, bias)
+        if len(inputs_RI) > 2:
+            return linear(inputs_RI, weight, bias)
         outputs_RO = torch.bmm(striped, inputs_RI.t().expand(stripes, -1, -1)).flatten(0, 1).t()
         return outputs_RO if bias is None else outputs_RO + bias
+
     return few
 
 
@@ -52,16 +69,25 @@ def linear_map(module,        # of a model: a linear layer, quantised or with an
     if _is_plain(module):
         weight, bias = module.weight, module.bias
         if weight.device.type == 'cpu' and weight.dtype == torch.float32:
-            if packs and rows > 2 and weight.numel() >= 2**17 and torch.backends.mkldnn.is_available(): return _packed(weight, bias)
-            if rows <= 2 and weight.numel() >= 2**15 and len(weight) % 16 == 0: return _in_stripes(weight, bias)
+            if packs and rows > 2 and weight.numel() >= 2**17 and torch.backends.mkldnn.is_available():
+                return _packed(weight, bias)
+            if rows <= 2 and weight.numel() >= 2**15 and len(weight) % 16 == 0:
+                return _in_stripes(weight, bias)
         return functools.partial(linear, weight=weight, bias=bias)
-    if not _is_plain_lora(module): return module
-    base, names = linear_map(module.base_layer, rows, packs), [name for name in module.active_adapters if name in module.lora_A]
+    if not _is_plain_lora(module):
+        return module
+    base, names = (
+        linear_map(module.base_layer, rows, packs),
+        [name for name in module.active_adapters if name in module.lora_A],
+    )
     pairs = [(module.lora_A[name].weight, module.lora_B[name].weight.t(), module.scaling[name]) for name in names]
+
     def adapted(inputs_RI):
         outputs_RO = base(inputs_RI)
-        for down, up, scale in pairs: outputs_RO = torch.addmm(outputs_RO, linear(inputs_RI, down), up, alpha=scale)
+        for down, up, scale in pairs:
+            outputs_RO = torch.addmm(outputs_RO, linear(inputs_RI, down), up, alpha=scale)
         return outputs_RO
+
     return adapted
 
 # %% ../../nbs/inference/01_decoder.ipynb #a8e3c8fb
@@ -69,13 +95,21 @@ lean_classes = ('LlamaForCausalLM', 'Qwen2ForCausalLM')
 steady_ropes = ('default', 'linear', 'llama3', 'yarn')
 
 
-def is_lean(model)->bool:
+def is_lean(model) -> bool:
     "Whether the steps of `model` can be taken by `LeanDecoder`."
     net = causal_model(model)
-    if type(net).__name__ not in lean_classes or net.config.hidden_act != 'silu': return False
-    if set(getattr(net.config, 'layer_types', None) or []) - {'full_attention'} or net.model.rotary_emb.rope_type not in steady_ropes: return False
-    if len({weight.device for weight in net.parameters()}) > 1: return False
-    return not any(module._forward_hooks or module._forward_pre_hooks or hasattr(module, '_hf_hook') for module in net.modules())
+    if type(net).__name__ not in lean_classes or net.config.hidden_act != 'silu':
+        return False
+    if (
+        set(getattr(net.config, 'layer_types', None) or []) - {'full_attention'}
+        or net.model.rotary_emb.rope_type not in steady_ropes
+    ):
+        return False
+    if len({weight.device for weight in net.parameters()}) > 1:
+        return False
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or hasattr(module, '_hf_hook') for module in net.modules()
+    )
 
 # %% ../../nbs/inference/01_decoder.ipynb #5b005221
 def rotate(heads_BTHD,  # queries or keys
@@ -83,14 +117,17 @@ def rotate(heads_BTHD,  # queries or keys
            sin_BTD,     # sine of each angle, the first half with the sign turned
 ):                      # the same shape
     "Turn each pair of numbers by the angle of its position."
-    return torch.addcmul(heads_BTHD * cos_BTD[:, :, None], heads_BTHD.roll(heads_BTHD.shape[-1] // 2, -1), sin_BTD[:, :, None])
+    return torch.addcmul(
+        heads_BTHD * cos_BTD[:, :, None], heads_BTHD.roll(heads_BTHD.shape[-1] // 2, -1), sin_BTD[:, :, None]
+    )
 
-
+# %% ../../nbs/inference/01_decoder.ipynb #848fba29
 def prefill_mask(starts_B,  # first real slot of each row
                  slots:int, # of the padded prompts
 ):                          # bool (rows, 1, slots, slots): True where a slot sees another; `None` when no row is padded
     "Causal attention that does not look at padding; a padding slot sees itself, so that no softmax is empty."
-    if not starts_B.any(): return None
+    if not starts_B.any():
+        return None
     slot = torch.arange(slots, device=starts_B.device)
     sees = (slot[None, :] <= slot[:, None])[None] & (slot[None, None, :] >= starts_B[:, None, None])
     return (sees | torch.eye(slots, dtype=torch.bool, device=starts_B.device))[:, None]
@@ -101,28 +138,49 @@ most_packed = 2**30  # bytes of weights that are copied into another order, at m
 
 def _joined(modules, norm, rows, packs):
     "What linear layers with one input do, as one function that gives their outputs side by side, and the weights of the norm before them, `None` where they are multiplied in."
-    plain = all(_is_plain(module) and module.weight.device.type == 'cpu' and module.weight.dtype == torch.float32 for module in modules)
-    if not (packs and rows > 2 and plain and sum(module.weight.numel() for module in modules) >= 2**16 and torch.backends.mkldnn.is_available()):
+    plain = all(
+        _is_plain(module) and module.weight.device.type == 'cpu' and module.weight.dtype == torch.float32
+        for module in modules
+    )
+    if not (
+        packs
+        and rows > 2
+        and plain
+        and sum(module.weight.numel() for module in modules) >= 2**16
+        and torch.backends.mkldnn.is_available()
+    ):
         maps = [linear_map(module, rows, packs) for module in modules]
         return lambda inputs_RI: torch.cat([one(inputs_RI) for one in maps], -1), norm
     biases = [torch.zeros(module.out_features) if module.bias is None else module.bias for module in modules]
     bias = None if all(module.bias is None for module in modules) else torch.cat(biases)
-    return _packed(torch.cat([module.weight for module in modules]) * (norm * len(norm)**.5), bias), None
+    return _packed(torch.cat([module.weight for module in modules]) * (norm * len(norm) ** 0.5), bias), None
 
 
 def _parts(layer, rows, packs):
     "The linear maps and norm weights of one layer."
     attention, mlp = layer.self_attn, layer.mlp
-    qkv, before = _joined([attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm.weight, rows, packs)
+    qkv, before = _joined(
+        [attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm.weight, rows, packs
+    )
     gate_up, after = _joined([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm.weight, rows, packs)
-    return SimpleNamespace(before=before, qkv=qkv, o=linear_map(attention.o_proj, rows, packs), after=after, gate_up=gate_up, down=linear_map(mlp.down_proj, rows, packs))
+    return SimpleNamespace(
+        before=before,
+        qkv=qkv,
+        o=linear_map(attention.o_proj, rows, packs),
+        after=after,
+        gate_up=gate_up,
+        down=linear_map(mlp.down_proj, rows, packs),
+    )
 
 
 class LeanDecoder:
     "Prefill and single steps of a Llama or Qwen2 on its own weights, with a cache reserved for `slots` positions."
+
     def __init__(self, model, slots, rows=1, steps=0):
         self.net, self.slots, self.used = causal_model(model), slots, 0
-        self.calls_modules = any(linear_map(module) is module for module in self.net.modules() if hasattr(module, 'in_features'))
+        self.calls_modules = any(
+            linear_map(module) is module for module in self.net.modules() if hasattr(module, 'in_features')
+        )
         packs = steps >= 16 and sum(weight.numel() * 4 for weight in self.net.parameters()) <= most_packed
         config, attention = self.net.config, self.net.model.layers[0].self_attn
         self.head_width, self.scale, self.epsilon = attention.head_dim, attention.scaling, config.rms_norm_eps
@@ -141,12 +199,16 @@ class LeanDecoder:
         self.cache = [(self.norm.new_zeros(shape), self.norm.new_zeros(shape)) for _ in self.layers]
         self.starts_B, mask = starts_B, prefill_mask(starts_B, length)
         hidden = torch.arange(self.slots, device=starts_B.device)[None] < starts_B[:, None]
-        self.mask = None if mask is None else torch.zeros_like(hidden, dtype=self.norm.dtype).masked_fill_(hidden, float('-inf'))[:, None, None]
+        self.mask = (
+            None
+            if mask is None
+            else torch.zeros_like(hidden, dtype=self.norm.dtype).masked_fill_(hidden, float('-inf'))[:, None, None]
+        )
         return self._forward(ids_BT, mask)
 
     def step(self, ids_B):
         "Append one token to every row; the logits after it, (rows, vocabulary)."
-        return self._forward(ids_B[:, None], None if self.mask is None else self.mask[..., :self.used + 1])
+        return self._forward(ids_B[:, None], None if self.mask is None else self.mask[..., : self.used + 1])
 
     def select(self, rows):
         "Keep these rows of the batch, in this order; a row may be taken more than once."
@@ -154,14 +216,19 @@ class LeanDecoder:
         self.starts_B, self.mask = self.starts_B[rows], None if self.mask is None else self.mask[rows]
 
     def _forward(self, ids_BT, mask):
-        with contextlib.nullcontext() if self.calls_modules else torch.inference_mode(): return self._logits(ids_BT, mask)
+        with contextlib.nullcontext() if self.calls_modules else torch.inference_mode():
+            return self._logits(ids_BT, mask)
 
     def _logits(self, ids_BT, mask):
-        places_BT = (torch.arange(self.used, self.used + ids_BT.shape[1], device=ids_BT.device) - self.starts_B[:, None]).clamp_(min=0)
+        places_BT = (
+            torch.arange(self.used, self.used + ids_BT.shape[1], device=ids_BT.device) - self.starts_B[:, None]
+        ).clamp_(min=0)
         angles = self.cos_SD[places_BT], self.sin_SD[places_BT]
         stream_RW = self.embed(ids_BT).flatten(0, 1)
         for layer, cache in zip(self.layers, self.cache):
-            stream_RW = stream_RW + layer.o(self._attend(layer, self._normed(stream_RW, layer.before), ids_BT.shape, cache, angles, mask))
+            stream_RW = stream_RW + layer.o(
+                self._attend(layer, self._normed(stream_RW, layer.before), ids_BT.shape, cache, angles, mask)
+            )
             gate_RM, up_RM = layer.gate_up(self._normed(stream_RW, layer.after)).chunk(2, -1)
             stream_RW = stream_RW + layer.down(silu(gate_RM).mul_(up_RM))
         self.used += ids_BT.shape[1]
@@ -170,28 +237,44 @@ class LeanDecoder:
 
     def _normed(self, stream_RW, weight):
         "Each row over its root mean square, times `weight`; over its length where there is none."
-        if weight is not None: return rms_norm(stream_RW, stream_RW.shape[1:], weight, self.epsilon)
+        if weight is not None:
+            return rms_norm(stream_RW, stream_RW.shape[1:], weight, self.epsilon)
         return stream_RW / torch.hypot(torch.linalg.vector_norm(stream_RW, dim=-1, keepdim=True), self.floor)
 
     def _attend(self, layer, normed_RW, shape, cache, angles, mask):
         "What the new tokens read from the cache, after their own keys and values were written to it: (rows x tokens, heads x head width)."
         heads_BTED = layer.qkv(normed_RW).view(*shape, -1, self.head_width)
-        turned_BTED, value_BTGD = rotate(heads_BTED[:, :, :-self.groups], *angles), heads_BTED[:, :, -self.groups:]
-        query_BTHD, key_BTGD = turned_BTED[:, :, :self.heads], turned_BTED[:, :, self.heads:]
+        turned_BTED, value_BTGD = rotate(heads_BTED[:, :, : -self.groups], *angles), heads_BTED[:, :, -self.groups :]
+        query_BTHD, key_BTGD = turned_BTED[:, :, : self.heads], turned_BTED[:, :, self.heads :]
         now, end = self.used, self.used + shape[1]
         cache[0][:, :, now:end] = key_BTGD.transpose(1, 2)
         cache[1][:, :, now:end] = value_BTGD.transpose(1, 2)
         keys, values = (tensor[:, :, :end] for tensor in cache)
         if shape[1] == 1:  # the heads that share a key are the queries of one attention
-            out = sdpa(query_BTHD.reshape(shape[0], self.groups, -1, self.head_width), keys, values, attn_mask=mask, scale=self.scale)
+            out = sdpa(
+                query_BTHD.reshape(shape[0], self.groups, -1, self.head_width),
+                keys,
+                values,
+                attn_mask=mask,
+                scale=self.scale,
+            )
         else:
             keys, values, grouped = shared_heads(query_BTHD.transpose(1, 2), keys, values, mask is not None)
-            out = sdpa(query_BTHD.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped).transpose(1, 2)
+            out = sdpa(
+                query_BTHD.transpose(1, 2),
+                keys,
+                values,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=self.scale,
+                enable_gqa=grouped,
+            ).transpose(1, 2)
         return out.reshape(len(normed_RW), -1)
 
 # %% ../../nbs/inference/01_decoder.ipynb #513e83b0
 class ModelDecoder:
     "Prefill and single steps by a model's own forward and cache."
+
     def __init__(self, model, slots):
         self.model, known = model, inspect.signature(causal_model(model).forward).parameters
         self.extra = dict(use_cache=True) | (dict(logits_to_keep=1) if 'logits_to_keep' in known else {})
@@ -213,20 +296,31 @@ class ModelDecoder:
         self.cache.batch_select_indices(rows)
         self.mask_BT = self.mask_BT[rows]
 
-    def _places(self, slots): return dict(position_ids=(self.mask_BT.cumsum(1) - 1).clamp_(min=0)[:, -slots:]) if self.positions else {}
+    def _places(self, slots):
+        return dict(position_ids=(self.mask_BT.cumsum(1) - 1).clamp_(min=0)[:, -slots:]) if self.positions else {}
 
     def _forward(self, ids_BT):
-        out = self.model(input_ids=ids_BT, attention_mask=self.mask_BT, past_key_values=self.cache, **self._places(ids_BT.shape[1]), **self.extra)
+        out = self.model(
+            input_ids=ids_BT,
+            attention_mask=self.mask_BT,
+            past_key_values=self.cache,
+            **self._places(ids_BT.shape[1]),
+            **self.extra,
+        )
         if getattr(out, 'past_key_values', None) is None:
-            raise LabError(f'{causal_model(self.model).config.model_type} gives no cache of keys and values: it cannot generate here')
+            raise LabError(
+                f'{causal_model(self.model).config.model_type} gives no cache of keys and values: it cannot generate here'
+            )
         self.cache = out.past_key_values
         return out.logits[:, -1]
 
-    def _single(self, ids_B1): return self._forward(ids_B1)
+    def _single(self, ids_B1):
+        return self._forward(ids_B1)
 
-
+# %% ../../nbs/inference/01_decoder.ipynb #f627571b
 class CompiledDecoder(ModelDecoder):
     "Prefill by a model's own forward, single steps by that forward compiled, over a cache whose size is a multiple of 128 slots."
+
     def __init__(self, model, slots):
         super().__init__(model, slots)
         self.net = causal_model(model)
@@ -235,10 +329,12 @@ class CompiledDecoder(ModelDecoder):
     def _single(self, ids_B1):
         places, like = self._places(1), torch.empty((len(ids_B1), 1, 0), dtype=self.net.dtype, device=ids_B1.device)
         mask = create_masks_for_generate(self.net.config, like, self.mask_BT, self.cache, **places)
-        out = self.net.get_compiled_call(None)(input_ids=ids_B1, attention_mask=mask, past_key_values=self.cache, **places, **self.extra)
+        out = self.net.get_compiled_call(None)(
+            input_ids=ids_B1, attention_mask=mask, past_key_values=self.cache, **places, **self.extra
+        )
         return out.logits[:, -1].clone()  # the next step writes into the same memory where steps are CUDA graphs
 
-
+# %% ../../nbs/inference/01_decoder.ipynb #40e0d571
 def decoder_for(model,      # a causal language model, with or without an adapter
                 slots:int,  # prompt and new tokens of the longest row
                 rows:int=1, # of the batch
@@ -246,5 +342,6 @@ def decoder_for(model,      # a causal language model, with or without an adapte
                 compiled:bool=False, # by `torch.compile`
 ):                          # an object with begin, step and select
     "The way to take single steps of `model`: compiled where that is asked for, written out where that is known to be the same, else its own forward."
-    if compiled: return CompiledDecoder(model, slots)
+    if compiled:
+        return CompiledDecoder(model, slots)
     return LeanDecoder(model, slots, rows, steps) if is_lean(model) else ModelDecoder(model, slots)

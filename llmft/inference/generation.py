@@ -17,12 +17,13 @@ from ..models.load import causal_model
 @dataclass
 class Generated:
     "New tokens of each row, why each ended, what was counted, and the times on a clock that waits for the device."
-    ids: list = field(default_factory=list)           # per row, its new token ids without the stop token
-    stopped: list = field(default_factory=list)       # per row 'stop' or 'length'
-    prompt_tokens: int = 0                            # real tokens of the prompts, each prompt once
-    new_tokens: int = 0                               # tokens made for all rows, stop tokens included
-    seconds: float = 0.                               # from padded prompts to the last token, all batches
-    first_token_seconds: float = 0.                   # until the first token of a batch, mean over batches
+
+    ids: list = field(default_factory=list)  # per row, its new token ids without the stop token
+    stopped: list = field(default_factory=list)  # per row 'stop' or 'length'
+    prompt_tokens: int = 0  # real tokens of the prompts, each prompt once
+    new_tokens: int = 0  # tokens made for all rows, stop tokens included
+    seconds: float = 0.0  # from padded prompts to the last token, all batches
+    first_token_seconds: float = 0.0  # until the first token of a batch, mean over batches
     step_seconds: list = field(default_factory=list)  # of each decoding step after a first token
 
 # %% ../../nbs/inference/02_generation.ipynb #b625713c
@@ -35,17 +36,33 @@ def check_request(config,             # of the model, as `model_config` gives it
                   batch_size:int=0,   # rows at a time, 0 for all
 ):
     "A `LabError` for a request that cannot be met, told without the model."
-    if not len(prompts): raise LabError('there is no prompt to continue: give at least one')
-    for name, value, least in (('max_new_tokens', max_new_tokens, 1), ('samples', samples, 1), ('batch_size', batch_size, 0)):
-        if value < least: raise LabError(f'{name} is {value}: give at least {least}')
-    if not 0 <= temperature < math.inf: raise LabError(f'temperature is {temperature}: give 0 for the most probable token, or a positive number')
-    if not 0 < top_p <= 1: raise LabError(f'top_p is {top_p}: give a probability above 0 and at most 1')
+    if not len(prompts):
+        raise LabError('there is no prompt to continue: give at least one')
+    for name, value, least in (
+        ('max_new_tokens', max_new_tokens, 1),
+        ('samples', samples, 1),
+        ('batch_size', batch_size, 0),
+    ):
+        if value < least:
+            raise LabError(f'{name} is {value}: give at least {least}')
+    if not 0 <= temperature < math.inf:
+        raise LabError(f'temperature is {temperature}: give 0 for the most probable token, or a positive number')
+    if not 0 < top_p <= 1:
+        raise LabError(f'top_p is {top_p}: give a probability above 0 and at most 1')
     for number, row in enumerate(prompts):
-        if not len(row): raise LabError(f'prompt {number} has no tokens: a model continues something; begin with the beginning-of-text token')
-        if not 0 <= min(row) <= max(row) < config.vocab_size: raise LabError(f'prompt {number} has a token outside 0 to {config.vocab_size - 1}: encode it with the tokenizer of this model')
+        if not len(row):
+            raise LabError(
+                f'prompt {number} has no tokens: a model continues something; begin with the beginning-of-text token'
+            )
+        if not 0 <= min(row) <= max(row) < config.vocab_size:
+            raise LabError(
+                f'prompt {number} has a token outside 0 to {config.vocab_size - 1}: encode it with the tokenizer of this model'
+            )
     longest, room = max(map(len, prompts)), getattr(config, 'max_position_embeddings', None)
     if room and longest + max_new_tokens > room:
-        raise LabError(f'a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the {room} positions of this model: shorten the prompt or lower max_new_tokens')
+        raise LabError(
+            f'a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the {room} positions of this model: shorten the prompt or lower max_new_tokens'
+        )
 
 # %% ../../nbs/inference/02_generation.ipynb #baa21677
 def choose(logits_BV,    # logits of the next token; -inf forbids one
@@ -55,13 +72,17 @@ def choose(logits_BV,    # logits of the next token; -inf forbids one
 ):                       # ids (rows,)
     "The next token of each row; a `LabError` when no token is possible."
     best_B, ids_B = logits_BV.max(-1)
-    if not all(map(math.isfinite, best_B.tolist())): raise LabError('no next token is possible: the logits are not finite, or `allowed` forbids every token; check the weights and the mask')
-    if draws_B is None: return ids_B
+    if not all(map(math.isfinite, best_B.tolist())):
+        raise LabError(
+            'no next token is possible: the logits are not finite, or `allowed` forbids every token; check the weights and the mask'
+        )
+    if draws_B is None:
+        return ids_B
     chances_BV = ((logits_BV.double() - best_B.double()[:, None]) / temperature).softmax(-1)
     order_BV = None
     if top_p < 1:
         chances_BV, order_BV = chances_BV.sort(stable=True, dim=-1, descending=True)
-        chances_BV = chances_BV.masked_fill(chances_BV.cumsum(-1) - chances_BV >= top_p, 0.)
+        chances_BV = chances_BV.masked_fill(chances_BV.cumsum(-1) - chances_BV >= top_p, 0.0)
     sums_BV = chances_BV.cumsum(-1)
     spots_B1 = torch.searchsorted(sums_BV, draws_B.double()[:, None] * sums_BV[:, -1:], right=True)
     return (spots_B1 if order_BV is None else order_BV.gather(-1, spots_B1))[:, 0]
@@ -71,19 +92,28 @@ def _pad_left(prompts, pad_id, device):
     "Prompts as one tensor (rows, slots), and the slot where each begins."
     longest = max(map(len, prompts))
     starts = [longest - len(row) for row in prompts]
-    return torch.tensor([[pad_id]*start + list(row) for start, row in zip(starts, prompts)], device=device), torch.tensor(starts, device=device)
+    return torch.tensor(
+        [[pad_id] * start + list(row) for start, row in zip(starts, prompts)], device=device
+    ), torch.tensor(starts, device=device)
 
 
 def _choose_among(logits_RV, may_RV, draws_R, temperature, top_p):
     "`choose` among the tokens each row may take; columns that no row may take are left out before anything is sorted."
     columns_K = may_RV.any(0).nonzero()[:, 0]
-    if not len(columns_K): columns_K = torch.arange(may_RV.shape[1], device=may_RV.device)  # `choose` says what is wrong
-    return columns_K[choose(logits_RV[:, columns_K].masked_fill(~may_RV[:, columns_K], -math.inf), draws_R, temperature, top_p)]
+    if not len(columns_K):
+        columns_K = torch.arange(may_RV.shape[1], device=may_RV.device)  # `choose` says what is wrong
+    return columns_K[
+        choose(logits_RV[:, columns_K].masked_fill(~may_RV[:, columns_K], -math.inf), draws_R, temperature, top_p)
+    ]
 
 
 class _Clock:
     "Seconds since the last look, once the device has done its work."
-    def __init__(self): synchronise(); self.last = time.perf_counter()
+
+    def __init__(self):
+        synchronise()
+        self.last = time.perf_counter()
+
     def lap(self):
         synchronise()
         now, before = time.perf_counter(), self.last
@@ -91,38 +121,85 @@ class _Clock:
         return now - before
 
 
-def _batch(model, prompts, rows, max_new_tokens, temperature, top_p, seed, stop_ids, samples, allowed, on_token, pad_id, compiled):
+def _batch(
+    model,
+    prompts,
+    rows,
+    max_new_tokens,
+    temperature,
+    top_p,
+    seed,
+    stop_ids,
+    samples,
+    allowed,
+    on_token,
+    pad_id,
+    compiled,
+):
     "`Generated` for the consecutive `rows` of the whole request."
     device, first = next(model.parameters()).device, rows[0] // samples
-    wanted, clock, laps = prompts[first:rows[-1] // samples + 1], _Clock(), []
+    wanted, clock, laps = prompts[first : rows[-1] // samples + 1], _Clock(), []
     ids_PT, starts_P = _pad_left(wanted, pad_id, device)
-    decoder, copies = decoder_for(model, ids_PT.shape[1] + max_new_tokens, len(rows), max_new_tokens, compiled), [row // samples - first for row in rows]
-    if compiled: ids_PT, starts_P = ids_PT[copies], starts_P[copies]  # its cache keeps its shape
+    decoder, copies = (
+        decoder_for(model, ids_PT.shape[1] + max_new_tokens, len(rows), max_new_tokens, compiled),
+        [row // samples - first for row in rows],
+    )
+    if compiled:
+        ids_PT, starts_P = ids_PT[copies], starts_P[copies]  # its cache keeps its shape
     logits_RV = decoder.begin(ids_PT, starts_P)
-    if samples > 1 and not compiled: decoder.select(copies); logits_RV = logits_RV[copies]
-    draws_BN = torch.tensor(np.array([purpose_rng(seed, 'generation', row).random(max_new_tokens) for row in rows]), device=device) if temperature else None
+    if samples > 1 and not compiled:
+        decoder.select(copies)
+        logits_RV = logits_RV[copies]
+    draws_BN = (
+        torch.tensor(
+            np.array([purpose_rng(seed, 'generation', row).random(max_new_tokens) for row in rows]), device=device
+        )
+        if temperature
+        else None
+    )
     new_BN = torch.full((len(rows), max_new_tokens), pad_id, device=device)
-    out, held, live = [[] for _ in rows], list(range(len(rows))), set(range(len(rows)))  # held: rows in the decoder; live: those that go on
+    out, held, live = (
+        [[] for _ in rows],
+        list(range(len(rows))),
+        set(range(len(rows))),
+    )  # held: rows in the decoder; live: those that go on
     stopped = ['length' for _ in rows]
     for step in range(max_new_tokens):
         draws_R = None if draws_BN is None else draws_BN[held, step]
-        if allowed is None: ids_R = choose(logits_RV, draws_R, temperature, top_p)
-        else: ids_R = _choose_among(logits_RV, torch.as_tensor(allowed(step, new_BN[:, :step]), device=device).expand(len(rows), -1)[held], draws_R, temperature, top_p)
-        tokens, shown = ids_R.tolist(), [pad_id]*len(rows)
+        if allowed is None:
+            ids_R = choose(logits_RV, draws_R, temperature, top_p)
+        else:
+            ids_R = _choose_among(
+                logits_RV,
+                torch.as_tensor(allowed(step, new_BN[:, :step]), device=device).expand(len(rows), -1)[held],
+                draws_R,
+                temperature,
+                top_p,
+            )
+        tokens, shown = ids_R.tolist(), [pad_id] * len(rows)
         laps.append(clock.lap())
         for row, token in zip(held, tokens):
-            if row not in live: continue
+            if row not in live:
+                continue
             shown[row] = token
-            if token in stop_ids: stopped[row] = 'stop'; live.discard(row)
-            else: out[row].append(token)
+            if token in stop_ids:
+                stopped[row] = 'stop'
+                live.discard(row)
+            else:
+                out[row].append(token)
         new_BN[:, step] = torch.tensor(shown, device=device)
-        if on_token is not None: on_token(step, new_BN[:, step])
-        if not live or step + 1 == max_new_tokens: break
-        if 2*len(live) <= len(held) and not compiled:
+        if on_token is not None:
+            on_token(step, new_BN[:, step])
+        if not live or step + 1 == max_new_tokens:
+            break
+        if 2 * len(live) <= len(held) and not compiled:
             kept = [place for place, row in enumerate(held) if row in live]
-            decoder.select(kept); ids_R, held = ids_R[kept], [held[place] for place in kept]
+            decoder.select(kept)
+            ids_R, held = ids_R[kept], [held[place] for place in kept]
         logits_RV = decoder.step(ids_R)
-    return Generated(out, stopped, 0, sum(map(len, out)) + stopped.count('stop'), sum(laps) + clock.lap(), laps[0], laps[1:])
+    return Generated(
+        out, stopped, 0, sum(map(len, out)) + stopped.count('stop'), sum(laps) + clock.lap(), laps[0], laps[1:]
+    )
 
 # %% ../../nbs/inference/02_generation.ipynb #00801a95
 @torch.no_grad()
@@ -146,12 +223,38 @@ def generate(model,              # a causal language model, with or without an a
     size, stop_ids = batch_size or len(rows), frozenset(stop_ids)
     try:
         model.eval()
-        parts = [_batch(model, prompts, rows[at:at + size], max_new_tokens, temperature, top_p, seed, stop_ids, samples, allowed, on_token, pad_id, compiled) for at in range(0, len(rows), size)]
+        parts = [
+            _batch(
+                model,
+                prompts,
+                rows[at : at + size],
+                max_new_tokens,
+                temperature,
+                top_p,
+                seed,
+                stop_ids,
+                samples,
+                allowed,
+                on_token,
+                pad_id,
+                compiled,
+            )
+            for at in range(0, len(rows), size)
+        ]
     finally:
-        for module, mode in modes: module.training = mode
+        for module, mode in modes:
+            module.training = mode
     joined = lambda name: [value for part in parts for value in getattr(part, name)]
     total = lambda name: sum(getattr(part, name) for part in parts)
-    return Generated(joined('ids'), joined('stopped'), sum(map(len, prompts)), total('new_tokens'), total('seconds'), total('first_token_seconds') / len(parts), joined('step_seconds'))
+    return Generated(
+        joined('ids'),
+        joined('stopped'),
+        sum(map(len, prompts)),
+        total('new_tokens'),
+        total('seconds'),
+        total('first_token_seconds') / len(parts),
+        joined('step_seconds'),
+    )
 
 # %% ../../nbs/inference/02_generation.ipynb #8bd10a73
 def end_tokens(model,      # a causal language model
@@ -161,7 +264,7 @@ def end_tokens(model,      # a causal language model
     told = getattr(getattr(causal_model(model), 'generation_config', None), 'eos_token_id', None)
     return {tokenizer.eos_token_id} | set(told if isinstance(told, (list, tuple)) else [] if told is None else [told])
 
-
+# %% ../../nbs/inference/02_generation.ipynb #b139b50c
 def complete(model,                      # a causal language model, with or without an adapter
              tokenizer,                  # the model's, with an end-of-text and a padding token
              prompts:list,               # texts to continue
@@ -173,5 +276,14 @@ def complete(model,                      # a causal language model, with or with
     "Continue each of the texts in `prompts`; generation ends at the end-of-text token."
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = [begin + tokenizer(prompt, add_special_tokens=False)['input_ids'] for prompt in prompts]
-    made = generate(model, rows, max_new_tokens, temperature, top_p, seed, end_tokens(model, tokenizer), pad_id=tokenizer.pad_token_id)
+    made = generate(
+        model,
+        rows,
+        max_new_tokens,
+        temperature,
+        top_p,
+        seed,
+        end_tokens(model, tokenizer),
+        pad_id=tokenizer.pad_token_id,
+    )
     return [tokenizer.decode(row, skip_special_tokens=True) for row in made.ids]

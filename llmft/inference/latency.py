@@ -26,18 +26,25 @@ def answer_all(model,               # a causal language model
                compiled:bool=False, # as for `generate`; the warm-up is then the whole first batch, so that nothing is compiled later
 ):                                  # (list of `Generated`, one a batch; peak memory in bytes: the weights and what answering added)
     "Greedy answers to all of `rows`, after a warm-up that does not count."
-    if batch_size < 1: raise LabError(f'batch_size is {batch_size}: give at least 1')
+    if batch_size < 1:
+        raise LabError(f'batch_size is {batch_size}: give at least 1')
     options, parts = dict(stop_ids=stop_ids, pad_id=pad_id, compiled=compiled), []
-    if warmup_tokens: generate(model, rows[:batch_size], max_new_tokens if compiled else min(warmup_tokens, max_new_tokens), **options)
+    if warmup_tokens:
+        generate(
+            model, rows[:batch_size], max_new_tokens if compiled else min(warmup_tokens, max_new_tokens), **options
+        )
     gc.collect()
     with Meter() as meter:
         for at in range(0, len(rows), batch_size):
-            parts.append(generate(model, rows[at:at + batch_size], max_new_tokens, **options))
+            parts.append(generate(model, rows[at : at + batch_size], max_new_tokens, **options))
             done = min(at + batch_size, len(rows))
-            if 10*done // len(rows) > 10*at // len(rows): say(done)
-    if next(model.parameters()).is_cuda: return parts, meter.peak_bytes
-    longest = max(range(0, len(rows), batch_size), key=lambda at: max(map(len, rows[at:at + batch_size])))
-    with TensorMemory() as tensors: generate(model, rows[longest:longest + batch_size], max_new_tokens, **options)
+            if 10 * done // len(rows) > 10 * at // len(rows):
+                say(done)
+    if next(model.parameters()).is_cuda:
+        return parts, meter.peak_bytes
+    longest = max(range(0, len(rows), batch_size), key=lambda at: max(map(len, rows[at : at + batch_size])))
+    with TensorMemory() as tensors:
+        generate(model, rows[longest : longest + batch_size], max_new_tokens, **options)
     return parts, resident_bytes(model) + (tensors.peak_bytes or meter.growth_bytes)
 
 # %% ../../nbs/inference/03_latency.ipynb #b9469c49
@@ -47,7 +54,7 @@ def percentile(values,  # numbers, at least one
     "The value that a `share` of `values` does not exceed."
     return torch.tensor(list(values), dtype=torch.float64).quantile(share).item()
 
-
+# %% ../../nbs/inference/03_latency.ipynb #77225420
 def rates(parts:list,   # `Generated`, one a batch, of one batch size
           weights:int=None,    # bytes that a step reads, from `bytes_a_step`
           copy_rate:float=None,# bytes per second of a copy in memory, from `machine_peaks`
@@ -58,11 +65,23 @@ def rates(parts:list,   # `Generated`, one a batch, of one batch size
     steps = [second for part in parts for second in part.step_seconds]
     middle = statistics.median(steps) if steps else None
     traffic = per_second(weights, middle)
-    return dict(total_queries=queries, total_time=seconds, avg_latency=sum(part.seconds * len(part.ids) for part in parts) / queries, total_tokens=new, total_tokens_with_prompt=new + prompt,
-                throughput_tokens_per_sec=per_second(new, seconds), throughput_with_prompt_tokens_per_sec=per_second(new + prompt, seconds), throughput_queries_per_sec=per_second(queries, seconds),
-                time_to_first_token=statistics.median(part.first_token_seconds for part in parts), time_to_first_token_p95=percentile([part.first_token_seconds for part in parts], .95),
-                time_per_output_token=middle, time_per_output_token_p95=percentile(steps, .95) if steps else None, decoding_steps=len(steps),
-                weight_bytes_per_sec=traffic, bandwidth_share=traffic / copy_rate if traffic and copy_rate else None)
+    return dict(
+        total_queries=queries,
+        total_time=seconds,
+        avg_latency=sum(part.seconds * len(part.ids) for part in parts) / queries,
+        total_tokens=new,
+        total_tokens_with_prompt=new + prompt,
+        throughput_tokens_per_sec=per_second(new, seconds),
+        throughput_with_prompt_tokens_per_sec=per_second(new + prompt, seconds),
+        throughput_queries_per_sec=per_second(queries, seconds),
+        time_to_first_token=statistics.median(part.first_token_seconds for part in parts),
+        time_to_first_token_p95=percentile([part.first_token_seconds for part in parts], 0.95),
+        time_per_output_token=middle,
+        time_per_output_token_p95=percentile(steps, 0.95) if steps else None,
+        decoding_steps=len(steps),
+        weight_bytes_per_sec=traffic,
+        bandwidth_share=traffic / copy_rate if traffic and copy_rate else None,
+    )
 
 # %% ../../nbs/inference/03_latency.ipynb #477c2277
 @torch.no_grad()
@@ -71,14 +90,27 @@ def peer_greedy(model,      # a causal language model in evaluation mode, withou
                 new:int,    # tokens of each continuation; no token ends one
 )->list:                    # new ids of each row
     "Greedy continuation by the `generate` of transformers."
-    if len({len(row) for row in rows}) != 1: raise LabError('the peer is measured on prompts of one length: cut them')
+    if len({len(row) for row in rows}) != 1:
+        raise LabError('the peer is measured on prompts of one length: cut them')
     ids_BT = torch.tensor(rows, device=causal_model(model).device)
-    out_BT = model.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=None, temperature=None, top_p=None, top_k=None)
-    return out_BT[:, ids_BT.shape[1]:].tolist()
+    out_BT = model.generate(
+        input_ids=ids_BT,
+        attention_mask=torch.ones_like(ids_BT),
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+    )
+    return out_BT[:, ids_BT.shape[1] :].tolist()
 
-
+# %% ../../nbs/inference/03_latency.ipynb #15dab643
 def timed(work,  # a function without arguments
 ):               # (seconds, what it gave)
     "Call `work` once, on a clock that waits for the device."
-    with Meter() as meter: result = work()
+    with Meter() as meter:
+        result = work()
     return meter.seconds, result

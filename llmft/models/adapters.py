@@ -25,20 +25,38 @@ def _adaptable(model):
 
 def _linear_names(model):
     "Last parts of the names of all linear maps of `model` but its output head."
-    return sorted({name.rsplit('.', 1)[-1] for name, module in _adaptable(model).items() if module is not output_head(model) and not isinstance(module, torch.nn.Embedding)})
+    return sorted(
+        {
+            name.rsplit('.', 1)[-1]
+            for name, module in _adaptable(model).items()
+            if module is not output_head(model) and not isinstance(module, torch.nn.Embedding)
+        }
+    )
 
 
 def _check_targets(model, targets):
     "A `LabError` unless each of `targets` names modules of `model` whose weights are their own."
     modules = _adaptable(model)
     names = sorted({name.rsplit('.', 1)[-1] for name in modules})
-    if not targets: raise LabError(f'targets is empty: give all-linear, or some of {", ".join(names)}')
-    tied = {id(model.get_input_embeddings().weight), id(output_head(model).weight)} if model.config.tie_word_embeddings else set()
+    if not targets:
+        raise LabError(f'targets is empty: give all-linear, or some of {", ".join(names)}')
+    tied = (
+        {id(model.get_input_embeddings().weight), id(output_head(model).weight)}
+        if model.config.tie_word_embeddings
+        else set()
+    )
     for target in targets:
         matches = [module for name, module in modules.items() if name == target or name.endswith(f'.{target}')]
-        if target == 'all-linear' and len(targets) == 1: continue
-        if not matches: raise LabError(f'no module is called {target!r}{nearest(target, names)}: choose all-linear alone, or some of {", ".join(names)}')
-        if any(id(module.weight) in tied for module in matches): raise LabError(f'{target} shares its weights between input and output and cannot be adapted: leave it out of targets')
+        if target == 'all-linear' and len(targets) == 1:
+            continue
+        if not matches:
+            raise LabError(
+                f'no module is called {target!r}{nearest(target, names)}: choose all-linear alone, or some of {", ".join(names)}'
+            )
+        if any(id(module.weight) in tied for module in matches):
+            raise LabError(
+                f'{target} shares its weights between input and output and cannot be adapted: leave it out of targets'
+            )
 
 
 @contextlib.contextmanager
@@ -59,23 +77,35 @@ def add_lora(model,             # a model from `load_model`, quantised or not; i
 )->PeftModel:                   # only the adapter is trainable; gradient checkpointing is left as it was
     "Put LoRA on `targets` of `model`. `LabError` for values out of range, and for targets that are not there."
     targets = [targets] if isinstance(targets, str) else list(targets)
-    if isinstance(model, PeftModel): raise LabError('the model has an adapter already: load it again, or merge the adapter')
-    if rank < 1: raise LabError(f'rank is {rank}: a LoRA needs a rank of at least 1')
-    if not 0 <= dropout < 1: raise LabError(f'dropout is {dropout}: give a probability from 0 to below 1')
-    if not (alpha > 0 and math.isfinite(alpha)): raise LabError(f'alpha is {alpha}: give a positive number, often twice the rank')
+    if isinstance(model, PeftModel):
+        raise LabError('the model has an adapter already: load it again, or merge the adapter')
+    if rank < 1:
+        raise LabError(f'rank is {rank}: a LoRA needs a rank of at least 1')
+    if not 0 <= dropout < 1:
+        raise LabError(f'dropout is {dropout}: give a probability from 0 to below 1')
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise LabError(f'alpha is {alpha}: give a positive number, often twice the rank')
     _check_targets(model, targets)
     transposed = any(isinstance(module, Conv1D) for module in model.modules())
-    if targets == ['all-linear']: targets = _linear_names(model)
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets,
-        task_type='CAUSAL_LM', fan_in_fan_out=transposed)
-    with _own_seed(seed): return get_peft_model(model, config)
+    if targets == ['all-linear']:
+        targets = _linear_names(model)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        task_type='CAUSAL_LM',
+        fan_in_fan_out=transposed,
+    )
+    with _own_seed(seed):
+        return get_peft_model(model, config)
 
 # %% ../../nbs/models/02_adapters.ipynb #3802b7e9
-def trainable_parameters(model)->dict:
+def trainable_parameters(model) -> dict:
     "Name -> parameter of all that is trained in `model`, a shared one once."
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
-
+# %% ../../nbs/models/02_adapters.ipynb #35408b07
 def weights_hash(params,  # name -> tensor
 )->str:                   # 16 hexadecimal digits
     "A hash of names, dtypes, shapes and bits of `params`, whatever their order and device."
@@ -94,28 +124,43 @@ def save_adapter(model,   # a `PeftModel`
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.', suffix='.partial') as place:
         model.save_pretrained(f'{place}/new', save_embedding_layers=False)
-        if folder.exists(): os.rename(folder, f'{place}/old')
+        if folder.exists():
+            os.rename(folder, f'{place}/old')
         os.rename(f'{place}/new', folder)
     return folder
 
 # %% ../../nbs/models/02_adapters.ipynb #616507a5
 def _check_tensors(path, expected):
     "A `LabError` unless the safetensors file at `path` holds the tensors of `expected`, bit for bit and finite."
-    try: found = load_file(path)
-    except Exception as error: raise LabError(f'{path} cannot be read ({" ".join(str(error).split())[:120]}): save the adapter again') from None
-    if lost := sorted(expected.keys() - found.keys()): raise LabError(f'{path} lacks {len(lost)} tensors of the adapter ({lost[0]} first): save it again')
+    try:
+        found = load_file(path)
+    except Exception as error:
+        raise LabError(
+            f'{path} cannot be read ({" ".join(str(error).split())[:120]}): save the adapter again'
+        ) from None
+    if lost := sorted(expected.keys() - found.keys()):
+        raise LabError(f'{path} lacks {len(lost)} tensors of the adapter ({lost[0]} first): save it again')
     for name, tensor in expected.items():
-        if not found[name].numel(): raise LabError(f'{path}: {name} is empty, as sharded weights are when they were not gathered: gather them before saving')
-        if not torch.isfinite(found[name]).all(): raise LabError(f'{path}: {name} has values that are not finite: the training diverged, lower its learning rate')
-        if not torch.equal(found[name], tensor.detach().cpu()): raise LabError(f'{path}: {name} is not what the model holds: save the adapter again')
+        if not found[name].numel():
+            raise LabError(
+                f'{path}: {name} is empty, as sharded weights are when they were not gathered: gather them before saving'
+            )
+        if not torch.isfinite(found[name]).all():
+            raise LabError(
+                f'{path}: {name} has values that are not finite: the training diverged, lower its learning rate'
+            )
+        if not torch.equal(found[name], tensor.detach().cpu()):
+            raise LabError(f'{path}: {name} is not what the model holds: save the adapter again')
 
 
 @torch.no_grad()
 def _logits(model, ids_BT):
     "The logits of `model` in evaluation mode, which is undone afterwards."
     mode = model.training
-    try: return model.eval()(input_ids=ids_BT.to(causal_model(model).device), use_cache=False).logits.float().cpu()
-    finally: model.train(mode)
+    try:
+        return model.eval()(input_ids=ids_BT.to(causal_model(model).device), use_cache=False).logits.float().cpu()
+    finally:
+        model.train(mode)
 
 
 def load_adapter(model,   # the base model; it is wrapped in place
@@ -123,10 +168,12 @@ def load_adapter(model,   # the base model; it is wrapped in place
                  trainable:bool=False,  # whether it will be trained on
 )->PeftModel:             # the model with the adapter
     "Put the adapter in `folder` on a base model; a `LabError` when there is none."
-    if not (Path(folder)/'adapter_config.json').exists(): raise LabError(f'{folder} holds no adapter: run it first, or give the folder of a finished run')
-    with _own_seed(0): return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    if not (Path(folder) / 'adapter_config.json').exists():
+        raise LabError(f'{folder} holds no adapter: run it first, or give the folder of a finished run')
+    with _own_seed(0):
+        return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
 
-
+# %% ../../nbs/models/02_adapters.ipynb #29e3f32a
 def check_adapter(model,           # the `PeftModel` that was saved
                   folder,          # where `save_adapter` put it
                   reload_base,     # called without arguments, it loads the base model again
@@ -134,21 +181,29 @@ def check_adapter(model,           # the `PeftModel` that was saved
                   tolerance=1e-3,  # largest difference allowed, relative to the largest logit
 )->float:                          # the largest absolute difference of a logit
     "Read the adapter in `folder` back onto a fresh base and compare. `LabError` when a tensor is missing, empty or different, or the logits are."
-    _check_tensors(Path(folder)/'adapter_model.safetensors', get_peft_model_state_dict(model, save_embedding_layers=False))
+    _check_tensors(
+        Path(folder) / 'adapter_model.safetensors', get_peft_model_state_dict(model, save_embedding_layers=False)
+    )
     reloaded = load_adapter(reload_base(), folder)
-    if causal_model(reloaded).device != causal_model(model).device: reloaded.to(causal_model(model).device)
+    if causal_model(reloaded).device != causal_model(model).device:
+        reloaded.to(causal_model(model).device)
     mine, theirs = _logits(model, ids_BT), _logits(reloaded, ids_BT)
     difference = (mine - theirs).abs().max().item()
-    if not difference <= tolerance*mine.abs().max().item():
-        raise LabError(f'{folder} on a fresh base gives logits that differ by {difference:.3g}: the base is not the one the adapter was trained on')
+    if not difference <= tolerance * mine.abs().max().item():
+        raise LabError(
+            f'{folder} on a fresh base gives logits that differ by {difference:.3g}: the base is not the one the adapter was trained on'
+        )
     return difference
 
 # %% ../../nbs/models/02_adapters.ipynb #b2a4ab74
 def _full_linear(layer, dtype):
     "A `torch.nn.Linear` with the weights of the quantised `layer` written out."
     full = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device='meta')
-    full.weight = torch.nn.Parameter(dequantize_bnb_weight(layer.weight, state=getattr(layer, 'state', None)).to(dtype), requires_grad=False)
-    if layer.bias is not None: full.bias = torch.nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+    full.weight = torch.nn.Parameter(
+        dequantize_bnb_weight(layer.weight, state=getattr(layer, 'state', None)).to(dtype), requires_grad=False
+    )
+    if layer.bias is not None:
+        full.bias = torch.nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
     return full
 
 
@@ -164,11 +219,14 @@ def _merge_dequantised(base):
             layer = module.get_base_layer()
             if _is_quantised(layer):
                 layer = _full_linear(layer, torch.float32)
-                for adapter in module.active_adapters: layer.weight.data += module.get_delta_weight(adapter)
+                for adapter in module.active_adapters:
+                    layer.weight.data += module.get_delta_weight(adapter)
                 layer.to(base.dtype)
-            else: module.merge(safe_merge=True)
+            else:
+                module.merge(safe_merge=True)
             base.set_submodule(name, layer)
-        elif _is_quantised(module) and not name.endswith('.base_layer'): base.set_submodule(name, _full_linear(module, base.dtype))
+        elif _is_quantised(module) and not name.endswith('.base_layer'):
+            base.set_submodule(name, _full_linear(module, base.dtype))
     base.hf_quantizer.remove_quantization_config(base)
     base.is_loaded_in_4bit = base.is_loaded_in_8bit = False
     return base
@@ -178,6 +236,11 @@ def merge_adapter(model,  # a `PeftModel`; it is not changed
 ):                        # a plain `PreTrainedModel` in evaluation mode
     "A copy of `model` with its adapter added to the weights; those of a quantised base are written out in full."
     merged = copy.deepcopy(model).eval()
-    if getattr(causal_model(model), 'hf_quantizer', None) is not None: return _merge_dequantised(causal_model(merged))
-    try: return merged.merge_and_unload(safe_merge=True)
-    except ValueError as error: raise LabError(f'the adapter cannot be merged ({error}): its training diverged, lower its learning rate') from None
+    if getattr(causal_model(model), 'hf_quantizer', None) is not None:
+        return _merge_dequantised(causal_model(merged))
+    try:
+        return merged.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise LabError(
+            f'the adapter cannot be merged ({error}): its training diverged, lower its learning rate'
+        ) from None

@@ -18,11 +18,26 @@ def usable_attention(attention:str,        # documents | sdpa | eager | flash_at
                      say=print,            # told when another one is used
 )->str:                                    # the implementation to load the model with
     "`attention` where it can be had, else `documents`. `LabError` for one that does not exist."
-    if attention not in attentions: raise LabError(f"attention is '{attention}'{nearest(attention, attentions)}: choose from {', '.join(attentions)}")
-    if attention != 'flash_attention_2': return attention
-    wanting = [what for what, there in (('the package flash-attn', importlib.util.find_spec('flash_attn')), ('a CUDA device', torch.cuda.is_available()), ('precision bf16 or fp16', precision != 'fp32')) if not there]
-    if not wanting: return attention
-    say(f"flash_attention_2 is replaced by documents (SDPA inside each document; the same result, at another speed):\nit needs {', '.join(wanting)}")
+    if attention not in attentions:
+        raise LabError(
+            f"attention is '{attention}'{nearest(attention, attentions)}: choose from {', '.join(attentions)}"
+        )
+    if attention != 'flash_attention_2':
+        return attention
+    wanting = [
+        what
+        for what, there in (
+            ('the package flash-attn', importlib.util.find_spec('flash_attn')),
+            ('a CUDA device', torch.cuda.is_available()),
+            ('precision bf16 or fp16', precision != 'fp32'),
+        )
+        if not there
+    ]
+    if not wanting:
+        return attention
+    say(
+        f"flash_attention_2 is replaced by documents (SDPA inside each document; the same result, at another speed):\nit needs {', '.join(wanting)}"
+    )
     return 'documents'
 
 # %% ../../nbs/models/09_choices.ipynb #cdb63e92
@@ -30,6 +45,11 @@ def check_precisions(precision:str,        # of the weights: fp32 | bf16 | fp16
                      mixed_precision:str,  # no | bf16: what is multiplied in
 ):
     "A `LabError` when the two contradict each other or the device cannot compute so."
-    if precision == 'fp16' and mixed_precision == 'bf16': raise LabError("precision is fp16 and mixed_precision bf16: a run uses one of them; set mixed_precision to 'no', or precision to bf16")
-    if precision == 'fp16' and not torch.cuda.is_available(): raise LabError('precision is fp16 and there is no GPU: use fp32 or bf16 on a CPU, or --small')
-    if 'bf16' in (precision, mixed_precision) and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(): raise LabError(f'this GPU ({torch.cuda.get_device_name()}) has no bf16: use precision fp16, or fp32')
+    if precision == 'fp16' and mixed_precision == 'bf16':
+        raise LabError(
+            "precision is fp16 and mixed_precision bf16: a run uses one of them; set mixed_precision to 'no', or precision to bf16"
+        )
+    if precision == 'fp16' and not torch.cuda.is_available():
+        raise LabError('precision is fp16 and there is no GPU: use fp32 or bf16 on a CPU, or --small')
+    if 'bf16' in (precision, mixed_precision) and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        raise LabError(f'this GPU ({torch.cuda.get_device_name()}) has no bf16: use precision fp16, or fp32')

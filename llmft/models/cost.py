@@ -13,29 +13,70 @@ from ..core import LabError, nearest
 
 # %% ../../nbs/models/06_cost.ipynb #6f004736
 def _linear(name, place, inputs, outputs, bias=False):
-    return SimpleNamespace(name=name, place=place, inputs=inputs, outputs=outputs, bias=bias, size=inputs*outputs)
+    return SimpleNamespace(name=name, place=place, inputs=inputs, outputs=outputs, bias=bias, size=inputs * outputs)
 
 
 def _gpt2(config):
     width = config.hidden_size
-    mlp = config.n_inner or 4*width
-    linears = [_linear('attn.c_attn', 'attention in', width, 3*width, True), _linear('attn.c_proj', 'attention out', width, width, True),
-               _linear('mlp.c_fc', 'mlp in', width, mlp, True), _linear('mlp.c_proj', 'mlp out', mlp, width, True)]
-    return SimpleNamespace(linears=linears, mlp=mlp, query=width, key_value=width, positions=config.n_positions, layer_norms=[width]*4, last_norms=[width]*2,
-        dropout=config.resid_pdrop, attention_dropout=config.attn_pdrop, embedding_dropout=config.embd_pdrop, gated=False, quantisable=False)
+    mlp = config.n_inner or 4 * width
+    linears = [
+        _linear('attn.c_attn', 'attention in', width, 3 * width, True),
+        _linear('attn.c_proj', 'attention out', width, width, True),
+        _linear('mlp.c_fc', 'mlp in', width, mlp, True),
+        _linear('mlp.c_proj', 'mlp out', mlp, width, True),
+    ]
+    return SimpleNamespace(
+        linears=linears,
+        mlp=mlp,
+        query=width,
+        key_value=width,
+        positions=config.n_positions,
+        layer_norms=[width] * 4,
+        last_norms=[width] * 2,
+        dropout=config.resid_pdrop,
+        attention_dropout=config.attn_pdrop,
+        embedding_dropout=config.embd_pdrop,
+        gated=False,
+        quantisable=False,
+    )
 
 
 def _llama(config):
-    width, mlp, heads, kind = config.hidden_size, config.intermediate_size, config.num_attention_heads, config.model_type
-    head = getattr(config, 'head_dim', None) or width//heads
-    query, key_value = heads*head, config.num_key_value_heads*head
-    inner, outer = (True, False) if kind == 'qwen2' else (getattr(config, 'attention_bias', False),)*2
-    linears = [_linear('self_attn.q_proj', 'attention in', width, query, inner), _linear('self_attn.k_proj', 'attention in', width, key_value, inner),
-               _linear('self_attn.v_proj', 'attention in', width, key_value, inner), _linear('self_attn.o_proj', 'attention out', query, width, outer)]
+    width, mlp, heads, kind = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.model_type,
+    )
+    head = getattr(config, 'head_dim', None) or width // heads
+    query, key_value = heads * head, config.num_key_value_heads * head
+    inner, outer = (True, False) if kind == 'qwen2' else (getattr(config, 'attention_bias', False),) * 2
+    linears = [
+        _linear('self_attn.q_proj', 'attention in', width, query, inner),
+        _linear('self_attn.k_proj', 'attention in', width, key_value, inner),
+        _linear('self_attn.v_proj', 'attention in', width, key_value, inner),
+        _linear('self_attn.o_proj', 'attention out', query, width, outer),
+    ]
     bias = getattr(config, 'mlp_bias', False)
-    linears += [_linear('mlp.gate_proj', 'mlp in', width, mlp, bias), _linear('mlp.up_proj', 'mlp in', width, mlp, bias), _linear('mlp.down_proj', 'mlp out', mlp, width, bias)]
-    return SimpleNamespace(linears=linears, mlp=mlp, query=query, key_value=key_value, positions=0, layer_norms=[width]*2 + [head]*2*(kind == 'qwen3'),
-        last_norms=[width], dropout=0., attention_dropout=getattr(config, 'attention_dropout', 0.), embedding_dropout=0., gated=True, quantisable=True)
+    linears += [
+        _linear('mlp.gate_proj', 'mlp in', width, mlp, bias),
+        _linear('mlp.up_proj', 'mlp in', width, mlp, bias),
+        _linear('mlp.down_proj', 'mlp out', mlp, width, bias),
+    ]
+    return SimpleNamespace(
+        linears=linears,
+        mlp=mlp,
+        query=query,
+        key_value=key_value,
+        positions=0,
+        layer_norms=[width] * 2 + [head] * 2 * (kind == 'qwen3'),
+        last_norms=[width],
+        dropout=0.0,
+        attention_dropout=getattr(config, 'attention_dropout', 0.0),
+        embedding_dropout=0.0,
+        gated=True,
+        quantisable=True,
+    )
 
 
 families = dict(gpt2=_gpt2, llama=_llama, mistral=_llama, qwen2=_llama, qwen3=_llama)
@@ -45,9 +86,17 @@ def architecture(config,  # a transformers config, or anything with its attribut
 ):                        # widths, and the linear maps of one layer
     "The shape of a model as matrices; a `LabError` for an architecture that is not known here."
     kind = getattr(config, 'model_type', '')
-    if kind not in families: raise LabError(f'no cost formulas for the architecture {kind!r}{nearest(kind, families)}: there are {", ".join(families)}')
+    if kind not in families:
+        raise LabError(
+            f'no cost formulas for the architecture {kind!r}{nearest(kind, families)}: there are {", ".join(families)}'
+        )
     shape = families[kind](config)
-    shape.kind, shape.layers, shape.width, shape.heads = kind, config.num_hidden_layers, config.hidden_size, config.num_attention_heads
+    shape.kind, shape.layers, shape.width, shape.heads = (
+        kind,
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+    )
     shape.words, shape.tied = config.vocab_size, config.tie_word_embeddings
     return shape
 
@@ -56,9 +105,14 @@ def parameter_count(config,  # a transformers config
 )->dict:                     # total and its parts: embedding, positions, linear, bias, norm, head; head_tied
     "Parameters of the model, exactly."
     shape = architecture(config)
-    parts = dict(embedding=shape.words*shape.width, positions=shape.positions*shape.width, linear=shape.layers*sum(linear.size for linear in shape.linears),
-        bias=shape.layers*sum(linear.outputs for linear in shape.linears if linear.bias), norm=shape.layers*sum(shape.layer_norms) + sum(shape.last_norms),
-        head=0 if shape.tied else shape.words*shape.width)
+    parts = dict(
+        embedding=shape.words * shape.width,
+        positions=shape.positions * shape.width,
+        linear=shape.layers * sum(linear.size for linear in shape.linears),
+        bias=shape.layers * sum(linear.outputs for linear in shape.linears if linear.bias),
+        norm=shape.layers * sum(shape.layer_norms) + sum(shape.last_norms),
+        head=0 if shape.tied else shape.words * shape.width,
+    )
     return dict(total=sum(parts.values()), **parts, head_tied=shape.tied)
 
 # %% ../../nbs/models/06_cost.ipynb #f703b0b3
@@ -67,28 +121,35 @@ def adapted_linears(config,   # a transformers config
 )->list:                      # the linear maps of one layer that get an adapter
     "The linear maps that `targets` name; a `LabError` when a name fits none."
     linears, targets = architecture(config).linears, [targets] if isinstance(targets, str) else list(targets)
-    if targets == ['all-linear']: return linears
+    if targets == ['all-linear']:
+        return linears
     fits = {target: [linear for linear in linears if f'.{linear.name}'.endswith(f'.{target}')] for target in targets}
     names = [linear.name.split('.')[-1] for linear in linears]
     for target, found in fits.items():
-        if not found: raise LabError(f'no linear map is called {target!r}{nearest(target, names)}: choose from {", ".join(dict.fromkeys(names))}, or all-linear')
+        if not found:
+            raise LabError(
+                f'no linear map is called {target!r}{nearest(target, names)}: choose from {", ".join(dict.fromkeys(names))}, or all-linear'
+            )
     return [linear for linear in linears if any(linear in found for found in fits.values())]
 
-
+# %% ../../nbs/models/06_cost.ipynb #62d87219
 def lora_parameter_count(config,   # a transformers config
                          rank:int, # width of the thin matrices
                          targets,  # names of modules, or 'all-linear'
 )->int:                            # trainable parameters
     "Parameters of a LoRA adapter, exactly."
-    return architecture(config).layers*sum(rank*(linear.inputs + linear.outputs) for linear in adapted_linears(config, targets))
+    return architecture(config).layers * sum(
+        rank * (linear.inputs + linear.outputs) for linear in adapted_linears(config, targets)
+    )
 
 # %% ../../nbs/models/06_cost.ipynb #e1694334
 def _sizes(lengths):
     lengths = [int(length) for length in lengths]
-    return sum(lengths), sum(length*length for length in lengths)
+    return sum(lengths), sum(length * length for length in lengths)
 
 
-def _adapters(config, rank, targets): return {linear.name for linear in adapted_linears(config, targets)} if rank and targets else set()
+def _adapters(config, rank, targets):
+    return {linear.name for linear in adapted_linears(config, targets)} if rank and targets else set()
 
 
 def flops_forward(config,              # a transformers config
@@ -100,32 +161,41 @@ def flops_forward(config,              # a transformers config
     "Operations of the matrix products of one forward pass."
     shape, (tokens, squares) = architecture(config), _sizes(lengths)
     adapted = _adapters(config, adapter_rank, targets)
-    weights = sum(linear.size + adapter_rank*(linear.inputs + linear.outputs)*(linear.name in adapted) for linear in shape.linears)
-    head = shape.words*shape.width*(tokens if targets_tokens is None else targets_tokens)
-    return float(2*head + shape.layers*(2*tokens*weights + 4*shape.query*squares))
+    weights = sum(
+        linear.size + adapter_rank * (linear.inputs + linear.outputs) * (linear.name in adapted)
+        for linear in shape.linears
+    )
+    head = shape.words * shape.width * (tokens if targets_tokens is None else targets_tokens)
+    return float(2 * head + shape.layers * (2 * tokens * weights + 4 * shape.query * squares))
 
 # %% ../../nbs/models/06_cost.ipynb #c34b3c78
 def _layer_backward(shape, tokens, squares, rank, adapted, full, flow):
     "Operations of one layer's backward, and whether the stream leaving the layer needs a gradient, given whether the one entering does."
-    adapts = {place: any(linear.name in adapted for linear in shape.linears if linear.place == place) for place in ('attention in', 'attention out', 'mlp in', 'mlp out')}
+    adapts = {
+        place: any(linear.name in adapted for linear in shape.linears if linear.place == place)
+        for place in ('attention in', 'attention out', 'mlp in', 'mlp out')
+    }
     attention = flow or adapts['attention in']
     middle = attention or adapts['attention out']
     hidden = middle or adapts['mlp in']
     needed = {'attention in': flow, 'attention out': attention, 'mlp in': middle, 'mlp out': hidden}
-    total = 10*shape.query*squares*(attention or full)
+    total = 10 * shape.query * squares * (attention or full)
     for linear in shape.linears:
-        total += 2*tokens*linear.size*(needed[linear.place] + full)
-        if linear.name in adapted: total += 2*tokens*rank*(linear.inputs*(1 + needed[linear.place]) + 2*linear.outputs)
+        total += 2 * tokens * linear.size * (needed[linear.place] + full)
+        if linear.name in adapted:
+            total += 2 * tokens * rank * (linear.inputs * (1 + needed[linear.place]) + 2 * linear.outputs)
     return total, hidden or adapts['mlp out']
 
 
 def _layer_again(shape, tokens, squares, rank, adapted):
     "Operations of the part of a layer's forward that checkpointing repeats."
-    total = 4*shape.query*squares
+    total = 4 * shape.query * squares
     for linear in shape.linears:
         last, adapter = linear.place == 'mlp out', linear.name in adapted
-        if not last or adapter or shape.dropout: total += 2*tokens*linear.size
-        if adapter: total += 2*tokens*rank*(linear.inputs + linear.outputs*(not last or shape.dropout > 0))
+        if not last or adapter or shape.dropout:
+            total += 2 * tokens * linear.size
+        if adapter:
+            total += 2 * tokens * rank * (linear.inputs + linear.outputs * (not last or shape.dropout > 0))
     return total
 
 
@@ -140,22 +210,29 @@ def flops_step(config,                       # a transformers config
 )->float:                                    # operations
     "Operations of the matrix products of forward and backward."
     shape, (tokens, squares), full = architecture(config), _sizes(lengths), method == 'full'
-    if full: rank, targets = 0, ()
+    if full:
+        rank, targets = 0, ()
     adapted, flow = _adapters(config, rank, targets), full or gradient_checkpointing
     total = flops_forward(config, lengths, rank, targets, targets_tokens)
     for _ in range(shape.layers):
         backward, flow = _layer_backward(shape, tokens, squares, rank, adapted, full, flow)
-        total += backward + (_layer_again(shape, tokens, squares, rank, adapted) if gradient_checkpointing and flow else 0)
-    head = shape.words*shape.width*(tokens if targets_tokens is None else targets_tokens)
-    return float(total + 2*head*(flow + full))
+        total += backward + (
+            _layer_again(shape, tokens, squares, rank, adapted) if gradient_checkpointing and flow else 0
+        )
+    head = shape.words * shape.width * (tokens if targets_tokens is None else targets_tokens)
+    return float(total + 2 * head * (flow + full))
 
 # %% ../../nbs/models/06_cost.ipynb #65352eac
 word_bytes = dict(fp32=4, bf16=2, fp16=2)
-quantised_bytes = dict(nf4=lambda linear: linear.size*(1/2 + 1/64 + 4/(64*256)), int8=lambda linear: linear.size + 4*linear.outputs)
+quantised_bytes = dict(
+    nf4=lambda linear: linear.size * (1 / 2 + 1 / 64 + 4 / (64 * 256)),
+    int8=lambda linear: linear.size + 4 * linear.outputs,
+)
 
 
 def _choice(what, value, options):
-    if value not in options: raise LabError(f'{what} is {value!r}{nearest(value, options)}: choose from {", ".join(options)}')
+    if value not in options:
+        raise LabError(f'{what} is {value!r}{nearest(value, options)}: choose from {", ".join(options)}')
     return value
 
 
@@ -165,17 +242,25 @@ def weight_bytes(config,              # a transformers config
 )->int:                               # bytes
     "Bytes of the weights of a model."
     shape, word = architecture(config), word_bytes[_choice('precision', precision, word_bytes)]
-    total = word*parameter_count(config)['total']
-    if _choice('quantisation', quantisation, ('none', *quantised_bytes)) == 'none' or not shape.quantisable: return total
-    return round(total + shape.layers*sum(quantised_bytes[quantisation](linear) - word*linear.size for linear in shape.linears))
+    total = word * parameter_count(config)['total']
+    if _choice('quantisation', quantisation, ('none', *quantised_bytes)) == 'none' or not shape.quantisable:
+        return total
+    return round(
+        total
+        + shape.layers * sum(quantised_bytes[quantisation](linear) - word * linear.size for linear in shape.linears)
+    )
 
-
+# %% ../../nbs/models/06_cost.ipynb #046400e4
 def quantised_count(config,              # a transformers config
                     quantisation='nf4',  # 'none', 'int8' or 'nf4'
 )->int:                                  # parameters
     "Parameters that quantisation holds in 8 bits or fewer."
     shape = architecture(config)
-    return 0 if quantisation == 'none' or not shape.quantisable else shape.layers*sum(linear.size for linear in shape.linears)
+    return (
+        0
+        if quantisation == 'none' or not shape.quantisable
+        else shape.layers * sum(linear.size for linear in shape.linears)
+    )
 
 # %% ../../nbs/models/06_cost.ipynb #7c79ef63
 optimisers = ('adamw', 'adamw_8bit', 'paged_adamw_8bit', 'muon')
@@ -188,21 +273,40 @@ def trained_tensors(config,         # a transformers config
 )->list:                            # triples
     "(elements, how many of them, whether it is a matrix between hidden states) for every trained tensor."
     shape = architecture(config)
-    if method != 'full': return [(rank*width, shape.layers, True) for linear in adapted_linears(config, targets) for width in (linear.inputs, linear.outputs)]
-    matrices, vectors = [linear.size for linear in shape.linears], [linear.outputs for linear in shape.linears if linear.bias] + shape.layer_norms
-    ends = [shape.words*shape.width]*(2 - shape.tied) + [shape.positions*shape.width]*(shape.positions > 0) + shape.last_norms
-    return [(size, shape.layers, True) for size in matrices] + [(size, shape.layers, False) for size in vectors] + [(size, 1, False) for size in ends]
+    if method != 'full':
+        return [
+            (rank * width, shape.layers, True)
+            for linear in adapted_linears(config, targets)
+            for width in (linear.inputs, linear.outputs)
+        ]
+    matrices, vectors = (
+        [linear.size for linear in shape.linears],
+        [linear.outputs for linear in shape.linears if linear.bias] + shape.layer_norms,
+    )
+    ends = (
+        [shape.words * shape.width] * (2 - shape.tied)
+        + [shape.positions * shape.width] * (shape.positions > 0)
+        + shape.last_norms
+    )
+    return (
+        [(size, shape.layers, True) for size in matrices]
+        + [(size, shape.layers, False) for size in vectors]
+        + [(size, 1, False) for size in ends]
+    )
 
-
+# %% ../../nbs/models/06_cost.ipynb #6285b7f1
 def optimiser_bytes(tensors,            # from `trained_tensors`
                     optimiser='adamw',  # 'adamw', 'adamw_8bit', 'paged_adamw_8bit' or 'muon'
                     word=4,             # bytes of a number of the trained tensors
 )->int:                                 # bytes
     "Bytes of the moments of all `tensors`, whose numbers take `word` bytes: two for each number, with Muon one for those of matrices between hidden states."
+
     def moments(size, hidden):
-        if optimiser in ('adamw', 'muon'): return (1 if hidden and optimiser == 'muon' else 2)*word*size
-        return 2*size + 2*4*-(-size//256) if size >= 4096 else 8*size
-    return sum(count*moments(size, hidden) for size, count, hidden in tensors)
+        if optimiser in ('adamw', 'muon'):
+            return (1 if hidden and optimiser == 'muon' else 2) * word * size
+        return 2 * size + 2 * 4 * -(-size // 256) if size >= 4096 else 8 * size
+
+    return sum(count * moments(size, hidden) for size, count, hidden in tensors)
 
 # %% ../../nbs/models/06_cost.ipynb #0e72d614
 def _kept_by_adapters(shape, tokens, longest, word, adapted, rank, dropout, mask, first, inner=4):
@@ -210,8 +314,9 @@ def _kept_by_adapters(shape, tokens, longest, word, adapted, rank, dropout, mask
     total, seen, own = 0, set(), dropout > 0 or word < 4
     for linear in (linear for linear in shape.linears if linear.name in adapted):
         there = linear.place in seen or (linear.place == 'attention out' and tokens <= longest)
-        total += inner*rank + (inner*linear.inputs if own or not there else 0)
-        if dropout and not (first and linear.place == 'attention in'): total += mask(4)*linear.inputs
+        total += inner * rank + (inner * linear.inputs if own or not there else 0)
+        if dropout and not (first and linear.place == 'attention in'):
+            total += mask(4) * linear.inputs
         seen.add(linear.place)
     return total
 
@@ -231,18 +336,41 @@ def layer_activation_bytes(config,           # a transformers config
 )->int:                                      # bytes
     "Bytes that one layer keeps for its backward pass; for the arguments see `memory_breakdown`."
     shape, word = architecture(config), 2 if mixed else word_bytes[precision]
-    def mask(width): return width if device == 'cpu' else 1
-    norm = 4*shape.width + 4 if shape.gated else word*shape.width + 8
-    per_token = norm*(1 + (full or not first)) + word*(2*shape.query + 2*shape.key_value) + 4*shape.heads + word*shape.mlp*(3 if shape.gated else 4)
-    if full and mixed: per_token += 4*2*shape.width*shape.gated + word*(sum(linear.inputs for linear in shape.linears) - shape.query*(tokens <= longest))
-    elif full: per_token += word*(2*shape.width*(1 + shape.gated) + shape.mlp + shape.query*(tokens > longest))
-    else: per_token += _kept_by_adapters(shape, tokens, longest, word, adapted, rank, lora_dropout, mask, first, word if mixed else 4)
-    if shape.dropout: per_token += 2*mask(word)*shape.width
-    if shape.attention_dropout and device == 'cpu': per_token += 4*3*shape.heads*longest + word*shape.query*(2 if tokens <= longest else -1)
-    return tokens*per_token
+
+    def mask(width):
+        return width if device == 'cpu' else 1
+
+    norm = 4 * shape.width + 4 if shape.gated else word * shape.width + 8
+    per_token = (
+        norm * (1 + (full or not first))
+        + word * (2 * shape.query + 2 * shape.key_value)
+        + 4 * shape.heads
+        + word * shape.mlp * (3 if shape.gated else 4)
+    )
+    if full and mixed:
+        per_token += 4 * 2 * shape.width * shape.gated + word * (
+            sum(linear.inputs for linear in shape.linears) - shape.query * (tokens <= longest)
+        )
+    elif full:
+        per_token += word * (2 * shape.width * (1 + shape.gated) + shape.mlp + shape.query * (tokens > longest))
+    else:
+        per_token += _kept_by_adapters(
+            shape, tokens, longest, word, adapted, rank, lora_dropout, mask, first, word if mixed else 4
+        )
+    if shape.dropout:
+        per_token += 2 * mask(word) * shape.width
+    if shape.attention_dropout and device == 'cpu':
+        per_token += 4 * 3 * shape.heads * longest + word * shape.query * (2 if tokens <= longest else -1)
+    return tokens * per_token
 
 # %% ../../nbs/models/06_cost.ipynb #89749e28
-strategies = dict(none=(), ddp=(), zero2=('gradients', 'optimiser'), zero3=('weights', 'gradients', 'optimiser'), fsdp2=('weights', 'gradients', 'optimiser'))
+strategies = dict(
+    none=(),
+    ddp=(),
+    zero2=('gradients', 'optimiser'),
+    zero3=('weights', 'gradients', 'optimiser'),
+    fsdp2=('weights', 'gradients', 'optimiser'),
+)
 
 
 def memory_breakdown(config,                       # a transformers config
@@ -268,45 +396,112 @@ def memory_breakdown(config,                       # a transformers config
     "Bytes of a training step in one process by tenant, and the peak of the three moments."
     shape, full = architecture(config), _choice('method', method, ('full', 'lora', 'qlora')) == 'full'
     _choice('optimiser', optimiser, optimisers)
-    word, quantisation = word_bytes[_choice('precision', precision, word_bytes)], quantisation or ('nf4' if method == 'qlora' else 'none')
+    word, quantisation = (
+        word_bytes[_choice('precision', precision, word_bytes)],
+        quantisation or ('nf4' if method == 'qlora' else 'none'),
+    )
     tensors, number = trained_tensors(config, method, rank, targets), word if full else 4
-    gradients = number*sum(size*count for size, count, _ in tensors)
-    parts = dict(weights=weight_bytes(config, precision, quantisation) + (0 if full else gradients), gradients=gradients, optimiser=optimiser_bytes(tensors, optimiser, number))
-    parts |= _divided(parts, _choice('strategy', strategy, strategies), nproc, _whole(config, shape, parts['weights'], strategy), full)
-    passing, last = _passing(config, shape, tokens, word, gradient_checkpointing, loss_chunk_bytes, quantisation != 'none' and shape.quantisable,
-        dict(tokens=tokens, longest=longest, precision=precision, full=full, adapted=_adapters(config, 0 if full else rank, targets), rank=rank, lora_dropout=lora_dropout, device=device, mixed=mixed))
-    head = shape.words*shape.width if full else 0
+    gradients = number * sum(size * count for size, count, _ in tensors)
+    parts = dict(
+        weights=weight_bytes(config, precision, quantisation) + (0 if full else gradients),
+        gradients=gradients,
+        optimiser=optimiser_bytes(tensors, optimiser, number),
+    )
+    parts |= _divided(
+        parts, _choice('strategy', strategy, strategies), nproc, _whole(config, shape, parts['weights'], strategy), full
+    )
+    passing, last = _passing(
+        config,
+        shape,
+        tokens,
+        word,
+        gradient_checkpointing,
+        loss_chunk_bytes,
+        quantisation != 'none' and shape.quantisable,
+        dict(
+            tokens=tokens,
+            longest=longest,
+            precision=precision,
+            full=full,
+            adapted=_adapters(config, 0 if full else rank, targets),
+            rank=rank,
+            lora_dropout=lora_dropout,
+            device=device,
+            mixed=mixed,
+        ),
+    )
+    head = shape.words * shape.width if full else 0
     parts |= passing
-    if mixed and (full or not gradient_checkpointing): parts['copies'] = 2*shape.layers*sum(linear.size for linear in shape.linears if quantisation == 'none')
+    if mixed and (full or not gradient_checkpointing):
+        parts['copies'] = 2 * shape.layers * sum(linear.size for linear in shape.linears if quantisation == 'none')
     parts |= {name: 0 for name in offloaded if device == 'cuda'}
     gathered = parts.get('gathered', 0)
-    there = parts['weights'] + parts['optimiser'] + gathered + parts.get('copies', 0) + (parts['gradients'] if accumulation > 1 else 0)
-    moments = dict(loss=there + parts['activations'] + parts['logits'] + 4*head + 2*mixed*shape.words*shape.width, last_layer=there + parts['activations'] - last + parts['backward'] + word*head,
-        end=parts['weights'] + parts['optimiser'] + gathered + parts['gradients'] + word*head*(shape.tied or accumulation > 1))
+    there = (
+        parts['weights']
+        + parts['optimiser']
+        + gathered
+        + parts.get('copies', 0)
+        + (parts['gradients'] if accumulation > 1 else 0)
+    )
+    moments = dict(
+        loss=there + parts['activations'] + parts['logits'] + 4 * head + 2 * mixed * shape.words * shape.width,
+        last_layer=there + parts['activations'] - last + parts['backward'] + word * head,
+        end=parts['weights']
+        + parts['optimiser']
+        + gathered
+        + parts['gradients']
+        + word * head * (shape.tied or accumulation > 1),
+    )
     return parts | dict(total=max(moments.values()))
 
 
 def _whole(config, shape, weights, strategy):
     "The share of `weights`, in bytes, that is whole in every process while the rest is divided."
-    if strategy == 'zero3': return round(weights*min(1, 1e9/parameter_count(config)['total']))
+    if strategy == 'zero3':
+        return round(weights * min(1, 1e9 / parameter_count(config)['total']))
     layer = sum(linear.size for linear in shape.linears)
-    return round(weights*min(1, (shape.words*shape.width*(2 - shape.tied) + 2*layer)/(shape.words*shape.width*(2 - shape.tied) + shape.layers*layer)))
+    return round(
+        weights
+        * min(
+            1,
+            (shape.words * shape.width * (2 - shape.tied) + 2 * layer)
+            / (shape.words * shape.width * (2 - shape.tied) + shape.layers * layer),
+        )
+    )
 
 
 def _divided(parts, strategy, nproc, whole, full):
     "Weights, gradients and optimiser of one of `nproc` processes, and what it holds besides in order to work with them."
-    mine = {name: -(-parts[name]//nproc) if name in strategies[strategy] else parts[name] for name in ('weights', 'gradients', 'optimiser')}
-    gathered = whole*(1 + (full and strategy == 'fsdp2')) if 'weights' in strategies[strategy] and nproc > 1 else parts['gradients'] if strategy == 'ddp' and nproc > 1 else 0
+    mine = {
+        name: -(-parts[name] // nproc) if name in strategies[strategy] else parts[name]
+        for name in ('weights', 'gradients', 'optimiser')
+    }
+    gathered = (
+        whole * (1 + (full and strategy == 'fsdp2'))
+        if 'weights' in strategies[strategy] and nproc > 1
+        else parts['gradients']
+        if strategy == 'ddp' and nproc > 1
+        else 0
+    )
     return mine | (dict(gathered=gathered) if gathered else {})
 
 
 def _passing(config, shape, tokens, word, again, chunk_bytes, quantised, layer):
     "Bytes that come and go within a micro-batch (activations, logits, the workspace of the last layer's backward), and those of the activations that lie behind the last layer."
     one, first = layer_activation_bytes(config, **layer), layer_activation_bytes(config, **layer, first=True)
-    layers = shape.layers*word*shape.width*tokens if again else (shape.layers - 1)*one + first
-    last = 16 + (4 if shape.gated else word)*shape.width + word*shape.width*(1 + (shape.gated and layer['full']))
-    if shape.embedding_dropout and (again or layer['full']): last += shape.width*(word if layer['device'] == 'cpu' else 1)
-    row = shape.words*(4 if word == 4 and not layer['mixed'] else 6)
-    backward = tokens*word*(3*shape.mlp + shape.width) + (one if again else 0) + (word*max(linear.size for linear in shape.linears) if quantised else 0)
-    passing = dict(activations=layers + last*tokens, logits=row*max(1, min(tokens, chunk_bytes//row)) + tokens*word*shape.width, backward=backward)
-    return passing, last*tokens
+    layers = shape.layers * word * shape.width * tokens if again else (shape.layers - 1) * one + first
+    last = 16 + (4 if shape.gated else word) * shape.width + word * shape.width * (1 + (shape.gated and layer['full']))
+    if shape.embedding_dropout and (again or layer['full']):
+        last += shape.width * (word if layer['device'] == 'cpu' else 1)
+    row = shape.words * (4 if word == 4 and not layer['mixed'] else 6)
+    backward = (
+        tokens * word * (3 * shape.mlp + shape.width)
+        + (one if again else 0)
+        + (word * max(linear.size for linear in shape.linears) if quantised else 0)
+    )
+    passing = dict(
+        activations=layers + last * tokens,
+        logits=row * max(1, min(tokens, chunk_bytes // row)) + tokens * word * shape.width,
+        backward=backward,
+    )
+    return passing, last * tokens

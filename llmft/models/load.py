@@ -12,59 +12,123 @@ import contextlib, functools, itertools, logging, math, os, tempfile, torch, war
 from pathlib import Path
 from safetensors import SafetensorError
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from transformers import AutoConfig, AutoModelForCausalLM, AttentionInterface, AttentionMaskInterface, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AttentionInterface,
+    AttentionMaskInterface,
+    BitsAndBytesConfig,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 from ..core import LabError, assets, find_path, hub_answers, nearest, purpose_rng, require
 
 # %% ../../nbs/models/01_load.ipynb #bd09a1cb
-_llama32 = dict(model_type='llama', head_dim=128, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072, rms_norm_eps=1e-5,
-    tie_word_embeddings=True, bos_token_id=128000, eos_token_id=128001, rope_parameters=dict(rope_type='llama3', rope_theta=5e5, factor=32.,
-    low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=8192))
-_qwen25 = dict(model_type='qwen2', num_key_value_heads=2, vocab_size=151936, max_position_embeddings=32768, rms_norm_eps=1e-6, tie_word_embeddings=True,
-    bos_token_id=151643, eos_token_id=151643, rope_parameters=dict(rope_type='default', rope_theta=1e6))
-_small = dict(vocab_size=512, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None)
+_llama32 = dict(
+    model_type='llama',
+    head_dim=128,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=True,
+    bos_token_id=128000,
+    eos_token_id=128001,
+    rope_parameters=dict(
+        rope_type='llama3',
+        rope_theta=5e5,
+        factor=32.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    ),
+)
+_qwen25 = dict(
+    model_type='qwen2',
+    num_key_value_heads=2,
+    vocab_size=151936,
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    bos_token_id=151643,
+    eos_token_id=151643,
+    rope_parameters=dict(rope_type='default', rope_theta=1e6),
+)
+_small = dict(
+    vocab_size=512, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None, eos_token_id=None
+)
+
 
 def _gpt2(layers, width, heads, **facts):
     "A GPT-2 of this depth, width and number of heads."
     return dict(model_type='gpt2', n_layer=layers, n_embd=width, n_head=heads, **facts)
 
+
 def _llama(family, layers, width, heads, mlp, **facts):
     "A Llama or Qwen2: the facts of its `family`, and its own."
-    return dict(family, num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=mlp) | facts
+    return (
+        dict(family, num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads, intermediate_size=mlp)
+        | facts
+    )
+
 
 presets = {
-    'gpt2': _gpt2(12, 768, 12), 'gpt2-medium': _gpt2(24, 1024, 16), 'gpt2-large': _gpt2(36, 1280, 20),
+    'gpt2': _gpt2(12, 768, 12),
+    'gpt2-medium': _gpt2(24, 1024, 16),
+    'gpt2-large': _gpt2(36, 1280, 20),
     'gpt2-tiny': _gpt2(2, 64, 4, vocab_size=512, n_positions=512, bos_token_id=None, eos_token_id=None),
-    'qwen2.5-0.5b': _llama(_qwen25, 24, 896, 14, 4864), 'qwen2.5-1.5b': _llama(_qwen25, 28, 1536, 12, 8960),
+    'qwen2.5-0.5b': _llama(_qwen25, 24, 896, 14, 4864),
+    'qwen2.5-1.5b': _llama(_qwen25, 28, 1536, 12, 8960),
     'qwen2-tiny': _llama(_qwen25 | _small, 2, 64, 4, 176),
-    'llama-3.2-1b': _llama(_llama32, 16, 2048, 32, 8192, head_dim=64), 'llama-3.2-3b': _llama(_llama32, 28, 3072, 24, 8192),
+    'llama-3.2-1b': _llama(_llama32, 16, 2048, 32, 8192, head_dim=64),
+    'llama-3.2-3b': _llama(_llama32, 28, 3072, 24, 8192),
     'llama-tiny': _llama(_small, 2, 64, 4, 176, model_type='llama', num_key_value_heads=2),
     'llama-base': _llama(_small, 4, 256, 4, 672, model_type='llama', num_key_value_heads=2, vocab_size=4096),
     'llama-6x256': _llama(_small, 6, 256, 8, 688, model_type='llama', num_key_value_heads=8, vocab_size=8003),
-    'llama-50m': _llama(_small, 10, 512, 8, 1536, model_type='llama', num_key_value_heads=8, vocab_size=32000)}
+    'llama-50m': _llama(_small, 10, 512, 8, 1536, model_type='llama', num_key_value_heads=8, vocab_size=32000),
+}
 
 # %% ../../nbs/models/01_load.ipynb #b4b761ce
-hub_presets = {'gpt2': 'gpt2', **{f'openai-community/{name}': name for name in ('gpt2', 'gpt2-medium', 'gpt2-large')},
-    **{f'meta-llama/Llama-3.2-{size}{kind}': f'llama-3.2-{size.lower()}' for size in ('1B', '3B') for kind in ('', '-Instruct')},
-    **{f'Qwen/{family}-{size}{kind}': f'qwen2.5-{size.lower()}' for family in ('Qwen2.5', 'Qwen2.5-Coder') for size in ('0.5B', '1.5B') for kind in ('', '-Instruct')}}
+hub_presets = {
+    'gpt2': 'gpt2',
+    **{f'openai-community/{name}': name for name in ('gpt2', 'gpt2-medium', 'gpt2-large')},
+    **{
+        f'meta-llama/Llama-3.2-{size}{kind}': f'llama-3.2-{size.lower()}'
+        for size in ('1B', '3B')
+        for kind in ('', '-Instruct')
+    },
+    **{
+        f'Qwen/{family}-{size}{kind}': f'qwen2.5-{size.lower()}'
+        for family in ('Qwen2.5', 'Qwen2.5-Coder')
+        for size in ('0.5B', '1.5B')
+        for kind in ('', '-Instruct')
+    },
+}
 
 # %% ../../nbs/models/01_load.ipynb #e0f112d1
 def _preset(name):
     "The configuration of the preset `name`."
-    if name not in presets: raise LabError(f'there is no preset {name!r}{nearest(name, presets)}: choose one of {", ".join(presets)}')
+    if name not in presets:
+        raise LabError(f'there is no preset {name!r}{nearest(name, presets)}: choose one of {", ".join(presets)}')
     return AutoConfig.for_model(**presets[name])
 
 
 def _local_folder(name):
     "The folder that holds model `name`, or `None` when it can only be a name of the hub."
-    folder = assets/'base' if name == 'base' else find_path(name)
-    if (folder/'config.json').is_file(): return folder
-    if name == 'base': raise LabError('the shipped base model is missing from llmft/assets/base: install the package again, or make it with llmft run params/pretrain/base.yaml')
-    if folder.is_dir(): raise LabError(f'the folder {name} has no config.json: give one that save_pretrained wrote')
-    if name.startswith(('/', '.', '~')) or name.count('/') > 1: raise LabError(f'there is no folder {name}: give a model folder, a hub name, or preset:NAME')
-    if name in presets and name not in hub_presets: raise LabError(f"model {name!r} is neither a folder nor a hub name (did you mean 'preset:{name}'?)")
+    folder = assets / 'base' if name == 'base' else find_path(name)
+    if (folder / 'config.json').is_file():
+        return folder
+    if name == 'base':
+        raise LabError(
+            'the shipped base model is missing from llmft/assets/base: install the package again, or make it with llmft run params/pretrain/base.yaml'
+        )
+    if folder.is_dir():
+        raise LabError(f'the folder {name} has no config.json: give one that save_pretrained wrote')
+    if name.startswith(('/', '.', '~')) or name.count('/') > 1:
+        raise LabError(f'there is no folder {name}: give a model folder, a hub name, or preset:NAME')
+    if name in presets and name not in hub_presets:
+        raise LabError(f"model {name!r} is neither a folder nor a hub name (did you mean 'preset:{name}'?)")
     return None
 
 
@@ -72,26 +136,34 @@ def _fetch(loader, name, options):
     "`loader.from_pretrained` of a hub name, from the cache or else from the hub; a `LabError` when it is in neither."
     why = 'it is not in the cache and the hub cannot be reached'
     for local in (True, False):
-        if not local and not hub_answers(): break
-        try: return loader.from_pretrained(name, local_files_only=local, **options)
+        if not local and not hub_answers():
+            break
+        try:
+            return loader.from_pretrained(name, local_files_only=local, **options)
         except (OSError, ValueError) as error:
-            if not local: why = ' '.join(str(error).split())[:160]
-    raise LabError(f'model {name!r} cannot be loaded ({why}): give a folder, a cached hub name or preset:NAME (random weights), or run with --small')
+            if not local:
+                why = ' '.join(str(error).split())[:160]
+    raise LabError(
+        f'model {name!r} cannot be loaded ({why}): give a folder, a cached hub name or preset:NAME (random weights), or run with --small'
+    )
 
 
 def model_config(name:str,  # 'preset:NAME', 'base', a folder with config.json, or a hub name
 ):                          # the architecture, a `PreTrainedConfig`
     "The configuration of model `name`, without its weights; a `LabError` says what to do when there is none."
-    if name.startswith('preset:'): return _preset(name.removeprefix('preset:'))
-    if folder := _local_folder(name): return AutoConfig.from_pretrained(folder, local_files_only=True)
+    if name.startswith('preset:'):
+        return _preset(name.removeprefix('preset:'))
+    if folder := _local_folder(name):
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
     return _preset(hub_presets[name]) if name in hub_presets else _fetch(AutoConfig, name, {})
 
 # %% ../../nbs/models/01_load.ipynb #0264c52b
 class DocumentLengths(list):
     "Lengths of the documents of a packed row, on their way through the model; `.seen` counts the attention calls that respected them."
+
     seen = 0
 
-
+# %% ../../nbs/models/01_load.ipynb #d85b8595
 def shared_heads(query_BHTD,   # queries
                  key_BHTD,     # keys of as many heads, or of a divisor of them
                  value_BHTD,   # values of the same shape
@@ -99,10 +171,11 @@ def shared_heads(query_BHTD,   # queries
 )->tuple:                      # (keys, values, whether `scaled_dot_product_attention` must share them among heads)
     "Keys and values for PyTorch's attention, repeated where CUDA has no kernel that shares them without writing out all scores: in float32, and with a mask."
     groups = query_BHTD.shape[1] // key_BHTD.shape[1]
-    if groups == 1 or not (query_BHTD.is_cuda and (masked or query_BHTD.dtype == torch.float32)): return key_BHTD, value_BHTD, groups > 1
+    if groups == 1 or not (query_BHTD.is_cuda and (masked or query_BHTD.dtype == torch.float32)):
+        return key_BHTD, value_BHTD, groups > 1
     return key_BHTD.repeat_interleave(groups, 1), value_BHTD.repeat_interleave(groups, 1), False
 
-
+# %% ../../nbs/models/01_load.ipynb #dc0b4f8b
 def _banded(length, window, like):
     "A causal mask (length, length) that looks back `window` tokens at most."
     ones = torch.ones(length, length, dtype=torch.bool, device=like.device)
@@ -112,12 +185,19 @@ def _banded(length, window, like):
 def _per_document(query_BHTD, key_BHTD, value_BHTD, lengths, window, **options):
     "Causal attention inside each document of the one packed row: (1, slots, heads, head width)."
     runs = [(length, len(list(same))) for length, same in itertools.groupby(lengths)]
-    pieces = zip(*(tensor[0].split([length*count for length, count in runs], dim=1) for tensor in (query_BHTD, key_BHTD, value_BHTD)))
+    pieces = zip(
+        *(
+            tensor[0].split([length * count for length, count in runs], dim=1)
+            for tensor in (query_BHTD, key_BHTD, value_BHTD)
+        )
+    )
     outputs = []
     for (length, count), run in zip(runs, pieces):
         mask = _banded(length, window, query_BHTD) if window and length > window else None
         documents = (tensor_HTD.unflatten(1, (count, length)).transpose(0, 1) for tensor_HTD in run)
-        outputs.append(sdpa(*documents, attn_mask=mask, is_causal=mask is None, **options).transpose(1, 2).flatten(0, 1))
+        outputs.append(
+            sdpa(*documents, attn_mask=mask, is_causal=mask is None, **options).transpose(1, 2).flatten(0, 1)
+        )
     return torch.cat(outputs)[None]
 
 
@@ -132,12 +212,26 @@ def documents_attention(module,               # the attention module that asks
                         **kwargs,             # what else the model passes on
 ):                                            # (rows, slots, heads, head width), and no attention weights
     "Attention for transformers: inside each of `documents` of a packed row; without them, transformers' own SDPA."
-    if documents is None: return sdpa_attention_forward(module, query_BHTD, key_BHTD, value_BHTD, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    if documents is None:
+        return sdpa_attention_forward(
+            module, query_BHTD, key_BHTD, value_BHTD, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     if any(kwargs.get(name) is not None for name in ('softcap', 'position_bias', 's_aux')):
-        raise LabError("this architecture changes the attention scores, which attention='documents' does not know: load the model with attention='eager'")
+        raise LabError(
+            "this architecture changes the attention scores, which attention='documents' does not know: load the model with attention='eager'"
+        )
     documents.seen += 1
     key_BHTD, value_BHTD, grouped = shared_heads(query_BHTD, key_BHTD, value_BHTD, bool(kwargs.get('sliding_window')))
-    return _per_document(query_BHTD, key_BHTD, value_BHTD, documents, kwargs.get('sliding_window'), dropout_p=dropout, scale=scaling, enable_gqa=grouped), None
+    return _per_document(
+        query_BHTD,
+        key_BHTD,
+        value_BHTD,
+        documents,
+        kwargs.get('sliding_window'),
+        dropout_p=dropout,
+        scale=scaling,
+        enable_gqa=grouped,
+    ), None
 
 
 AttentionInterface.register('documents', documents_attention)
@@ -148,18 +242,22 @@ def causal_model(model):
     "The transformers model inside `model`, whatever PEFT has wrapped around it."
     return model.get_base_model() if hasattr(model, 'get_base_model') else model
 
-
+# %% ../../nbs/models/01_load.ipynb #d0a1ec6c
 def output_head(model):
     "The module that turns hidden states into logits, LoRA-wrapped or quantised as it may be."
     return causal_model(model).get_output_embeddings()
 
-
+# %% ../../nbs/models/01_load.ipynb #139ff214
 def _check_packed(config, ids_BT, lengths):
     "A `LabError` unless `ids_BT` is one row of documents of `lengths` that this architecture can keep apart."
     if ids_BT.shape[0] != 1 or sum(lengths) != ids_BT.shape[1] or min(lengths) < 1:
-        raise LabError(f'document_lengths sum to {sum(lengths)} and the ids are {tuple(ids_BT.shape)}: a packed batch is one row that its documents fill')
+        raise LabError(
+            f'document_lengths sum to {sum(lengths)} and the ids are {tuple(ids_BT.shape)}: a packed batch is one row that its documents fill'
+        )
     if mixing := set(getattr(config, 'layer_types', None) or []) - {'full_attention', 'sliding_attention'}:
-        raise LabError(f'{config.model_type} has layers of type {", ".join(sorted(mixing))}, which mix packed documents: use padded rows')
+        raise LabError(
+            f'{config.model_type} has layers of type {", ".join(sorted(mixing))}, which mix packed documents: use padded rows'
+        )
 
 
 def hidden_states(model,                  # from `load_model`, with or without an adapter
@@ -170,42 +268,65 @@ def hidden_states(model,                  # from `load_model`, with or without a
     "The final hidden states of `model`; documents of a packed row do not see each other. `LabError` when they are too long or cannot be kept apart."
     model, extra = causal_model(model), {}
     longest, limit = max(document_lengths or [ids_BT.shape[1]]), getattr(model.config, 'max_position_embeddings', None)
-    if limit and longest > limit: raise LabError(f'a document of {longest} tokens does not fit the {limit} positions of this model: lower the length documents are cut to')
+    if limit and longest > limit:
+        raise LabError(
+            f'a document of {longest} tokens does not fit the {limit} positions of this model: lower the length documents are cut to'
+        )
     if document_lengths:
         _check_packed(model.config, ids_BT, document_lengths)
-        if position_ids_BT is None: position_ids_BT = torch.cat([torch.arange(n) for n in document_lengths])[None].to(ids_BT.device)
+        if position_ids_BT is None:
+            position_ids_BT = torch.cat([torch.arange(n) for n in document_lengths])[None].to(ids_BT.device)
         if model.config._attn_implementation == 'documents':  # the mask of one element says: do not build one
-            extra = dict(documents=DocumentLengths(document_lengths), attention_mask=ids_BT.new_ones((1, 1, 1, 1), dtype=torch.bool))
+            extra = dict(
+                documents=DocumentLengths(document_lengths),
+                attention_mask=ids_BT.new_ones((1, 1, 1, 1), dtype=torch.bool),
+            )
     out = model.base_model(input_ids=ids_BT, position_ids=position_ids_BT, use_cache=False, **extra).last_hidden_state
-    if extra and not extra['documents'].seen: raise LabError(f"{model.config.model_type} did not respect document_lengths: load it with attention='sdpa'")
+    if extra and not extra['documents'].seen:
+        raise LabError(f"{model.config.model_type} did not respect document_lengths: load it with attention='sdpa'")
     return out
 
 # %% ../../nbs/models/01_load.ipynb #ab29f4af
 precisions = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
-logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)  # at import it asks for a package that would fetch kernels from the hub
-quantisations = dict(none=lambda dtype: None, int8=lambda dtype: BitsAndBytesConfig(load_in_8bit=True), nf4=lambda dtype: BitsAndBytesConfig(
-    load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype))
+logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(
+    logging.ERROR
+)  # at import it asks for a package that would fetch kernels from the hub
+quantisations = dict(
+    none=lambda dtype: None,
+    int8=lambda dtype: BitsAndBytesConfig(load_in_8bit=True),
+    nf4=lambda dtype: BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    ),
+)
 
 
 def disable_cpu_repacking(model):
     "Keep the 4-bit layers of `model` from repacking their weights when they are evaluated on a CPU; the model comes back."
     for module in model.modules():
-        if hasattr(module, 'support_avx512bf16_for_cpu'): module.support_avx512bf16_for_cpu = False
+        if hasattr(module, 'support_avx512bf16_for_cpu'):
+            module.support_avx512bf16_for_cpu = False
     return model
 
-
+# %% ../../nbs/models/01_load.ipynb #40c105d7
 @functools.cache
 def mend_cpu_dequantising():
     "Have bitsandbytes read 4-bit matrices on a CPU block by block, also where a row is no whole number of blocks; the library that holds the kernel comes back."
-    library, kernel = torch.library.Library('bitsandbytes', 'IMPL'), torch.library.get_kernel('bitsandbytes::dequantize_4bit', 'CPU')
+    library, kernel = (
+        torch.library.Library('bitsandbytes', 'IMPL'),
+        torch.library.get_kernel('bitsandbytes::dequantize_4bit', 'CPU'),
+    )
+
     def whole(keys, packed, scales, block, kind, shape, dtype):
-        return kernel.call_boxed(keys, packed, scales, block, kind, [math.prod(shape)] if shape[-1] % block else shape, dtype).view(shape)
+        return kernel.call_boxed(
+            keys, packed, scales, block, kind, [math.prod(shape)] if shape[-1] % block else shape, dtype
+        ).view(shape)
+
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # that a kernel is overridden, which is meant
         library.impl('dequantize_4bit', whole, 'CPU', with_keyset=True, allow_override=True)
     return library
 
-
+# %% ../../nbs/models/01_load.ipynb #4ff4d9cd
 def quantised_share(model,  # any model, with or without an adapter
 )->dict:                    # quantised: parameters held in 4 or 8 bits; total: all parameters; share: their ratio
     "How much of `model` is really quantised, counted in its layers rather than read from its configuration."
@@ -214,8 +335,9 @@ def quantised_share(model,  # any model, with or without an adapter
         state = getattr(weight, 'quant_state', None)
         count = state.shape.numel() if state is not None else weight.numel()
         total += count
-        if state is not None or weight.dtype == torch.int8: quantised += count
-    return dict(quantised=quantised, total=total, share=quantised/total)
+        if state is not None or weight.dtype == torch.int8:
+            quantised += count
+    return dict(quantised=quantised, total=total, share=quantised / total)
 
 # %% ../../nbs/models/01_load.ipynb #3e15aa2e
 @contextlib.contextmanager
@@ -228,18 +350,24 @@ def _own_seed(seed):
             torch.default_generator.manual_seed(int(purpose_rng(seed, 'weights').integers(2**62)))
             yield
     finally:
-        if shown: transformers_logging.enable_progress_bar()
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _pretrained(place, options):
     "The weights in a folder, or of a hub name; a `LabError` when there are none or some are missing."
     options = options | dict(output_loading_info=True)
     try:
-        if isinstance(place, Path): model, report = AutoModelForCausalLM.from_pretrained(place, local_files_only=True, **options)
-        else: model, report = _fetch(AutoModelForCausalLM, place, options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error: raise LabError(f'the weights of {place} cannot be loaded: {" ".join(str(error).split())[:200]}') from None
+        if isinstance(place, Path):
+            model, report = AutoModelForCausalLM.from_pretrained(place, local_files_only=True, **options)
+        else:
+            model, report = _fetch(AutoModelForCausalLM, place, options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise LabError(f'the weights of {place} cannot be loaded: {" ".join(str(error).split())[:200]}') from None
     if missing := sorted(report['missing_keys']):
-        raise LabError(f'{place} lacks {len(missing)} weights ({missing[0]} first), which would be random: give a complete model')
+        raise LabError(
+            f'{place} lacks {len(missing)} weights ({missing[0]} first), which would be random: give a complete model'
+        )
     return model
 
 
@@ -247,7 +375,8 @@ def _random(config, options):
     "Random weights for `config`; quantised ones by way of a temporary folder."
     quantised = options.pop('quantization_config', None)
     model = AutoModelForCausalLM.from_config(config, **options)
-    if quantised is None: return model
+    if quantised is None:
+        return model
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         del model
@@ -256,11 +385,14 @@ def _random(config, options):
 
 def placed(model):
     "`model` on the GPU, where there is one and it fits; what several processes share stays in main memory until it is cut."
-    if not torch.cuda.is_available() or 'RANK' in os.environ: return model
-    try: return model.to('cuda')
-    except torch.cuda.OutOfMemoryError: return model.to('cpu')
+    if not torch.cuda.is_available() or 'RANK' in os.environ:
+        return model
+    try:
+        return model.to('cuda')
+    except torch.cuda.OutOfMemoryError:
+        return model.to('cpu')
 
-
+# %% ../../nbs/models/01_load.ipynb #3bd8e80e
 def load_model(name:str,                   # 'preset:NAME' (random weights), 'base', a folder, or a hub name
                precision:str='fp32',       # 'fp32', 'bf16' or 'fp16': the dtype of all that is not quantised, and of computing
                quantisation:str='none',    # 'none', 'int8' or 'nf4' (with double quantisation)
@@ -269,16 +401,27 @@ def load_model(name:str,                   # 'preset:NAME' (random weights), 'ba
 ):                                         # a `PreTrainedModel`
     "Load a causal language model. `LabError` when there is none, when weights are missing, and for unknown options."
     for what, value, known in (('precision', precision, precisions), ('quantisation', quantisation, quantisations)):
-        if value not in known: raise LabError(f'{what} is {value!r}{nearest(value, known)}: choose one of {", ".join(known)}')
+        if value not in known:
+            raise LabError(f'{what} is {value!r}{nearest(value, known)}: choose one of {", ".join(known)}')
     options = dict(dtype=precisions[precision], attn_implementation=attention)
     if quantisation != 'none':
         require('bitsandbytes')
-        if quantisation == 'nf4': mend_cpu_dequantising()
+        if quantisation == 'nf4':
+            mend_cpu_dequantising()
         options['quantization_config'] = quantisations[quantisation](precisions[precision])
     with _own_seed(seed):
-        model = _random(model_config(name), options) if name.startswith('preset:') else _pretrained(_local_folder(name) or name, options)
+        model = (
+            _random(model_config(name), options)
+            if name.startswith('preset:')
+            else _pretrained(_local_folder(name) or name, options)
+        )
     if attention == 'documents' and not (model._supports_sdpa and model._supports_attention_backend):
-        raise LabError(f"attention='documents' does not work for the architecture {model.config.model_type}: load it with attention='eager'")
+        raise LabError(
+            f"attention='documents' does not work for the architecture {model.config.model_type}: load it with attention='eager'"
+        )
     model.name_or_path = model.config._name_or_path = name
-    for table in [module for module in model.modules() if isinstance(module, torch.nn.Embedding)] + [output_head(model)]: table.weight.table = True  # rows looked up by token or position: see `recipe`
+    for table in [module for module in model.modules() if isinstance(module, torch.nn.Embedding)] + [
+        output_head(model)
+    ]:
+        table.weight.table = True  # rows looked up by token or position: see `recipe`
     return disable_cpu_repacking(model if quantisation != 'none' else placed(model))

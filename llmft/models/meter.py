@@ -17,57 +17,82 @@ from ..core import read_json, write_json
 # %% ../../nbs/models/07_meter.ipynb #d37aba7a
 def _status_bytes(name):
     "The line `name` of /proc/self/status in bytes."
-    with open('/proc/self/status') as file: return next(int(line.split()[1])*1024 for line in file if line.startswith(name + ':'))
+    with open('/proc/self/status') as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(name + ':'))
 
 
 class MarkedMemory:
     "Peak resident memory by the kernel's high-water mark; an OSError when it cannot be reset."
+
     def __init__(self):
-        with open('/proc/self/clear_refs', 'w') as file: file.write('5')
+        with open('/proc/self/clear_refs', 'w') as file:
+            file.write('5')
         self.start = _status_bytes('VmRSS')
-    def peak(self): return _status_bytes('VmHWM')
-    def stop(self): pass
 
+    def peak(self):
+        return _status_bytes('VmHWM')
 
+    def stop(self):
+        pass
+
+# %% ../../nbs/models/07_meter.ipynb #40ad061b
 class SampledMemory:
     "Peak resident memory by a thread that looks every `interval` seconds."
-    def __init__(self, interval=.005):
+
+    def __init__(self, interval=0.005):
         self.process, self.ended = psutil.Process(), threading.Event()
         self.start = self.highest = self.process.memory_info().rss
         self.thread = threading.Thread(target=self._watch, args=(interval,), daemon=True)
         self.thread.start()
+
     def _watch(self, interval):
-        while not self.ended.wait(interval): self.peak()
+        while not self.ended.wait(interval):
+            self.peak()
+
     def peak(self):
         self.highest = max(self.highest, self.process.memory_info().rss)
         return self.highest
-    def stop(self): self.ended.set(); self.thread.join()
+
+    def stop(self):
+        self.ended.set()
+        self.thread.join()
 
 # %% ../../nbs/models/07_meter.ipynb #a1f04d6e
 class CudaMemory:
     "Peak memory allocated by PyTorch on all visible GPUs."
+
     def __init__(self):
         self.devices = range(torch.cuda.device_count())
-        for device in self.devices: torch.cuda.reset_peak_memory_stats(device)
+        for device in self.devices:
+            torch.cuda.reset_peak_memory_stats(device)
         self.start = sum(map(torch.cuda.memory_allocated, self.devices))
-    def peak(self): return sum(map(torch.cuda.max_memory_allocated, self.devices))
-    def stop(self): pass
 
+    def peak(self):
+        return sum(map(torch.cuda.max_memory_allocated, self.devices))
 
+    def stop(self):
+        pass
+
+# %% ../../nbs/models/07_meter.ipynb #0375db66
 def memory_watch():
     "The best way to watch peak memory here: GPU if there is one, else the high-water mark, else a thread."
-    if torch.cuda.is_available(): return CudaMemory()
-    try: return MarkedMemory()
-    except OSError: return SampledMemory()
+    if torch.cuda.is_available():
+        return CudaMemory()
+    try:
+        return MarkedMemory()
+    except OSError:
+        return SampledMemory()
 
-
+# %% ../../nbs/models/07_meter.ipynb #60c237a7
 def synchronise():
     "Wait until the GPU of this process has done what it was given."
-    if torch.cuda.is_available(): torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 # %% ../../nbs/models/07_meter.ipynb #2d897d3b
 class Meter:
     "Measures seconds and peak memory of a `with` block: `seconds`, `peak_bytes`, `start_bytes`, `growth_bytes`, `memory_kind`."
+
     def __enter__(self):
         gc.collect()
         synchronise()
@@ -76,7 +101,7 @@ class Meter:
         self.started = self.last = time.perf_counter()
         return self
 
-    def lap(self)->float:
+    def lap(self) -> float:
         "Seconds since the last lap or the start."
         synchronise()
         now = time.perf_counter()
@@ -91,7 +116,8 @@ class Meter:
         self.memory.stop()
 
     @property
-    def growth_bytes(self): return max(0, self.peak_bytes - self.start_bytes)
+    def growth_bytes(self):
+        return max(0, self.peak_bytes - self.start_bytes)
 
 # %% ../../nbs/models/07_meter.ipynb #2f3e9acc
 @functools.cache
@@ -102,10 +128,12 @@ def _quieten():
     os.dup2(nowhere, 2)
     try:
         older = torch.empty(1)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True): del older
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True):
+            del older
     finally:
         os.dup2(kept, 2)
-        for handle in (kept, nowhere): os.close(handle)
+        for handle in (kept, nowhere):
+            os.close(handle)
 
 
 def _allocations(events):
@@ -113,28 +141,34 @@ def _allocations(events):
     found, waiting = [], list(reversed(events))
     while waiting:
         event = waiting.pop()
-        if event.tag == _EventType.Allocation: found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
         waiting += reversed(event.children)
     return [block[1:] for block in sorted(found, key=lambda block: block[0])]
 
 
 class TensorMemory:
     "Most bytes that PyTorch's CPU allocator had given out at one time in a `with` block: `peak_bytes`, `None` where a profiler runs already."
+
     def __enter__(self):
         self.peak_bytes, self.profile = None, None
-        if torch.autograd._profiler_enabled(): return self
+        if torch.autograd._profiler_enabled():
+            return self
         _quieten()
         self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self.profile.__enter__()
         return self
 
     def __exit__(self, *error):
-        if not self.profile: return
+        if not self.profile:
+            return
         self.profile.__exit__(*error)
         live, now, self.peak_bytes = {}, 0, 0
         for address, size in _allocations(self.profile.profiler.kineto_results.experimental_event_tree()):
-            if size > 0: live[address], now = size, now + size
-            else: now -= live.pop(address, 0)
+            if size > 0:
+                live[address], now = size, now + size
+            else:
+                now -= live.pop(address, 0)
             self.peak_bytes = max(self.peak_bytes, now)
         self.profile = None
 
@@ -142,19 +176,23 @@ class TensorMemory:
 def return_freed_memory(smallest=2**18, # bytes from which a block is returned when it is freed
 )->bool:                                # whether the C library could be told: glibc only
     "Have freed blocks returned to the system for the rest of this process."
-    try: return bool(ctypes.CDLL(None).mallopt(-3, smallest))
-    except (AttributeError, OSError, TypeError): return False
+    try:
+        return bool(ctypes.CDLL(None).mallopt(-3, smallest))
+    except (AttributeError, OSError, TypeError):
+        return False
 
 # %% ../../nbs/models/07_meter.ipynb #44bc45d0
 def _best(work, repeats=5):
     "Seconds of the fastest of `repeats` calls, after one to warm up."
     work()
+
     def once():
         synchronise()
         started = time.perf_counter()
         work()
         synchronise()
         return time.perf_counter() - started
+
     return min(once() for _ in range(repeats))
 
 
@@ -166,9 +204,9 @@ def matmul_peak(device,               # 'cuda' or 'cpu'
     size = size or (8192 if device == 'cuda' else 2048)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
-    return 2*size**3/_best(lambda: torch.mm(a, b, out=out))
+    return 2 * size**3 / _best(lambda: torch.mm(a, b, out=out))
 
-
+# %% ../../nbs/models/07_meter.ipynb #abd3e18e
 def copy_peak(device,     # 'cuda' or 'cpu'
               size=None,  # bytes; by default far beyond any cache
 )->float:                 # bytes per second
@@ -176,26 +214,34 @@ def copy_peak(device,     # 'cuda' or 'cpu'
     size = size or (2**31 if device == 'cuda' else 2**27)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2*size/_best(lambda: target.copy_(source))
+    return 2 * size / _best(lambda: target.copy_(source))
 
 # %% ../../nbs/models/07_meter.ipynb #fa488195
 def _machine():
     "What the peaks depend on."
     cuda = torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else _processor()
-    return dict(device=device, kind='cuda' if cuda else 'cpu', threads=torch.get_num_threads(), torch=torch.__version__, host=platform.node())
+    return dict(
+        device=device,
+        kind='cuda' if cuda else 'cpu',
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        host=platform.node(),
+    )
 
 
 def _processor():
     "The processor's name, as far as the system tells."
     try:
-        with open('/proc/cpuinfo') as file: return next(line.split(':', 1)[1].strip() for line in file if line.startswith('model name'))
-    except (OSError, StopIteration): return platform.processor() or platform.machine()
+        with open('/proc/cpuinfo') as file:
+            return next(line.split(':', 1)[1].strip() for line in file if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _cache(machine):
-    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'llmft'
-    return folder/f'peaks-{hashlib.sha256(repr(sorted(machine.items())).encode()).hexdigest()[:12]}.json'
+    folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'llmft'
+    return folder / f'peaks-{hashlib.sha256(repr(sorted(machine.items())).encode()).hexdigest()[:12]}.json'
 
 
 def known_peaks():
@@ -203,19 +249,27 @@ def known_peaks():
     file = _cache(_machine())
     return read_json(file) if file.exists() else None
 
-
+# %% ../../nbs/models/07_meter.ipynb #ef984978
 def machine_peaks(fresh=False,   # measure again
                   achieved=None, # operations per second seen in real work: a remembered peak below it was measured on a busy machine
 )->dict:                       # matmul_flops_per_sec (fp32), matmul_flops_per_sec_bf16, matmul_flops_per_sec_fp16, copy_bytes_per_sec, device, kind, threads, ...
     "The machine's peaks, measured the first time (about two seconds) and remembered."
     machine, known = _machine(), known_peaks()
-    if known and not fresh and (achieved or 0) <= known['matmul_flops_per_sec']: return known
+    if known and not fresh and (achieved or 0) <= known['matmul_flops_per_sec']:
+        return known
     kind = machine['kind']
     size = None if kind == 'cuda' else 1024
-    peaks = dict(matmul_flops_per_sec=matmul_peak(kind), matmul_flops_per_sec_bf16=matmul_peak(kind, torch.bfloat16, size),
-        matmul_flops_per_sec_fp16=matmul_peak(kind, torch.float16) if kind == 'cuda' else None, copy_bytes_per_sec=copy_peak(kind), **machine)
-    try: write_json(_cache(machine), peaks)
-    except OSError: pass
+    peaks = dict(
+        matmul_flops_per_sec=matmul_peak(kind),
+        matmul_flops_per_sec_bf16=matmul_peak(kind, torch.bfloat16, size),
+        matmul_flops_per_sec_fp16=matmul_peak(kind, torch.float16) if kind == 'cuda' else None,
+        copy_bytes_per_sec=copy_peak(kind),
+        **machine,
+    )
+    try:
+        write_json(_cache(machine), peaks)
+    except OSError:
+        pass
     return peaks
 
 # %% ../../nbs/models/07_meter.ipynb #b4fd9135
@@ -223,13 +277,13 @@ def per_second(count,    # tokens, operations or bytes
                seconds,  # measured, or None
 ):                       # count/seconds, None when unknown
     "A rate that is unknown rather than infinite."
-    return count/seconds if count is not None and seconds else None
+    return count / seconds if count is not None and seconds else None
 
-
+# %% ../../nbs/models/07_meter.ipynb #2255fbff
 def share_of_peak(flops_per_sec,     # achieved, or None
                   peaks,             # from `machine_peaks`
                   precision='fp32',  # 'fp32', 'bf16' or 'fp16'
 ):                                   # 0 to 1, None when unknown
     "Achieved operations per second over the machine's measured peak in that precision."
     best = peaks.get('matmul_flops_per_sec' + ('' if precision == 'fp32' else f'_{precision}'))
-    return flops_per_sec/best if flops_per_sec and best else None
+    return flops_per_sec / best if flops_per_sec and best else None

@@ -22,16 +22,24 @@ def four_bits(weight_OI,     # matrix, (outputs, inputs)
     low_OG, high_OG = groups_OGI.amin(-1), groups_OGI.amax(-1)
     scale_OG = ((high_OG - low_OG) / 15).clamp(min=1e-8).bfloat16()
     zero_OG = (low_OG + 8 * scale_OG.float()).bfloat16()
-    codes_OI = ((groups_OGI - zero_OG[..., None].float()) / scale_OG[..., None].float() + 8).round().clamp(0, 15).flatten(1).int()
+    codes_OI = (
+        ((groups_OGI - zero_OG[..., None].float()) / scale_OG[..., None].float() + 8)
+        .round()
+        .clamp(0, 15)
+        .flatten(1)
+        .int()
+    )
     return codes_OI, torch.stack([scale_OG, zero_OG], -1).transpose(0, 1).contiguous()
 
-
+# %% ../../nbs/models/05_precisions.ipynb #2a75b651
 def written_out(codes_OI,    # from `four_bits`
                 scales_GO2,  # from `four_bits`
 ):                           # float32 (outputs, inputs)
     "The matrix that the codes stand for."
     scale_OG, zero_OG = scales_GO2.float().unbind(-1)
-    return ((codes_OI.unflatten(1, (len(scales_GO2), -1)) - 8) * scale_OG.t()[..., None] + zero_OG.t()[..., None]).flatten(1)
+    return (
+        (codes_OI.unflatten(1, (len(scales_GO2), -1)) - 8) * scale_OG.t()[..., None] + zero_OG.t()[..., None]
+    ).flatten(1)
 
 # %% ../../nbs/models/05_precisions.ipynb #3ce2b8ea
 def group_for(outputs:int,  # rows of a matrix
@@ -40,51 +48,82 @@ def group_for(outputs:int,  # rows of a matrix
     "The size of a group for a matrix of this shape."
     return next((group for group in (64, 32) if inputs % group == 0 and outputs % 16 == 0), 0)
 
-
+# %% ../../nbs/models/05_precisions.ipynb #73ea3898
 class Int4Linear(torch.nn.Module):
     "A linear layer whose matrix is held in four bits and multiplied as it is; for inference, computed in bfloat16."
+
     def __init__(self, layer):
         super().__init__()
         self.out_features, self.in_features = layer.weight.shape
         self.group = group_for(self.out_features, self.in_features)
         codes_OI, scales_GO2 = four_bits(layer.weight.detach(), self.group)
-        tiles = next(tiles for tiles in (8, 4, 2) if self.in_features % (16*tiles) == 0)
-        packed = torch._convert_weight_to_int4pack_for_cpu(codes_OI, 1) if codes_OI.device.type == 'cpu' else torch._convert_weight_to_int4pack((codes_OI[:, ::2] << 4 | codes_OI[:, 1::2]).byte(), tiles)
-        self.multiply = torch._weight_int4pack_mm_for_cpu if codes_OI.device.type == 'cpu' else torch._weight_int4pack_mm
-        for name, tensor in (('packed', packed), ('scales', scales_GO2), ('bias', layer.bias.detach().bfloat16() if layer.bias is not None else None)): self.register_buffer(name, tensor)
+        tiles = next(tiles for tiles in (8, 4, 2) if self.in_features % (16 * tiles) == 0)
+        packed = (
+            torch._convert_weight_to_int4pack_for_cpu(codes_OI, 1)
+            if codes_OI.device.type == 'cpu'
+            else torch._convert_weight_to_int4pack((codes_OI[:, ::2] << 4 | codes_OI[:, 1::2]).byte(), tiles)
+        )
+        self.multiply = (
+            torch._weight_int4pack_mm_for_cpu if codes_OI.device.type == 'cpu' else torch._weight_int4pack_mm
+        )
+        for name, tensor in (
+            ('packed', packed),
+            ('scales', scales_GO2),
+            ('bias', layer.bias.detach().bfloat16() if layer.bias is not None else None),
+        ):
+            self.register_buffer(name, tensor)
 
     def forward(self, inputs):
-        outputs_RO = self.multiply(inputs.reshape(-1, self.in_features).bfloat16(), self.packed, self.group, self.scales)
-        if self.bias is not None: outputs_RO = outputs_RO + self.bias
+        outputs_RO = self.multiply(
+            inputs.reshape(-1, self.in_features).bfloat16(), self.packed, self.group, self.scales
+        )
+        if self.bias is not None:
+            outputs_RO = outputs_RO + self.bias
         return outputs_RO.view(*inputs.shape[:-1], self.out_features).to(inputs.dtype)
 
-
+# %% ../../nbs/models/05_precisions.ipynb #5b32d37b
 @torch.no_grad()
 def use_int4(model,  # a causal language model; it is changed in place
 )->int:              # weights that are now held in four bits
     "Replace the linear layers of the blocks by four-bit ones; embedding and head stay, and so do shapes that the kernels do not take."
     replaced, head = 0, output_head(model)
     for name, layer in list(causal_model(model).named_modules()):
-        if type(layer) is not torch.nn.Linear or layer is head or not group_for(*layer.weight.shape): continue
+        if type(layer) is not torch.nn.Linear or layer is head or not group_for(*layer.weight.shape):
+            continue
         causal_model(model).set_submodule(name, Int4Linear(layer))
         replaced += layer.weight.numel()
-    if not replaced: raise LabError(f'{causal_model(model).config.model_type} has no linear layer that can be held in four bits: choose another precision')
+    if not replaced:
+        raise LabError(
+            f'{causal_model(model).config.model_type} has no linear layer that can be held in four bits: choose another precision'
+        )
     return replaced
 
 # %% ../../nbs/models/05_precisions.ipynb #e4c3284c
-logging.getLogger('bitsandbytes.autograd._functions').setLevel(logging.ERROR)  # at every product it says that int8 multiplies in float16
-forms = dict(fp32=('fp32', 'none'), bf16=('bf16', 'none'), fp16=('fp16', 'none'), int8=(None, 'int8'), nf4=(None, 'nf4'), int4_fast=('bf16', 'none'))
+logging.getLogger('bitsandbytes.autograd._functions').setLevel(
+    logging.ERROR
+)  # at every product it says that int8 multiplies in float16
+forms = dict(
+    fp32=('fp32', 'none'),
+    bf16=('bf16', 'none'),
+    fp16=('fp16', 'none'),
+    int8=(None, 'int8'),
+    nf4=(None, 'nf4'),
+    int4_fast=('bf16', 'none'),
+)
 
 
 def check_form(form:str,            # one of `forms`
                compute:str='fp32',  # one of the precisions
 ):
     "A `LabError` unless the form and the precision it computes in are known, and what they need is installed."
-    if form not in forms: raise LabError(f'precision is {form!r}{nearest(form, forms)}: choose one of {", ".join(forms)}')
-    if compute not in precisions: raise LabError(f'compute is {compute!r}{nearest(compute, precisions)}: choose one of {", ".join(precisions)}')
-    if forms[form][1] != 'none': require('bitsandbytes')
+    if form not in forms:
+        raise LabError(f'precision is {form!r}{nearest(form, forms)}: choose one of {", ".join(forms)}')
+    if compute not in precisions:
+        raise LabError(f'compute is {compute!r}{nearest(compute, precisions)}: choose one of {", ".join(precisions)}')
+    if forms[form][1] != 'none':
+        require('bitsandbytes')
 
-
+# %% ../../nbs/models/05_precisions.ipynb #6a0aa0ea
 def load_form(name:str,            # of the model, as for `load_model`
               form:str,            # one of `forms`
               compute:str='fp32',  # fp32 | bf16 | fp16: what int8 and nf4 compute in; the other forms compute in their own
@@ -94,20 +133,23 @@ def load_form(name:str,            # of the model, as for `load_model`
     check_form(form, compute)
     dtype, quantisation = forms[form]
     model = load_model(name, dtype or compute, quantisation, seed)
-    if form == 'int4_fast': use_int4(model)
+    if form == 'int4_fast':
+        use_int4(model)
     return disable_cpu_repacking(model).eval()
 
-
-def held_share(model)->dict:
+# %% ../../nbs/models/05_precisions.ipynb #85d2b83d
+def held_share(model) -> dict:
     "As `quantised_share`, with the matrices of `Int4Linear` counted by what they stand for: quantised, total, share."
     four = sum(layer.in_features * layer.out_features for layer in model.modules() if isinstance(layer, Int4Linear))
-    biases = sum(layer.bias.numel() for layer in model.modules() if isinstance(layer, Int4Linear) and layer.bias is not None)
+    biases = sum(
+        layer.bias.numel() for layer in model.modules() if isinstance(layer, Int4Linear) and layer.bias is not None
+    )
     known = quantised_share(model)
     quantised, total = known['quantised'] + four, known['total'] + four + biases
     return dict(quantised=quantised, total=total, share=quantised / total)
 
-
-def bytes_a_step(model)->int:
+# %% ../../nbs/models/05_precisions.ipynb #66b12335
+def bytes_a_step(model) -> int:
     "Bytes of weights that one decoding step reads: all of them, without an input embedding that is not also the head."
     words = causal_model(model).get_input_embeddings().weight
     return resident_bytes(model) - (0 if output_head(model).weight is words else words.numel() * words.element_size())

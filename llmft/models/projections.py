@@ -14,7 +14,7 @@ from torch import nn
 from ..core import LabError, nearest
 
 # %% ../../nbs/models/03_projections.ipynb #371ecda8
-GRID = 2.**22  # real numbers are multiples of 1/GRID
+GRID = 2.0**22  # real numbers are multiples of 1/GRID
 
 
 def raw_numbers(label:str,  # what the numbers are for; nothing else decides them
@@ -24,7 +24,7 @@ def raw_numbers(label:str,  # what the numbers are for; nothing else decides the
     key = np.frombuffer(hashlib.sha256(label.encode()).digest()[:16], dtype='<u8').astype(np.uint64)
     return np.random.Philox(key=key).random_raw(count)
 
-
+# %% ../../nbs/models/03_projections.ipynb #6d70b6b6
 def normal_numbers(label:str,  # what the numbers are for
                    *shape,     # of the result
 ):                             # float64
@@ -33,21 +33,21 @@ def normal_numbers(label:str,  # what the numbers are for
     uniform = ((raw_numbers(label, 2 * count) >> np.uint64(11)).astype(np.float64) + 1) / 2**53
     return (np.sqrt(-2 * np.log(uniform[::2])) * np.cos(2 * np.pi * uniform[1::2])).reshape(shape)
 
-
+# %% ../../nbs/models/03_projections.ipynb #4f09c5e8
 def signs(label:str,  # what the signs are for
           *shape,     # of the result
 ):                    # float64, 1 or -1
     "Independent random signs, from the highest bit of each raw number."
     return 1 - 2 * (raw_numbers(label, math.prod(shape)) >> np.uint64(63)).astype(np.float64).reshape(shape)
 
-
+# %% ../../nbs/models/03_projections.ipynb #a4998c28
 def permutation(label:str,  # what the order is for
                 count:int,  # things to put in order
 ):                          # int64, (count,)
     "A random order of `count` things: that of their raw numbers."
     return np.argsort(raw_numbers(label, count), kind='stable')
 
-
+# %% ../../nbs/models/03_projections.ipynb #7f215194
 def on_grid(values):
     "Real numbers as a float32 tensor, rounded to multiples of 1/GRID."
     return torch.from_numpy(np.round(np.asarray(values) * GRID) / GRID).float()
@@ -55,19 +55,29 @@ def on_grid(values):
 # %% ../../nbs/models/03_projections.ipynb #b130bc1c
 class Projection(nn.Module):
     "A fixed random matrix P of `rows` x `columns`."
-    def __init__(self, rows:int, columns:int, label:str):
+
+    def __init__(self, rows: int, columns: int, label: str):
         super().__init__()
-        if columns < 1: raise LabError(f'the intrinsic dimension is {columns}: it must be at least 1')
-        if columns > rows: raise LabError(f'the intrinsic dimension {columns} is larger than the {rows} parameters it stands for: lower it')
+        if columns < 1:
+            raise LabError(f'the intrinsic dimension is {columns}: it must be at least 1')
+        if columns > rows:
+            raise LabError(
+                f'the intrinsic dimension {columns} is larger than the {rows} parameters it stands for: lower it'
+            )
         self.rows, self.columns, self.label = rows, columns, label
+
     def keep(self, **tensors):
         "Hold tensors that follow the module from device to device."
-        for name, tensor in tensors.items(): self.register_buffer(name, tensor, persistent=False)
-    def hash(self)->str:
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def hash(self) -> str:
         "16 hexadecimal digits that depend on the class, the shape and every number of P."
         digest = hashlib.sha256(f'{type(self).__name__} {self.rows} {self.columns}'.encode())
-        for name, tensor in sorted(self.named_buffers()): digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        for name, tensor in sorted(self.named_buffers()):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
     def matrix(self):
         "P written out, (rows, columns): for small ones and for tests."
         return torch.stack([self(column) for column in torch.eye(self.columns)], 1)
@@ -75,33 +85,57 @@ class Projection(nn.Module):
 # %% ../../nbs/models/03_projections.ipynb #8365c568
 class Identity(Projection):
     "P = I: the coordinates are the parameters."
-    def __init__(self, rows:int, columns:int, label:str):
+
+    def __init__(self, rows: int, columns: int, label: str):
         super().__init__(rows, columns, label)
-        if rows != columns: raise LabError(f'without a projection the dimension is the number of parameters, {rows}: {columns} does not fit')
-    def forward(self, v_d): return v_d
-    def transpose(self, y_D): return y_D
+        if rows != columns:
+            raise LabError(
+                f'without a projection the dimension is the number of parameters, {rows}: {columns} does not fit'
+            )
 
+    def forward(self, v_d):
+        return v_d
 
+    def transpose(self, y_D):
+        return y_D
+
+# %% ../../nbs/models/03_projections.ipynb #c1e48138
 class Dense(Projection):
     "Independent normal entries of variance 1 / rows, held in memory."
-    def __init__(self, rows:int, columns:int, label:str):
+
+    def __init__(self, rows: int, columns: int, label: str):
         super().__init__(rows, columns, label)
-        if rows * columns > 2**28: raise LabError(f'a dense projection of {rows} x {columns} takes {rows * columns * 4 / 2**30:.0f} GiB: use kronecker')
+        if rows * columns > 2**28:
+            raise LabError(
+                f'a dense projection of {rows} x {columns} takes {rows * columns * 4 / 2**30:.0f} GiB: use kronecker'
+            )
         self.keep(entries=on_grid(normal_numbers(f'{label}|dense', rows, columns) / math.sqrt(rows)))
-    def forward(self, v_d): return self.entries @ v_d
-    def transpose(self, y_D): return self.entries.T @ y_D
 
+    def forward(self, v_d):
+        return self.entries @ v_d
 
+    def transpose(self, y_D):
+        return self.entries.T @ y_D
+
+# %% ../../nbs/models/03_projections.ipynb #72e714ab
 class Sparse(Projection):
     "`nonzeros` random signs in each row, scaled so that columns have length 1 on average."
-    def __init__(self, rows:int, columns:int, label:str, nonzeros:int=8):
+
+    def __init__(self, rows: int, columns: int, label: str, nonzeros: int = 8):
         super().__init__(rows, columns, label)
         nonzeros = min(nonzeros, columns)
         places = raw_numbers(f'{label}|places', rows * nonzeros).reshape(rows, nonzeros) % np.uint64(columns)
         places[:, 0] = permutation(f'{label}|first', rows) % columns
-        self.keep(places=torch.from_numpy(places.astype(np.int64)), entries=on_grid(signs(f'{label}|signs', rows, nonzeros) * math.sqrt(columns / (rows * nonzeros))))
-    def forward(self, v_d): return (self.entries * v_d[self.places]).sum(1)
-    def transpose(self, y_D): return y_D.new_zeros(self.columns).index_add_(0, self.places.flatten(), (self.entries * y_D[:, None]).flatten())
+        self.keep(
+            places=torch.from_numpy(places.astype(np.int64)),
+            entries=on_grid(signs(f'{label}|signs', rows, nonzeros) * math.sqrt(columns / (rows * nonzeros))),
+        )
+
+    def forward(self, v_d):
+        return (self.entries * v_d[self.places]).sum(1)
+
+    def transpose(self, y_D):
+        return y_D.new_zeros(self.columns).index_add_(0, self.places.flatten(), (self.entries * y_D[:, None]).flatten())
 
 # %% ../../nbs/models/03_projections.ipynb #fcfe157f
 def walsh_hadamard(x_BN):
@@ -113,22 +147,33 @@ def walsh_hadamard(x_BN):
         half *= 2
     return x_BN / math.sqrt(count)
 
-
+# %% ../../nbs/models/03_projections.ipynb #b2027cf5
 class Fastfood(Projection):
     "Stacked blocks of H G Π H S: transforms H, normal numbers G, a shuffle Π and signs S."
-    def __init__(self, rows:int, columns:int, label:str):
+
+    def __init__(self, rows: int, columns: int, label: str):
         super().__init__(rows, columns, label)
         n = 1 << (columns - 1).bit_length()
         blocks = -(-rows // n)
         order = np.stack([permutation(f'{label}|order|{block}', n) for block in range(blocks)])
         self.size, self.scale = n, math.sqrt(n / rows)
-        self.keep(signs=on_grid(signs(f'{label}|signs', blocks, n)), normals=on_grid(normal_numbers(f'{label}|normals', blocks, n)), order=torch.from_numpy(order), back=torch.from_numpy(np.argsort(order)))
+        self.keep(
+            signs=on_grid(signs(f'{label}|signs', blocks, n)),
+            normals=on_grid(normal_numbers(f'{label}|normals', blocks, n)),
+            order=torch.from_numpy(order),
+            back=torch.from_numpy(np.argsort(order)),
+        )
+
     def forward(self, v_d):
         x_BN = walsh_hadamard(nn.functional.pad(v_d, (0, self.size - self.columns)) * self.signs)
-        return walsh_hadamard(x_BN.gather(1, self.order) * self.normals).flatten()[:self.rows] * self.scale
+        return walsh_hadamard(x_BN.gather(1, self.order) * self.normals).flatten()[: self.rows] * self.scale
+
     def transpose(self, y_D):
         y_BN = nn.functional.pad(y_D, (0, self.signs.numel() - self.rows)).view_as(self.signs)
-        return ((walsh_hadamard((walsh_hadamard(y_BN) * self.normals).gather(1, self.back)) * self.signs).sum(0) * self.scale)[:self.columns]
+        return (
+            (walsh_hadamard((walsh_hadamard(y_BN) * self.normals).gather(1, self.back)) * self.signs).sum(0)
+            * self.scale
+        )[: self.columns]
 
 # %% ../../nbs/models/03_projections.ipynb #9c12b9dc
 def kronecker_sizes(rows:int,     # D
@@ -136,37 +181,51 @@ def kronecker_sizes(rows:int,     # D
 )->tuple:                         # (a, b, rows left, columns left)
     "The sides of the Kronecker factors and of the block for what is left."
     a, b = math.isqrt(rows), math.isqrt(columns)
-    if b * b == columns and a * a < rows: b -= 1
-    while rows - a * a < columns - b * b: a -= 1
-    if not b: a = 0
+    if b * b == columns and a * a < rows:
+        b -= 1
+    while rows - a * a < columns - b * b:
+        a -= 1
+    if not b:
+        a = 0
     return a, b, rows - a * a, columns - b * b
 
-
+# %% ../../nbs/models/03_projections.ipynb #d520d34c
 def orthonormal(label:str,    # what the matrix is for
                 rows:int,     # at least `columns`
                 columns:int,  # of them
 ):                            # float32, (rows, columns)
     "Random orthonormal columns: the Q of a normal matrix, the diagonal of R positive."
-    if not rows * columns: return torch.zeros(rows, columns)
+    if not rows * columns:
+        return torch.zeros(rows, columns)
     q, r = np.linalg.qr(normal_numbers(label, rows, columns))
     return on_grid(q * np.sign(np.diag(r)))
 
-
+# %% ../../nbs/models/03_projections.ipynb #1758358f
 class Kronecker(Projection):
     "R1 (x) R2 with orthonormal factors, an orthonormal block for what is left, and a shuffle of the rows."
-    def __init__(self, rows:int, columns:int, label:str):
+
+    def __init__(self, rows: int, columns: int, label: str):
         super().__init__(rows, columns, label)
         self.a, self.b, rows_left, columns_left = kronecker_sizes(rows, columns)
         order = permutation(f'{label}|order', rows)
-        self.keep(left=orthonormal(f'{label}|left', self.a, self.b), right=orthonormal(f'{label}|right', self.a, self.b).T.contiguous(),
-                  rest=orthonormal(f'{label}|rest', rows_left, columns_left), order=torch.from_numpy(order), back=torch.from_numpy(np.argsort(order)))
+        self.keep(
+            left=orthonormal(f'{label}|left', self.a, self.b),
+            right=orthonormal(f'{label}|right', self.a, self.b).T.contiguous(),
+            rest=orthonormal(f'{label}|rest', rows_left, columns_left),
+            order=torch.from_numpy(order),
+            back=torch.from_numpy(np.argsort(order)),
+        )
+
     def forward(self, v_d):
-        inner = v_d[:self.b**2].view(self.b, self.b)
-        return torch.cat([(self.left @ (inner @ self.right)).flatten(), self.rest @ v_d[self.b**2:]]).index_select(0, self.order)
+        inner = v_d[: self.b**2].view(self.b, self.b)
+        return torch.cat([(self.left @ (inner @ self.right)).flatten(), self.rest @ v_d[self.b**2 :]]).index_select(
+            0, self.order
+        )
+
     def transpose(self, y_D):
         y_D = y_D.index_select(0, self.back)
-        inner = (self.left.T @ y_D[:self.a**2].view(self.a, self.a)) @ self.right.T
-        return torch.cat([inner.flatten(), self.rest.T @ y_D[self.a**2:]])
+        inner = (self.left.T @ y_D[: self.a**2].view(self.a, self.a)) @ self.right.T
+        return torch.cat([inner.flatten(), self.rest.T @ y_D[self.a**2 :]])
 
 # %% ../../nbs/models/03_projections.ipynb #ffa1efc5
 projections = dict(kronecker=Kronecker, fastfood=Fastfood, sparse=Sparse, dense=Dense, identity=Identity)
@@ -178,5 +237,6 @@ def make_projection(kind:str,     # kronecker | fastfood | sparse | dense | iden
                     label:str,    # with the kind and the shape, all that decides the numbers
 )->Projection:
     "The projection of a kind; a `LabError` for an unknown one and for sizes that do not fit."
-    if kind not in projections: raise LabError(f"projection is '{kind}'{nearest(kind, projections)}: choose from {', '.join(projections)}")
+    if kind not in projections:
+        raise LabError(f"projection is '{kind}'{nearest(kind, projections)}: choose from {', '.join(projections)}")
     return projections[kind](rows, columns, label)

@@ -33,49 +33,111 @@ def frozen_gpt2(layers:int=12,          # transformer blocks
                 scale:float=.02,        # standard deviation of the weights
 )->GPT2LMHeadModel:                     # in evaluation mode, nothing trainable
     "A randomly initialised, frozen GPT-2; a `LabError` for a shape that does not fit together."
-    if width % heads: raise LabError(f'width is {width} and heads is {heads}: the heads must share the width evenly')
-    config = GPT2Config(n_layer=layers, n_head=heads, n_embd=width, n_positions=block, vocab_size=vocabulary, bos_token_id=None, eos_token_id=None,
-                        activation_function='gelu_pytorch_tanh', resid_pdrop=0., embd_pdrop=0., attn_pdrop=0., attn_implementation='documents')
-    with torch.random.fork_rng(devices=[]): model = GPT2LMHeadModel(config)
+    if width % heads:
+        raise LabError(f'width is {width} and heads is {heads}: the heads must share the width evenly')
+    config = GPT2Config(
+        n_layer=layers,
+        n_head=heads,
+        n_embd=width,
+        n_positions=block,
+        vocab_size=vocabulary,
+        bos_token_id=None,
+        eos_token_id=None,
+        activation_function='gelu_pytorch_tanh',
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        attn_implementation='documents',
+    )
+    with torch.random.fork_rng(devices=[]):
+        model = GPT2LMHeadModel(config)
     for name, parameter in model.named_parameters():
-        if parameter.ndim < 2: parameter.fill_(float(name.endswith('weight')))
-        else: parameter.copy_(on_grid(normal_numbers(f'base|{seed}|{name}', *parameter.shape) * scale / (math.sqrt(2 * layers) if 'c_proj' in name else 1.)))
+        if parameter.ndim < 2:
+            parameter.fill_(float(name.endswith('weight')))
+        else:
+            parameter.copy_(
+                on_grid(
+                    normal_numbers(f'base|{seed}|{name}', *parameter.shape)
+                    * scale
+                    / (math.sqrt(2 * layers) if 'c_proj' in name else 1.0)
+                )
+            )
     model.name_or_path = model.config._name_or_path = f'random:{layers}x{width}'
     return model.requires_grad_(False).eval()
 
 # %% ../../nbs/models/04_subspace.ipynb #fe2bfb27
 class LowRank(nn.Module):
     "A linear layer with a low-rank branch that adds to its outputs from `start` to `stop`."
+
     def __init__(self, layer, name, start, stop, rank, scale, dropout, seed):
         super().__init__()
-        inputs = layer.weight.shape[0] if isinstance(layer, Conv1D) else layer.weight.shape[1] if not isinstance(layer, LowRank) else layer.inputs
-        self.layer, self.span, self.inputs, self.scale, self.out_features = layer, (start, stop), inputs, scale, layer.nf if isinstance(layer, Conv1D) else layer.out_features
+        inputs = (
+            layer.weight.shape[0]
+            if isinstance(layer, Conv1D)
+            else layer.weight.shape[1]
+            if not isinstance(layer, LowRank)
+            else layer.inputs
+        )
+        self.layer, self.span, self.inputs, self.scale, self.out_features = (
+            layer,
+            (start, stop),
+            inputs,
+            scale,
+            layer.nf if isinstance(layer, Conv1D) else layer.out_features,
+        )
         self.dropout = nn.Dropout(dropout)
         like = dict(dtype=layer.weight.dtype, device=layer.weight.device)
-        uniform = (raw_numbers(f'lora|{seed}|{name}', rank * inputs) >> np.uint64(11)).astype(np.float64).reshape(rank, inputs) / 2**52 - 1
+        uniform = (raw_numbers(f'lora|{seed}|{name}', rank * inputs) >> np.uint64(11)).astype(np.float64).reshape(
+            rank, inputs
+        ) / 2**52 - 1
         self.A = nn.Parameter(on_grid(uniform / math.sqrt(inputs)).to(**like), requires_grad=False)
         self.B = nn.Parameter(torch.zeros(stop - start, rank, **like), requires_grad=False)
+
     @property
-    def weight(self): return self.layer.weight
+    def weight(self):
+        return self.layer.weight
+
     def forward(self, x):
-        out, branch = self.layer(x), nn.functional.linear(nn.functional.linear(self.dropout(x), self.A), self.B) * self.scale
+        out, branch = (
+            self.layer(x),
+            nn.functional.linear(nn.functional.linear(self.dropout(x), self.A), self.B) * self.scale,
+        )
         start, stop = self.span
-        if stop - start == self.out_features: return out + branch
+        if stop - start == self.out_features:
+            return out + branch
         return torch.cat([out[..., :start], out[..., start:stop] + branch, out[..., stop:]], -1)
 
-
+# %% ../../nbs/models/04_subspace.ipynb #b20a3211
 fused = dict(q_proj=0, k_proj=1, v_proj=2)  # thirds of GPT-2's c_attn
 
 
 def _spans(model, target):
     "(name, module, start, stop) of every layer that `target` means."
-    named = [(name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D, LowRank)) and 'layer' not in name.split('.')]
-    own = [(name, module, 0, module.nf if isinstance(module, Conv1D) else module.out_features) for name, module in named if name.rsplit('.', 1)[-1] == target]
-    thirds = [(name, module) for name, module in named if name.endswith('c_attn')] if target in fused and not own else []
-    if thirds: own = [(name, module, fused[target] * out, (fused[target] + 1) * out) for name, module in thirds for out in [(module.nf if isinstance(module, Conv1D) else module.out_features) // 3]]
+    named = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D, LowRank)) and 'layer' not in name.split('.')
+    ]
+    own = [
+        (name, module, 0, module.nf if isinstance(module, Conv1D) else module.out_features)
+        for name, module in named
+        if name.rsplit('.', 1)[-1] == target
+    ]
+    thirds = (
+        [(name, module) for name, module in named if name.endswith('c_attn')] if target in fused and not own else []
+    )
+    if thirds:
+        own = [
+            (name, module, fused[target] * out, (fused[target] + 1) * out)
+            for name, module in thirds
+            for out in [(module.nf if isinstance(module, Conv1D) else module.out_features) // 3]
+        ]
     if not own:
         names = sorted({name.rsplit('.', 1)[-1] for name, _ in named})
-        raise LabError(f'no layer is called {target!r}{nearest(target, names)}: choose from {", ".join(names)}' + (f', {", ".join(fused)}' if 'c_attn' in names else ''))
+        raise LabError(
+            f'no layer is called {target!r}{nearest(target, names)}: choose from {", ".join(names)}'
+            + (f', {", ".join(fused)}' if 'c_attn' in names else '')
+        )
     return own
 
 
@@ -87,7 +149,10 @@ def add_low_rank(model,          # a transformers model; changed in place and fr
                  seed:int=0,     # the only thing A depends on, beside its layer
 )->dict:                         # name -> parameter of all factors, in the order of the layers
     "Put low-rank branches on the layers that `targets` name; a `LabError` for a name that fits none."
-    if rank < 1 or not 0 <= dropout < 1: raise LabError(f'rank is {rank} and dropout is {dropout}: give a rank of at least 1 and a probability from 0 to below 1')
+    if rank < 1 or not 0 <= dropout < 1:
+        raise LabError(
+            f'rank is {rank} and dropout is {dropout}: give a rank of at least 1 and a probability from 0 to below 1'
+        )
     model.requires_grad_(False)
     factors = {}
     for target in targets:
@@ -104,45 +169,59 @@ modes = ('uniform', 'fixed', 'learned')
 @dataclass
 class SubspaceConfig:
     "Everything that decides the subspace; a checkpoint carries it and is refused under another."
-    dimension: int = 1000            # d, coordinates
-    mode: str = 'uniform'            # uniform | fixed | learned
-    ratio: float = .5                # B's share of the coordinates, for fixed
-    projection: str = 'kronecker'    # kronecker | fastfood | sparse | dense | identity
-    seed: int = 0                    # of P
-    gate_bits: int = 4               # bits of a gate when it is coded
-    temperature: float = .2          # of the gates at the beginning
-    final_temperature: float = .02   # of the gates at the end
-    anneal_steps: int = 1000         # optimiser steps in which the temperature falls
+
+    dimension: int = 1000  # d, coordinates
+    mode: str = 'uniform'  # uniform | fixed | learned
+    ratio: float = 0.5  # B's share of the coordinates, for fixed
+    projection: str = 'kronecker'  # kronecker | fastfood | sparse | dense | identity
+    seed: int = 0  # of P
+    gate_bits: int = 4  # bits of a gate when it is coded
+    temperature: float = 0.2  # of the gates at the beginning
+    final_temperature: float = 0.02  # of the gates at the end
+    anneal_steps: int = 1000  # optimiser steps in which the temperature falls
+
     def check(self):
         "Raise a `LabError` for the first setting that makes no sense."
-        if self.mode not in modes: raise LabError(f"mode is '{self.mode}'{nearest(self.mode, modes)}: choose from {', '.join(modes)}")
-        if self.dimension < 1: raise LabError(f'the intrinsic dimension is {self.dimension}: it must be at least 1')
-        if self.mode == 'fixed' and not 0 < self.ratio < 1: raise LabError(f'ratio is {self.ratio}: give a share of B above 0 and below 1')
-        if self.mode == 'learned' and not (self.temperature >= self.final_temperature > 0 and 1 <= self.gate_bits <= 16):
-            raise LabError(f'gates of {self.gate_bits} bits with temperatures {self.temperature:g} to {self.final_temperature:g}: give 1 to 16 bits and temperatures that fall and stay above 0')
+        if self.mode not in modes:
+            raise LabError(f"mode is '{self.mode}'{nearest(self.mode, modes)}: choose from {', '.join(modes)}")
+        if self.dimension < 1:
+            raise LabError(f'the intrinsic dimension is {self.dimension}: it must be at least 1')
+        if self.mode == 'fixed' and not 0 < self.ratio < 1:
+            raise LabError(f'ratio is {self.ratio}: give a share of B above 0 and below 1')
+        if self.mode == 'learned' and not (
+            self.temperature >= self.final_temperature > 0 and 1 <= self.gate_bits <= 16
+        ):
+            raise LabError(
+                f'gates of {self.gate_bits} bits with temperatures {self.temperature:g} to {self.final_temperature:g}: give 1 to 16 bits and temperatures that fall and stay above 0'
+            )
         return self
 
 # %% ../../nbs/models/04_subspace.ipynb #eaabb3ae
-def layer_of(name:str)->str:
+def layer_of(name: str) -> str:
     "The layer a parameter belongs to: the first number in its name, or 'head'."
     found = re.search(r'\.(\d+)\.', name)
     return found[1] if found else 'head'
 
-
+# %% ../../nbs/models/04_subspace.ipynb #f8b8bb46
 def share_out(total:int,  # coordinates
               sizes,      # weight of each receiver
               caps,       # most that each can take
 )->list:                  # whole numbers that sum to `total`
     "Share `total` in proportion to `sizes`, none above its cap; a `LabError` when the caps do not suffice."
-    if total > sum(caps): raise LabError(f'the intrinsic dimension {total} is larger than the {sum(caps)} coordinates that the layers can take: lower it')
+    if total > sum(caps):
+        raise LabError(
+            f'the intrinsic dimension {total} is larger than the {sum(caps)} coordinates that the layers can take: lower it'
+        )
     given, open_ = [0] * len(sizes), list(range(len(sizes)))
     while open_:
         left, weight = total - sum(given), sum(sizes[i] for i in open_)
         full = [i for i in open_ if left * sizes[i] / weight >= caps[i]]
-        for i in full: given[i] = caps[i]
+        for i in full:
+            given[i] = caps[i]
         if not full:
             edges = [round(left * sum(sizes[j] for j in open_[:k]) / weight) for k in range(len(open_) + 1)]
-            for i, low, high in zip(open_, edges, edges[1:]): given[i] = high - low
+            for i, low, high in zip(open_, edges, edges[1:]):
+                given[i] = high - low
         open_ = [i for i in open_ if i not in full] if full else []
     return given
 
@@ -151,33 +230,53 @@ def _order(names, mode):
     "The order in which parameters stand in the flat vector, so that every block is one stretch."
     place, layers = {name: index for index, name in enumerate(names)}, list(dict.fromkeys(map(layer_of, names)))
     factor = lambda name: name.rsplit('|', 1)[-1]
-    key = dict(uniform=lambda n: place[n], fixed=lambda n: (factor(n), place[n]), learned=lambda n: (layers.index(layer_of(n)), factor(n), place[n]))[mode]
+    key = dict(
+        uniform=lambda n: place[n],
+        fixed=lambda n: (factor(n), place[n]),
+        learned=lambda n: (layers.index(layer_of(n)), factor(n), place[n]),
+    )[mode]
     return sorted(names, key=key)
 
 
 def _blocks(names, sizes, config):
     "[(label, parameters in the block, coordinates from, to, layer or None, factor or None)] of a configuration."
     d, factor, total = config.dimension, lambda name: name.rsplit('|', 1)[-1], sum(sizes)
-    if config.mode == 'uniform': return [('all', total, 0, d, None, None)]
-    if any('|' not in name for name in names): raise LabError(f"mode '{config.mode}' shares coordinates between the factors A and B: without LoRA use uniform")
-    of = lambda kind, layer=None: sum(size for name, size in zip(names, sizes) if factor(name) == kind and layer in (None, layer_of(name)))
+    if config.mode == 'uniform':
+        return [('all', total, 0, d, None, None)]
+    if any('|' not in name for name in names):
+        raise LabError(f"mode '{config.mode}' shares coordinates between the factors A and B: without LoRA use uniform")
+    of = lambda kind, layer=None: sum(
+        size for name, size in zip(names, sizes) if factor(name) == kind and layer in (None, layer_of(name))
+    )
     if config.mode == 'fixed':
         cut = d - int(d * config.ratio)
-        if not 0 < cut < d: raise LabError(f'ratio {config.ratio} of {d} coordinates leaves one factor without any: raise the intrinsic dimension')
+        if not 0 < cut < d:
+            raise LabError(
+                f'ratio {config.ratio} of {d} coordinates leaves one factor without any: raise the intrinsic dimension'
+            )
         return [('A', of('A'), 0, cut, None, 'A'), ('B', of('B'), cut, d, None, 'B')]
     layers = list(dict.fromkeys(map(layer_of, names)))
     given = share_out(d, [of('A', l) + of('B', l) for l in layers], [min(of('A', l), of('B', l)) for l in layers])
-    if min(given) < 1: raise LabError(f'{d} coordinates leave layer {layers[given.index(min(given))]} without any: raise the intrinsic dimension')
+    if min(given) < 1:
+        raise LabError(
+            f'{d} coordinates leave layer {layers[given.index(min(given))]} without any: raise the intrinsic dimension'
+        )
     ends = np.cumsum(given).tolist()
-    return [(f'{l}|{kind}', of(kind, l), end - mine, end, l, kind) for l, mine, end in zip(layers, given, ends) for kind in 'AB']
+    return [
+        (f'{l}|{kind}', of(kind, l), end - mine, end, l, kind)
+        for l, mine, end in zip(layers, given, ends)
+        for kind in 'AB'
+    ]
 
 # %% ../../nbs/models/04_subspace.ipynb #f6a52c54
 class _Lend(torch.autograd.Function):
     "All parameters, flat, as a function of the trained numbers."
+
     @staticmethod
     def forward(ctx, subspace, *trained):
         ctx.subspace = subspace
         return subspace.values().detach()
+
     @staticmethod
     def backward(ctx, slope_D):
         slopes = ctx.subspace.pull(slope_D)
@@ -187,37 +286,61 @@ class _Lend(torch.autograd.Function):
 
 class Subspace(nn.Module):
     "Parameters of a model as `start + P v`; made by `attach`."
+
     def __init__(self, parameters, owners, config):
         super().__init__()
         names = _order(list(parameters), config.check().mode)
         self.config, self.names, self.parameters_of = config, names, [parameters[name] for name in names]
-        self.owners, self.lent, self.seen, self.counted, self.cached, self.codebook = [owners[name] for name in names], False, None, None, (None, None), None
+        self.owners, self.lent, self.seen, self.counted, self.cached, self.codebook = (
+            [owners[name] for name in names],
+            False,
+            None,
+            None,
+            (None, None),
+            None,
+        )
         self.sizes = [p.numel() for p in self.parameters_of]
         blocks = _blocks(names, self.sizes, config)
         self.blocks = [(low, high, layer, kind) for _, _, low, high, layer, kind in blocks]
         self.layers = list(dict.fromkeys(layer for _, _, layer, _ in self.blocks if layer is not None))
-        self.projections = nn.ModuleList(make_projection(config.projection, rows, high - low, f'projection|{config.seed}|{label}') for label, rows, low, high, _, _ in blocks)
-        self.register_buffer('start', torch.cat([p.detach().float().flatten() for p in self.parameters_of]), persistent=False)
+        self.projections = nn.ModuleList(
+            make_projection(config.projection, rows, high - low, f'projection|{config.seed}|{label}')
+            for label, rows, low, high, _, _ in blocks
+        )
+        self.register_buffer(
+            'start', torch.cat([p.detach().float().flatten() for p in self.parameters_of]), persistent=False
+        )
         self.v = nn.Parameter(torch.zeros(config.dimension, device=self.start.device))
         self.v.decayed = True
         self.gates = nn.Parameter(torch.zeros(len(self.layers) + 1)) if config.mode == 'learned' else None
-        if self.gates is not None: self.gates.data[-1] = -1
+        if self.gates is not None:
+            self.gates.data[-1] = -1
         self.fixed_shares = None
         self.to(self.start.device)
+
     def trained(self):
         "The trained tensors: v or its codebook, and the gates."
         return [p for p in (self.v, self.gates, self.codebook) if p is not None and p.requires_grad]
+
     def state(self):
         "The numbers that decide the parameters, copied: fused optimisers change them without a trace."
         return [p.detach().clone() for p in (self.v, self.gates, self.codebook, self.fixed_shares) if p is not None]
+
     def is_state(self, state):
         "Whether the numbers are still what `state` said."
         mine = [p.detach() for p in (self.v, self.gates, self.codebook, self.fixed_shares) if p is not None]
-        return state is not None and len(state) == len(mine) and all(a.device == b.device and torch.equal(a, b) for a, b in zip(state, mine))
+        return (
+            state is not None
+            and len(state) == len(mine)
+            and all(a.device == b.device and torch.equal(a, b) for a, b in zip(state, mine))
+        )
+
     def train(self, mode=True):
         self.take_back()  # tensors lent to a forward pass that had no backward
         return super().train(mode)
-    def extra_repr(self): return f'{self.start.numel():,} parameters in {self.config.dimension:,} coordinates, {self.config.mode}'
+
+    def extra_repr(self):
+        return f'{self.start.numel():,} parameters in {self.config.dimension:,} coordinates, {self.config.mode}'
 
 # %% ../../nbs/models/04_subspace.ipynb #b9518420
 def _patch(function):
@@ -231,15 +354,18 @@ def shares(self):
     "γ of every layer: B's share of its coordinates, (layers,); coded values once they are fixed."
     return torch.sigmoid(self.gates[:-1]) if self.fixed_shares is None else self.fixed_shares
 
-
+# %% ../../nbs/models/04_subspace.ipynb #63bf8abf
 @_patch
 def current_temperature(self):
     "T, which falls geometrically with the optimiser steps done; the final one once the gates are fixed."
     c = self.config
-    if self.fixed_shares is not None: return c.final_temperature
-    return c.temperature * (c.final_temperature / c.temperature)**min(1., max(0., float(self.gates[-1])) / c.anneal_steps)
+    if self.fixed_shares is not None:
+        return c.final_temperature
+    return c.temperature * (c.final_temperature / c.temperature) ** min(
+        1.0, max(0.0, float(self.gates[-1])) / c.anneal_steps
+    )
 
-
+# %% ../../nbs/models/04_subspace.ipynb #2dc39f14
 @_patch
 def weights(self,
             low:int,   # first coordinate of a block
@@ -248,8 +374,9 @@ def weights(self,
             kind,      # the factor, A or B
 ):                     # two tensors (high - low,), or None and None
     "(weight of each coordinate of a block, its slope by γ); None and None where there is no gate."
-    if layer is None or self.config.mode != 'learned': return None, None
-    place, t = (torch.arange(high - low, device=self.v.device) + .5) / (high - low), self.current_temperature()
+    if layer is None or self.config.mode != 'learned':
+        return None, None
+    place, t = (torch.arange(high - low, device=self.v.device) + 0.5) / (high - low), self.current_temperature()
     to_b = torch.sigmoid((self.shares().detach()[self.layers.index(layer)] - place) / t)
     slope = to_b * (1 - to_b) / t
     return (to_b, slope) if kind == 'B' else (1 - to_b, -slope)
@@ -261,7 +388,7 @@ def used(self):
     "v, or its numbers replaced by the nearest levels of the codebook."
     return self.v if self.codebook is None else self.codebook[self.symbols()]
 
-
+# %% ../../nbs/models/04_subspace.ipynb #f20ffdd6
 @_patch
 @torch.no_grad()
 def symbols(self):
@@ -269,12 +396,13 @@ def symbols(self):
     levels, order = torch.sort(self.codebook.detach())
     return order[torch.searchsorted((levels[1:] + levels[:-1]) / 2, self.v.detach())]
 
-
+# %% ../../nbs/models/04_subspace.ipynb #e3b63346
 @_patch
 @torch.no_grad()
 def values(self):
     "All parameters, flat, in float32; computed once for each state of the trained numbers."
-    if self.is_state(self.cached[0]): return self.cached[1]
+    if self.is_state(self.cached[0]):
+        return self.cached[1]
     v, parts = self.used(), []
     for (low, high, layer, kind), projection in zip(self.blocks, self.projections):
         weight, _ = self.weights(low, high, layer, kind)
@@ -282,7 +410,7 @@ def values(self):
     self.cached = self.state(), torch.cat(parts).add_(self.start) if len(parts) > 1 else parts[0] + self.start
     return self.cached[1]
 
-
+# %% ../../nbs/models/04_subspace.ipynb #a6166fb5
 @_patch
 @torch.no_grad()
 def pull(self, slope_D):
@@ -290,7 +418,7 @@ def pull(self, slope_D):
     v, rows, at = self.used(), [projection.rows for projection in self.projections], 0
     by_v, by_gate = torch.zeros_like(self.v), None if self.gates is None else torch.zeros_like(self.gates)
     for (low, high, layer, kind), projection, count in zip(self.blocks, self.projections, rows):
-        pulled = projection.transpose(slope_D[at:at + count].to(self.v.dtype))
+        pulled = projection.transpose(slope_D[at : at + count].to(self.v.dtype))
         weight, slope = self.weights(low, high, layer, kind)
         by_v[low:high] += pulled if weight is None else pulled * weight
         if weight is not None:
@@ -298,38 +426,49 @@ def pull(self, slope_D):
             by_gate[index] += (pulled * v[low:high] * slope).sum() * share * (1 - share)
         at += count
     found = {id(self.v): by_v, id(self.gates): by_gate}
-    if self.codebook is not None: found[id(self.codebook)] = torch.zeros_like(self.codebook).index_add_(0, self.symbols(), by_v)
+    if self.codebook is not None:
+        found[id(self.codebook)] = torch.zeros_like(self.codebook).index_add_(0, self.symbols(), by_v)
     return [found[id(p)] for p in self.trained()]
 
 # %% ../../nbs/models/04_subspace.ipynb #31fc1443
 @_patch
 def lend(self, *_):
     "Before a forward pass of the model: give the layers their parameters."
-    if not (torch.is_grad_enabled() and self.trained()): return self.write()
-    if self.gates is not None and self.training and self.fixed_shares is None and (self.counted is None or not torch.equal(self.counted, self.v)):
-        with torch.no_grad(): self.gates[-1] += 1
+    if not (torch.is_grad_enabled() and self.trained()):
+        return self.write()
+    if (
+        self.gates is not None
+        and self.training
+        and self.fixed_shares is None
+        and (self.counted is None or not torch.equal(self.counted, self.v))
+    ):
+        with torch.no_grad():
+            self.gates[-1] += 1
         self.counted = self.v.detach().clone()
     flat = _Lend.apply(self, *self.trained())
     for (module, name), parameter, piece in zip(self.owners, self.parameters_of, flat.split(self.sizes)):
         module._parameters[name] = piece.view(parameter.shape).to(parameter.dtype)
     self.lent = True
 
-
+# %% ../../nbs/models/04_subspace.ipynb #45fe776e
 @_patch
 def take_back(self):
     "Put the layers' own parameters back in place of the lent tensors."
     if self.lent:
-        for (module, name), parameter in zip(self.owners, self.parameters_of): module._parameters[name] = parameter
+        for (module, name), parameter in zip(self.owners, self.parameters_of):
+            module._parameters[name] = parameter
     self.lent = False
 
-
+# %% ../../nbs/models/04_subspace.ipynb #23d30349
 @_patch
 @torch.no_grad()
 def write(self):
     "Write the current values into the layers' own parameters."
     self.take_back()
-    if self.is_state(self.seen): return
-    for parameter, piece in zip(self.parameters_of, self.values().split(self.sizes)): parameter.copy_(piece.view(parameter.shape))
+    if self.is_state(self.seen):
+        return
+    for parameter, piece in zip(self.parameters_of, self.values().split(self.sizes)):
+        parameter.copy_(piece.view(parameter.shape))
     self.seen = self.state()
 
 # %% ../../nbs/models/04_subspace.ipynb #86c270e5
@@ -338,18 +477,23 @@ def attach(model,             # any transformers model; frozen, and changed in p
            config:SubspaceConfig,  # dimension, mode, projection, seed
 )->Subspace:                  # also a part of the model, under a name that its configuration decides
     "Make `parameters` of `model` a function of d trained numbers; a `LabError` for a configuration that does not fit them."
-    if not parameters: raise LabError('no parameter to put into a subspace: give LoRA targets or names of parameters')
+    if not parameters:
+        raise LabError('no parameter to put into a subspace: give LoRA targets or names of parameters')
     model.requires_grad_(False)
     wanted, owners = {id(p): name for name, p in parameters.items()}, {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in wanted: owners.setdefault(wanted[id(parameter)], []).append((module, name))
-    if lost := sorted(set(parameters) - set(owners)): raise LabError(f'{lost[0]} is no parameter of this model')
-    if shared := [name for name, places in owners.items() if len(places) > 1]: raise LabError(f'{shared[0]} is shared by several layers: leave it out of the subspace')
+            if parameter is not None and id(parameter) in wanted:
+                owners.setdefault(wanted[id(parameter)], []).append((module, name))
+    if lost := sorted(set(parameters) - set(owners)):
+        raise LabError(f'{lost[0]} is no parameter of this model')
+    if shared := [name for name, places in owners.items() if len(places) > 1]:
+        raise LabError(f'{shared[0]} is shared by several layers: leave it out of the subspace')
     subspace = Subspace(parameters, {name: places[0] for name, places in owners.items()}, config)
     model.add_module(f'subspace_{short_hash(asdict(config))}', subspace)
     getattr(causal_model(model), 'base_model', model).register_forward_pre_hook(subspace.lend)
-    if subspace.gates is not None: model.log_extras = lambda: dict(gate_shares=subspace.shares().detach().tolist())
+    if subspace.gates is not None:
+        model.log_extras = lambda: dict(gate_shares=subspace.shares().detach().tolist())
     return subspace
 
 # %% ../../nbs/models/04_subspace.ipynb #23332c02
@@ -357,24 +501,31 @@ def attach(model,             # any transformers model; frozen, and changed in p
 @torch.no_grad()
 def code_gates(self, codes=None):
     "Round the gates to `gate_bits` bits, or take given codes, and fix them; their codes come back, whole numbers."
-    if self.gates is None: return []
+    if self.gates is None:
+        return []
     count = 2**self.config.gate_bits
-    codes = torch.clamp((torch.sigmoid(self.gates[:-1]) * count).floor(), 0, count - 1) if codes is None else torch.tensor(codes, dtype=torch.float32)
-    self.fixed_shares, self.cached, self.seen = ((codes + .5) / count).to(self.v.device), (None, None), None
+    codes = (
+        torch.clamp((torch.sigmoid(self.gates[:-1]) * count).floor(), 0, count - 1)
+        if codes is None
+        else torch.tensor(codes, dtype=torch.float32)
+    )
+    self.fixed_shares, self.cached, self.seen = ((codes + 0.5) / count).to(self.v.device), (None, None), None
     self.gates.requires_grad_(False)
     return [int(code) for code in codes]
 
-
+# %% ../../nbs/models/04_subspace.ipynb #a1d209e9
 @_patch
 def quantise(self,
              codebook_Q,       # levels, (q,)
              train:bool=True,  # train the levels too
 ):
     "Use the levels `codebook_Q` from now on, and train them with v when `train` says so."
-    self.codebook = nn.Parameter(torch.as_tensor(codebook_Q, dtype=torch.float32, device=self.v.device), requires_grad=train)
+    self.codebook = nn.Parameter(
+        torch.as_tensor(codebook_Q, dtype=torch.float32, device=self.v.device), requires_grad=train
+    )
     self.codebook.decayed = False
 
-
+# %% ../../nbs/models/04_subspace.ipynb #edfbf00e
 @_patch
 @torch.no_grad()
 def finish(self):
@@ -390,38 +541,62 @@ def gate_trace(log:list,  # objects of log.jsonl
 )->tuple:
     "(steps, shares of each layer after them) as tensors; empty where nothing has gates."
     rows = [row for row in log if 'gate_shares' in row]
-    return torch.tensor([row['step'] for row in rows], dtype=torch.int64), torch.tensor([row['gate_shares'] for row in rows])
+    return torch.tensor([row['step'] for row in rows], dtype=torch.int64), torch.tensor(
+        [row['gate_shares'] for row in rows]
+    )
 
 # %% ../../nbs/models/04_subspace.ipynb #9097c4ae
-def describe(subspace:Subspace)->dict:
+def describe(subspace: Subspace) -> dict:
     "What a checkpoint must agree on: configuration, parameters, their starting values and P."
     start = sha256_of(subspace.start.cpu().numpy().tobytes())[:16]
-    return jsonable(dict(asdict(subspace.config), parameters=subspace.start.numel(), start=start, projection_hash=short_hash([p.hash() for p in subspace.projections])))
+    return jsonable(
+        dict(
+            asdict(subspace.config),
+            parameters=subspace.start.numel(),
+            start=start,
+            projection_hash=short_hash([p.hash() for p in subspace.projections]),
+        )
+    )
 
-
+# %% ../../nbs/models/04_subspace.ipynb #d274b70c
 def save_subspace(subspace:Subspace,  # trained
                   path,               # a .safetensors file
                   **facts,            # anything else to keep with it, JSON-like
 )->Path:                              # `path`
     "Write the trained numbers and everything they depend on."
-    tensors = {name: p.detach().cpu().contiguous().clone() for name, p in (('v', subspace.v), ('gates', subspace.gates)) if p is not None}
+    tensors = {
+        name: p.detach().cpu().contiguous().clone()
+        for name, p in (('v', subspace.v), ('gates', subspace.gates))
+        if p is not None
+    }
     partial = Path(path).with_suffix('.partial')
-    save_file(tensors, partial, metadata=dict(subspace=json.dumps(describe(subspace)), facts=json.dumps(jsonable(facts))))
+    save_file(
+        tensors, partial, metadata=dict(subspace=json.dumps(describe(subspace)), facts=json.dumps(jsonable(facts)))
+    )
     write_atomic(path, partial.read_bytes())
     partial.unlink()
     return Path(path)
 
-
+# %% ../../nbs/models/04_subspace.ipynb #51cac434
 @torch.no_grad()
 def load_subspace(subspace:Subspace,  # freshly attached
                   path,               # from `save_subspace`
 )->dict:                              # the facts saved with it
     "Put saved numbers into `subspace`; a `LabError` when they belong to another one."
-    if not Path(path).exists(): raise LabError(f'there is no checkpoint {path}: train first')
+    if not Path(path).exists():
+        raise LabError(f'there is no checkpoint {path}: train first')
     with safe_open(path, 'pt') as file:
-        saved, facts, mine = json.loads(file.metadata()['subspace']), json.loads(file.metadata()['facts']), describe(subspace)
+        saved, facts, mine = (
+            json.loads(file.metadata()['subspace']),
+            json.loads(file.metadata()['facts']),
+            describe(subspace),
+        )
         for key in mine:
-            if saved.get(key) != mine[key]: raise LabError(f'{path} was trained with {key} {saved.get(key)} and this subspace has {mine[key]}: use the configuration it was trained with')
+            if saved.get(key) != mine[key]:
+                raise LabError(
+                    f'{path} was trained with {key} {saved.get(key)} and this subspace has {mine[key]}: use the configuration it was trained with'
+                )
         subspace.v.copy_(file.get_tensor('v'))
-        if subspace.gates is not None: subspace.gates.copy_(file.get_tensor('gates'))
+        if subspace.gates is not None:
+            subspace.gates.copy_(file.get_tensor('gates'))
     return facts

@@ -28,40 +28,53 @@ close = IPKernelApp.close
 IPKernelApp.close = lambda app: os._exit(0) if getattr(app.kernel, '_shutdown_message', None) else close(app)
 launch_new_instance()
 '''
-quiet_environment = dict(TOKENIZERS_PARALLELISM='false', HF_HUB_DISABLE_TELEMETRY='1', DO_NOT_TRACK='1', WANDB_MODE='disabled', WANDB_ERROR_REPORTING='false',
-                         PYDEVD_DISABLE_FILE_VALIDATION='1', PYTHONHASHSEED='0')
+quiet_environment = dict(
+    TOKENIZERS_PARALLELISM='false',
+    HF_HUB_DISABLE_TELEMETRY='1',
+    DO_NOT_TRACK='1',
+    WANDB_MODE='disabled',
+    WANDB_ERROR_REPORTING='false',
+    PYDEVD_DISABLE_FILE_VALIDATION='1',
+    PYTHONHASHSEED='0',
+)
 
 # %% ../../nbs/runs/09_execute.ipynb #76032d28
 def kernel_environment(ticket:dict,   # what the notebook's `start_run` needs to join: folder and lock
 )->dict:                              # the environment of the kernel
     "The environment of a kernel: inline figures, no telemetry, no tokenizer threads, the user's own settings above these."
     environment = quiet_environment | {k: v for k, v in os.environ.items() if k != 'PYTEST_CURRENT_TEST'}
-    return environment | dict(MPLBACKEND='module://matplotlib_inline.backend_inline', LLMFT_RUN=json.dumps(ticket), LLMFT_MANAGED='1')
+    return environment | dict(
+        MPLBACKEND='module://matplotlib_inline.backend_inline', LLMFT_RUN=json.dumps(ticket), LLMFT_MANAGED='1'
+    )
 
 # %% ../../nbs/runs/09_execute.ipynb #cc3e2f3c
 class Session:
     "One execution: the kernel's process, and why it was stopped when it was."
-    def __init__(self, folder, lock:int, on_line, grace_seconds:float=30, environment=None):
+
+    def __init__(self, folder, lock: int, on_line, grace_seconds: float = 30, environment=None):
         self.folder, self.lock, self.grace_seconds, self.on_line = Path(folder), lock, grace_seconds, on_line
         self.process = self.reason = self.notebook = self.section = None
         self.environment = environment or {}
         self.files, self.timers = tempfile.TemporaryDirectory(prefix='llmft-', ignore_cleanup_errors=True), []
-        self.kernel_log = Path(self.files.name)/'kernel.log'
+        self.kernel_log = Path(self.files.name) / 'kernel.log'
 
-    def after(self, seconds:float, action, *args):
+    def after(self, seconds: float, action, *args):
         "Call `action` once `seconds` have gone by, unless the session has ended."
         self.timers.append(timer := threading.Timer(seconds, action, args))
         timer.daemon = True
         timer.start()
 
-    def signal(self, number:int):
+    def signal(self, number: int):
         "Send a signal to the kernel and the processes it started."
-        try: os.killpg(self.process.pid, number)
-        except (AttributeError, ProcessLookupError, PermissionError): pass
+        try:
+            os.killpg(self.process.pid, number)
+        except (AttributeError, ProcessLookupError, PermissionError):
+            pass
 
-    def stop(self, reason:str):
+    def stop(self, reason: str):
         "Interrupt the kernel so that it can save what it has; kill it the second time, or when it takes too long."
-        if self.reason: return self.signal(signal.SIGKILL)
+        if self.reason:
+            return self.signal(signal.SIGKILL)
         self.reason = reason
         self.on_line(f'{reason}: saving what there is; once more to kill')
         self.signal(signal.SIGINT)
@@ -69,7 +82,8 @@ class Session:
 
     def close(self):
         "End whatever is left of the kernel and remove its files."
-        for timer in self.timers: timer.cancel()
+        for timer in self.timers:
+            timer.cancel()
         self.signal(signal.SIGKILL)
         self.files.cleanup()
 
@@ -77,87 +91,121 @@ class Session:
 class Stopped(Exception):
     "The session was told to stop between two cells."
 
-
-def manager_class(session:Session):
+# %% ../../nbs/runs/09_execute.ipynb #8b7f063d
+def manager_class(session: Session):
     "A kernel manager whose kernels belong to `session`."
     from jupyter_client.manager import AsyncKernelManager
 
     class LabKernelManager(AsyncKernelManager):
         def __init__(self, **kwargs):
             kwargs['connection_file'] = f'{session.files.name}/k.json'
-            super().__init__(**kwargs | dict(transport='ipc' if len(session.files.name) < 80 and os.name == 'posix' else 'tcp'))
+            super().__init__(
+                **kwargs | dict(transport='ipc' if len(session.files.name) < 80 and os.name == 'posix' else 'tcp')
+            )
 
         async def _async_launch_kernel(self, kernel_cmd, **kwargs):
-            command = [sys.executable, '-c', bootstrap, str(os.getpid()), '-f', self.connection_file, '--HistoryManager.enabled=False']
-            kwargs |= dict(env=kernel_environment(dict(folder=str(session.folder), lock=session.lock)) | session.environment, cwd=str(project_root()), pass_fds=[session.lock])
-            with session.kernel_log.open('wb') as log: await super()._async_launch_kernel(command, **kwargs | dict(stdout=log, stderr=log))
+            command = [
+                sys.executable,
+                '-c',
+                bootstrap,
+                str(os.getpid()),
+                '-f',
+                self.connection_file,
+                '--HistoryManager.enabled=False',
+            ]
+            kwargs |= dict(
+                env=kernel_environment(dict(folder=str(session.folder), lock=session.lock)) | session.environment,
+                cwd=str(project_root()),
+                pass_fds=[session.lock],
+            )
+            with session.kernel_log.open('wb') as log:
+                await super()._async_launch_kernel(command, **kwargs | dict(stdout=log, stderr=log))
             session.process = self.provisioner.process
+
     return LabKernelManager
 
 # %% ../../nbs/runs/09_execute.ipynb #fdcba5ea
 lines_per_cell, row_seconds = 30, 5
 
 
-def row_text(row:dict)->str:
+def row_text(row: dict) -> str:
     "A row of log.jsonl as one line for people."
+
     def text(value):
         "A number with about four digits."
-        if isinstance(value, float): return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'
+        if isinstance(value, float):
+            return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:.4g}'
         return f'{value:,}' if value.__class__ is int and abs(value) >= 10_000 else str(value)
+
     return '  '.join(f'{k} {text(v)}' for k, v in row.items() if isinstance(v, (int, float, str)))
 
-
-def heading_of(sources)->str:
+# %% ../../nbs/runs/09_execute.ipynb #5fe0a1ed
+def heading_of(sources) -> str:
     "The last second-level heading in a list of markdown texts, or ''."
-    return next((line[3:].strip() for source in reversed(sources) for line in reversed(source.split('\n')) if line.startswith('## ')), '')
+    return next(
+        (
+            line[3:].strip()
+            for source in reversed(sources)
+            for line in reversed(source.split('\n'))
+            if line.startswith('## ')
+        ),
+        '',
+    )
 
 # %% ../../nbs/runs/09_execute.ipynb #27daa76c
 class Progress:
     "Collects what a run prints and logs into train.log and passes it on, line by line."
-    def __init__(self, session:Session):
+
+    def __init__(self, session: Session):
         self.session, self.partial, self.count, self.heading = session, '', 0, ''
-        self.rows, self.next_row, self.ended = session.folder/'log.jsonl', 0, threading.Event()
+        self.rows, self.next_row, self.ended = session.folder / 'log.jsonl', 0, threading.Event()
         self.offset = self.rows.stat().st_size if self.rows.exists() else 0
         self.follower = threading.Thread(target=self.follow, daemon=True)
         self.follower.start()
 
     def keep(self, lines):
         "Lines for train.log."
-        with contextlib.suppress(OSError), (self.session.folder/'train.log').open('a', encoding='utf-8') as log:
+        with contextlib.suppress(OSError), (self.session.folder / 'train.log').open('a', encoding='utf-8') as log:
             log.write(''.join(f'{line}\n' for line in lines))
 
-    def emit(self, *lines, always:bool=False):
+    def emit(self, *lines, always: bool = False):
         "Lines for train.log and, while the cell has not printed too much, for the terminal."
         self.keep(lines)
         before, self.count = self.count, self.count + (0 if always else len(lines))
-        for line in lines if always else lines[:max(0, lines_per_cell - before)]: self.session.on_line(line)
-        if before <= lines_per_cell < self.count: self.session.on_line('... the rest is in train.log')
+        for line in lines if always else lines[: max(0, lines_per_cell - before)]:
+            self.session.on_line(line)
+        if before <= lines_per_cell < self.count:
+            self.session.on_line('... the rest is in train.log')
 
-    def enter(self, markdown:list):
+    def enter(self, markdown: list):
         "A cell begins; `markdown` is the text above it."
         self.count, heading = 0, heading_of(markdown)
-        if heading != self.heading: self.emit(f'--- {heading}', always=True)
+        if heading != self.heading:
+            self.emit(f'--- {heading}', always=True)
         self.heading = heading
 
-    def write(self, text:str):
+    def write(self, text: str):
         "Text the kernel printed; whole lines are passed on, a line that overwrote itself in its last state."
         *lines, self.partial = (self.partial + text).split('\n')
         self.emit(*[line.rstrip('\r').split('\r')[-1] for line in lines])
 
-    def flush(self): "papermill flushes its files; lines are passed on at once."
+    def flush(self):
+        "papermill flushes its files; lines are passed on at once."
 
     def new_rows(self):
         "Put the whole rows that log.jsonl gained into train.log; the newest goes to the terminal when its time has come."
-        if not self.rows.exists(): return
+        if not self.rows.exists():
+            return
         self.offset = min(self.offset, self.rows.stat().st_size)
         with self.rows.open('rb') as file:
             file.seek(self.offset)
             data = file.read()
-        data = data[:data.rfind(b'\n') + 1]
+        data = data[: data.rfind(b'\n') + 1]
         self.offset += len(data)
         rows = []
         for line in data.splitlines():
-            with contextlib.suppress(ValueError): rows.append(row_text(json.loads(line)))
+            with contextlib.suppress(ValueError):
+                rows.append(row_text(json.loads(line)))
         self.keep(rows)
         if rows and time.monotonic() >= self.next_row:
             self.session.on_line(rows[-1])
@@ -165,36 +213,42 @@ class Progress:
 
     def follow(self):
         "Look for new rows twice a second until the run has ended."
-        while not self.ended.wait(.5):
-            with contextlib.suppress(OSError): self.new_rows()
+        while not self.ended.wait(0.5):
+            with contextlib.suppress(OSError):
+                self.new_rows()
 
     def close(self):
         "Pass on what is left."
         self.ended.set()
         self.follower.join(5)
-        with contextlib.suppress(OSError): self.new_rows()
-        if self.partial: self.emit(self.partial)
+        with contextlib.suppress(OSError):
+            self.new_rows()
+        if self.partial:
+            self.emit(self.partial)
 
 # %% ../../nbs/runs/09_execute.ipynb #79fd1b67
-def code_cells_of(notebook)->list:
+def code_cells_of(notebook) -> list:
     "The code cells that papermill executes."
     return [c for c in (notebook.cells if notebook else []) if c.cell_type == 'code' and c.source.strip()]
 
-
-def death_of(session:Session)->str:
+# %% ../../nbs/runs/09_execute.ipynb #7d0711f6
+def death_of(session: Session) -> str:
     "How the kernel's process ended, in words."
     code = session.process.poll() if session.process else None
-    if code is None: return 'the kernel died'
-    if code == -signal.SIGKILL: return 'the kernel was killed (signal 9), most often because the machine ran out of memory'
-    if code < 0: return f'the kernel died of signal {-code} ({signal.Signals(-code).name})'
+    if code is None:
+        return 'the kernel died'
+    if code == -signal.SIGKILL:
+        return 'the kernel was killed (signal 9), most often because the machine ran out of memory'
+    if code < 0:
+        return f'the kernel died of signal {-code} ({signal.Signals(-code).name})'
     return f'the kernel ended itself with exit status {code}'
 
 # %% ../../nbs/runs/09_execute.ipynb #caa48cfd
-def full_disk(error)->bool:
+def full_disk(error) -> bool:
     "Whether `error` says that the disk, or the user's share of it, is full."
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
-
+# %% ../../nbs/runs/09_execute.ipynb #612228ba
 def outcome(session:Session,  # the session, after execution
             error,            # what papermill raised, or `None`
             finished:bool,    # the notebook called `run.finish`
@@ -203,18 +257,31 @@ def outcome(session:Session,  # the session, after execution
     cells = code_cells_of(session.notebook)
     begun = [c for c in cells if c.metadata.get('papermill', {}).get('start_time')]
     one_line, cell = lambda text: ' '.join(str(text).split())[:500], len(begun) or None
-    raised = [(number, o) for number, c in enumerate(cells, 1) for o in c.get('outputs', []) if o.output_type == 'error']
-    if session.reason: return 'failed' if session.reason.startswith('ran longer') else 'interrupted', session.reason, cell
+    raised = [
+        (number, o) for number, c in enumerate(cells, 1) for o in c.get('outputs', []) if o.output_type == 'error'
+    ]
+    if session.reason:
+        return 'failed' if session.reason.startswith('ran longer') else 'interrupted', session.reason, cell
     if raised:
         number, output = raised[0]
-        if output.ename == 'KeyboardInterrupt': return 'interrupted', 'the kernel was interrupted', number
-        if output.ename == 'SystemExit': return 'failed', f'the notebook called sys.exit({output.evalue}) and ended there', number
+        if output.ename == 'KeyboardInterrupt':
+            return 'interrupted', 'the kernel was interrupted', number
+        if output.ename == 'SystemExit':
+            return 'failed', f'the notebook called sys.exit({output.evalue}) and ended there', number
         return 'failed', one_line(f'{output.ename}: {output.evalue}'), number
-    if full_disk(error): return 'failed', 'no space left on the disk: make room and run again, it resumes', cell
-    if error.__class__.__name__ == 'DeadKernelError': return 'failed', death_of(session), cell
-    if error is not None: return 'failed', one_line(f'{error.__class__.__name__}: {error}'), cell
-    if len(begun) < len(cells): return 'failed', f'only {len(begun)} of {len(cells)} cells ran', cell
-    return ('done', None, None) if finished else ('failed', 'the notebook ended without run.finish: its last cell must call it', None)
+    if full_disk(error):
+        return 'failed', 'no space left on the disk: make room and run again, it resumes', cell
+    if error.__class__.__name__ == 'DeadKernelError':
+        return 'failed', death_of(session), cell
+    if error is not None:
+        return 'failed', one_line(f'{error.__class__.__name__}: {error}'), cell
+    if len(begun) < len(cells):
+        return 'failed', f'only {len(begun)} of {len(cells)} cells ran', cell
+    return (
+        ('done', None, None)
+        if finished
+        else ('failed', 'the notebook ended without run.finish: its last cell must call it', None)
+    )
 
 # %% ../../nbs/runs/09_execute.ipynb #3cefdc0a
 stream_limit = 400_000
@@ -224,18 +291,25 @@ def shorten(text:str,                # what one stream of a cell printed
             limit:int=stream_limit,  # characters to keep
 )->str:                              # at most `limit` characters and the note between
     "`text`, or its beginning and end with the number of characters left out between."
-    return text if len(text) <= limit else f'{text[:limit // 2]}\n... {len(text) - limit:,} characters left out, see train.log ...\n{text[-limit // 2:]}'
+    return (
+        text
+        if len(text) <= limit
+        else f'{text[: limit // 2]}\n... {len(text) - limit:,} characters left out, see train.log ...\n{text[-limit // 2 :]}'
+    )
 
-
-def joined(outputs:list)->list:
+# %% ../../nbs/runs/09_execute.ipynb #df816b29
+def joined(outputs: list) -> list:
     "`outputs` with neighbouring pieces of one stream joined and shortened."
     together = []
     for output in outputs:
         last = together[-1] if together else {}
-        if output.output_type == 'stream' == last.get('output_type') and output.name == last['name']: last.text += output.text
-        else: together.append(output)
+        if output.output_type == 'stream' == last.get('output_type') and output.name == last['name']:
+            last.text += output.text
+        else:
+            together.append(output)
     for output in together:
-        if output.output_type == 'stream': output.text = shorten(output.text)
+        if output.output_type == 'stream':
+            output.text = shorten(output.text)
     return together
 
 # %% ../../nbs/runs/09_execute.ipynb #c21854d8
@@ -244,14 +318,20 @@ def stamp(notebook,      # the executed notebook, changed in place
 ):                       # the notebook
     "Make the executed notebook say what the verdict says."
     from nbformat.v4 import new_markdown_cell
+
     run = record['run']
-    notebook.cells = [c for c in notebook.cells if not {'papermill-error-cell-tag', 'llmft-status'} & set(c.metadata.get('tags', []))]
+    notebook.cells = [
+        c for c in notebook.cells if not {'papermill-error-cell-tag', 'llmft-status'} & set(c.metadata.get('tags', []))
+    ]
     failed = code_cells_of(notebook)[run['cell'] - 1] if run['cell'] else None
     for cell in notebook.cells:
         timing = cell.metadata.setdefault('papermill', {})
-        if not timing.get('start_time'): timing['status'] = 'pending'
-        if cell is failed and run['status'] != 'done': timing |= dict(status='failed', exception=True)
-        if 'outputs' in cell: cell.outputs = joined(cell.outputs)
+        if not timing.get('start_time'):
+            timing['status'] = 'pending'
+        if cell is failed and run['status'] != 'done':
+            timing |= dict(status='failed', exception=True)
+        if 'outputs' in cell:
+            cell.outputs = joined(cell.outputs)
     notebook.metadata.setdefault('papermill', {})['exception'] = True if run['status'] != 'done' else None
     notebook.metadata['llmft'] = dict(id=run['id'], status=run['status'])
     if run['status'] != 'done':
@@ -262,18 +342,22 @@ def stamp(notebook,      # the executed notebook, changed in place
 
 # %% ../../nbs/runs/09_execute.ipynb #ad399517
 @contextlib.contextmanager
-def signals_to(session:Session):
+def signals_to(session: Session):
     "Within this context Ctrl-C, SIGTERM and SIGHUP stop `session`; in other threads than the main one nothing changes."
     names = dict(SIGINT='stopped by Ctrl-C', SIGTERM='stopped by SIGTERM', SIGHUP='stopped: the terminal was closed')
     names = {s: text for s, text in names.items() if hasattr(signal, s)}
-    if threading.current_thread() is not threading.main_thread(): names = {}
+    if threading.current_thread() is not threading.main_thread():
+        names = {}
     handle = lambda reason: lambda number, frame: threading.Thread(target=session.stop, args=(reason,)).start()
     before = {s: signal.getsignal(getattr(signal, s)) for s in names}
     changed = [s for s in names if before[s] is not signal.SIG_IGN]
-    for s in changed: signal.signal(getattr(signal, s), handle(names[s]))
-    try: yield
+    for s in changed:
+        signal.signal(getattr(signal, s), handle(names[s]))
+    try:
+        yield
     finally:
-        for s in changed: signal.signal(getattr(signal, s), before[s] or signal.SIG_DFL)
+        for s in changed:
+            signal.signal(getattr(signal, s), before[s] or signal.SIG_DFL)
 
 # %% ../../nbs/runs/09_execute.ipynb #921a5e27
 def run_papermill(notebook:Path,     # the experiment notebook
@@ -283,22 +367,37 @@ def run_papermill(notebook:Path,     # the experiment notebook
 ):                                   # the exception it ended with, or `None`
     "Execute `notebook` with papermill, whatever comes of it."
     import papermill
+
     def begin(notebook):
         "The kernel is there."
         session.notebook = notebook
         threading.Thread(target=warm_up, daemon=True).start()
+
     def cell_start(cell, cell_index):
         "A cell is about to run."
-        if session.reason: raise Stopped(session.reason)
+        if session.reason:
+            raise Stopped(session.reason)
         progress.enter([c.source for c in session.notebook.cells[:cell_index] if c.cell_type == 'markdown'])
+
     plain = lambda path: str(path).replace('{', '{{').replace('}', '}}')  # papermill formats paths
-    options = dict(progress_bar=False, kernel_name='python3', language='python', kernel_manager_class=manager_class(session))
-    try: papermill.execute_notebook(plain(notebook), plain(session.folder/'.report.partial.ipynb'), params, stdout_file=progress,
-                                    on_notebook_start=begin, on_cell_start=cell_start, **options)
+    options = dict(
+        progress_bar=False, kernel_name='python3', language='python', kernel_manager_class=manager_class(session)
+    )
+    try:
+        papermill.execute_notebook(
+            plain(notebook),
+            plain(session.folder / '.report.partial.ipynb'),
+            params,
+            stdout_file=progress,
+            on_notebook_start=begin,
+            on_cell_start=cell_start,
+            **options,
+        )
     except KeyboardInterrupt as error:
         session.reason = session.reason or 'stopped by Ctrl-C'
         return error
-    except Exception as error: return error
+    except Exception as error:
+        return error
 
 # %% ../../nbs/runs/09_execute.ipynb #b31d923d
 def save_reports(session:Session,  # the session, with the executed notebook
@@ -307,26 +406,36 @@ def save_reports(session:Session,  # the session, with the executed notebook
 ):
     "Write report.ipynb and report.html, each in one step."
     import nbformat
-    metrics = session.folder/'metrics.json'
+
+    metrics = session.folder / 'metrics.json'
     executed = stamp(session.notebook or nbformat.read(notebook, 4), record)
-    write_atomic(session.folder/'report.ipynb', nbformat.writes(executed))
-    write_atomic(session.folder/'report.html', render_report(executed, record, read_json(metrics) if metrics.exists() else {}, session.folder))
+    write_atomic(session.folder / 'report.ipynb', nbformat.writes(executed))
+    write_atomic(
+        session.folder / 'report.html',
+        render_report(executed, record, read_json(metrics) if metrics.exists() else {}, session.folder),
+    )
 
-
+# %% ../../nbs/runs/09_execute.ipynb #cc9914a6
 def conclude(session:Session,  # the session, after execution
              notebook:Path,    # the experiment notebook, for a kernel that never started
              error,            # what papermill raised, or `None`
 )->dict:                       # the content of run.json
     "Write the verdict and the reports of a session that has ended; run.json comes back."
     session.close()
-    (session.folder/'.report.partial.ipynb').unlink(missing_ok=True)
-    status, message, cell = outcome(session, error, 'finished' in read_json(session.folder/'run.json')['run'])
-    record = read_json(session.folder/'run.json')
+    (session.folder / '.report.partial.ipynb').unlink(missing_ok=True)
+    status, message, cell = outcome(session, error, 'finished' in read_json(session.folder / 'run.json')['run'])
+    record = read_json(session.folder / 'run.json')
     ended = dict(status=status, error=message, cell=cell, ended=now(), seconds=seconds_since(record['run']['started']))
-    try: save_reports(session, notebook, merge(record, dict(run=ended)))
+    try:
+        save_reports(session, notebook, merge(record, dict(run=ended)))
     except Exception as failure:
-        reason = 'no space left on the disk: make room and run again' if full_disk(failure) else f'{failure.__class__.__name__}: {failure}'
-        if status == 'done': status, message = 'failed', f'the report could not be written: {reason}'
+        reason = (
+            'no space left on the disk: make room and run again'
+            if full_disk(failure)
+            else f'{failure.__class__.__name__}: {failure}'
+        )
+        if status == 'done':
+            status, message = 'failed', f'the report could not be written: {reason}'
     return close_folder(session.folder, status, message, cell)
 
 # %% ../../nbs/runs/09_execute.ipynb #2168c9b7
@@ -342,12 +451,15 @@ def execute_run(notebook,                   # path or name of the experiment not
     params = check_params(notebook, params)
     folder = run_folder(notebook, params)
     record = open_folder(folder, params, notebook, fresh=fresh, keep_done=True)
-    if record['run']['status'] == 'done': return record
+    if record['run']['status'] == 'done':
+        return record
     session = Session(folder, held[str(folder)], on_line, environment=environment)
     with signals_to(session):
         progress = Progress(session)
         try:
-            if timeout_seconds: session.after(timeout_seconds, session.stop, f'ran longer than {timeout_seconds:g} s')
+            if timeout_seconds:
+                session.after(timeout_seconds, session.stop, f'ran longer than {timeout_seconds:g} s')
             error = run_papermill(notebook, params, session, progress)
-        finally: progress.close()
+        finally:
+            progress.close()
         return conclude(session, notebook, error)

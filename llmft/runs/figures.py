@@ -22,17 +22,42 @@ from ..core import LabError, nearest
 palette = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#4A4A4A']
 ink, muted, faint, ground = '#1F2933', '#5F6B76', '#E3E7EB', '#FFFFFF'
 type_scale = dict(title=12, text=10, small=9)  # points, in a figure 6.4 inches wide
-style = {'figure.facecolor': ground, 'axes.facecolor': ground, 'figure.constrained_layout.use': True,
-         'font.family': ['DejaVu Sans'], 'font.size': type_scale['text'], 'text.color': ink, 'axes.labelcolor': ink, 'axes.labelsize': type_scale['text'],
-         'axes.edgecolor': muted, 'axes.linewidth': .8, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.axisbelow': True, 'axes.grid': True,
-         'grid.color': faint, 'grid.linewidth': .8, 'xtick.color': muted, 'ytick.color': muted, 'xtick.labelcolor': ink, 'ytick.labelcolor': ink,
-         'xtick.labelsize': type_scale['small'], 'ytick.labelsize': type_scale['small'], 'legend.frameon': False, 'legend.fontsize': type_scale['small']}
+style = {
+    'figure.facecolor': ground,
+    'axes.facecolor': ground,
+    'figure.constrained_layout.use': True,
+    'font.family': ['DejaVu Sans'],
+    'font.size': type_scale['text'],
+    'text.color': ink,
+    'axes.labelcolor': ink,
+    'axes.labelsize': type_scale['text'],
+    'axes.edgecolor': muted,
+    'axes.linewidth': 0.8,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.axisbelow': True,
+    'axes.grid': True,
+    'grid.color': faint,
+    'grid.linewidth': 0.8,
+    'xtick.color': muted,
+    'ytick.color': muted,
+    'xtick.labelcolor': ink,
+    'ytick.labelcolor': ink,
+    'xtick.labelsize': type_scale['small'],
+    'ytick.labelsize': type_scale['small'],
+    'legend.frameon': False,
+    'legend.fontsize': type_scale['small'],
+}
 
 # %% ../../nbs/runs/06_figures.ipynb #4c40ee76
 class Plot(Figure):
     "A matplotlib figure with this module's look that displays itself in a notebook, without pyplot."
-    def __init__(self, *args, **kwargs): super().__init__(*args, **kwargs)
-    def savefig(self, *args, **kwargs): return super().savefig(*args, **dict(facecolor=ground, transparent=False) | kwargs)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+
+    def savefig(self, *args, **kwargs):
+        return super().savefig(*args, **dict(facecolor=ground, transparent=False) | kwargs)
 
     def _repr_png_(self):
         data, small = io.BytesIO(), io.BytesIO()
@@ -40,7 +65,7 @@ class Plot(Figure):
         Image.open(data).convert('RGB').quantize(128, dither=Image.Dither.NONE).save(small, 'png', optimize=True)
         return small.getvalue()
 
-
+# %% ../../nbs/runs/06_figures.ipynb #560cdcfa
 def new_plot(title:str,       # what is shown, in one line
              note:str='',     # second line: n, direction, what the marks mean
              height:float=4,  # inches; the width is 6.4
@@ -48,8 +73,24 @@ def new_plot(title:str,       # what is shown, in one line
     "A `Plot` with one pair of axes, the title and the note standing above them at the left."
     plot = Plot(figsize=(6.4, height), layout='constrained')
     axes = plot.add_subplot()
-    axes.set_title(title, loc='left', fontsize=type_scale['title'], fontweight='bold', color=ink, pad=8 + 13*(note.count('\n') + 1 if note else 0))
-    if note: axes.annotate(note, (0, 1), (0, 7), xycoords='axes fraction', textcoords='offset points', fontsize=type_scale['small'], color=muted)
+    axes.set_title(
+        title,
+        loc='left',
+        fontsize=type_scale['title'],
+        fontweight='bold',
+        color=ink,
+        pad=8 + 13 * (note.count('\n') + 1 if note else 0),
+    )
+    if note:
+        axes.annotate(
+            note,
+            (0, 1),
+            (0, 7),
+            xycoords='axes fraction',
+            textcoords='offset points',
+            fontsize=type_scale['small'],
+            color=muted,
+        )
     return plot, axes
 
 # %% ../../nbs/runs/06_figures.ipynb #109b6223
@@ -57,12 +98,18 @@ def show_number(value,         # a number, a bool, text, or None
                 digits:int=3,  # significant digits of a fraction
 )->str:                        # text for a reader
     "`value` as text: thousands with commas, fractions to `digits` significant digits, unknown as an en dash."
-    if hasattr(value, 'item'): value = value.item()
-    if value is None or (isinstance(value, float) and not math.isfinite(value)): return '–'
-    if isinstance(value, bool): return 'yes' if value else 'no'
-    if isinstance(value, int): return f'{value:,}'
-    if not isinstance(value, float): return str(value)
-    if value and not 1e-4 <= abs(value) < 1e9: return f'{value:.{digits - 1}e}'.replace('e-0', 'e-').replace('e+0', 'e')
+    if hasattr(value, 'item'):
+        value = value.item()
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return '–'
+    if isinstance(value, bool):
+        return 'yes' if value else 'no'
+    if isinstance(value, int):
+        return f'{value:,}'
+    if not isinstance(value, float):
+        return str(value)
+    if value and not 1e-4 <= abs(value) < 1e9:
+        return f'{value:.{digits - 1}e}'.replace('e-0', 'e-').replace('e+0', 'e')
     places = 0 if not value else max(0, digits - 1 - math.floor(math.log10(abs(float(f'{value:.{digits - 1}e}')))))
     text = f'{value:,.{places}f}'
     return text.rstrip('0').rstrip('.') if '.' in text and abs(value) < 1e-2 else text
@@ -73,21 +120,23 @@ def byte_unit(sizes,  # numbers of bytes
     "The largest binary unit of which the biggest of `sizes` holds at least one."
     most = max((size for size in sizes if size), default=1)
     for name, power in (('GiB', 30), ('MiB', 20), ('KiB', 10)):
-        if most >= 2**power: return name, 2**power
+        if most >= 2**power:
+            return name, 2**power
     return 'bytes', 1
 
 # %% ../../nbs/runs/06_figures.ipynb #78735586
-def known(value)->bool:
+def known(value) -> bool:
     "Whether `value` is a finite number."
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
 
-
+# %% ../../nbs/runs/06_figures.ipynb #2fb91a73
 def something(values,     # what there is to draw
               figure:str, # name of the function that draws
               wanted:str, # what it needs, for the message
 ):                        # `values`
     "Pass `values` on, or raise a `LabError` when there is nothing to draw."
-    if not len(values): raise LabError(f'{figure} has nothing to draw: give it {wanted}')
+    if not len(values):
+        raise LabError(f'{figure} has nothing to draw: give it {wanted}')
     return values
 
 # %% ../../nbs/runs/06_figures.ipynb #a3e9e9b6
@@ -100,13 +149,18 @@ def spread(wanted,     # positions, in any order and unit
     order = np.argsort(wanted, kind='stable')
     groups = []
     for rank, index in enumerate(order):
-        groups.append([wanted[index] - rank*gap, 1])
+        groups.append([wanted[index] - rank * gap, 1])
         while len(groups) > 1 and groups[-2][0] > groups[-1][0]:
             mean, count = groups.pop()
-            groups[-1] = [(groups[-1][0]*groups[-1][1] + mean*count)/(groups[-1][1] + count), groups[-1][1] + count]
+            groups[-1] = [
+                (groups[-1][0] * groups[-1][1] + mean * count) / (groups[-1][1] + count),
+                groups[-1][1] + count,
+            ]
     placed = np.empty(len(order))
-    steps = gap*np.arange(len(order))
-    placed[order] = np.clip(np.repeat([mean for mean, _ in groups], [count for _, count in groups]), low, high - steps[-1]) + steps
+    steps = gap * np.arange(len(order))
+    placed[order] = (
+        np.clip(np.repeat([mean for mean, _ in groups], [count for _, count in groups]), low, high - steps[-1]) + steps
+    )
     return placed
 
 # %% ../../nbs/runs/06_figures.ipynb #5daeb942
@@ -114,10 +168,10 @@ def running_mean(values,      # one number per logged step
                  window:int,  # numbers in each mean; fewer at the start
 ):
     "Mean of each value and the `window` - 1 values before it."
-    sums = np.concatenate([[0.], np.cumsum(values)])
+    sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(0, ends - window)
-    return (sums[ends] - sums[starts])/(ends - starts)
+    return (sums[ends] - sums[starts]) / (ends - starts)
 
 # %% ../../nbs/runs/06_figures.ipynb #c700e5e9
 def loss_points(rows,  # logged rows, dicts
@@ -127,17 +181,27 @@ def loss_points(rows,  # logged rows, dicts
     pairs = [(row['step'], row[key]) for row in rows if known(row.get('step')) and known(row.get(key))]
     return np.array([step for step, _ in pairs], float), np.array([value for _, value in pairs], float)
 
-
+# %% ../../nbs/runs/06_figures.ipynb #6ea63cfc
 def name_lines(axes,  # axes whose limits are final
                ends,  # (name, x, y, colour) of the last point of each line
 ):
     "Write each name at the right of the axes, at the height where its line ends, none over another."
     axes.figure.draw_without_rendering()
-    height = axes.get_window_extent().height/axes.figure.dpi*72
+    height = axes.get_window_extent().height / axes.figure.dpi * 72
     wanted = [axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1] for _, x, y, _ in ends]
-    for (name, x, y, colour), place in zip(ends, spread(wanted, 13/height, 0, 1)):
-        axes.annotate(name, (x, y), (1.04, place), xycoords='data', textcoords=axes.transAxes, va='center', fontsize=type_scale['small'], color=ink,
-                      annotation_clip=False, arrowprops=dict(arrowstyle='-', color=colour, linewidth=1, shrinkA=1, shrinkB=2, relpos=(0, .5)))
+    for (name, x, y, colour), place in zip(ends, spread(wanted, 13 / height, 0, 1)):
+        axes.annotate(
+            name,
+            (x, y),
+            (1.04, place),
+            xycoords='data',
+            textcoords=axes.transAxes,
+            va='center',
+            fontsize=type_scale['small'],
+            color=ink,
+            annotation_clip=False,
+            arrowprops=dict(arrowstyle='-', color=colour, linewidth=1, shrinkA=1, shrinkB=2, relpos=(0, 0.5)),
+        )
 
 # %% ../../nbs/runs/06_figures.ipynb #1b9b5119
 @mpl.rc_context(style)
@@ -150,27 +214,51 @@ def loss_curves(runs:dict,               # name -> logged rows with `step` and `
     "Training losses of one or more runs on one axis, held-out losses as dots; a `LabError` when nothing was logged."
     evaluations = evaluations or {}
     names = list(dict.fromkeys([*runs, *evaluations]))
-    held_out = lambda name: loss_points(evaluations[name], 'loss') if name in evaluations else loss_points(runs[name], 'valid_loss')
+    held_out = lambda name: (
+        loss_points(evaluations[name], 'loss') if name in evaluations else loss_points(runs[name], 'valid_loss')
+    )
     lines = {name: (loss_points(runs.get(name, []), 'loss'), held_out(name)) for name in names}
-    drawn = something({n: pair for n, pair in lines.items() if len(pair[0][0]) or len(pair[1][0])}, 'loss_curves', 'rows with a step and a loss')
+    drawn = something(
+        {n: pair for n, pair in lines.items() if len(pair[0][0]) or len(pair[1][0])},
+        'loss_curves',
+        'rows with a step and a loss',
+    )
     longest = max(len(train[0]) for train, _ in drawn.values())
-    window = window or max(1, longest//25)
-    note = [f'line: mean of {window} logged steps, faint: each' if window > 1 else 'line: each logged step' if longest else '',
-            'dots: held-out text' if any(len(held[0]) for _, held in drawn.values()) else '',
-            'nothing logged: ' + ', '.join(n for n in names if n not in drawn) if len(drawn) < len(names) else '']
-    plot, axes = new_plot(title, ' · '.join(part for part in note if part), height=max(4, 1.3 + .19*len(drawn)))
+    window = window or max(1, longest // 25)
+    note = [
+        f'line: mean of {window} logged steps, faint: each'
+        if window > 1
+        else 'line: each logged step'
+        if longest
+        else '',
+        'dots: held-out text' if any(len(held[0]) for _, held in drawn.values()) else '',
+        'nothing logged: ' + ', '.join(n for n in names if n not in drawn) if len(drawn) < len(names) else '',
+    ]
+    plot, axes = new_plot(title, ' · '.join(part for part in note if part), height=max(4, 1.3 + 0.19 * len(drawn)))
     ends = []
     for index, (name, (train, held)) in enumerate(drawn.items()):
-        colour, dashes = palette[index % len(palette)], ['-', (0, (5, 2)), (0, (1, 1.5))][index//len(palette) % 3]
+        colour, dashes = palette[index % len(palette)], ['-', (0, (5, 2)), (0, (1, 1.5))][index // len(palette) % 3]
         mean = running_mean(train[1], window) if len(train[0]) else train[1]
-        if window > 1: axes.plot(*train, color=colour, linewidth=.8, alpha=.28)
-        axes.plot(train[0], mean, color=colour, linewidth=1.8, linestyle=dashes, marker='.' if len(train[0]) == 1 else '')
-        axes.plot(*held, color=colour, linestyle='-' if not len(train[0]) else '', marker='o', markersize=6, markeredgecolor=ground, markeredgewidth=1, zorder=3)
+        if window > 1:
+            axes.plot(*train, color=colour, linewidth=0.8, alpha=0.28)
+        axes.plot(
+            train[0], mean, color=colour, linewidth=1.8, linestyle=dashes, marker='.' if len(train[0]) == 1 else ''
+        )
+        axes.plot(
+            *held,
+            color=colour,
+            linestyle='-' if not len(train[0]) else '',
+            marker='o',
+            markersize=6,
+            markeredgecolor=ground,
+            markeredgewidth=1,
+            zorder=3,
+        )
         last = (train[0], mean) if len(train[0]) else held
         ends.append((name, last[0][-1], last[1][-1], colour))
     axes.set(xlabel='optimiser step', ylabel=f'loss, {unit}')
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 2.5, 5, 10]))
-    axes.margins(x=.02)
+    axes.margins(x=0.02)
     name_lines(axes, ends)
     return plot
 
@@ -181,10 +269,11 @@ def make_room(axes):
         axes.figure.draw_without_rendering()
         right = max((text.get_window_extent().x1 for text in axes.texts if text.xycoords == 'data'), default=0)
         over = right + 6 - axes.get_window_extent().x1
-        if over <= 0: return
+        if over <= 0:
+            return
         low, high = axes.get_xlim()
         free = axes.get_window_extent().width
-        axes.set_xlim(low, low + (high - low)*free/max(free - over, free/3))
+        axes.set_xlim(low, low + (high - low) * free / max(free - over, free / 3))
 
 # %% ../../nbs/runs/06_figures.ipynb #7f4c6b75
 @mpl.rc_context(style)
@@ -196,21 +285,36 @@ def bars(values:dict,         # name -> number, or None when unknown
 )->Plot:
     "One horizontal bar per value, with the value and its ratio to the baseline; a `LabError` when no value is known or the baseline is no bar."
     something([value for value in values.values() if known(value)], 'bars', f"at least one known value for '{title}'")
-    if baseline is not None and baseline not in values: raise LabError(f"bars: baseline '{baseline}' is not among the values{nearest(baseline, values)}")
+    if baseline is not None and baseline not in values:
+        raise LabError(f"bars: baseline '{baseline}' is not among the values{nearest(baseline, values)}")
     reference = values.get(baseline)
     notes = [note, f'× = ratio to {baseline}' if known(reference) and reference else '']
-    plot, axes = new_plot(title, ' · '.join(part for part in notes if part), height=1.25 + .34*len(values))
+    plot, axes = new_plot(title, ' · '.join(part for part in notes if part), height=1.25 + 0.34 * len(values))
     colours = [muted if name == baseline else palette[0] for name in values]
-    drawn = axes.barh(range(len(values)), [value if known(value) else 0 for value in values.values()], color=colours, height=.68)
+    drawn = axes.barh(
+        range(len(values)), [value if known(value) else 0 for value in values.values()], color=colours, height=0.68
+    )
     for row, (name, value) in enumerate(values.items()):
-        ratio = f'  ×{show_number(float(value/reference))}' if known(value) and known(reference) and reference and name != baseline else ''
-        axes.annotate(show_number(value) + ratio, (max(value, 0) if known(value) else 0, row), (5, 0), textcoords='offset points', va='center',
-                      fontsize=type_scale['small'], color=ink)
+        ratio = (
+            f'  ×{show_number(float(value / reference))}'
+            if known(value) and known(reference) and reference and name != baseline
+            else ''
+        )
+        axes.annotate(
+            show_number(value) + ratio,
+            (max(value, 0) if known(value) else 0, row),
+            (5, 0),
+            textcoords='offset points',
+            va='center',
+            fontsize=type_scale['small'],
+            color=ink,
+        )
     axes.set_yticks(range(len(values)), list(values))
-    axes.set_ylim(len(values) - .4, -.6)
+    axes.set_ylim(len(values) - 0.4, -0.6)
     axes.set_xlabel(unit)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-    if axes.get_xlim()[1] >= 1e5: axes.xaxis.set_major_formatter(EngFormatter(sep=' '))
+    if axes.get_xlim()[1] >= 1e5:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=' '))
     axes.grid(axis='y', visible=False)
     axes.tick_params(axis='y', length=0)
     make_room(axes)
@@ -222,12 +326,16 @@ def pareto(points:dict,            # name -> (x, y)
 )->list:                       # names on the frontier, from left to right
     "The points that no other point beats on both axes."
     sign = [1 if end == 'low' else -1 for end in better]
-    cost = {name: (sign[0]*x, sign[1]*y) for name, (x, y) in points.items()}
+    cost = {name: (sign[0] * x, sign[1] * y) for name, (x, y) in points.items()}
     beaten = lambda a: any(b[0] <= a[0] and b[1] <= a[1] and b != a for b in cost.values())
     return sorted((name for name in points if not beaten(cost[name])), key=lambda name: points[name])
 
 # %% ../../nbs/runs/06_figures.ipynb #9943e17f
-sides = [(side_x, side_y, far) for far in (7, 12, 20, 32, 46) for side_x, side_y in ((1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -1))]
+sides = [
+    (side_x, side_y, far)
+    for far in (7, 12, 20, 32, 46)
+    for side_x, side_y in ((1, 0), (1, 1), (1, -1), (0, 1), (0, -1), (-1, 0), (-1, 1), (-1, -1))
+]
 
 
 def label_box(spot,  # (x, y) of the point
@@ -236,35 +344,55 @@ def label_box(spot,  # (x, y) of the point
               scale, # pixels in one point
 ):                   # its Bbox, pixels
     "Where a label stands that keeps to one side of a point."
-    x, y, gap = *spot, side[2]*scale/math.hypot(*side[:2])
-    left = x - size[0]/2 + side[0]*(size[0]/2 + gap)
-    low = y - size[1]/2 + side[1]*(size[1]/2 + gap*(.6 if side[0] else 1))
+    x, y, gap = *spot, side[2] * scale / math.hypot(*side[:2])
+    left = x - size[0] / 2 + side[0] * (size[0] / 2 + gap)
+    low = y - size[1] / 2 + side[1] * (size[1] / 2 + gap * (0.6 if side[0] else 1))
     return mpl.transforms.Bbox.from_bounds(left, low, *size)
 
-
+# %% ../../nbs/runs/06_figures.ipynb #dbd2313a
 def place_labels(axes,    # axes whose limits are final
                  points,  # name -> (x, y) in data units
 ):                        # name -> its annotation
     "Label every point of a scatter so that no label covers a point or another label, as far as there is room."
     axes.figure.draw_without_rendering()
-    scale, frame = axes.figure.dpi/72, axes.get_window_extent()
+    scale, frame = axes.figure.dpi / 72, axes.get_window_extent()
     spots = {name: axes.transData.transform(point) for name, point in points.items()}
-    taken = [mpl.transforms.Bbox.from_bounds(x - 4*scale, y - 4*scale, 8*scale, 8*scale) for x, y in spots.values()]
-    labels = {name: axes.annotate(name, points[name], (0, 0), textcoords='offset points', fontsize=type_scale['small'], color=ink, zorder=4, path_effects=[withStroke(linewidth=2.5, foreground=ground)],
-                                  arrowprops=dict(arrowstyle='-', color=muted, linewidth=.7, shrinkA=1, shrinkB=4)) for name in points}
+    taken = [
+        mpl.transforms.Bbox.from_bounds(x - 4 * scale, y - 4 * scale, 8 * scale, 8 * scale) for x, y in spots.values()
+    ]
+    labels = {
+        name: axes.annotate(
+            name,
+            points[name],
+            (0, 0),
+            textcoords='offset points',
+            fontsize=type_scale['small'],
+            color=ink,
+            zorder=4,
+            path_effects=[withStroke(linewidth=2.5, foreground=ground)],
+            arrowprops=dict(arrowstyle='-', color=muted, linewidth=0.7, shrinkA=1, shrinkB=4),
+        )
+        for name in points
+    }
     away = lambda box, spot: math.hypot(*(np.clip(spot, box.min, box.max) - spot))
-    crowded = lambda name: -sum(math.hypot(*(spots[name] - other)) < 60*scale for other in spots.values())
+    crowded = lambda name: -sum(math.hypot(*(spots[name] - other)) < 60 * scale for other in spots.values())
     for name in sorted(points, key=crowded):
         extent = labels[name].get_window_extent()
+
         def harm(side):
             box = label_box(spots[name], extent.size, side, scale)
-            hidden = sum(both.width*both.height for other in taken if (both := mpl.transforms.Bbox.intersection(box.padded(scale), other)))
+            hidden = sum(
+                both.width * both.height
+                for other in taken
+                if (both := mpl.transforms.Bbox.intersection(box.padded(scale), other))
+            )
             outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
             mistaken = any(away(box, other) < away(box, spots[name]) for other in spots.values())
-            return outside*1e6 + hidden*100 + mistaken*1000 + side[2]
+            return outside * 1e6 + hidden * 100 + mistaken * 1000 + side[2]
+
         best = min(sides, key=harm)
         taken.append(label_box(spots[name], extent.size, best, scale))
-        labels[name].set_position((taken[-1].min - spots[name])/scale)
+        labels[name].set_position((taken[-1].min - spots[name]) / scale)
         labels[name].arrow_patch.set_visible(best[2] > 12)
     return labels
 
@@ -278,17 +406,39 @@ def frontier(points:dict,            # name -> (x, y); a pair with an unknown ha
              note:str='',            # n and conditions
 )->Plot:
     "A scatter of named points with the frontier of those that no other beats; a `LabError` when no point is known."
-    shown = something({n: pair for n, pair in points.items() if known(pair[0]) and known(pair[1])}, 'frontier', f"at least one point with a known {x} and {y}")
+    shown = something(
+        {n: pair for n, pair in points.items() if known(pair[0]) and known(pair[1])},
+        'frontier',
+        f"at least one point with a known {x} and {y}",
+    )
     best = pareto(shown, better)
-    notes = [note, f'better: {better[0]} and {better[1]}; filled: no other is better on both',
-             'unknown: ' + ', '.join(n for n in points if n not in shown) if len(shown) < len(points) else '']
+    notes = [
+        note,
+        f'better: {better[0]} and {better[1]}; filled: no other is better on both',
+        'unknown: ' + ', '.join(n for n in points if n not in shown) if len(shown) < len(points) else '',
+    ]
     plot, axes = new_plot(title, '\n'.join(part for part in notes if part), height=4.4)
     if len(best) > 1:
-        axes.step(*zip(*(shown[n] for n in best)), where='post' if better[0] == 'low' else 'pre', color=palette[0], linewidth=1.2, alpha=.5, zorder=1)
+        axes.step(
+            *zip(*(shown[n] for n in best)),
+            where='post' if better[0] == 'low' else 'pre',
+            color=palette[0],
+            linewidth=1.2,
+            alpha=0.5,
+            zorder=1,
+        )
     for name, point in shown.items():
-        axes.plot(*point, 'o', markersize=8, color=palette[0], markerfacecolor=palette[0] if name in best else ground, markeredgewidth=1.5, zorder=3)
+        axes.plot(
+            *point,
+            'o',
+            markersize=8,
+            color=palette[0],
+            markerfacecolor=palette[0] if name in best else ground,
+            markeredgewidth=1.5,
+            zorder=3,
+        )
     axes.set(xlabel=x, ylabel=y)
-    axes.margins(x=.16, y=.12)
+    axes.margins(x=0.16, y=0.12)
     place_labels(axes, shown)
     return plot
 
@@ -301,29 +451,64 @@ def memory_bars(predicted:dict,      # name -> {part: bytes}; one named total is
 )->Plot:
     "Stacked parts of the predicted memory with the measured peak beneath; a `LabError` when nothing was predicted."
     measured = measured or {}
-    something([part for parts in predicted.values() for part in parts.values() if known(part)], 'memory_bars', 'a memory breakdown of at least one run')
+    something(
+        [part for parts in predicted.values() for part in parts.values() if known(part)],
+        'memory_bars',
+        'a memory breakdown of at least one run',
+    )
     parts = list(dict.fromkeys(part for named in predicted.values() for part in named if part != 'total'))
     totals = {name: sum(named.get(part) or 0 for part in parts) for name, named in predicted.items()}
     peaks = {name: named.get('total') or totals[name] for name, named in predicted.items()}
     unit, size = byte_unit([*totals.values(), *(value for value in measured.values() if known(value))])
-    lines = math.ceil(len(parts)/5)
-    plot, axes = new_plot(title, note + '\n'*(lines + bool(note)), height=1.5 + .15*lines + .62*len(predicted))
+    lines = math.ceil(len(parts) / 5)
+    plot, axes = new_plot(title, note + '\n' * (lines + bool(note)), height=1.5 + 0.15 * lines + 0.62 * len(predicted))
     for row, (name, named) in enumerate(predicted.items()):
         left = 0
         for index, part in enumerate(parts):
-            wide = (named.get(part) or 0)/size
-            axes.barh(row - .19, wide, left=left, height=.34, color=palette[index % len(palette)], edgecolor=ground, linewidth=.6, label=part if not row else None)
+            wide = (named.get(part) or 0) / size
+            axes.barh(
+                row - 0.19,
+                wide,
+                left=left,
+                height=0.34,
+                color=palette[index % len(palette)],
+                edgecolor=ground,
+                linewidth=0.6,
+                label=part if not row else None,
+            )
             left += wide
         peak, over = measured.get(name), ''
         if known(peak):
-            axes.barh(row + .19, peak/size, height=.34, color=muted)
-            over = f' ({100*peak/peaks[name] - 100:+.0f} %)'.replace('-', '−') if peaks[name] else ''
-        for offset, text, end in ((-.19, 'peak '*('total' in named) + show_number(float(peaks[name]/size)), totals[name]/size),
-                                  (.19, f"measured {show_number(float(peak/size)) if known(peak) else '–'}{over}", (peak or 0)/size if known(peak) else 0)):
-            axes.annotate(text, (end, row + offset), (5, 0), textcoords='offset points', va='center', fontsize=type_scale['small'], color=ink)
-    axes.legend(loc='lower left', bbox_to_anchor=(-.008, 1), ncols=5, borderaxespad=.1, handlelength=1, handleheight=1, columnspacing=1.2)
+            axes.barh(row + 0.19, peak / size, height=0.34, color=muted)
+            over = f' ({100 * peak / peaks[name] - 100:+.0f} %)'.replace('-', '−') if peaks[name] else ''
+        for offset, text, end in (
+            (-0.19, 'peak ' * ('total' in named) + show_number(float(peaks[name] / size)), totals[name] / size),
+            (
+                0.19,
+                f"measured {show_number(float(peak / size)) if known(peak) else '–'}{over}",
+                (peak or 0) / size if known(peak) else 0,
+            ),
+        ):
+            axes.annotate(
+                text,
+                (end, row + offset),
+                (5, 0),
+                textcoords='offset points',
+                va='center',
+                fontsize=type_scale['small'],
+                color=ink,
+            )
+    axes.legend(
+        loc='lower left',
+        bbox_to_anchor=(-0.008, 1),
+        ncols=5,
+        borderaxespad=0.1,
+        handlelength=1,
+        handleheight=1,
+        columnspacing=1.2,
+    )
     axes.set_yticks(range(len(predicted)), list(predicted))
-    axes.set_ylim(len(predicted) - .5, -.5)
+    axes.set_ylim(len(predicted) - 0.5, -0.5)
     axes.set_xlabel(f'memory, {unit}')
     axes.grid(axis='y', visible=False)
     axes.tick_params(axis='y', length=0)
@@ -340,19 +525,31 @@ def length_histogram(lengths,           # tokens in each row
     "How long the rows are, with those beyond `limit` in another colour; a `LabError` when there are no rows."
     lengths = np.asarray(something(list(lengths), 'length_histogram', 'the length of at least one row'))
     over = int((lengths > limit).sum()) if limit else 0
-    note = f'n = {len(lengths):,} · median {np.median(lengths):,g} · 95 % at most {int(np.quantile(lengths, .95, method="higher")):,}'
-    if limit: note += f' · limit {limit:,}: ' + (f'{over:,} longer ({100*over/len(lengths):.1f} %)' if over else 'none longer')
+    note = f'n = {len(lengths):,} · median {np.median(lengths):,g} · 95 % at most {int(np.quantile(lengths, 0.95, method="higher")):,}'
+    if limit:
+        note += f' · limit {limit:,}: ' + (
+            f'{over:,} longer ({100 * over / len(lengths):.1f} %)' if over else 'none longer'
+        )
     plot, axes = new_plot(title, note, height=3.2)
     ticks = MaxNLocator(nbins=40, integer=True).tick_values(0, max(lengths.max(), 8))
     width = max(1, int(ticks[1] - ticks[0]))
-    edges = np.unique([0, *np.arange((limit or 0) % width, max(lengths.max(), 1) + width, width)]) + .5
-    edges[0] = -.5  # a row of length 0 belongs to the first bin
+    edges = np.unique([0, *np.arange((limit or 0) % width, max(lengths.max(), 1) + width, width)]) + 0.5
+    edges[0] = -0.5  # a row of length 0 belongs to the first bin
     counts, _ = np.histogram(lengths, edges)
-    axes.bar(edges[:-1], counts, np.diff(edges), align='edge', edgecolor=ground, linewidth=.5,
-             color=[palette[1] if limit and edge >= limit else palette[0] for edge in edges[:-1]])
-    if limit and limit <= lengths.max(): axes.axvline(limit + .5, color=palette[1], linewidth=1.2)
+    axes.bar(
+        edges[:-1],
+        counts,
+        np.diff(edges),
+        align='edge',
+        edgecolor=ground,
+        linewidth=0.5,
+        color=[palette[1] if limit and edge >= limit else palette[0] for edge in edges[:-1]],
+    )
+    if limit and limit <= lengths.max():
+        axes.axvline(limit + 0.5, color=palette[1], linewidth=1.2)
     axes.set(xlabel=f'length, {unit}', ylabel='rows' if width == 1 else f'rows per {width} {unit}')
-    for axis in (axes.xaxis, axes.yaxis): axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.0f}'))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.0f}'))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 2.5, 5, 10]))
     axes.set_xlim(0, edges[-1])
@@ -367,16 +564,18 @@ def column(key:str,         # key in the rows
            digits:int=3,    # significant digits of fractions
 )->dict:
     "The description of one table column."
-    if best not in (None, 'low', 'high'): raise LabError(f"column {key}: best is '{best}': use 'low', 'high' or None")
+    if best not in (None, 'low', 'high'):
+        raise LabError(f"column {key}: best is '{best}': use 'low', 'high' or None")
     return dict(key=key, title=title or key.replace('_', ' '), unit=unit, best=best, n=n, digits=digits)
 
-
+# %% ../../nbs/runs/06_figures.ipynb #19561316
 def best_rows(values,    # one value per row
               best:str,  # 'low', 'high' or None
 )->set:                  # indices of the rows with the best value
     "Which rows hold the best of the known values; none when fewer than two are known or all are equal."
     numbers = {row: float(value) for row, value in enumerate(values) if known(value)}
-    if not best or len(set(numbers.values())) < 2: return set()
+    if not best or len(set(numbers.values())) < 2:
+        return set()
     target = (min if best == 'low' else max)(numbers.values())
     return {row for row, value in numbers.items() if value == target}
 
@@ -388,9 +587,11 @@ table_style = """<style>.llmft-table{overflow-x:auto;max-width:100%;margin:.6em 
 
 class Html(str):
     "A piece of HTML that displays itself in a notebook."
-    def _repr_html_(self): return str(self)
 
+    def _repr_html_(self):
+        return str(self)
 
+# %% ../../nbs/runs/06_figures.ipynb #03060a25
 def table(rows:list,     # one dict per row
           columns=None,  # keys or `column` descriptions, in order; by default every key of the first row
           caption:str='',# what is shown
@@ -400,15 +601,24 @@ def table(rows:list,     # one dict per row
     columns = [column(c) if isinstance(c, str) else c for c in (columns or rows[0])]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     for c in columns:
-        if c['key'] not in keys: raise LabError(f"table: no row has '{c['key']}'{nearest(c['key'], keys)}")
+        if c['key'] not in keys:
+            raise LabError(f"table: no row has '{c['key']}'{nearest(c['key'], keys)}")
     marked = {c['key']: best_rows([row.get(c['key']) for row in rows], c['best']) for c in columns}
     words = {c['key'] for c in columns if not any(known(row.get(c['key'])) for row in rows)}
     kind = lambda c: ' class="text"' if c['key'] in words else ''
-    head = ''.join(f"<th{kind(c)}>{html.escape(c['title'])}{'<small>' + html.escape(c['unit']) + '</small>' if c['unit'] else ''}</th>" for c in columns)
+    head = ''.join(
+        f"<th{kind(c)}>{html.escape(c['title'])}{'<small>' + html.escape(c['unit']) + '</small>' if c['unit'] else ''}</th>"
+        for c in columns
+    )
+
     def cell(index, row, c):
         text = html.escape(show_number(row.get(c['key']), c['digits']))
-        if index in marked[c['key']]: text = f'<b>{text}</b>'
+        if index in marked[c['key']]:
+            text = f'<b>{text}</b>'
         return f"<td{kind(c)}>{text}{'<small>n = ' + show_number(row.get(c['n'])) + '</small>' if c['n'] else ''}</td>"
+
     body = ''.join('<tr>' + ''.join(cell(index, row, c) for c in columns) + '</tr>' for index, row in enumerate(rows))
     title = f'<p><b>{html.escape(caption)}</b></p>' if caption else ''
-    return Html(f'{table_style}{title}<div class="llmft-table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+    return Html(
+        f'{table_style}{title}<div class="llmft-table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )

@@ -22,33 +22,40 @@ types = [*kinds, 'list[int]', 'list[float]', 'list[str]']
 @dataclass(frozen=True)
 class Parameter:
     "One line of a parameters cell."
-    name:str     # the name as the notebook uses it
-    type:str     # one of `types`
-    default:object  # the value written in the notebook
-    help:str     # the comment beside it: meaning and unit
-    line:int     # line within the cell, from 1
+
+    name: str  # the name as the notebook uses it
+    type: str  # one of `types`
+    default: object  # the value written in the notebook
+    help: str  # the comment beside it: meaning and unit
+    line: int  # line within the cell, from 1
 
 # %% ../../nbs/runs/01_params.ipynb #abceae11
 english = dict(int='a whole number', float='a number', str='text', bool='true or false')
 number = re.compile(r'[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?')
 
 
-def scalar_of(text:str):
+def scalar_of(text: str):
     "The value that `text` has as a plain YAML 1.2 scalar: a number, a boolean, or the text itself."
-    if number.fullmatch(text): return int(text) if text.lstrip('+-').isdigit() else float(text)
+    if number.fullmatch(text):
+        return int(text) if text.lstrip('+-').isdigit() else float(text)
     return text.lower() == 'true' if text in 'true True TRUE false False FALSE'.split() else text
 
-
+# %% ../../nbs/runs/01_params.ipynb #d9911e08
 def remedy(value,    # what was given
            type:str, # the type that was wanted
 )->str:              # ": write ...", or "" when there is nothing to suggest
     "What to write instead of `value` where a `type` is wanted."
     text = str(value)
-    if type == 'str': return '' if value is None else f': write "{text}" in quotes'
-    if type == 'bool' and text.lower() in ('no', 'off', 'n', '0', '0.0'): return ': write false'
-    if type == 'bool' and text.lower() in ('yes', 'on', 'y', '1', '1.0'): return ': write true'
-    if type == 'int' and isinstance(value, float) and value.is_integer(): return f': write {int(value)}'
-    if not isinstance(value, str): return ''
+    if type == 'str':
+        return '' if value is None else f': write "{text}" in quotes'
+    if type == 'bool' and text.lower() in ('no', 'off', 'n', '0', '0.0'):
+        return ': write false'
+    if type == 'bool' and text.lower() in ('yes', 'on', 'y', '1', '1.0'):
+        return ': write true'
+    if type == 'int' and isinstance(value, float) and value.is_integer():
+        return f': write {int(value)}'
+    if not isinstance(value, str):
+        return ''
     plain = re.sub(r'^([-+]?)0+(?=\d)', r'\1', text.replace('_', '').replace(',', ''))
     return f': write {plain}{"" if plain != text else " without quotes"}' if number.fullmatch(plain) else ''
 
@@ -59,12 +66,17 @@ def as_type(value,             # what a file, a command line or papermill gave
 ):                             # the value in that type; `ValueError` says what is wrong
     "`value` as the given `type`, or a `ValueError` with the remedy."
     if type.startswith('list['):
-        if not isinstance(value, (list, tuple)): raise ValueError(f'{value!r} is not a list: write [{"" if value is None else value}]')
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f'{value!r} is not a list: write [{"" if value is None else value}]')
         return [as_type(item, type[5:-1], from_text) for item in value]
-    if from_text and isinstance(value, str) and type != 'str': value = scalar_of(value)
-    if type == 'float' and value.__class__ is int: value = float(value) if abs(value) < 2**1023 else math.inf
-    if value.__class__ is not kinds[type]: raise ValueError(f'{"nothing" if value is None else repr(value)} is not {english[type]}{remedy(value, type)}')
-    if type == 'float' and not math.isfinite(value): raise ValueError(f'{value} is not a finite number')
+    if from_text and isinstance(value, str) and type != 'str':
+        value = scalar_of(value)
+    if type == 'float' and value.__class__ is int:
+        value = float(value) if abs(value) < 2**1023 else math.inf
+    if value.__class__ is not kinds[type]:
+        raise ValueError(f'{"nothing" if value is None else repr(value)} is not {english[type]}{remedy(value, type)}')
+    if type == 'float' and not math.isfinite(value):
+        raise ValueError(f'{value} is not a finite number')
     return value
 
 # %% ../../nbs/runs/01_params.ipynb #8d95193c
@@ -72,85 +84,126 @@ def parse_parameters(source:str,  # text of the parameters cell
                      where:str,   # how errors call the cell
 )->list:                          # a `Parameter` per line
     "The parameters that a cell declares; a `LabError` for anything but annotated literals."
-    try: body = ast.parse(source).body
-    except SyntaxError as error: raise LabError(f'{where} line {error.lineno}: {error.msg}') from None
-    comments = {t.start[0]: t.string.lstrip('# ') for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    try:
+        body = ast.parse(source).body
+    except SyntaxError as error:
+        raise LabError(f'{where} line {error.lineno}: {error.msg}') from None
+    comments = {
+        t.start[0]: t.string.lstrip('# ')
+        for t in tokenize.generate_tokens(io.StringIO(source).readline)
+        if t.type == tokenize.COMMENT
+    }
     found = {}
     for node in body:
         at, text = f'{where} line {node.lineno}', ast.get_source_segment(source, node).split('\n')[0]
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value):
-            raise LabError(f'{at}: `{text}` must read `name: type = value  # meaning, unit`; anything derived goes into the next cell')
+            raise LabError(
+                f'{at}: `{text}` must read `name: type = value  # meaning, unit`; anything derived goes into the next cell'
+            )
         name, type = node.target.id, ast.unparse(node.annotation).replace(' ', '')
-        if type not in types: raise LabError(f"{at}: {name} has type {type}{nearest(type, types)}: use one of {', '.join(types)}")
-        if name in found: raise LabError(f'{at}: {name} stands twice, first in line {found[name].line}: keep one')
-        try: value = ast.literal_eval(node.value)
-        except ValueError: raise LabError(f'{at}: the value of {name} is not a literal: write a plain value here and derive in the next cell') from None
-        try: value = as_type(value, type)
-        except ValueError as error: raise LabError(f'{at}: {name}: {error}') from None
-        found[name] = Parameter(name, type, value, comments.get(node.end_lineno, comments.get(node.lineno, '')), node.lineno)
+        if type not in types:
+            raise LabError(f"{at}: {name} has type {type}{nearest(type, types)}: use one of {', '.join(types)}")
+        if name in found:
+            raise LabError(f'{at}: {name} stands twice, first in line {found[name].line}: keep one')
+        try:
+            value = ast.literal_eval(node.value)
+        except ValueError:
+            raise LabError(
+                f'{at}: the value of {name} is not a literal: write a plain value here and derive in the next cell'
+            ) from None
+        try:
+            value = as_type(value, type)
+        except ValueError as error:
+            raise LabError(f'{at}: {name}: {error}') from None
+        found[name] = Parameter(
+            name, type, value, comments.get(node.end_lineno, comments.get(node.lineno, '')), node.lineno
+        )
     return list(found.values())
 
 # %% ../../nbs/runs/01_params.ipynb #a51a4abb
-def shown(path)->str:
+def shown(path) -> str:
     "`path` relative to the working directory when it is below it; that is how errors name files."
     path = Path(path)
     return str(path.relative_to(Path.cwd())) if path.is_absolute() and path.is_relative_to(Path.cwd()) else str(path)
 
-
-def find_notebook(name)->Path:
+# %% ../../nbs/runs/01_params.ipynb #6019e1ed
+def find_notebook(name) -> Path:
     "The notebook that `name` means: a path, or the name of one in nbs/experiments."
     path = find_path(name)
-    if path.suffix == '.ipynb' and path.is_file(): return path
-    folder = project_root()/'nbs'/'experiments'
-    if (folder/f'{name}.ipynb').is_file(): return folder/f'{name}.ipynb'
+    if path.suffix == '.ipynb' and path.is_file():
+        return path
+    folder = project_root() / 'nbs' / 'experiments'
+    if (folder / f'{name}.ipynb').is_file():
+        return folder / f'{name}.ipynb'
     known = sorted(p.stem for p in folder.glob('*.ipynb'))
-    raise LabError(f"there is no notebook {name}{nearest(Path(name).stem, known)}: nbs/experiments has {', '.join(known) or 'none'}")
+    raise LabError(
+        f"there is no notebook {name}{nearest(Path(name).stem, known)}: nbs/experiments has {', '.join(known) or 'none'}"
+    )
 
-
-def code_cells(notebook:Path)->list:
+# %% ../../nbs/runs/01_params.ipynb #5b5f9c56
+def code_cells(notebook: Path) -> list:
     "The code cells of a notebook file as (tags, source)."
-    try: cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
-    except (ValueError, KeyError, TypeError) as error: raise LabError(f'{shown(notebook)} is not a notebook ({error})') from None
+    try:
+        cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
+    except (ValueError, KeyError, TypeError) as error:
+        raise LabError(f'{shown(notebook)} is not a notebook ({error})') from None
     return [(c['metadata'].get('tags', []), ''.join(c['source'])) for c in cells if c['cell_type'] == 'code']
 
-
-def read_parameters(notebook)->list:
+# %% ../../nbs/runs/01_params.ipynb #13c3f790
+def read_parameters(notebook) -> list:
     "The `Parameter`s of a notebook, given by path or by name."
     notebook = find_notebook(notebook)
     cells = [source for tags, source in code_cells(notebook) if 'parameters' in tags]
     if len(cells) != 1:
-        raise LabError(f"{shown(notebook)} has {len(cells) or 'no'} cell{'s' * (len(cells) > 1)} tagged 'parameters': tag exactly one (JupyterLab: gear icon, Cell Tags)")
+        raise LabError(
+            f"{shown(notebook)} has {len(cells) or 'no'} cell{'s' * (len(cells) > 1)} tagged 'parameters': tag exactly one (JupyterLab: gear icon, Cell Tags)"
+        )
     return parse_parameters(cells[0], f'{shown(notebook)}, parameters cell')
 
 # %% ../../nbs/runs/01_params.ipynb #405c7fbd
 class Lines(dict):
     "A mapping read from YAML; `lines` has the line number of each key and `file` the name of the file."
+
     def __init__(self, items=(), file='', lines=None):
         super().__init__(items)
         self.file, self.lines = file, lines or {}
 
-
+# %% ../../nbs/runs/01_params.ipynb #d975a9a9
 class StrictLoader(yaml.SafeLoader):
     "YAML 1.2 scalars, text keys, no key twice."
+
     yaml_implicit_resolvers = {}
 
 
-def _construct_lines(loader, node)->Lines:
+def _construct_lines(loader, node) -> Lines:
     "A `Lines` from a YAML mapping node; a `LabError` for a key that stands twice or is not text."
     at, seen = lambda n: f'{loader.name}:{n.start_mark.line + 1}', {}
     for key, _ in node.value:
-        if key.tag == 'tag:yaml.org,2002:merge': continue
-        if key.tag != 'tag:yaml.org,2002:str': raise LabError(f'{at(key)}: a key must be text, and {getattr(key, "value", "this")!r:.40} is not: put it in quotes')
-        if key.value in seen: raise LabError(f'{at(key)}: {key.value} stands twice, first in line {seen[key.value]}: keep one')
+        if key.tag == 'tag:yaml.org,2002:merge':
+            continue
+        if key.tag != 'tag:yaml.org,2002:str':
+            raise LabError(
+                f'{at(key)}: a key must be text, and {getattr(key, "value", "this")!r:.40} is not: put it in quotes'
+            )
+        if key.value in seen:
+            raise LabError(f'{at(key)}: {key.value} stands twice, first in line {seen[key.value]}: keep one')
         seen[key.value] = key.start_mark.line + 1
     loader.flatten_mapping(node)
-    return Lines({k.value: loader.construct_object(v, deep=True) for k, v in node.value}, loader.name, {k.value: k.start_mark.line + 1 for k, _ in node.value})
+    return Lines(
+        {k.value: loader.construct_object(v, deep=True) for k, v in node.value},
+        loader.name,
+        {k.value: k.start_mark.line + 1 for k, _ in node.value},
+    )
 
 
 StrictLoader.add_constructor('tag:yaml.org,2002:map', _construct_lines)
-for tag, pattern, first in [('bool', 'true|True|TRUE|false|False|FALSE', 'tTfF'), ('int', '[-+]?(?:0|[1-9][0-9]*)', '-+0123456789'),
-                            ('float', number.pattern + r'|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)', '-+.0123456789'),
-                            ('null', '~|null|Null|NULL|', ['~', 'n', 'N', '']), ('merge', '<<', '<')]:
+for tag, pattern, first in [
+    ('bool', 'true|True|TRUE|false|False|FALSE', 'tTfF'),
+    ('int', '[-+]?(?:0|[1-9][0-9]*)', '-+0123456789'),
+    ('float', number.pattern + r'|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)', '-+.0123456789'),
+    ('null', '~|null|Null|NULL|', ['~', 'n', 'N', '']),
+    ('merge', '<<', '<'),
+]:
     StrictLoader.add_implicit_resolver(f'tag:yaml.org,2002:{tag}', re.compile(f'(?:{pattern})$'), list(first))
 
 # %% ../../nbs/runs/01_params.ipynb #0f827297
@@ -164,27 +217,35 @@ def parse_yaml(text:str,        # YAML source
         return loader.get_single_data()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise LabError(f'{name}:{mark.line + 1 if mark else 1}: {error.problem or error.context}: this is not valid YAML') from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error: raise LabError(f'{name}: {" ".join(str(error).split())[:120]}: this is not valid YAML') from None
+        raise LabError(
+            f'{name}:{mark.line + 1 if mark else 1}: {error.problem or error.context}: this is not valid YAML'
+        ) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise LabError(f'{name}: {" ".join(str(error).split())[:120]}: this is not valid YAML') from None
 
-
+# %% ../../nbs/runs/01_params.ipynb #b4b78bc9
 def parse_mapping(text:str,         # YAML source
                   name:str='text',  # how errors call it
 )->Lines:                           # name -> value, with the line of each
     "The `name: value` lines of strict YAML `text`; no lines give an empty mapping."
     read = parse_yaml(text, name)
-    if read is not None and not isinstance(read, Lines): raise LabError(f'{name}:1: holds {read.__class__.__name__}, not `name: value` lines')
+    if read is not None and not isinstance(read, Lines):
+        raise LabError(f'{name}:1: holds {read.__class__.__name__}, not `name: value` lines')
     return Lines(file=name) if read is None else read
 
-
-def read_yaml(path)->Lines:
+# %% ../../nbs/runs/01_params.ipynb #ae01d6ab
+def read_yaml(path) -> Lines:
     "The mapping in a strict YAML file; every failure is a `LabError` that names the file."
     path = find_path(path)
     if not path.is_file():
-        near = nearest(path.name, [p.name for p in path.parent.glob('*.yaml')]) or nearest(path.parent.name, [p.name for p in path.parent.parent.glob('*')])
+        near = nearest(path.name, [p.name for p in path.parent.glob('*.yaml')]) or nearest(
+            path.parent.name, [p.name for p in path.parent.parent.glob('*')]
+        )
         raise LabError(f'{shown(path)} is no file{near}: give a YAML file of parameters')
-    try: text = path.read_text(encoding='utf-8')
-    except UnicodeDecodeError: raise LabError(f'{shown(path)} is not UTF-8 text') from None
+    try:
+        text = path.read_text(encoding='utf-8')
+    except UnicodeDecodeError:
+        raise LabError(f'{shown(path)} is not UTF-8 text') from None
     return parse_mapping(text, shown(path))
 
 # %% ../../nbs/runs/01_params.ipynb #3cde16c5
@@ -197,11 +258,21 @@ def check_params(notebook,           # path or name of the notebook
     declared = {p.name: p for p in (declared or read_parameters(notebook))}
     values = {p.name: p.default for p in declared.values()} if defaults else {}
     for name, value in given.items():
-        at = '' if not isinstance(given, Lines) else f'{given.file}:{given.lines[name]}: ' if name in given.lines else f'{given.file} '
+        at = (
+            ''
+            if not isinstance(given, Lines)
+            else f'{given.file}:{given.lines[name]}: '
+            if name in given.lines
+            else f'{given.file} '
+        )
         if name not in declared:
-            raise LabError(f'{at}{name} is no parameter of {Path(notebook).stem}{nearest(name, declared)}: `llmft params {Path(notebook).stem}` lists them')
-        try: values[name] = as_type(value, declared[name].type)
-        except ValueError as error: raise LabError(f'{at}{name}: {error}') from None
+            raise LabError(
+                f'{at}{name} is no parameter of {Path(notebook).stem}{nearest(name, declared)}: `llmft params {Path(notebook).stem}` lists them'
+            )
+        try:
+            values[name] = as_type(value, declared[name].type)
+        except ValueError as error:
+            raise LabError(f'{at}{name}: {error}') from None
     return values
 
 # %% ../../nbs/runs/01_params.ipynb #9046315a
@@ -212,35 +283,48 @@ def parse_overrides(overrides,  # texts of the form name=value
     kind, given = {p.name: p.type for p in declared}, Lines(file='-p')
     for text in overrides:
         name, equals, value = (part.strip() for part in text.partition('='))
-        if not (name and equals): raise LabError(f'-p {text}: write -p name=value')
+        if not (name and equals):
+            raise LabError(f'-p {text}: write -p name=value')
         read = parse_yaml(value, f'-p {name}')
         given[name] = value if kind.get(name) == 'str' and not isinstance(read, str) else read
     return given
 
 # %% ../../nbs/runs/01_params.ipynb #a2db3a3a
-def check_name(name:str)->str:
+def check_name(name: str) -> str:
     "`name` when it can name a run's folder, else a `LabError`."
-    if re.fullmatch(r'[A-Za-z0-9][\w.+=@-]{0,99}', name): return name
-    raise LabError(f'name: {name!r} cannot name a run: use up to 100 letters, digits and -_.+=@, starting with a letter or digit')
+    if re.fullmatch(r'[A-Za-z0-9][\w.+=@-]{0,99}', name):
+        return name
+    raise LabError(
+        f'name: {name!r} cannot name a run: use up to 100 letters, digits and -_.+=@, starting with a letter or digit'
+    )
 
-
+# %% ../../nbs/runs/01_params.ipynb #723ff7d2
 def resolve_params(files,             # parameter files of one notebook, later ones go over earlier ones; or the notebook itself
                    overrides=(),      # texts of the form name=value
                    small:bool=False,  # put `_small.yaml` of the same folder over the files
 )->tuple:                             # path of the notebook, name -> value of all its parameters
     "The notebook and the complete, checked values that parameter files stand for."
-    if not files: raise LabError('give a parameter file, as in params/finetune/lora.yaml')
+    if not files:
+        raise LabError('give a parameter file, as in params/finetune/lora.yaml')
     paths = [find_path(f) for f in files]
     layers = [Lines(file=shown(p)) if p.suffix == '.ipynb' else read_yaml(p) for p in paths]
     folders = {p.stem if p.suffix == '.ipynb' else p.resolve().parent.name for p in paths}
-    if len(folders) > 1: raise LabError(f"the files belong to several notebooks ({', '.join(sorted(folders))}): give files of one folder")
+    if len(folders) > 1:
+        raise LabError(
+            f"the files belong to several notebooks ({', '.join(sorted(folders))}): give files of one folder"
+        )
     own = [p for p in paths if p.suffix == '.ipynb']
     notebook = find_notebook(own[0] if own else folders.pop())
-    if small: layers.append(read_yaml((project_root()/'params'/notebook.stem if own else paths[0].parent)/'_small.yaml'))
+    if small:
+        layers.append(
+            read_yaml((project_root() / 'params' / notebook.stem if own else paths[0].parent) / '_small.yaml')
+        )
     declared = read_parameters(notebook)
     named = '-'.join(p.stem for p in paths if not p.stem.startswith('_') and p.suffix != '.ipynb')
     values = dict(name=named) if named and any(p.name == 'name' for p in declared) else {}
-    for layer in [*layers, parse_overrides(overrides, declared)]: values = values | check_params(notebook, layer, declared, defaults=False)
+    for layer in [*layers, parse_overrides(overrides, declared)]:
+        values = values | check_params(notebook, layer, declared, defaults=False)
     values = check_params(notebook, values, declared)
-    if 'name' in values: check_name(values['name'])
+    if 'name' in values:
+        check_name(values['name'])
     return notebook, values

@@ -11,34 +11,79 @@ __all__ = ['defaults', 'gpus', 'share_of_peak', 'trains_a_model', 'settings_of',
 import math
 from types import SimpleNamespace
 from ..core import LabError, find_path, nearest
-from ..models.cost import families, flops_step, lora_parameter_count, memory_breakdown, parameter_count, quantised_count, strategies
+from llmft.models.cost import (
+    families,
+    flops_step,
+    lora_parameter_count,
+    memory_breakdown,
+    parameter_count,
+    quantised_count,
+    strategies,
+)
 
 # %% ../../nbs/runs/13_plan.ipynb #75e6e5c1
-defaults = dict(model='base', method='', precision='fp32', quantisation='none', mixed_precision='no', optimiser='adamw', lora_rank=0, lora_targets=(), lora_dropout=0., gradient_checkpointing=False,
-    batch_size=1, gradient_accumulation=1, max_length=512, layout='packed', too_long='split', num_epochs=1., max_steps=0, num_samples=0, warmup_ratio=0., seed=42, nproc=1, strategy='none', target_effective_batch=0, smallest_batch=1, largest_batch=0, memory_limit_gb=0.,
-    offload_optimiser=False, offload_weights=False, data='', text_field='')
+defaults = dict(
+    model='base',
+    method='',
+    precision='fp32',
+    quantisation='none',
+    mixed_precision='no',
+    optimiser='adamw',
+    lora_rank=0,
+    lora_targets=(),
+    lora_dropout=0.0,
+    gradient_checkpointing=False,
+    batch_size=1,
+    gradient_accumulation=1,
+    max_length=512,
+    layout='packed',
+    too_long='split',
+    num_epochs=1.0,
+    max_steps=0,
+    num_samples=0,
+    warmup_ratio=0.0,
+    seed=42,
+    nproc=1,
+    strategy='none',
+    target_effective_batch=0,
+    smallest_batch=1,
+    largest_batch=0,
+    memory_limit_gb=0.0,
+    offload_optimiser=False,
+    offload_weights=False,
+    data='',
+    text_field='',
+)
 
 
-def trains_a_model(params:dict)->bool:
+def trains_a_model(params: dict) -> bool:
     "Whether the parameters of a notebook describe the training of a model that has a name."
     return params.get('model', 'random') != 'random' and 'learning_rate' in params
 
-
+# %% ../../nbs/runs/13_plan.ipynb #79a449c6
 def settings_of(params:dict,     # name -> value of all parameters of a notebook
 )->SimpleNamespace:              # the same, with what is missing filled in
     "What decides the cost of a run; `method` is full, lora or qlora, and `quantisation` is what it really uses."
     found = SimpleNamespace(**defaults | params)
-    if not found.method: found.method = 'full' if not found.lora_rank else 'lora' if found.quantisation == 'none' else 'qlora'
-    if found.method != 'qlora': found.quantisation = 'none'
-    if found.method == 'full': found.lora_rank, found.lora_targets = 0, ()
-    if found.nproc < 0: raise LabError(f'nproc is {found.nproc}: give a number of processes, or 0 for one a GPU')
-    if found.strategy == 'none' and found.nproc > 1: raise LabError(f'nproc is {found.nproc} and strategy none: choose how they share the work: {", ".join(list(strategies)[1:])}')
+    if not found.method:
+        found.method = 'full' if not found.lora_rank else 'lora' if found.quantisation == 'none' else 'qlora'
+    if found.method != 'qlora':
+        found.quantisation = 'none'
+    if found.method == 'full':
+        found.lora_rank, found.lora_targets = 0, ()
+    if found.nproc < 0:
+        raise LabError(f'nproc is {found.nproc}: give a number of processes, or 0 for one a GPU')
+    if found.strategy == 'none' and found.nproc > 1:
+        raise LabError(
+            f'nproc is {found.nproc} and strategy none: choose how they share the work: {", ".join(list(strategies)[1:])}'
+        )
     return found
 
-
-def processes_here()->int:
+# %% ../../nbs/runs/13_plan.ipynb #d24ca001
+def processes_here() -> int:
     "Processes where the parameters leave their number open: one a GPU, or two where there is none."
     import torch
+
     return torch.cuda.device_count() or 2
 
 # %% ../../nbs/runs/13_plan.ipynb #1dd16deb
@@ -46,21 +91,40 @@ def _counted(config, found):
     "Parameters of an architecture without formulas: all of them, those in linear layers, those an adapter would train."
     import torch
     from transformers import AutoModelForCausalLM
-    with torch.device('meta'): model = AutoModelForCausalLM.from_config(config)
-    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings()}
+
+    with torch.device('meta'):
+        model = AutoModelForCausalLM.from_config(config)
+    linears = {
+        name: layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings()
+    }
     targets = [found.lora_targets] if isinstance(found.lora_targets, str) else list(found.lora_targets)
-    adapted = [layer for name, layer in linears.items() if targets == ['all-linear'] or any(f'.{name}'.endswith(f'.{target}') for target in targets)]
+    adapted = [
+        layer
+        for name, layer in linears.items()
+        if targets == ['all-linear'] or any(f'.{name}'.endswith(f'.{target}') for target in targets)
+    ]
     total = sum(parameter.numel() for parameter in model.parameters())
-    if found.method != 'full' and not adapted: raise LabError(f'lora_targets {targets} name no linear map of {config.model_type}: choose from {", ".join(sorted({name.split(".")[-1] for name in linears}))}')
-    return dict(total=total, trainable=total if found.method == 'full' else sum(found.lora_rank*(layer.in_features + layer.out_features) for layer in adapted),
-        quantised=sum(layer.weight.numel() for layer in linears.values())*(found.quantisation != 'none'))
+    if found.method != 'full' and not adapted:
+        raise LabError(
+            f'lora_targets {targets} name no linear map of {config.model_type}: choose from {", ".join(sorted({name.split(".")[-1] for name in linears}))}'
+        )
+    return dict(
+        total=total,
+        trainable=total
+        if found.method == 'full'
+        else sum(found.lora_rank * (layer.in_features + layer.out_features) for layer in adapted),
+        quantised=sum(layer.weight.numel() for layer in linears.values()) * (found.quantisation != 'none'),
+    )
 
 
 def count_parameters(config, # a transformers config
                      found,  # from `settings_of`
 )->dict:                     # total, trainable (the adapter's own come on top of the total), quantised
     "Parameters of the model, of those trained, of those quantised: exactly."
-    if config.model_type not in families: return _counted(config, found)
+    if config.model_type not in families:
+        return _counted(config, found)
     total = parameter_count(config)['total']
     trainable = total if found.method == 'full' else lora_parameter_count(config, found.lora_rank, found.lora_targets)
     return dict(total=total, trainable=trainable, quantised=quantised_count(config, found.quantisation))
@@ -71,49 +135,64 @@ def read_lengths(found,  # from `settings_of`
     "How long the training examples of a text corpus are, when data and tokenizer lie on this machine."
     folder = find_path(found.model)
     local = found.data.startswith('builtin:') or (found.data and find_path(found.data).exists())
-    if not (found.text_field and local and (found.model == 'base' or (folder/'tokenizer.json').is_file())): return None
+    if not (found.text_field and local and (found.model == 'base' or (folder / 'tokenizer.json').is_file())):
+        return None
     from llmft.data.corpora import load_corpus
     from llmft.data.tokens import cut, encode, load_tokenizer
+
     corpus = load_corpus(found.data, '', found.text_field, found.num_samples, seed=found.seed)
-    return cut(encode(corpus.train.texts, load_tokenizer(found.model)), found.max_length, found.too_long)[0].slots.tolist()
+    return cut(encode(corpus.train.texts, load_tokenizer(found.model)), found.max_length, found.too_long)[
+        0
+    ].slots.tolist()
 
-
+# %% ../../nbs/runs/13_plan.ipynb #599d2cc9
 def count_rows(found,      # from `settings_of`
                rows=None,  # what the user states
                lengths=None,  # from `read_lengths`
 )->tuple:                  # (rows or None, where the number comes from)
     "Training rows, and who says so."
-    if rows is not None and rows < 1: raise LabError(f'--rows {rows}: give at least 1')
-    if rows: return rows, 'stated'
-    if lengths is not None: return len(lengths), 'counted in the data'
+    if rows is not None and rows < 1:
+        raise LabError(f'--rows {rows}: give at least 1')
+    if rows:
+        return rows, 'stated'
+    if lengths is not None:
+        return len(lengths), 'counted in the data'
     more = '; long documents are split into more' if found.too_long == 'split' else ''
     return (found.num_samples, f'num_samples{more}') if found.num_samples else (None, 'unknown: state them with --rows')
 
-
+# %% ../../nbs/runs/13_plan.ipynb #3944538f
 def count_steps(found,     # from `settings_of`
                 rows,      # training rows, or None
 )->dict:                   # per_epoch, total, warmup, epochs; None where unknown
     "Optimiser steps of the run."
-    each = math.ceil(rows/(found.batch_size*found.gradient_accumulation)) if rows else None
-    total = found.max_steps or (math.ceil(each*found.num_epochs) if each else None)
-    return dict(per_epoch=each, total=total, warmup=None if total is None else math.ceil(found.warmup_ratio*total), epochs=total/each if each and total else None)
+    each = math.ceil(rows / (found.batch_size * found.gradient_accumulation)) if rows else None
+    total = found.max_steps or (math.ceil(each * found.num_epochs) if each else None)
+    return dict(
+        per_epoch=each,
+        total=total,
+        warmup=None if total is None else math.ceil(found.warmup_ratio * total),
+        epochs=total / each if each and total else None,
+    )
 
 # %% ../../nbs/runs/13_plan.ipynb #2b863185
 def padded_lengths(found,    # from `settings_of`
                    lengths,  # slots of every training example
 )->list:                     # the same examples with their padding
     "Lengths of the rows of one epoch as the model sees them."
-    if found.layout == 'packed': return list(lengths)
+    if found.layout == 'packed':
+        return list(lengths)
     from llmft.data.batches import Plan
-    order, wide = Plan(len(lengths), found.batch_size*found.gradient_accumulation, found.seed), []
+
+    order, wide = Plan(len(lengths), found.batch_size * found.gradient_accumulation, found.seed), []
     for step in range(order.steps_per_epoch):
         rows = [lengths[row] for row in order.step(step)]
-        if found.layout == 'bucketed': rows.sort(reverse=True)
-        groups = [rows[first:first + found.batch_size] for first in range(0, len(rows), found.batch_size)]
+        if found.layout == 'bucketed':
+            rows.sort(reverse=True)
+        groups = [rows[first : first + found.batch_size] for first in range(0, len(rows), found.batch_size)]
         wide += [max(group) for group in groups for _ in group]
     return wide
 
-
+# %% ../../nbs/runs/13_plan.ipynb #81a7f5e3
 def count_work(config,       # a transformers config
                found,        # from `settings_of`
                steps,        # from `count_steps`
@@ -121,11 +200,24 @@ def count_work(config,       # a transformers config
                lengths=None, # slots of every training example, or None
 )->dict:                     # tokens, slots, flops of the whole run; None where unknown
     "Tokens and matrix operations of the whole run; without `lengths` every row is as long as it can be, without `rows` every step is full."
-    if not steps['total'] or config.model_type not in families: return dict(tokens=None, slots=None, flops=None)
+    if not steps['total'] or config.model_type not in families:
+        return dict(tokens=None, slots=None, flops=None)
     times = steps['epochs'] or steps['total']
-    seen = padded_lengths(found, lengths) if lengths else [found.max_length]*(rows or found.batch_size*found.gradient_accumulation)
-    once = flops_step(config, seen, method=found.method, rank=found.lora_rank, targets=found.lora_targets, targets_tokens=sum(lengths or seen), gradient_checkpointing=found.gradient_checkpointing)
-    return dict(tokens=round(sum(lengths or seen)*times), slots=round(sum(seen)*times), flops=once*times)
+    seen = (
+        padded_lengths(found, lengths)
+        if lengths
+        else [found.max_length] * (rows or found.batch_size * found.gradient_accumulation)
+    )
+    once = flops_step(
+        config,
+        seen,
+        method=found.method,
+        rank=found.lora_rank,
+        targets=found.lora_targets,
+        targets_tokens=sum(lengths or seen),
+        gradient_checkpointing=found.gradient_checkpointing,
+    )
+    return dict(tokens=round(sum(lengths or seen) * times), slots=round(sum(seen) * times), flops=once * times)
 
 # %% ../../nbs/runs/13_plan.ipynb #ba8ca9f4
 def count_memory(config,        # a transformers config
@@ -134,12 +226,29 @@ def count_memory(config,        # a transformers config
                  lengths=None,  # slots of every training example, or None
 ):                              # bytes by tenant and their peak as `total`; None for an architecture without formulas
     "Memory of the process that has most to hold."
-    if config.model_type not in families: return None
-    mine = math.ceil(found.batch_size*found.gradient_accumulation/found.nproc)
+    if config.model_type not in families:
+        return None
+    mine = math.ceil(found.batch_size * found.gradient_accumulation / found.nproc)
     longest = max(lengths) if lengths else found.max_length
-    return memory_breakdown(config, tokens=min(mine, found.batch_size)*longest, longest=longest, method=found.method, precision=found.precision, quantisation=found.quantisation, optimiser=found.optimiser,
-        rank=found.lora_rank, targets=found.lora_targets, lora_dropout=found.lora_dropout, gradient_checkpointing=found.gradient_checkpointing, accumulation=math.ceil(mine/found.batch_size),
-        device=kind, mixed=found.mixed_precision != 'no', nproc=found.nproc, strategy=found.strategy, offloaded=[name for name in ('optimiser', 'weights') if getattr(found, f'offload_{name}')])
+    return memory_breakdown(
+        config,
+        tokens=min(mine, found.batch_size) * longest,
+        longest=longest,
+        method=found.method,
+        precision=found.precision,
+        quantisation=found.quantisation,
+        optimiser=found.optimiser,
+        rank=found.lora_rank,
+        targets=found.lora_targets,
+        lora_dropout=found.lora_dropout,
+        gradient_checkpointing=found.gradient_checkpointing,
+        accumulation=math.ceil(mine / found.batch_size),
+        device=kind,
+        mixed=found.mixed_precision != 'no',
+        nproc=found.nproc,
+        strategy=found.strategy,
+        offloaded=[name for name in ('optimiser', 'weights') if getattr(found, f'offload_{name}')],
+    )
 
 # %% ../../nbs/runs/13_plan.ipynb #dbe10633
 def foreseen_batch(config,  # a transformers config
@@ -147,23 +256,48 @@ def foreseen_batch(config,  # a transformers config
                    device,  # from `find_device`
 )->str:                     # where the batch size comes from
     "Settle the batch size; a `LabError` when not even the smallest fits."
-    if not found.target_effective_batch: return 'batch_size'
+    if not found.target_effective_batch:
+        return 'batch_size'
     from llmft.training.largest_batch import split_step
-    limit = found.memory_limit_gb*2**30 or .9*device['memory_bytes']
-    size = lambda batch: count_memory(config, SimpleNamespace(**vars(found) | dict(batch_size=batch, gradient_accumulation=2)), device['kind'])
+
+    limit = found.memory_limit_gb * 2**30 or 0.9 * device['memory_bytes']
+    size = lambda batch: count_memory(
+        config, SimpleNamespace(**vars(found) | dict(batch_size=batch, gradient_accumulation=2)), device['kind']
+    )
     sizes = range(found.smallest_batch, max(found.smallest_batch, found.largest_batch) + 1)
     fitting = [batch for batch in sizes if config.model_type in families and size(batch)['total'] <= limit]
-    if config.model_type in families and not fitting: raise LabError(f'a batch of {found.smallest_batch} is foreseen to need {size(found.smallest_batch)["total"]/2**30:.2f} GiB and {limit/2**30:.2f} are allowed: shorten max_length, or quantise')
-    found.batch_size, found.gradient_accumulation = split_step(found.target_effective_batch, max(fitting or [found.smallest_batch]))
+    if config.model_type in families and not fitting:
+        raise LabError(
+            f'a batch of {found.smallest_batch} is foreseen to need {size(found.smallest_batch)["total"] / 2**30:.2f} GiB and {limit / 2**30:.2f} are allowed: shorten max_length, or quantise'
+        )
+    found.batch_size, found.gradient_accumulation = split_step(
+        found.target_effective_batch, max(fitting or [found.smallest_batch])
+    )
     return 'foreseen: the largest that fits, for a step of target_effective_batch'
 
 # %% ../../nbs/runs/13_plan.ipynb #1e4f1266
 _columns = ('memory_gib', 'bf16_tflops', 'fp32_tflops', 'bandwidth_gb_per_sec')
-gpus = {name: dict(zip(_columns, numbers)) for name, numbers in {
-    'b200': (180, 2250, 75, 7700), 'h200': (141, 989, 67, 4800), 'h100': (80, 989, 67, 3350), 'a100-80gb': (80, 312, 19.5, 2039), 'a100-40gb': (40, 312, 19.5, 1555), 'l40s': (48, 362, 91.6, 864),
-    'a6000': (48, 154.8, 38.7, 768), 'a10': (24, 125, 31.2, 600), 'l4': (24, 121, 30.3, 300), 'v100': (32, 125, 15.7, 900), 't4': (16, 65, 8.1, 320), 'rtx5090': (32, 209.5, 104.8, 1792), 'rtx4090': (24, 165.2, 82.6, 1008),
-    'rtx3090': (24, 71, 35.6, 936), 'mi300x': (192, 1307, 163.4, 5300)}.items()}
-share_of_peak = .4
+gpus = {
+    name: dict(zip(_columns, numbers))
+    for name, numbers in {
+        'b200': (180, 2250, 75, 7700),
+        'h200': (141, 989, 67, 4800),
+        'h100': (80, 989, 67, 3350),
+        'a100-80gb': (80, 312, 19.5, 2039),
+        'a100-40gb': (40, 312, 19.5, 1555),
+        'l40s': (48, 362, 91.6, 864),
+        'a6000': (48, 154.8, 38.7, 768),
+        'a10': (24, 125, 31.2, 600),
+        'l4': (24, 121, 30.3, 300),
+        'v100': (32, 125, 15.7, 900),
+        't4': (16, 65, 8.1, 320),
+        'rtx5090': (32, 209.5, 104.8, 1792),
+        'rtx4090': (24, 165.2, 82.6, 1008),
+        'rtx3090': (24, 71, 35.6, 936),
+        'mi300x': (192, 1307, 163.4, 5300),
+    }.items()
+}
+share_of_peak = 0.4
 
 
 def find_device(gpu='',          # name in `gpus`; '' is this machine
@@ -172,16 +306,31 @@ def find_device(gpu='',          # name in `gpus`; '' is this machine
     "What a device can do at best; a `LabError` for a name that is not in the table."
     if gpu:
         key = gpu.lower().replace(' ', '').replace('_', '-').removeprefix('nvidia-')
-        if key not in gpus: raise LabError(f'there is no GPU {gpu!r} in the table{nearest(key, gpus)}: choose from {", ".join(gpus)}')
+        if key not in gpus:
+            raise LabError(f'there is no GPU {gpu!r} in the table{nearest(key, gpus)}: choose from {", ".join(gpus)}')
         facts = gpus[key]
-        return dict(name=key, kind='cuda', memory_bytes=facts['memory_gib']*2**30, peak_flops=1e12*facts['fp32_tflops' if precision == 'fp32' else 'bf16_tflops'], bandwidth=1e9*facts['bandwidth_gb_per_sec'], source="the maker's data sheet")
+        return dict(
+            name=key,
+            kind='cuda',
+            memory_bytes=facts['memory_gib'] * 2**30,
+            peak_flops=1e12 * facts['fp32_tflops' if precision == 'fp32' else 'bf16_tflops'],
+            bandwidth=1e9 * facts['bandwidth_gb_per_sec'],
+            source="the maker's data sheet",
+        )
     import psutil, torch
     from llmft.models.meter import known_peaks
+
     peaks = known_peaks() or {}
     cuda = torch.cuda.is_available()
     memory = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total
-    return dict(name='this machine', kind='cuda' if cuda else 'cpu', memory_bytes=memory, peak_flops=peaks.get('matmul_flops_per_sec' + ('' if precision == 'fp32' else f'_{precision}')), bandwidth=peaks.get('copy_bytes_per_sec'),
-        source='measured here' if peaks else 'never measured here: any run does it, or name a --gpu')
+    return dict(
+        name='this machine',
+        kind='cuda' if cuda else 'cpu',
+        memory_bytes=memory,
+        peak_flops=peaks.get('matmul_flops_per_sec' + ('' if precision == 'fp32' else f'_{precision}')),
+        bandwidth=peaks.get('copy_bytes_per_sec'),
+        source='measured here' if peaks else 'never measured here: any run does it, or name a --gpu',
+    )
 
 # %% ../../nbs/runs/13_plan.ipynb #287b3db5
 def make_plan(params:dict,    # name -> value of all parameters of a notebook
@@ -191,35 +340,71 @@ def make_plan(params:dict,    # name -> value of all parameters of a notebook
 )->dict:                      # see the lesson below
     "What the run will take; a `LabError` for parameters that cannot be meant."
     from llmft.models.load import model_config
+
     found = settings_of(params)
     found.nproc = found.nproc or (1 if found.strategy == 'none' else processes_here())
     share = share_of_peak if share is None else share
-    if not 0 < share <= 1: raise LabError(f'--share {share}: give a share of the peak above 0 and up to 1')
-    config, precision = model_config(found.model), found.precision if found.mixed_precision == 'no' else found.mixed_precision
-    counts, lengths, device = count_parameters(config, found), None if rows else read_lengths(found), find_device(gpu, precision)
+    if not 0 < share <= 1:
+        raise LabError(f'--share {share}: give a share of the peak above 0 and up to 1')
+    config, precision = (
+        model_config(found.model),
+        found.precision if found.mixed_precision == 'no' else found.mixed_precision,
+    )
+    counts, lengths, device = (
+        count_parameters(config, found),
+        None if rows else read_lengths(found),
+        find_device(gpu, precision),
+    )
     batch_source = foreseen_batch(config, found, device)
     rows, source = count_rows(found, rows, lengths)
     steps = count_steps(found, rows)
     work, memory = count_work(config, found, steps, rows, lengths), count_memory(config, found, device['kind'], lengths)
-    speed = device['peak_flops'] and device['peak_flops']*share*found.nproc
-    seconds = work['flops']/speed if work['flops'] and speed else None
-    return dict(model=found.model, architecture=config.model_type, method=found.method, quantisation=found.quantisation, precision=precision, nproc=found.nproc, strategy=found.strategy, parameters=counts['total'], trainable=counts['trainable'],
-        quantised_share=counts['quantised']/counts['total'], rows=rows, rows_from=source, batch_size=found.batch_size, gradient_accumulation=found.gradient_accumulation, batch_from=batch_source, max_length=found.max_length, lengths_from='counted' if lengths else 'every row taken as max_length',
-        steps=steps['total'], steps_per_epoch=steps['per_epoch'], warmup_steps=steps['warmup'], **work, memory=memory, device=device, share_of_peak=share, seconds=seconds,
-        fits=None if memory is None else memory['total'] < device['memory_bytes'])
+    speed = device['peak_flops'] and device['peak_flops'] * share * found.nproc
+    seconds = work['flops'] / speed if work['flops'] and speed else None
+    return dict(
+        model=found.model,
+        architecture=config.model_type,
+        method=found.method,
+        quantisation=found.quantisation,
+        precision=precision,
+        nproc=found.nproc,
+        strategy=found.strategy,
+        parameters=counts['total'],
+        trainable=counts['trainable'],
+        quantised_share=counts['quantised'] / counts['total'],
+        rows=rows,
+        rows_from=source,
+        batch_size=found.batch_size,
+        gradient_accumulation=found.gradient_accumulation,
+        batch_from=batch_source,
+        max_length=found.max_length,
+        lengths_from='counted' if lengths else 'every row taken as max_length',
+        steps=steps['total'],
+        steps_per_epoch=steps['per_epoch'],
+        warmup_steps=steps['warmup'],
+        **work,
+        memory=memory,
+        device=device,
+        share_of_peak=share,
+        seconds=seconds,
+        fits=None if memory is None else memory['total'] < device['memory_bytes'],
+    )
 
 # %% ../../nbs/runs/13_plan.ipynb #a1a668e1
 def _number(value, unit=''):
     "A count with commas, a fraction to three digits, and an en dash for the unknown."
-    if value is None: return '–'
+    if value is None:
+        return '–'
     return (f'{value:,}' if isinstance(value, int) else f'{value:.3g}') + unit
 
 
 def _time(seconds):
     "Seconds in the unit a person would use."
-    if seconds is None: return '–'
+    if seconds is None:
+        return '–'
     for unit, size in (('days', 172800), ('hours', 7200), ('minutes', 120)):
-        if seconds >= size: return f'{seconds/(size/2):.1f} {unit}'
+        if seconds >= size:
+            return f'{seconds / (size / 2):.1f} {unit}'
     return f'{seconds:.0f} s'
 
 
@@ -228,18 +413,42 @@ def plan_rows(plan:dict,  # from `make_plan`
     "The facts of a plan, one line each."
     device, memory = plan['device'], plan['memory'] or {}
     unit, scale = ('GiB', 2**30) if memory.get('total', 2**30) >= 2**30 else ('MiB', 2**20)
-    size = lambda value: '–' if value is None else f'{value/scale:,.2f} {unit}' if value < 1000*scale else f'{value/scale:,.0f} {unit}'
+    size = lambda value: (
+        '–'
+        if value is None
+        else f'{value / scale:,.2f} {unit}'
+        if value < 1000 * scale
+        else f'{value / scale:,.0f} {unit}'
+    )
     processes = f"{plan['nproc']} processes, {plan['strategy']}" if plan['nproc'] > 1 else 'one process'
     tenants = ', '.join(f'{name} {size(value)}' for name, value in memory.items() if name != 'total')
-    room = '' if plan['fits'] is None else f" ({'fits' if plan['fits'] else 'DOES NOT FIT'} {size(device['memory_bytes'])} of {device['name']})"
-    return [('model', f"{plan['model']} ({plan['architecture']}), {plan['method']}, {plan['precision']}, {processes}"), ('parameters', _number(plan['parameters'])),
-        ('trained', f"{_number(plan['trainable'])} ({plan['trainable']/plan['parameters']:.2%})"), ('quantised', f"{plan['quantised_share']:.1%}"), ('rows', f"{_number(plan['rows'])} ({plan['rows_from']})"),
+    room = (
+        ''
+        if plan['fits'] is None
+        else f" ({'fits' if plan['fits'] else 'DOES NOT FIT'} {size(device['memory_bytes'])} of {device['name']})"
+    )
+    return [
+        ('model', f"{plan['model']} ({plan['architecture']}), {plan['method']}, {plan['precision']}, {processes}"),
+        ('parameters', _number(plan['parameters'])),
+        ('trained', f"{_number(plan['trainable'])} ({plan['trainable'] / plan['parameters']:.2%})"),
+        ('quantised', f"{plan['quantised_share']:.1%}"),
+        ('rows', f"{_number(plan['rows'])} ({plan['rows_from']})"),
         ('batch', f"{plan['batch_size']} x {plan['gradient_accumulation']} rows a step ({plan['batch_from']})"),
-        ('steps', f"{_number(plan['steps_per_epoch'])} an epoch, {_number(plan['steps'])} in all, warm-up {_number(plan['warmup_steps'])}"),
-        ('tokens', f"{_number(plan['tokens'])} ({plan['lengths_from']})"), ('operations', _number(plan['flops'], ' FLOPs')), ('memory', f"{size(memory.get('total'))} a process{room}"), ('of which', tenants or '–'),
-        ('time', f"{_time(plan['seconds'])} at {plan['share_of_peak']:.0%} of {_number(device['peak_flops'] and device['peak_flops']/1e12, ' TFLOP/s')} ({device['source']}); evaluation and loading not counted")]
+        (
+            'steps',
+            f"{_number(plan['steps_per_epoch'])} an epoch, {_number(plan['steps'])} in all, warm-up {_number(plan['warmup_steps'])}",
+        ),
+        ('tokens', f"{_number(plan['tokens'])} ({plan['lengths_from']})"),
+        ('operations', _number(plan['flops'], ' FLOPs')),
+        ('memory', f"{size(memory.get('total'))} a process{room}"),
+        ('of which', tenants or '–'),
+        (
+            'time',
+            f"{_time(plan['seconds'])} at {plan['share_of_peak']:.0%} of {_number(device['peak_flops'] and device['peak_flops'] / 1e12, ' TFLOP/s')} ({device['source']}); evaluation and loading not counted",
+        ),
+    ]
 
-
-def plan_text(plan:dict)->str:
+# %% ../../nbs/runs/13_plan.ipynb #4f2e6b56
+def plan_text(plan: dict) -> str:
     "A plan for the terminal."
     return '\n'.join(f'{name:<11} {text}' for name, text in plan_rows(plan))

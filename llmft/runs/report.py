@@ -26,28 +26,35 @@ def ansi_state(state:dict,  # attribute -> class, before
     codes = list(codes)
     while codes:
         code = codes.pop(0)
-        if code == 0: state = {}
-        elif code in (1, 4): state = state | {{1: 'bold', 4: 'line'}[code]: {1: 'b', 4: 'u'}[code]}
-        elif code in (22, 24, 39): state = {k: v for k, v in state.items() if k != {22: 'bold', 24: 'line', 39: 'colour'}[code]}
-        elif 30 <= code <= 37 or 90 <= code <= 97: state = state | dict(colour=f'a{code % 10}')
+        if code == 0:
+            state = {}
+        elif code in (1, 4):
+            state = state | {{1: 'bold', 4: 'line'}[code]: {1: 'b', 4: 'u'}[code]}
+        elif code in (22, 24, 39):
+            state = {k: v for k, v in state.items() if k != {22: 'bold', 24: 'line', 39: 'colour'}[code]}
+        elif 30 <= code <= 37 or 90 <= code <= 97:
+            state = state | dict(colour=f'a{code % 10}')
         elif code in (38, 48):
             kind = codes.pop(0) if codes else 0
-            value, codes = codes[:1 if kind == 5 else 3], codes[1 if kind == 5 else 3:]
-            if code == 38 and kind == 5 and value and value[0] < 16: state = state | dict(colour=f'a{value[0] % 8}')
+            value, codes = codes[: 1 if kind == 5 else 3], codes[1 if kind == 5 else 3 :]
+            if code == 38 and kind == 5 and value and value[0] < 16:
+                state = state | dict(colour=f'a{value[0] % 8}')
     return state
 
 # %% ../../nbs/runs/08_report.ipynb #edd2e020
-def ansi_html(text:str)->str:
+def ansi_html(text: str) -> str:
     "`text` as HTML, its terminal colours as classes; other escape sequences are dropped."
     pieces, state = [], {}
     for part in re.split(r'(\x1b\[[0-9;?]*[A-Za-z])', text):
         if part.startswith('\x1b['):
-            if part.endswith('m'): state = ansi_state(state, [int(c or 0) for c in part[2:-1].split(';') if c.isdigit() or not c])
-        elif part: pieces.append(f'<span class="{" ".join(state.values())}">{escape(part)}</span>' if state else escape(part))
+            if part.endswith('m'):
+                state = ansi_state(state, [int(c or 0) for c in part[2:-1].split(';') if c.isdigit() or not c])
+        elif part:
+            pieces.append(f'<span class="{" ".join(state.values())}">{escape(part)}</span>' if state else escape(part))
     return ''.join(pieces)
 
-
-def last_state(text:str)->str:
+# %% ../../nbs/runs/08_report.ipynb #87798d52
+def last_state(text: str) -> str:
     "`text` as a terminal would show it after lines overwrote themselves with carriage returns."
     return '\n'.join(line.rstrip('\r').rsplit('\r', 1)[-1] for line in text.split('\n'))
 
@@ -58,8 +65,10 @@ def math_html(tex:str,            # the formula, without its dollar signs
     "A TeX formula as MathML."
     try:
         from latex2mathml.converter import convert
+
         made = convert(tex.strip(), display='block' if block else 'inline')
-    except Exception: made = f'<code>{escape(tex)}</code>'
+    except Exception:
+        made = f'<code>{escape(tex)}</code>'
     return f'<div class="formula">{made}</div>' if block else made
 
 # %% ../../nbs/runs/08_report.ipynb #6f659ab3
@@ -68,15 +77,18 @@ def data_uri(url:str,             # where an image is: data, attachment or file
              attachments=None,    # the cell's attachments
 )->str:                           # a data: address, or '' for anything that is not at hand
     "An image as part of the page."
-    if url.startswith('data:image/'): return url
-    for kind, data in ((attachments or {}).get(url.removeprefix('attachment:')) or {}).items(): return f'data:{kind};base64,{data}'
-    path = Path(folder or '.')/url
+    if url.startswith('data:image/'):
+        return url
+    for kind, data in ((attachments or {}).get(url.removeprefix('attachment:')) or {}).items():
+        return f'data:{kind};base64,{data}'
+    path = Path(folder or '.') / url
     kind = mimetypes.guess_type(url)[0] or ''
-    if '://' in url or not kind.startswith('image/') or not path.is_file(): return ''
+    if '://' in url or not kind.startswith('image/') or not path.is_file():
+        return ''
     return f'data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}'
 
-
-def slug(text:str)->str:
+# %% ../../nbs/runs/08_report.ipynb #271c3ec4
+def slug(text: str) -> str:
     "A heading's text as the name of its anchor."
     return re.sub(r'\W+', '-', re.sub(r'<[^>]*>', '', text).lower()).strip('-')
 
@@ -87,25 +99,41 @@ def markdown_html(source:str,        # markdown, raw HTML included
 )->str:                              # HTML
     "Markdown with tables, footnotes and formulas as HTML."
     import mistune
+
     class Renderer(mistune.HTMLRenderer):
-        def inline_math(self, text): return math_html(text)
-        def block_math(self, text): return math_html(text, block=True)
-        def heading(self, text, level, **attrs): return f'<h{level} id="{slug(text)}">{text}</h{level}>\n'
-        def table(self, text): return f'<div class="scroll table" tabindex="0"><table>{text}</table></div>\n'
+        def inline_math(self, text):
+            return math_html(text)
+
+        def block_math(self, text):
+            return math_html(text, block=True)
+
+        def heading(self, text, level, **attrs):
+            return f'<h{level} id="{slug(text)}">{text}</h{level}>\n'
+
+        def table(self, text):
+            return f'<div class="scroll table" tabindex="0"><table>{text}</table></div>\n'
+
         def block_code(self, code, info=None):
             text = code_html(code) if info in ('python', 'py') else escape(code)
             return f'<div class="out" tabindex="0"><pre>{text}</pre></div>\n'
+
         def image(self, text, url, title=None):
             address = data_uri(url, folder, attachments)
             return f'<img src="{address}" alt="{escape(text)}">' if address else '' if 'colab' in url else escape(text)
-        def paragraph(self, text): return f'<p>{text}</p>\n' if re.sub(r'</?a[^>]*>', '', text).strip() else ''
-    return mistune.create_markdown(renderer=Renderer(escape=False), plugins=['table', 'math', 'footnotes', 'strikethrough', 'url'])(source)
+
+        def paragraph(self, text):
+            return f'<p>{text}</p>\n' if re.sub(r'</?a[^>]*>', '', text).strip() else ''
+
+    return mistune.create_markdown(
+        renderer=Renderer(escape=False), plugins=['table', 'math', 'footnotes', 'strikethrough', 'url']
+    )(source)
 
 # %% ../../nbs/runs/08_report.ipynb #b3bcc37b
-def code_html(source:str)->str:
+def code_html(source: str) -> str:
     "Python source with classes for keywords, texts, comments, numbers and names of functions."
     from pygments.lexers import PythonLexer
     from pygments.token import Comment, Keyword, Name, Number, Operator, String
+
     named = [(kind, 'f') for kind in (Name.Function, Name.Class, Name.Decorator, Name.Builtin)]
     kinds = [(Comment, 'c'), (String, 's'), (Number, 'n'), (Operator.Word, 'k'), (Keyword, 'k'), *named]
     pieces = []
@@ -114,21 +142,31 @@ def code_html(source:str)->str:
         pieces.append(f'<span class="{kind}">{escape(text)}</span>' if kind else escape(text))
     return ''.join(pieces)
 
-
-def duration(seconds)->str:
+# %% ../../nbs/runs/08_report.ipynb #3c75a35f
+def duration(seconds) -> str:
     "Seconds as people say them: 0.4 s, 12 s, 3 min 5 s, 2 h 4 min."
-    if seconds is None: return ''
-    if seconds < 10: return f'{seconds:.1f} s'
+    if seconds is None:
+        return ''
+    if seconds < 10:
+        return f'{seconds:.1f} s'
     minutes, rest = divmod(round(seconds), 60)
-    return f'{rest} s' if not minutes else f'{minutes} min {rest} s' if minutes < 60 else f'{minutes // 60} h {minutes % 60} min'
+    return (
+        f'{rest} s'
+        if not minutes
+        else f'{minutes} min {rest} s'
+        if minutes < 60
+        else f'{minutes // 60} h {minutes % 60} min'
+    )
 
-
+# %% ../../nbs/runs/08_report.ipynb #51d363fd
 def folded(source:str,       # the cell's code
            timing:dict,      # papermill's record of the cell: status, duration in seconds
 )->str:
     "A code cell's source, folded under a line that shows how it begins."
     first = next((line for line in source.split('\n') if line.strip() and not line.startswith(('#|', '%%'))), '')
-    time = f'<span class="time">{duration(timing.get("duration"))}</span>' if (timing.get('duration') or 0) >= .1 else ''
+    time = (
+        f'<span class="time">{duration(timing.get("duration"))}</span>' if (timing.get('duration') or 0) >= 0.1 else ''
+    )
     is_open = ' open' if timing.get('status') == 'failed' else ''
     summary = f'<summary><span>code</span><span class="peek">{escape(first)}</span>{time}</summary>'
     return f'<details class="code"{is_open}>{summary}<div class="scroll" tabindex="0"><pre>{code_html(source)}</pre></div></details>'
@@ -137,28 +175,30 @@ def folded(source:str,       # the cell's code
 text_limit, html_limit = 60_000, 400_000
 
 
-def in_box(table:str)->str:
+def in_box(table: str) -> str:
     "A table in a box of its own, which scrolls sideways when the table is wider than the page."
     return f'<div class="scroll table" tabindex="0">{table}</div>'
 
-
+# %% ../../nbs/runs/08_report.ipynb #d563a938
 def text_box(text:str,     # what was printed, escape sequences included
              kind:str='',  # class of the box: '' or error
 )->str:                    # HTML; '' for blank text
     "Printed text in a box that scrolls; of very long text the beginning and the end."
     text = last_state(text).rstrip('\n')
-    if len(text) > text_limit: text = f'{text[:text_limit // 2]}\n... {len(text) - text_limit:,} characters left out, see report.ipynb ...\n{text[-text_limit // 2:]}'
+    if len(text) > text_limit:
+        text = f'{text[: text_limit // 2]}\n... {len(text) - text_limit:,} characters left out, see report.ipynb ...\n{text[-text_limit // 2 :]}'
     return f'<div class="out {kind}" tabindex="0"><pre>{ansi_html(text)}</pre></div>' if text.strip() else ''
 
-
+# %% ../../nbs/runs/08_report.ipynb #63c5208c
 def _unfetched(tag):
     "A tag without attributes that would be fetched."
     return re.sub(r'(?i)\s(src|srcset|background|poster)\s*=\s*(["\']?)(?!data:)[^\s>]*?\2(?=[\s>/])', '', tag)
 
 
-def safe_html(text:str)->str:
+def safe_html(text: str) -> str:
     "HTML that a cell put out, without scripts, frames and anything that would be fetched."
-    if len(text) > html_limit: return f'<p class="missing">An output of {len(text):,} characters was left out; it is in report.ipynb.</p>'
+    if len(text) > html_limit:
+        return f'<p class="missing">An output of {len(text):,} characters was left out; it is in report.ipynb.</p>'
     text = re.sub(r'(?is)<(script|iframe|object|embed)\b.*?(</\1\s*>|$)|<(link|meta|base)\b[^>]*>', '', text)
     text = re.sub(r'<[a-zA-Z](?:"[^"]*"|\'[^\']*\'|[^"\'>])*>|<[a-zA-Z][^>]*>', lambda tag: _unfetched(tag[0]), text)
     return re.sub(r'(?is)<table\b.*?</table>', lambda found: in_box(found[0]), re.sub(r'(?i)\sborder="1"', '', text))
@@ -169,10 +209,22 @@ def widget_text(model:str,   # id of the widget
 )->str:                      # what it says, in one line
     "The texts of a widget and of its children."
     values = state.get(model, {}).get('state', {})
-    own = html.unescape(re.sub(r'<[^>]*>', '', str(values.get('value', '')))).replace('\u2007', ' ') if 'HTML' in values.get('_model_name', '') else ''
-    return ' '.join(filter(None, [own.strip(), *(widget_text(child.removeprefix('IPY_MODEL_'), state) for child in values.get('children', []))]))
+    own = (
+        html.unescape(re.sub(r'<[^>]*>', '', str(values.get('value', '')))).replace('\u2007', ' ')
+        if 'HTML' in values.get('_model_name', '')
+        else ''
+    )
+    return ' '.join(
+        filter(
+            None,
+            [
+                own.strip(),
+                *(widget_text(child.removeprefix('IPY_MODEL_'), state) for child in values.get('children', [])),
+            ],
+        )
+    )
 
-
+# %% ../../nbs/runs/08_report.ipynb #3789c550
 def rich_html(data:dict,     # type -> content
               details:dict,  # type -> facts, such as the width of an image in pixels
               widgets:dict,  # id -> state of all widgets of the notebook
@@ -180,28 +232,39 @@ def rich_html(data:dict,     # type -> content
 )->str:                      # HTML
     "A displayed value, in its richest form that needs no script."
     widget = data.get('application/vnd.jupyter.widget-view+json')
-    if widget: return f'<p class="progress">{escape(widget_text(widget["model_id"], widgets) or data.get("text/plain", ""))}</p>'
-    if 'text/html' in data: return f'<div>{safe_html(data["text/html"])}</div>'
+    if widget:
+        return (
+            f'<p class="progress">{escape(widget_text(widget["model_id"], widgets) or data.get("text/plain", ""))}</p>'
+        )
+    if 'text/html' in data:
+        return f'<div>{safe_html(data["text/html"])}</div>'
     for kind in ('image/svg+xml', 'image/png', 'image/jpeg', 'image/gif', 'image/webp'):
         width = details.get(kind, {}).get('width') if isinstance(details.get(kind), dict) else None
         size = f' width="{int(width)}"' if width else ''
-        if kind == 'image/svg+xml' and kind in data: data = data | {kind: base64.b64encode(data[kind].encode()).decode()}
-        if kind in data: return f'<div class="figure"><img alt="figure" src="data:{kind};base64,{data[kind].strip()}"{size}></div>'
-    if 'text/markdown' in data: return markdown_html(data['text/markdown'], folder)
-    if 'text/latex' in data: return math_html(data['text/latex'].strip('$ \n'), block=True)
+        if kind == 'image/svg+xml' and kind in data:
+            data = data | {kind: base64.b64encode(data[kind].encode()).decode()}
+        if kind in data:
+            return f'<div class="figure"><img alt="figure" src="data:{kind};base64,{data[kind].strip()}"{size}></div>'
+    if 'text/markdown' in data:
+        return markdown_html(data['text/markdown'], folder)
+    if 'text/latex' in data:
+        return math_html(data['text/latex'].strip('$ \n'), block=True)
     return text_box(data.get('text/plain', ''))
 
-
+# %% ../../nbs/runs/08_report.ipynb #58425d10
 def output_html(output:dict,   # an output of the executed notebook
                 widgets:dict,  # id -> state of all widgets of the notebook
                 folder=None,   # where relative images are looked for
 )->str:                        # HTML
     "One output of a code cell."
     if output.output_type == 'error':
-        if output.ename == 'LabError': return f'<div class="oneline"><b>{escape(output.ename)}</b> {escape(output.evalue)}</div>'
+        if output.ename == 'LabError':
+            return f'<div class="oneline"><b>{escape(output.ename)}</b> {escape(output.evalue)}</div>'
         return text_box('\n'.join(output.traceback) or f'{output.ename}: {output.evalue}', 'error')
-    if output.output_type != 'stream': return rich_html(output.data, output.metadata, widgets, folder)
-    if output.name == 'stdout' or not output.text.strip(): return text_box(output.text)
+    if output.output_type != 'stream':
+        return rich_html(output.data, output.metadata, widgets, folder)
+    if output.name == 'stdout' or not output.text.strip():
+        return text_box(output.text)
     lines = len(last_state(output.text).strip().split('\n'))
     return f'<details class="stderr"><summary><span>{lines} line{"s" * (lines > 1)} on stderr</span></summary>{text_box(output.text)}</details>'
 
@@ -210,14 +273,18 @@ def parameters_html(source:str,   # text of the parameters cell
                     params:dict,  # name -> value the run had
 )->str:                           # HTML; '' when the cell declares nothing
     "A folded table of all parameters: value, default where it differs, meaning."
-    try: declared = parse_parameters(source, 'parameters cell')
-    except LabError: return ''
+    try:
+        declared = parse_parameters(source, 'parameters cell')
+    except LabError:
+        return ''
     changed = [p for p in declared if p.name in params and params[p.name] != p.default]
     word = lambda value: escape(', '.join(map(str, value)) if isinstance(value, list) else str(value))
+
     def row(p):
         "One parameter as a row of the table."
         value, was = word(params.get(p.name, p.default)), word(p.default) if p in changed else ''
         return f'<tr{" class=changed" if was else ""}><td>{p.name}</td><td title="{value}">{value}</td><td class="was">{was}</td><td>{escape(p.help)}</td></tr>'
+
     rows = ''.join(map(row, [*changed, *(p for p in declared if p not in changed)]))
     title = f'<summary><span>{len(declared)} parameters, {len(changed)} changed from the notebook\'s defaults</span></summary>'
     head = '<thead><tr><th>name</th><th>value</th><th>default</th><th>meaning</th></tr></thead>'
@@ -230,9 +297,11 @@ def cell_html(cell,          # a cell of the executed notebook
               folder=None,   # where relative images are looked for
 )->str:                      # HTML; '' for what a reader has no use for
     "One cell of the executed notebook."
-    if cell.cell_type == 'markdown': return markdown_html(cell.source, folder, cell.get('attachments'))
+    if cell.cell_type == 'markdown':
+        return markdown_html(cell.source, folder, cell.get('attachments'))
     tags = cell.metadata.get('tags', [])
-    if cell.cell_type != 'code' or not cell.source.strip() or 'injected-parameters' in tags: return ''
+    if cell.cell_type != 'code' or not cell.source.strip() or 'injected-parameters' in tags:
+        return ''
     timing = cell.metadata.get('papermill', {})
     code = parameters_html(cell.source, params) if 'parameters' in tags else ''
     outputs = ''.join(output_html(o, widgets, folder) for o in cell.outputs)
@@ -241,14 +310,15 @@ def cell_html(cell,          # a cell of the executed notebook
     return f'<div class="cell {timing.get("status", "")}"{anchor}>{code or folded(cell.source, timing)}{state}{outputs}</div>\n'
 
 # %% ../../nbs/runs/08_report.ipynb #ed3008ac
-def when(text)->str:
+def when(text) -> str:
     "An ISO time as people write it."
     return datetime.fromisoformat(text).strftime('%-d %B %Y, %H:%M') if text else 'unknown'
 
-
-def notice_html(run:dict)->str:
+# %% ../../nbs/runs/08_report.ipynb #b44be9f0
+def notice_html(run: dict) -> str:
     "What went wrong, or what was found: the most important line of the page."
-    if run['status'] == 'done': return f'<div class="verdict">{markdown_html(run["verdict"])}</div>' if run.get('verdict') else ''
+    if run['status'] == 'done':
+        return f'<div class="verdict">{markdown_html(run["verdict"])}</div>' if run.get('verdict') else ''
     cell = f' in <a href="#broken">cell {run["cell"]}</a>' if run.get('cell') else ''
     return f'<div class="trouble"><p><b>{"Interrupted" if run["status"] == "interrupted" else "Failed"}{cell}.</b> {escape(run.get("error") or "")}</p></div>'
 
@@ -265,16 +335,28 @@ def header_html(title:str,      # HTML
     facts = [when(run['started']), f"took {duration(run['seconds'])}" if run.get('seconds') is not None else '', where]
     facts = ''.join(f'<span>{escape(fact)}</span>' for fact in facts if fact)
     links = ''.join(f'<a href="#{slug(s)}">{escape(s)}</a>' for s in sections)
-    name = f'{escape(run["notebook"])} / {escape(run["name"])}<span class="badge {run["status"]}">{run["status"]}</span>'
+    name = (
+        f'{escape(run["notebook"])} / {escape(run["name"])}<span class="badge {run["status"]}">{run["status"]}</span>'
+    )
     lead, links = f'<p class="lead">{lead}</p>' * bool(lead), f'<nav>{links}</nav>' * bool(sections)
     return f'<header><p class="name">{name}</p><h1>{title}</h1>{lead}<p class="facts">{facts}</p>{notice_html(run)}{links}</header>'
 
-
-def plain(value)->str:
+# %% ../../nbs/runs/08_report.ipynb #d1f85304
+def plain(value) -> str:
     "A value of run.json as HTML text."
-    if isinstance(value, dict): return ' · '.join(f'{escape(str(k))} {plain(v)}' for k, v in value.items()) or 'none'
-    if isinstance(value, list): return ', '.join(map(plain, value)) or 'none'
-    return escape(f'{value:,}' if value.__class__ is int and abs(value) > 9999 else f'{value:.6g}' if isinstance(value, float) else 'unknown' if value is None else str(value))
+    if isinstance(value, dict):
+        return ' · '.join(f'{escape(str(k))} {plain(v)}' for k, v in value.items()) or 'none'
+    if isinstance(value, list):
+        return ', '.join(map(plain, value)) or 'none'
+    return escape(
+        f'{value:,}'
+        if value.__class__ is int and abs(value) > 9999
+        else f'{value:.6g}'
+        if isinstance(value, float)
+        else 'unknown'
+        if value is None
+        else str(value)
+    )
 
 # %% ../../nbs/runs/08_report.ipynb #088d4f67
 def footer_html(record:dict,   # run.json
@@ -282,25 +364,37 @@ def footer_html(record:dict,   # run.json
 )->str:                        # HTML
     "Where the result comes from: run, code, versions, machine, data, and all metrics."
     run, meta = record['run'], record['meta']
-    rows = dict(run=run['id'], fingerprint=meta['fingerprint']) | ({'continues': run['resumed']} if run.get('resumed') else {})
+    rows = dict(run=run['id'], fingerprint=meta['fingerprint']) | (
+        {'continues': run['resumed']} if run.get('resumed') else {}
+    )
     rows |= {k: run[k] for k in ('command', 'started', 'ended')}
     rows |= {k: v for k, v in meta.items() if k != 'fingerprint'}
     git, host = meta.get('git', {}), meta.get('machine', {})
-    if git: rows['git'] = f"{git['commit']}{', with uncommitted changes' if git['dirty'] else ''}" if git['commit'] else None
-    if host: rows['machine'] = dict(host) | ({'memory': f"{host['memory_bytes'] / 2**30:.1f} GiB"} if host.get('memory_bytes') else {})
-    if host: rows['machine'].pop('memory_bytes', None)
+    if git:
+        rows['git'] = (
+            f"{git['commit']}{', with uncommitted changes' if git['dirty'] else ''}" if git['commit'] else None
+        )
+    if host:
+        rows['machine'] = dict(host) | (
+            {'memory': f"{host['memory_bytes'] / 2**30:.1f} GiB"} if host.get('memory_bytes') else {}
+        )
+    if host:
+        rows['machine'].pop('memory_bytes', None)
     lines = ''.join(f'<dt>{escape(k)}</dt><dd>{plain(v)}</dd>' for k, v in rows.items())
     tables = ''
     for name, values in dict(Metrics=metrics, Counters=record.get('train')).items():
-        body = ''.join(f'<tr><td>{escape(k)}</td><td class="number">{plain(v)}</td></tr>' for k, v in (values or {}).items())
-        if body: tables += f'<details><summary><span>{name}: {len(values)}</span></summary>{in_box(f"<table><tbody>{body}</tbody></table>")}</details>'
+        body = ''.join(
+            f'<tr><td>{escape(k)}</td><td class="number">{plain(v)}</td></tr>' for k, v in (values or {}).items()
+        )
+        if body:
+            tables += f'<details><summary><span>{name}: {len(values)}</span></summary>{in_box(f"<table><tbody>{body}</tbody></table>")}</details>'
     return f'<footer><h2>Provenance</h2><dl>{lines}</dl>{tables}</footer>'
 
-
-def split_title(source:str)->tuple:
+# %% ../../nbs/runs/08_report.ipynb #bd7d582f
+def split_title(source: str) -> tuple:
     "The first heading of a markdown cell, its `> promise` and what remains."
     found = re.match(r'\s*#\s+(.+)\n?(?:\s*\n)?(?:>\s*(.+)(?:\n|$))?', source)
-    return (found[1].strip(), (found[2] or '').strip(), source[found.end():]) if found else ('', '', source)
+    return (found[1].strip(), (found[2] or '').strip(), source[found.end() :]) if found else ('', '', source)
 
 # %% ../../nbs/runs/08_report.ipynb #9539bd49
 policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:; media-src data:"
@@ -315,23 +409,30 @@ def render_report(notebook,           # the executed notebook, an nbformat node
     cells = [c.copy() for c in notebook.cells if 'llmft-status' not in c.metadata.get('tags', [])]
     title, lead = record['run']['notebook'], ''
     for cell in cells:
-        if cell.cell_type != 'markdown': continue
+        if cell.cell_type != 'markdown':
+            continue
         found, lead, rest = split_title(cell.source)
         title, cell['source'] = found or title, rest
         break
-    sections = [s.strip() for c in cells if c.cell_type == 'markdown' for s in re.findall(r'(?m)^##\s+(.+?)\s*$', c.source)]
+    sections = [
+        s.strip() for c in cells if c.cell_type == 'markdown' for s in re.findall(r'(?m)^##\s+(.+?)\s*$', c.source)
+    ]
     widgets = notebook.metadata.get('widgets', {}).get('application/vnd.jupyter.widget-state+json', {}).get('state', {})
     body = ''.join(cell_html(c, record['params'], widgets, folder) for c in cells)
     inline = lambda text: re.sub(r'^<p>|</p>\s*$', '', markdown_html(text))
     name = f"{record['run']['notebook']}/{record['run']['name']}"
-    status, style = record['run']['status'], (assets/'report'/'style.css').read_text()
-    head = (f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy" content="{policy}">'
-            f'<meta name="color-scheme" content="light dark"><title>{escape(name)}, {status}</title><style>{style}</style>')
-    page = (f'<!doctype html>\n<html lang="en" class="{status}"><head>{head}</head><body><div class="page">{header_html(inline(title), inline(lead), record, sections)}\n'
-            f'<main>{body}</main>\n{footer_html(record, metrics or {})}</div></body></html>\n')
+    status, style = record['run']['status'], (assets / 'report' / 'style.css').read_text()
+    head = (
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f'<meta name="color-scheme" content="light dark"><title>{escape(name)}, {status}</title><style>{style}</style>'
+    )
+    page = (
+        f'<!doctype html>\n<html lang="en" class="{status}"><head>{head}</head><body><div class="page">{header_html(inline(title), inline(lead), record, sections)}\n'
+        f'<main>{body}</main>\n{footer_html(record, metrics or {})}</div></body></html>\n'
+    )
     return page.encode('utf-8', 'replace').decode()
 
-
+# %% ../../nbs/runs/08_report.ipynb #ffa84693
 def warm_up():
     "Import what `render_report` needs, while there is time for it."
     import mistune, pygments.lexers.python, latex2mathml.converter

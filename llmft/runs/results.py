@@ -17,9 +17,17 @@ def read_result(folder,  # of one run
     "What the finished run in `folder` left; a `LabError` when it is not finished."
     folder = find_path(folder)
     record = read_run(folder)
-    if record['run']['status'] != 'done': raise LabError(f"the run in {folder} is {record['run']['status']}, not done: run it again, or leave it out of runs")
-    log = folder/'log.jsonl'
-    return dict(folder=folder, record=record, metrics=read_json(folder/'metrics.json'), log=[json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [])
+    if record['run']['status'] != 'done':
+        raise LabError(
+            f"the run in {folder} is {record['run']['status']}, not done: run it again, or leave it out of runs"
+        )
+    log = folder / 'log.jsonl'
+    return dict(
+        folder=folder,
+        record=record,
+        metrics=read_json(folder / 'metrics.json'),
+        log=[json.loads(line) for line in log.read_text().splitlines()] if log.exists() else [],
+    )
 
 # %% ../../nbs/runs/05_results.ipynb #567f81cf
 gallery = 'outputs/gallery'
@@ -30,9 +38,16 @@ def finished_runs(folders,       # run folders; [] looks under `outputs`, then i
                   notebook:str,  # name of the notebook whose runs are wanted
 )->dict:                         # name of the run -> what `read_result` gives, oldest first
     "The results to compare, by the name of the run; a `LabError` when there is nothing."
-    for place in () if folders else (outputs, project_root()/gallery):
-        folders = folders or [run['folder'] for run in list_runs(place) if run['run']['notebook'] == notebook and run['run']['status'] == 'done']
-    if not folders: raise LabError(f'there is no finished run of {notebook} under {outputs}: run one first, as in llmft run params/{notebook}/lora.yaml --small')
+    for place in () if folders else (outputs, project_root() / gallery):
+        folders = folders or [
+            run['folder']
+            for run in list_runs(place)
+            if run['run']['notebook'] == notebook and run['run']['status'] == 'done'
+        ]
+    if not folders:
+        raise LabError(
+            f'there is no finished run of {notebook} under {outputs}: run one first, as in llmft run params/{notebook}/lora.yaml --small'
+        )
     found = {}
     for folder in folders:
         result = read_result(folder)

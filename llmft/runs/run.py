@@ -14,154 +14,227 @@ import ast, atexit, errno, importlib.metadata, json, os, platform, secrets, shut
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
-from ..core import LabError, assets, find_path, jsonable, nearest, project_root, read_json, require, sha256_of, short_hash, write_atomic, write_json
+from llmft.core import (
+    LabError,
+    assets,
+    find_path,
+    jsonable,
+    nearest,
+    project_root,
+    read_json,
+    require,
+    sha256_of,
+    short_hash,
+    write_atomic,
+    write_json,
+)
 from .params import as_type, check_name, code_cells, find_notebook, types
-try: import fcntl
-except ImportError: fcntl = None  # Windows: runs are not locked there
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows: runs are not locked there
 
 # %% ../../nbs/runs/04_run.ipynb #ac2066ba
 held = {}  # folder -> file descriptor of the locks that this process holds
-if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=lambda: [os.close(fd) for fd in held.values()] and held.clear())
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=lambda: [os.close(fd) for fd in held.values()] and held.clear())
 
 
-def lock_path(folder)->Path:
+def lock_path(folder) -> Path:
     "The lock file of the run in `folder`."
     folder = Path(folder).absolute()
-    return folder.parent/'.locks'/f'{folder.name}.lock'
+    return folder.parent / '.locks' / f'{folder.name}.lock'
 
-
-def holder_of(path)->dict:
+# %% ../../nbs/runs/04_run.ipynb #4bf146b3
+def holder_of(path) -> dict:
     "What the last holder wrote into a lock file: pid, boot, host, since."
-    try: return json.loads(Path(path).read_text())
-    except (OSError, ValueError): return {}
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return {}
 
-
-def boot_id()->str:
+# %% ../../nbs/runs/04_run.ipynb #0c85be03
+def boot_id() -> str:
     "An identifier of this boot of this machine, or its name where there is none."
     path = Path('/proc/sys/kernel/random/boot_id')
     return path.read_text().strip() if path.exists() else platform.node()
 
-
-def alive(holder:dict)->bool:
+# %% ../../nbs/runs/04_run.ipynb #70cef1ef
+def alive(holder: dict) -> bool:
     "Whether the process that wrote `holder` still runs on this machine; used where the file system has no locks."
-    if not holder or holder['host'] != socket.gethostname(): return bool(holder)
-    if holder['boot'] != boot_id(): return False
-    try: os.kill(holder['pid'], 0)
-    except ProcessLookupError: return False
-    except PermissionError: pass
+    if not holder or holder['host'] != socket.gethostname():
+        return bool(holder)
+    if holder['boot'] != boot_id():
+        return False
+    try:
+        os.kill(holder['pid'], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
     return holder['pid'] != os.getpid()
 
 # %% ../../nbs/runs/04_run.ipynb #e55d7193
-def _try_lock(fd:int, how:int)->bool:
+def _try_lock(fd: int, how: int) -> bool:
     "Lock the open file; False when another process holds it."
-    try: fcntl.flock(fd, how | fcntl.LOCK_NB)
-    except BlockingIOError: return False
+    try:
+        fcntl.flock(fd, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
     except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL): return not alive(holder_of(f'/proc/self/fd/{fd}'))
+        if error.errno in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL):
+            return not alive(holder_of(f'/proc/self/fd/{fd}'))
         raise
     return True
 
 
-def is_held(folder)->bool:
+def is_held(folder) -> bool:
     "Whether a living process runs in `folder`."
-    if str(Path(folder).absolute()) in held: return True
+    if str(Path(folder).absolute()) in held:
+        return True
     path = lock_path(folder)
-    if fcntl is None or not path.exists(): return False
+    if fcntl is None or not path.exists():
+        return False
     fd = os.open(path, os.O_RDONLY)
-    try: return not _try_lock(fd, fcntl.LOCK_SH)
-    finally: os.close(fd)
+    try:
+        return not _try_lock(fd, fcntl.LOCK_SH)
+    finally:
+        os.close(fd)
 
 # %% ../../nbs/runs/04_run.ipynb #d11edea9
-def hold(folder)->int:
+def hold(folder) -> int:
     "Take the lock of `folder` for this process; a `LabError` names the process that has it."
     folder, path = Path(folder).absolute(), lock_path(folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     for attempt in range(6):
-        if fcntl is None or _try_lock(fd, fcntl.LOCK_EX): break
-        time.sleep(.05)
+        if fcntl is None or _try_lock(fd, fcntl.LOCK_EX):
+            break
+        time.sleep(0.05)
     else:
         os.close(fd)
         who = holder_of(path)
-        raise LabError(f"{folder} is in use by process {who.get('pid', '?')} on {who.get('host', '?')} since {who.get('since', '?')}: "
-                       'wait, stop it, or give another name')
+        raise LabError(
+            f"{folder} is in use by process {who.get('pid', '?')} on {who.get('host', '?')} since {who.get('since', '?')}: "
+            'wait, stop it, or give another name'
+        )
     os.ftruncate(fd, 0)
     os.pwrite(fd, json.dumps(dict(pid=os.getpid(), host=socket.gethostname(), boot=boot_id(), since=now())).encode(), 0)
     held[str(folder)] = fd
     return fd
 
-
+# %% ../../nbs/runs/04_run.ipynb #43b81911
 def release(folder):
     "Give the lock of `folder` back, when this process holds it."
     fd = held.pop(str(Path(folder).absolute()), None)
-    if fd is not None: os.close(fd)
+    if fd is not None:
+        os.close(fd)
 
-
-def now()->str:
+# %% ../../nbs/runs/04_run.ipynb #1bfe19be
+def now() -> str:
     "The time as text, ISO 8601 with the offset of this machine's zone."
     return datetime.now(timezone.utc).astimezone().isoformat(timespec='milliseconds')
 
-
-def seconds_since(text:str)->float:
+# %% ../../nbs/runs/04_run.ipynb #69b8bc7b
+def seconds_since(text: str) -> float:
     "Seconds from an ISO 8601 time until now, to a tenth."
     return round((datetime.now(timezone.utc) - datetime.fromisoformat(text)).total_seconds(), 1)
 
 # %% ../../nbs/runs/04_run.ipynb #c2e51f13
-def library_hashes()->dict:
+def library_hashes() -> dict:
     "File name -> SHA-256 of all modules of this package and of the assets that can change a result."
     package = assets.parent
-    files = [*package.glob('*.py'), *(f for f in assets.rglob('*') if f.is_file() and f.relative_to(assets).parts[0] != 'report')]
+    files = [
+        *package.rglob('*.py'),
+        *(f for f in assets.rglob('*') if f.is_file() and f.relative_to(assets).parts[0] != 'report'),
+    ]
     return {str(f.relative_to(package)): sha256_of(f) for f in sorted(files)}
 
-
+# %% ../../nbs/runs/04_run.ipynb #a0b9ae45
 def fingerprint(params:dict,   # all parameters of the run
                 notebook=None, # path of the notebook; `None` when there is none to read
 )->str:                        # 12 hexadecimal digits
     "A hash of everything a result can depend on: parameters, notebook code, library, assets."
-    written = find_path(params['export_to']).absolute() if params.get('export_to') else None  # what a run writes it does not depend on
-    library = {name: digest for name, digest in library_hashes().items() if not (written and (assets.parent/name).is_relative_to(written))}
-    code = [source for tags, source in code_cells(notebook) if 'parameters' not in tags and 'injected-parameters' not in tags] if notebook else []
+    written = (
+        find_path(params['export_to']).absolute() if params.get('export_to') else None
+    )  # what a run writes it does not depend on
+    library = {
+        name: digest
+        for name, digest in library_hashes().items()
+        if not (written and (assets.parent / name).is_relative_to(written))
+    }
+    code = (
+        [
+            source
+            for tags, source in code_cells(notebook)
+            if 'parameters' not in tags and 'injected-parameters' not in tags
+        ]
+        if notebook
+        else []
+    )
     return short_hash([{k: v for k, v in params.items() if k != 'outputs'}, code, library])
 
 # %% ../../nbs/runs/04_run.ipynb #d80622b6
-packages = 'llmft torch transformers peft bitsandbytes accelerate datasets tokenizers safetensors numpy papermill'.split()
+packages = (
+    'llmft torch transformers peft bitsandbytes accelerate datasets tokenizers safetensors numpy papermill'.split()
+)
 
 
-def versions()->dict:
+def versions() -> dict:
     "The installed version of each package that a result may depend on."
     found = dict(python=platform.python_version())
     for name in packages:
-        try: found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: pass
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
     return found
 
-
-def git_state(folder=None)->dict:
+# %% ../../nbs/runs/04_run.ipynb #2cf78794
+def git_state(folder=None) -> dict:
     "The commit of the checkout at `folder` and whether tracked files differ from it; `None`s outside of git."
     command = ['git', 'status', '--porcelain=v2', '--branch', '-uno']
-    try: text = subprocess.run(command, cwd=folder or project_root(), capture_output=True, text=True, timeout=10).stdout
-    except (OSError, subprocess.SubprocessError): text = ''
+    try:
+        text = subprocess.run(command, cwd=folder or project_root(), capture_output=True, text=True, timeout=10).stdout
+    except (OSError, subprocess.SubprocessError):
+        text = ''
     lines = text.splitlines()
     commit = next((line.split()[-1] for line in lines if line.startswith('# branch.oid')), None)
-    return dict(commit=None if commit == '(initial)' else commit, dirty=any(not line.startswith('#') for line in lines) if commit else None)
+    return dict(
+        commit=None if commit == '(initial)' else commit,
+        dirty=any(not line.startswith('#') for line in lines) if commit else None,
+    )
 
-
-def gpu_names()->list:
+# %% ../../nbs/runs/04_run.ipynb #ed0a2e16
+def gpu_names() -> list:
     "The models of all NVIDIA GPUs of this machine, found without starting CUDA."
     cards = [f.read_text() for f in sorted(Path('/proc/driver/nvidia/gpus').glob('*/information'))]
-    if cards: return [line.split(':')[1].strip() for card in cards for line in card.splitlines() if line.startswith('Model')]
-    if not shutil.which('nvidia-smi'): return []  # there is one under WSL, which has no such files
+    if cards:
+        return [line.split(':')[1].strip() for card in cards for line in card.splitlines() if line.startswith('Model')]
+    if not shutil.which('nvidia-smi'):
+        return []  # there is one under WSL, which has no such files
     told = subprocess.run(['nvidia-smi', '--query-gpu=name', '--format=csv,noheader'], capture_output=True, text=True)
     return told.stdout.split('\n')[:-1] if told.returncode == 0 else []
 
-
-def machine()->dict:
+# %% ../../nbs/runs/04_run.ipynb #64fed1d7
+def machine() -> dict:
     "Host, system, processor, cores, memory and GPUs of this machine."
     info = Path('/proc/cpuinfo').read_text() if Path('/proc/cpuinfo').exists() else ''
-    cpu = next((line.split(':')[1].strip() for line in info.splitlines() if line.startswith('model name')), platform.processor())
+    cpu = next(
+        (line.split(':')[1].strip() for line in info.splitlines() if line.startswith('model name')),
+        platform.processor(),
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else None
-    return dict(host=socket.gethostname(), system=f'{platform.system()} {platform.machine()}', cpu=cpu, cores=cores, memory_bytes=memory, gpus=gpu_names())
+    return dict(
+        host=socket.gethostname(),
+        system=f'{platform.system()} {platform.machine()}',
+        cpu=cpu,
+        cores=cores,
+        memory_bytes=memory,
+        gpus=gpu_names(),
+    )
 
 # %% ../../nbs/runs/04_run.ipynb #079637c7
 reserve_bytes = 2**19
@@ -171,23 +244,27 @@ def save_record(folder,       # the run's folder
                 record:dict,  # the whole content of run.json
 ):
     "Write run.json; when the disk is full, give up the reserve for it."
-    try: write_json(Path(folder)/'run.json', record)
+    try:
+        write_json(Path(folder) / 'run.json', record)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT): raise
-        (Path(folder)/'.reserve').unlink(missing_ok=True)
-        write_json(Path(folder)/'run.json', record)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        (Path(folder) / '.reserve').unlink(missing_ok=True)
+        write_json(Path(folder) / 'run.json', record)
 
-
+# %% ../../nbs/runs/04_run.ipynb #1baab8e9
 def merge(old:dict,  # a record, or a section of one; it is not changed
           new:dict,  # values to set in it
 )->dict:             # a new dictionary
     "`old` with the values of `new`; dictionaries within are merged, not replaced."
-    return old | {k: merge(old[k], v) if isinstance(v, dict) and isinstance(old.get(k), dict) else v for k, v in new.items()}
+    return old | {
+        k: merge(old[k], v) if isinstance(v, dict) and isinstance(old.get(k), dict) else v for k, v in new.items()
+    }
 
-
+# %% ../../nbs/runs/04_run.ipynb #5db7e5ee
 def update_record(folder, **sections):
     "Merge values into sections of run.json, atomically: `update_record(folder, train=dict(steps=10))`."
-    record = merge(read_json(Path(folder)/'run.json'), jsonable(sections))
+    record = merge(read_json(Path(folder) / 'run.json'), jsonable(sections))
     save_record(folder, record)
     return record
 
@@ -197,18 +274,19 @@ def set_aside(folder,       # the run's folder
 )->Path:                    # where it is now
     "Move a run's folder to `_previous` beside it, where it keeps its name and id."
     folder = Path(folder)
-    target = folder.parent/'_previous'/f"{folder.name}-{record.get('run', {}).get('id', 'unknown')}"
-    while target.exists(): target = target.with_name(f'{target.name}-{secrets.token_hex(2)}')
+    target = folder.parent / '_previous' / f"{folder.name}-{record.get('run', {}).get('id', 'unknown')}"
+    while target.exists():
+        target = target.with_name(f'{target.name}-{secrets.token_hex(2)}')
     target.parent.mkdir(exist_ok=True)
     folder.rename(target)
     return target
 
-
+# %% ../../nbs/runs/04_run.ipynb #b5767af3
 def run_folder(notebook,     # path or name of the experiment notebook
                params:dict,  # its parameters; `name` and `outputs` are read
 )->Path:                     # an absolute path
     "Where a run of `notebook` with these parameters leaves its files: outputs/notebook/name."
-    return (find_path(params.get('outputs', 'outputs'))/Path(notebook).stem/check_name(params['name'])).absolute()
+    return (find_path(params.get('outputs', 'outputs')) / Path(notebook).stem / check_name(params['name'])).absolute()
 
 # %% ../../nbs/runs/04_run.ipynb #80b8f139
 def open_folder(folder,               # outputs/notebook/name
@@ -221,20 +299,34 @@ def open_folder(folder,               # outputs/notebook/name
     folder, print_ = Path(folder).absolute(), fingerprint(params, notebook)
     hold(folder)
     try:
-        try: old = read_json(folder/'run.json')
-        except (LabError, OSError): old = {}
+        try:
+            old = read_json(folder / 'run.json')
+        except (LabError, OSError):
+            old = {}
         same = old.get('meta', {}).get('fingerprint') == print_ and not fresh
         status = old.get('run', {}).get('status')
         if same and status == 'done' and keep_done:
             release(folder)
             return old
         resumed = old['run']['id'] if same and status != 'done' else None
-        if folder.exists() and any(folder.iterdir()) and not resumed: set_aside(folder, old)
+        if folder.exists() and any(folder.iterdir()) and not resumed:
+            set_aside(folder, old)
         folder.mkdir(parents=True, exist_ok=True)
-        run = dict(id=f'{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}', notebook=folder.parent.name, name=folder.name, status='running', started=now(),
-                   ended=None, seconds=None, command=' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]), error=None, cell=None, resumed=resumed)
+        run = dict(
+            id=f'{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}',
+            notebook=folder.parent.name,
+            name=folder.name,
+            status='running',
+            started=now(),
+            ended=None,
+            seconds=None,
+            command=' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            error=None,
+            cell=None,
+            resumed=resumed,
+        )
         meta = dict(fingerprint=print_, versions=versions(), git=git_state(), machine=machine())
-        write_atomic(folder/'.reserve', b'\0' * reserve_bytes)
+        write_atomic(folder / '.reserve', b'\0' * reserve_bytes)
         save_record(folder, record := dict(run=run, params=params, train={}, meta=meta))
         return record
     except BaseException:
@@ -248,57 +340,84 @@ def close_folder(folder,           # of a run this process has open
                  cell:int=None,    # number of the code cell it went wrong in, from 1
 )->dict:                           # the content of run.json
     "Write how the run ended and release its lock."
-    seconds = seconds_since(read_json(Path(folder)/'run.json')['run']['started'])
-    try: return update_record(folder, run=dict(status=status, error=error, cell=cell, ended=now(), seconds=seconds))
+    seconds = seconds_since(read_json(Path(folder) / 'run.json')['run']['started'])
+    try:
+        return update_record(folder, run=dict(status=status, error=error, cell=cell, ended=now(), seconds=seconds))
     finally:
-        (Path(folder)/'.reserve').unlink(missing_ok=True)
+        (Path(folder) / '.reserve').unlink(missing_ok=True)
         release(folder)
 
-
-def read_run(folder)->dict:
+# %% ../../nbs/runs/04_run.ipynb #f3b11c08
+def read_run(folder) -> dict:
     "run.json of `folder` with its true status: running without a living process means interrupted."
-    path = Path(folder)/'run.json'
-    if not path.exists(): raise LabError(f'{folder} holds no run: it has no run.json')
+    path = Path(folder) / 'run.json'
+    if not path.exists():
+        raise LabError(f'{folder} holds no run: it has no run.json')
     record = read_json(path)
-    if record['run']['status'] != 'running' or is_held(folder): return record
+    if record['run']['status'] != 'running' or is_held(folder):
+        return record
     record = read_json(path)  # the run may have ended between the two looks
-    if record['run']['status'] != 'running': return record
-    record['run'] |= dict(status='interrupted', error='the process ended without a word: killed, or the machine stopped', ended=None)
-    try: save_record(folder, record)
-    except OSError: pass
+    if record['run']['status'] != 'running':
+        return record
+    record['run'] |= dict(
+        status='interrupted', error='the process ended without a word: killed, or the machine stopped', ended=None
+    )
+    try:
+        save_record(folder, record)
+    except OSError:
+        pass
     return record
 
-
+# %% ../../nbs/runs/04_run.ipynb #745cd24a
 def began_after(record:dict, # of a run
                 sources,     # records of runs that it reads
 )->bool:
     "Whether a run began when all that it reads was there."
-    return all(datetime.fromisoformat(source['ended']) <= datetime.fromisoformat(record['run']['started']) for source in sources)
+    return all(
+        datetime.fromisoformat(source['ended']) <= datetime.fromisoformat(record['run']['started'])
+        for source in sources
+    )
 
-
-def list_runs(outputs='outputs')->list:
+# %% ../../nbs/runs/04_run.ipynb #384371fb
+def list_runs(outputs='outputs') -> list:
     "The true records of all runs under `outputs`, newest last; each with its `folder`."
     found = []
     for path in find_path(outputs).glob('*/*/run.json'):
-        if path.parent.parent.name.startswith(('_', '.')): continue
-        try: found.append(read_run(path.parent) | dict(folder=str(path.parent)))
-        except (LabError, KeyError, OSError): continue
+        if path.parent.parent.name.startswith(('_', '.')):
+            continue
+        try:
+            found.append(read_run(path.parent) | dict(folder=str(path.parent)))
+        except (LabError, KeyError, OSError):
+            continue
     return sorted(found, key=lambda record: record['run']['started'])
 
 # %% ../../nbs/runs/04_run.ipynb #706c7096
-def declared_types(namespace:dict)->dict:
+def declared_types(namespace: dict) -> dict:
     "Name -> type, as text, of the annotated variables in a notebook's namespace."
     text = lambda kind: kind if isinstance(kind, str) else kind.__name__ if kind.__class__ is type else str(kind)
-    return {name: text(kind) for name, kind in namespace.get('__annotations__', {}).items() if text(kind) in types and name in namespace}
+    return {
+        name: text(kind)
+        for name, kind in namespace.get('__annotations__', {}).items()
+        if text(kind) in types and name in namespace
+    }
 
-
-def injected_names(cells)->list:
+# %% ../../nbs/runs/04_run.ipynb #35c956db
+def injected_names(cells) -> list:
     "The names that papermill's `# Parameters` cell assigned, from the history of executed cells."
     names = []
     for source in cells:
-        if not source.lstrip().startswith('# Parameters'): continue
-        try: names += [target.id for node in ast.parse(source).body if isinstance(node, ast.Assign) for target in node.targets if isinstance(target, ast.Name)]
-        except SyntaxError: continue
+        if not source.lstrip().startswith('# Parameters'):
+            continue
+        try:
+            names += [
+                target.id
+                for node in ast.parse(source).body
+                if isinstance(node, ast.Assign)
+                for target in node.targets
+                if isinstance(target, ast.Name)
+            ]
+        except SyntaxError:
+            continue
     return names
 
 # %% ../../nbs/runs/04_run.ipynb #f4e20a24
@@ -307,21 +426,28 @@ def check_namespace(notebook:str,   # name of the notebook, for errors
 )->dict:                            # name -> value in the declared type
     "The parameters in `namespace`, checked and converted in place."
     kinds = declared_types(namespace)
-    if 'name' not in kinds: raise LabError(f'{notebook}: the parameters cell must declare `name: str`, which names the run')
+    if 'name' not in kinds:
+        raise LabError(f'{notebook}: the parameters cell must declare `name: str`, which names the run')
     for name in injected_names(namespace.get('In', ())):
-        if name not in kinds: raise LabError(f'{name} is no parameter of {notebook}{nearest(name, kinds)}: `llmft params {notebook}` lists them')
+        if name not in kinds:
+            raise LabError(
+                f'{name} is no parameter of {notebook}{nearest(name, kinds)}: `llmft params {notebook}` lists them'
+            )
     values = {}
     for name, kind in kinds.items():
-        try: values[name] = as_type(namespace[name], kind, from_text=True)
-        except ValueError as error: raise LabError(f'{notebook}: {name}: {error}') from None
+        try:
+            values[name] = as_type(namespace[name], kind, from_text=True)
+        except ValueError as error:
+            raise LabError(f'{notebook}: {name}: {error}') from None
     namespace.update(values)
     return values
 
 # %% ../../nbs/runs/04_run.ipynb #5d2bae19
-def check_tracker(mode:str)->str:
+def check_tracker(mode: str) -> str:
     "`mode` when it is off, offline or online, else a `LabError`."
     modes = ['off', 'offline', 'online']
-    if mode in modes: return mode
+    if mode in modes:
+        return mode
     raise LabError(f"wandb is {mode!r}{nearest(mode, modes)}: use off, offline or online")
 
 # %% ../../nbs/runs/04_run.ipynb #54fab931
@@ -330,16 +456,31 @@ def open_tracker(mode:str,     # off, offline or online
                  record:dict,  # run.json
 ):                             # a wandb run, or `None`
     "The wandb run of a run, when one is asked for."
-    if check_tracker(mode) == 'off': return None
+    if check_tracker(mode) == 'off':
+        return None
     os.environ.setdefault('WANDB_ERROR_REPORTING', 'false')
     wandb, run = require('wandb'), record['run']
     settings = wandb.Settings(silent=True, console='off')
-    try: return wandb.init(mode=mode, project='llmft', group=run['notebook'], name=run['name'], id=run['id'], dir=str(folder), config=record['params'], settings=settings)
-    except wandb.errors.Error as error: raise LabError(f'wandb {mode}: {" ".join(str(error).split())[:160]}: log in with `wandb login`, or set wandb to offline') from None
+    try:
+        return wandb.init(
+            mode=mode,
+            project='llmft',
+            group=run['notebook'],
+            name=run['name'],
+            id=run['id'],
+            dir=str(folder),
+            config=record['params'],
+            settings=settings,
+        )
+    except wandb.errors.Error as error:
+        raise LabError(
+            f'wandb {mode}: {" ".join(str(error).split())[:160]}: log in with `wandb login`, or set wandb to offline'
+        ) from None
 
 # %% ../../nbs/runs/04_run.ipynb #7e593421
 class Run:
     "One run of an experiment notebook: its folder, its parameters, its record."
+
     def __init__(self, folder,             # outputs/notebook/name, open and locked
                  record:dict,              # the content of run.json
                  managed:bool=False,       # a runner outside this process decides how the run ended
@@ -349,24 +490,27 @@ class Run:
         self.finished = False
         self.tracker = open_tracker(getattr(self.params, 'wandb', 'off'), folder, record)
 
-    def __repr__(self): return f'Run({self.folder.parent.name}/{self.folder.name}, {self.id})'
+    def __repr__(self):
+        return f'Run({self.folder.parent.name}/{self.folder.name}, {self.id})'
 
-    def note(self, section:str, **values):
+    def note(self, section: str, **values):
         "Merge `values` into a section of run.json: 'train' for counters, 'meta' for provenance."
         update_record(self.folder, **{section: values})
 
-    def log(self, values:dict):
+    def log(self, values: dict):
         "Send `values` to the tracker, when there is one."
-        if self.tracker: self.tracker.log(jsonable(values))
+        if self.tracker:
+            self.tracker.log(jsonable(values))
 
-    def figure(self, fig, name:str):
+    def figure(self, fig, name: str):
         "Save a matplotlib figure as figures/name.png (150 dpi), close it, and return it for display."
         from io import BytesIO
         from IPython.display import Image
         import matplotlib.pyplot as plt
+
         fig.savefig(data := BytesIO(), format='png', dpi=150, bbox_inches='tight')
         plt.close(fig)
-        write_atomic(self.folder/'figures'/f'{name}.png', data.getvalue())
+        write_atomic(self.folder / 'figures' / f'{name}.png', data.getvalue())
         return Image(data.getvalue(), width=round(int.from_bytes(data.getvalue()[16:20], 'big') * 96 / 150))
 
     def finish(self, metrics:dict,       # flat: name -> number, text or `None`
@@ -374,11 +518,17 @@ class Run:
     ):
         "Write metrics.json, set the status to done, release the lock and print where everything is."
         nested = [name for name, value in jsonable(metrics).items() if isinstance(value, (dict, list))]
-        if nested: raise LabError(f'metrics must be flat, and {nested[0]} is not: give one name per number')
-        write_json(self.folder/'metrics.json', metrics)
+        if nested:
+            raise LabError(f'metrics must be flat, and {nested[0]} is not: give one name per number')
+        write_json(self.folder / 'metrics.json', metrics)
         update_record(self.folder, run=dict(verdict=verdict, finished=now()))
-        if self.tracker: self.tracker.summary.update(jsonable(metrics)); self.tracker.finish()
-        record, self.finished = read_json(self.folder/'run.json') if self.managed else close_folder(self.folder, 'done'), True
+        if self.tracker:
+            self.tracker.summary.update(jsonable(metrics))
+            self.tracker.finish()
+        record, self.finished = (
+            read_json(self.folder / 'run.json') if self.managed else close_folder(self.folder, 'done'),
+            True,
+        )
         print(provenance(record, self.folder))
 
 # %% ../../nbs/runs/04_run.ipynb #ba0cc286
@@ -393,37 +543,50 @@ def provenance(record:dict,  # run.json
     return f"{run['notebook']}/{run['name']} · run {run['id']} · fingerprint {record['meta']['fingerprint']} · {commit} · {where}"
 
 # %% ../../nbs/runs/04_run.ipynb #4f5e33cc
-def end_unmanaged(run:Run):
+def end_unmanaged(run: Run):
     "At the end of a kernel without a runner: a run that did not finish has failed or was interrupted."
-    if not run.finished and str(run.folder) in held: close_folder(run.folder, 'failed' if run.failure else 'interrupted', run.failure or 'the notebook ended before run.finish')
+    if not run.finished and str(run.folder) in held:
+        close_folder(
+            run.folder,
+            'failed' if run.failure else 'interrupted',
+            run.failure or 'the notebook ended before run.finish',
+        )
 
-
-def watch_cells(run:Run):
+# %% ../../nbs/runs/04_run.ipynb #a4df733c
+def watch_cells(run: Run):
     "Remember the error of the last cell that raised, for `end_unmanaged`."
+
     def remember(result):
         "Called by IPython after every cell."
         error = result.error_before_exec or result.error_in_exec
         run.failure = f'{error.__class__.__name__}: {error}' if error else None
+
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
-    if shell: shell.events.register('post_run_cell', remember)
+    if shell:
+        shell.events.register('post_run_cell', remember)
 
-
+# %% ../../nbs/runs/04_run.ipynb #e8551671
 def start_run(notebook:str,    # name of the experiment notebook, as in nbs/experiments
               namespace:dict,  # its `globals()`
 )->Run:
     "Check the parameters in `namespace` and open the run's folder; the setup cell of every experiment."
     params, ticket = check_namespace(notebook, namespace), json.loads(os.environ.pop('LLMFT_RUN', '{}'))
     if ticket:
-        if ticket['lock'] is not None: os.set_inheritable(ticket['lock'], False)
+        if ticket['lock'] is not None:
+            os.set_inheritable(ticket['lock'], False)
         held[ticket['folder']] = ticket['lock']
-        return Run(ticket['folder'], read_json(Path(ticket['folder'])/'run.json'), managed=True)
+        return Run(ticket['folder'], read_json(Path(ticket['folder']) / 'run.json'), managed=True)
     folder = run_folder(notebook, params)
-    if str(folder) in held: close_folder(folder, 'interrupted', 'the setup cell was run again')
-    try: path = find_notebook(notebook)
-    except LabError: path = None
+    if str(folder) in held:
+        close_folder(folder, 'interrupted', 'the setup cell was run again')
+    try:
+        path = find_notebook(notebook)
+    except LabError:
+        path = None
     check_tracker(params.get('wandb', 'off'))
     record = open_folder(folder, params, path)
-    try: run = Run(folder, record)
+    try:
+        run = Run(folder, record)
     except BaseException as error:
         close_folder(folder, 'failed', f'{error.__class__.__name__}: {error}')
         raise

@@ -17,7 +17,16 @@ from pathlib import Path
 from .workers import gpu_slots, remote_workers, resources_of, slots_of
 from ..core import LabError, nearest, project_root
 from .execute import execute_run
-from .params import Lines, check_name, check_params, find_notebook, parse_overrides, read_parameters, read_yaml, resolve_params
+from llmft.runs.params import (
+    Lines,
+    check_name,
+    check_params,
+    find_notebook,
+    parse_overrides,
+    read_parameters,
+    read_yaml,
+    resolve_params,
+)
 from .run import began_after, fingerprint, is_held, read_run, run_folder
 
 # %% ../../nbs/runs/12_sweeps.ipynb #63744e10
@@ -29,17 +38,21 @@ def at(mapping,       # a mapping read from YAML
     line = lines.get(key) or (min(lines.values()) if lines else None)
     return f'{mapping.file}:{line}: ' if line else ''
 
-
+# %% ../../nbs/runs/12_sweeps.ipynb #2b5a25ea
 @contextlib.contextmanager
-def placed(where:str):
+def placed(where: str):
     "Put the place `where` before the text of a `LabError` that does not begin with it."
-    try: yield
-    except LabError as error: raise LabError(str(error) if str(error).startswith(where) else f'{where}{error}') from None
+    try:
+        yield
+    except LabError as error:
+        raise LabError(str(error) if str(error).startswith(where) else f'{where}{error}') from None
 
 # %% ../../nbs/runs/12_sweeps.ipynb #bc1a8bfc
 kinds = dict(text=str, mapping=dict, list=list)
 sweep_keys = dict(name='text', stages='list', summary='mapping', small='mapping')
-stage_keys = dict(notebook='text', name='text', params='mapping or list', override='mapping', matrix='mapping', points='list')
+stage_keys = dict(
+    notebook='text', name='text', params='mapping or list', override='mapping', matrix='mapping', points='list'
+)
 summary_keys = dict(notebook='text', name='text', params='mapping')
 
 
@@ -49,11 +62,15 @@ def check_keys(mapping,   # what was read from YAML
                where:str='',  # where it stands, when it is no mapping
 ):                        # `mapping`
     "`mapping`, when it has only valid keys with valid kinds of values; a `LabError` otherwise."
-    if not isinstance(mapping, dict): raise LabError(f'{where}{what} must be `key: value` lines with {", ".join(keys)}, not {mapping!r:.40}')
+    if not isinstance(mapping, dict):
+        raise LabError(f'{where}{what} must be `key: value` lines with {", ".join(keys)}, not {mapping!r:.40}')
     for key, value in mapping.items():
-        if key not in keys: raise LabError(f'{at(mapping, key)}{key} is no key of {what}{nearest(key, keys)}: use {", ".join(keys)}')
+        if key not in keys:
+            raise LabError(f'{at(mapping, key)}{key} is no key of {what}{nearest(key, keys)}: use {", ".join(keys)}')
         if not isinstance(value, tuple(kinds[kind] for kind in keys[key].split(' or '))):
-            raise LabError(f'{at(mapping, key)}{key} must be {"a " * (keys[key] != "text")}{keys[key]}, not {value!r:.40}')
+            raise LabError(
+                f'{at(mapping, key)}{key} must be {"a " * (keys[key] != "text")}{keys[key]}, not {value!r:.40}'
+            )
     return mapping
 
 # %% ../../nbs/runs/12_sweeps.ipynb #8c10b0f9
@@ -61,66 +78,90 @@ def overlay(base,   # a mapping, a list or a value from the file
             small,  # what `small` has in its place
 ):                  # the merged value; mappings keep the lines of both
     "`base` with `small` laid over it: mappings merged, everything else replaced."
-    if not (isinstance(base, dict) and isinstance(small, dict)): return small
+    if not (isinstance(base, dict) and isinstance(small, dict)):
+        return small
     merged = {key: overlay(base[key], value) if key in base else value for key, value in small.items()}
     lines = getattr(base, 'lines', {}) | getattr(small, 'lines', {})
     return Lines({**base, **merged}, getattr(base, 'file', ''), lines)
 
-
+# %% ../../nbs/runs/12_sweeps.ipynb #54b5f4be
 def read_sweep(path,              # the YAML file of a sweep
                small:bool=False,  # lay its `small` block over it
 )->Lines:                         # name, stages and, when there is one, summary
     "The checked structure of a sweep file; a `LabError` with file and line for anything that cannot be meant."
     sweep = check_keys(read_yaml(path), sweep_keys, 'a sweep')
     for key in ('name', 'stages'):
-        if not sweep.get(key): raise LabError(f'{at(sweep, key) or f"{path}:1: "}a sweep needs {key}')
+        if not sweep.get(key):
+            raise LabError(f'{at(sweep, key) or f"{path}:1: "}a sweep needs {key}')
     less = check_keys(sweep.get('small', {}), dict(stages='list', summary='mapping'), 'small')
     stages, replaced = sweep['stages'], less.get('stages', [])
-    if len(replaced) > len(stages): raise LabError(f"{at(less, 'stages')}small has {len(replaced)} stages and the sweep {len(stages)}: give one for each, in order")
-    if small: stages = [overlay(stage, new) if new else stage for stage, new in itertools.zip_longest(stages, replaced)]
-    if small and 'summary' in less: sweep['summary'] = overlay(sweep.get('summary', {}), less['summary'])
-    for stage in [*stages, *filter(None, replaced)]: check_keys(stage, stage_keys, 'a stage', at(sweep, 'stages'))
-    for summary in (sweep.get('summary'), less.get('summary')): check_keys(summary or {}, summary_keys, 'the summary')
+    if len(replaced) > len(stages):
+        raise LabError(
+            f"{at(less, 'stages')}small has {len(replaced)} stages and the sweep {len(stages)}: give one for each, in order"
+        )
+    if small:
+        stages = [overlay(stage, new) if new else stage for stage, new in itertools.zip_longest(stages, replaced)]
+    if small and 'summary' in less:
+        sweep['summary'] = overlay(sweep.get('summary', {}), less['summary'])
+    for stage in [*stages, *filter(None, replaced)]:
+        check_keys(stage, stage_keys, 'a stage', at(sweep, 'stages'))
+    for summary in (sweep.get('summary'), less.get('summary')):
+        check_keys(summary or {}, summary_keys, 'the summary')
     return Lines({**sweep, 'stages': stages}, sweep.file, sweep.lines)
 
 # %% ../../nbs/runs/12_sweeps.ipynb #2bc41ddc
 @dataclass
 class Point:
     "One run that a sweep asks for."
-    notebook:Path      # path of the notebook
-    params:dict        # name -> value of all its parameters
-    where:str=''       # "file:line: " of the stage, for errors
-    summary:bool=False # whether this is the notebook that sums up
-    again:bool=False   # whether it must begin anew, because a run it reads from was made since
+
+    notebook: Path  # path of the notebook
+    params: dict  # name -> value of all its parameters
+    where: str = ''  # "file:line: " of the stage, for errors
+    summary: bool = False  # whether this is the notebook that sums up
+    again: bool = False  # whether it must begin anew, because a run it reads from was made since
 
     @property
-    def name(self): return self.params['name']
+    def name(self):
+        return self.params['name']
+
     @property
-    def folder(self): return run_folder(self.notebook, self.params)
+    def folder(self):
+        return run_folder(self.notebook, self.params)
+
     @property
-    def label(self): return f'{Path(self.notebook).stem}/{self.name}'
+    def label(self):
+        return f'{Path(self.notebook).stem}/{self.name}'
 
 # %% ../../nbs/runs/12_sweeps.ipynb #3fd2ace2
-def has_small(notebook:Path)->bool:
+def has_small(notebook: Path) -> bool:
     "Whether there is an overlay for small machines for this notebook."
-    return (project_root()/'params'/Path(notebook).stem/'_small.yaml').exists()
+    return (project_root() / 'params' / Path(notebook).stem / '_small.yaml').exists()
 
-
+# %% ../../nbs/runs/12_sweeps.ipynb #b0d864ba
 def stage_starts(stage,      # a stage from the file
                  small:bool, # lay `_small.yaml` over what it starts from
 )->list:                     # (name of the parameter file or '', notebook, parameters)
     "What the points of a stage start from: the defaults of its notebook, or each of its parameter files."
     listed = stage['params'] if isinstance(stage.get('params'), list) else None
     if ('notebook' in stage) == (listed is not None):
-        raise LabError(f'{at(stage)}a stage starts from a `notebook` or from a list of parameter files in `params`: give one of the two')
+        raise LabError(
+            f'{at(stage)}a stage starts from a `notebook` or from a list of parameter files in `params`: give one of the two'
+        )
     if listed is None:
         with placed(at(stage, 'notebook')):
             notebook = find_notebook(stage['notebook'])
             return [('', *resolve_params([notebook], [], small and has_small(notebook)))]
     with placed(at(stage, 'params')):
-        overlays, configs = ([file for file in listed if Path(str(file)).name.startswith('_') == lies_over] for lies_over in (True, False))
-        if not configs: raise LabError('params lists no parameter file: give at least one, as in params/finetune/lora.yaml')
-        return [(Path(str(config)).stem, *resolve_params([str(config), *map(str, overlays)], [], small)) for config in configs]
+        overlays, configs = (
+            [file for file in listed if Path(str(file)).name.startswith('_') == lies_over]
+            for lies_over in (True, False)
+        )
+        if not configs:
+            raise LabError('params lists no parameter file: give at least one, as in params/finetune/lora.yaml')
+        return [
+            (Path(str(config)).stem, *resolve_params([str(config), *map(str, overlays)], [], small))
+            for config in configs
+        ]
 
 # %% ../../nbs/runs/12_sweeps.ipynb #098c5e1b
 def combinations(stage,     # a stage from the file
@@ -129,25 +170,46 @@ def combinations(stage,     # a stage from the file
 )->list:                    # one dict of values per point
     "The values of each point of a stage, in the order of the file."
     rows, matrix = stage.get('points', [{}]), stage.get('matrix', {})
-    if not rows: raise LabError(f"{at(stage, 'points')}points is empty: give at least one, as in [{{rank: 8}}]")
+    if not rows:
+        raise LabError(f"{at(stage, 'points')}points is empty: give at least one, as in [{{rank: 8}}]")
     for row in rows:
-        if not isinstance(row, dict): raise LabError(f"{at(stage, 'points')}a point must be `name: value` pairs, not {row!r:.40}")
-        if both := set(row) & set(matrix): raise LabError(f'{at(row, min(both))}{min(both)} stands in points and in matrix: keep one')
+        if not isinstance(row, dict):
+            raise LabError(f"{at(stage, 'points')}a point must be `name: value` pairs, not {row!r:.40}")
+        if both := set(row) & set(matrix):
+            raise LabError(f'{at(row, min(both))}{min(both)} stands in points and in matrix: keep one')
     for key, values in matrix.items():
-        if not isinstance(values, list) or not values: raise LabError(f'{at(matrix, key)}{key} must be a list of at least one value, not {values!r:.40}')
+        if not isinstance(values, list) or not values:
+            raise LabError(f'{at(matrix, key)}{key} must be a list of at least one value, not {values!r:.40}')
     grid = [dict(zip(matrix, values)) for values in itertools.product(*matrix.values())]
-    for key in {*matrix, *itertools.chain(*rows)} & {'name', 'outputs'}: raise LabError(f'{at(stage)}{key} cannot vary in a stage: names come from the `name` of the stage')
-    checked = [check_params(notebook, Lines(row, getattr(row, 'file', ''), getattr(row, 'lines', {})), declared, defaults=False) for row in rows]
-    cells = [check_params(notebook, Lines(cell, getattr(matrix, 'file', ''), getattr(matrix, 'lines', {})), declared, defaults=False) for cell in grid]
+    for key in {*matrix, *itertools.chain(*rows)} & {'name', 'outputs'}:
+        raise LabError(f'{at(stage)}{key} cannot vary in a stage: names come from the `name` of the stage')
+    checked = [
+        check_params(
+            notebook, Lines(row, getattr(row, 'file', ''), getattr(row, 'lines', {})), declared, defaults=False
+        )
+        for row in rows
+    ]
+    cells = [
+        check_params(
+            notebook, Lines(cell, getattr(matrix, 'file', ''), getattr(matrix, 'lines', {})), declared, defaults=False
+        )
+        for cell in grid
+    ]
     return [row | cell for row in checked for cell in cells]
 
 # %% ../../nbs/runs/12_sweeps.ipynb #4268e9fd
-def as_name(value)->str:
+def as_name(value) -> str:
     "A parameter's value as it can stand in the name of a folder."
-    text = '-'.join(map(as_name, value)) if isinstance(value, list) else f'{value:g}' if isinstance(value, float) else str(value)
+    text = (
+        '-'.join(map(as_name, value))
+        if isinstance(value, list)
+        else f'{value:g}'
+        if isinstance(value, float)
+        else str(value)
+    )
     return re.sub(r'[^\w.+=@-]+', '-', text).strip('-')
 
-
+# %% ../../nbs/runs/12_sweeps.ipynb #269d7c72
 def point_name(stage,        # a stage from the file
                values:dict,  # all parameters of the point, and config
                varying:dict, # the values that are this point's own
@@ -155,12 +217,16 @@ def point_name(stage,        # a stage from the file
 )->str:                      # name of the run
     "The name of a point, from the stage's template; a `LabError` for an unknown placeholder."
     template = stage.get('name')
-    if not template: return check_name('-'.join([values['config'] or sweep, *map(as_name, varying.values())]))
+    if not template:
+        return check_name('-'.join([values['config'] or sweep, *map(as_name, varying.values())]))
     with placed(at(stage, 'name')):
-        try: fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-        except ValueError as error: raise LabError(f"name '{template}': {error}") from None
+        try:
+            fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        except ValueError as error:
+            raise LabError(f"name '{template}': {error}") from None
         for name in fields:
-            if name not in values: raise LabError(f"name '{template}': {{{name}}} is no parameter of the notebook{nearest(name, values)}")
+            if name not in values:
+                raise LabError(f"name '{template}': {{{name}}} is no parameter of the notebook{nearest(name, values)}")
         return check_name(template.format(**{name: as_name(values[name]) for name in fields}))
 
 # %% ../../nbs/runs/12_sweeps.ipynb #2a4e8866
@@ -169,9 +235,11 @@ def overrides_for(overrides, # texts of the form name=value
 )->dict:                     # those that the notebook has, checked
     "The overrides of the command line that concern a notebook."
     names = {p.name for p in declared}
-    return parse_overrides([text for text in overrides if text.partition('=')[0].strip() in names or '=' not in text], declared)
+    return parse_overrides(
+        [text for text in overrides if text.partition('=')[0].strip() in names or '=' not in text], declared
+    )
 
-
+# %% ../../nbs/runs/12_sweeps.ipynb #081fe2b2
 def check_overrides(overrides, # texts of the form name=value
                     notebooks, # all notebooks of a sweep
 ):
@@ -179,8 +247,10 @@ def check_overrides(overrides, # texts of the form name=value
     names = {p.name for notebook in notebooks for p in read_parameters(notebook)}
     for text in overrides:
         name = text.partition('=')[0].strip()
-        if name == 'name': raise LabError(f'-p {text}: the names of the runs of a sweep come from its file')
-        if name not in names: raise LabError(f'-p {text}: no notebook of the sweep has {name}{nearest(name, names)}')
+        if name == 'name':
+            raise LabError(f'-p {text}: the names of the runs of a sweep come from its file')
+        if name not in names:
+            raise LabError(f'-p {text}: no notebook of the sweep has {name}{nearest(name, names)}')
 
 # %% ../../nbs/runs/12_sweeps.ipynb #e0351901
 def filled(given,       # the texts and values of a stage's params
@@ -189,9 +259,14 @@ def filled(given,       # the texts and values of a stage's params
     "`{name}` in a stage's params replaced by the point's own values; a `LabError` for an unknown name."
     found = {}
     for key, text in given.items():
-        if not (isinstance(text, str) and '{' in text): continue
-        try: found[key] = text.format(**{name: as_name(value) if name != 'outputs' else value for name, value in values.items()})
-        except (KeyError, ValueError, IndexError) as error: raise LabError(f'{at(given, key)}{key} {text!r}: {error} is no parameter of the notebook') from None
+        if not (isinstance(text, str) and '{' in text):
+            continue
+        try:
+            found[key] = text.format(
+                **{name: as_name(value) if name != 'outputs' else value for name, value in values.items()}
+            )
+        except (KeyError, ValueError, IndexError) as error:
+            raise LabError(f'{at(given, key)}{key} {text!r}: {error} is no parameter of the notebook') from None
     return found
 
 # %% ../../nbs/runs/12_sweeps.ipynb #f83bc805
@@ -205,21 +280,28 @@ def stage_points(stage,       # a stage from the file
     for config, notebook, start in starts:
         declared = read_parameters(notebook)
         given = stage.get('params', {}) if isinstance(stage.get('params'), dict) else stage.get('override', {})
-        if isinstance(stage.get('params'), dict) and 'override' in stage: raise LabError(f"{at(stage, 'override')}override belongs to a list of parameter files: write the values into params")
-        if 'name' in given: raise LabError(f"{at(given, 'name')}names come from the `name` of the stage: move it there")
+        if isinstance(stage.get('params'), dict) and 'override' in stage:
+            raise LabError(
+                f"{at(stage, 'override')}override belongs to a list of parameter files: write the values into params"
+            )
+        if 'name' in given:
+            raise LabError(f"{at(given, 'name')}names come from the `name` of the stage: move it there")
         literals = check_params(notebook, given, declared, defaults=False)
         last = check_params(notebook, overrides_for(overrides, declared), declared, defaults=False)
         cells = combinations(stage, notebook, declared)
-        tried = dict(configurations=len(starts) * len(cells)) if any(p.name == 'configurations' for p in declared) else {}
+        tried = (
+            dict(configurations=len(starts) * len(cells)) if any(p.name == 'configurations' for p in declared) else {}
+        )
         for own in cells:
-            if both := set(own) & set(last): raise LabError(f'{at(stage)}-p {min(both)}: {min(both)} varies in this stage: change it in the file')
+            if both := set(own) & set(last):
+                raise LabError(f'{at(stage)}-p {min(both)}: {min(both)} varies in this stage: change it in the file')
             values = start | tried | literals | own | last
             values |= filled(given, values)
             name = point_name(stage, values | dict(config=config), own, sweep)
             points.append(Point(notebook, values | dict(name=name), at(stage, 'name' if 'name' in stage else None)))
     return points
 
-
+# %% ../../nbs/runs/12_sweeps.ipynb #674b66f4
 def summary_point(summary,     # the summary from the file
                   sweep:str,   # name of the sweep
                   points:list, # all points before it
@@ -227,25 +309,35 @@ def summary_point(summary,     # the summary from the file
                   overrides=(),# texts of the form name=value
 )->Point:
     "The run of the summary notebook; a `LabError` when it has no parameter for the folders of the runs."
-    if 'notebook' not in summary: raise LabError(f'{at(summary)}the summary needs a notebook')
+    if 'notebook' not in summary:
+        raise LabError(f'{at(summary)}the summary needs a notebook')
     with placed(at(summary, 'notebook')):
         notebook = find_notebook(summary['notebook'])
         declared = read_parameters(notebook)
-        if ('runs', 'list[str]') not in {(p.name, p.type) for p in declared}: raise LabError(f'{notebook.name} cannot sum up: its parameters need `runs: list[str]`')
+        if ('runs', 'list[str]') not in {(p.name, p.type) for p in declared}:
+            raise LabError(f'{notebook.name} cannot sum up: its parameters need `runs: list[str]`')
         _, start = resolve_params([notebook], [], small and has_small(notebook))
     given = summary.get('params', {})
-    if both := {'name', 'runs'} & set(given): raise LabError(f'{at(given, min(both))}{min(both)} is set by the sweep: leave it out')
-    values = start | check_params(notebook, given, declared, defaults=False) | check_params(notebook, overrides_for(overrides, declared), declared, defaults=False)
-    with placed(at(summary, 'name')): name = check_name(summary.get('name', sweep))
-    return Point(notebook, values | dict(name=name, runs=[shown_folder(point.folder) for point in points]), at(summary), True)
+    if both := {'name', 'runs'} & set(given):
+        raise LabError(f'{at(given, min(both))}{min(both)} is set by the sweep: leave it out')
+    values = (
+        start
+        | check_params(notebook, given, declared, defaults=False)
+        | check_params(notebook, overrides_for(overrides, declared), declared, defaults=False)
+    )
+    with placed(at(summary, 'name')):
+        name = check_name(summary.get('name', sweep))
+    return Point(
+        notebook, values | dict(name=name, runs=[shown_folder(point.folder) for point in points]), at(summary), True
+    )
 
-
-def shown_folder(folder)->str:
+# %% ../../nbs/runs/12_sweeps.ipynb #4904563d
+def shown_folder(folder) -> str:
     "A run's folder as it stands in reports: relative to the project root when it is below it."
     folder, base = Path(folder), project_root().absolute()
     return str(folder.relative_to(base)) if folder.is_relative_to(base) else str(folder)
 
-
+# %% ../../nbs/runs/12_sweeps.ipynb #291239c5
 def expand(path,              # the YAML file of a sweep
            small:bool=False,  # use its small block and the overlays for small machines
            overrides=(),      # texts of the form name=value
@@ -253,15 +345,21 @@ def expand(path,              # the YAML file of a sweep
     "Every run of a sweep, checked before any work; a `LabError` with file and line otherwise."
     sweep = read_sweep(path, small)
     stages = [stage_points(stage, sweep['name'], small, overrides) for stage in sweep['stages']]
-    if 'summary' in sweep: stages.append([summary_point(sweep['summary'], sweep['name'], list(itertools.chain(*stages)), small, overrides)])
+    if 'summary' in sweep:
+        stages.append(
+            [summary_point(sweep['summary'], sweep['name'], list(itertools.chain(*stages)), small, overrides)]
+        )
     seen = set()
     for point in itertools.chain(*stages):
-        if point.folder in seen: raise LabError(f'{point.where}two runs of {Path(point.notebook).stem} are named {point.name}: put what differs into the name, as in {point.name}-{{seed}}')
+        if point.folder in seen:
+            raise LabError(
+                f'{point.where}two runs of {Path(point.notebook).stem} are named {point.name}: put what differs into the name, as in {point.name}-{{seed}}'
+            )
         seen.add(point.folder)
     check_overrides(overrides, {point.notebook for point in itertools.chain(*stages)})
     return stages
 
-
+# %% ../../nbs/runs/12_sweeps.ipynb #c99587ed
 def sweep_points(path,              # the YAML file of a sweep
                  small:bool=False,  # use its small block and the overlays for small machines
 )->list:                            # all `Point`s, in order
@@ -273,17 +371,24 @@ def needs(point,   # a `Point`
           earlier, # `Point`s of earlier stages
 )->list:           # those whose folder a parameter of `point` names
     "The earlier runs that a point reads from."
-    texts = [text for value in point.params.values() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str) and '/' in text]
-    paths = [Path(text) if Path(text).is_absolute() else project_root().absolute()/text for text in texts]
+    texts = [
+        text
+        for value in point.params.values()
+        for text in (value if isinstance(value, list) else [value])
+        if isinstance(text, str) and '/' in text
+    ]
+    paths = [Path(text) if Path(text).is_absolute() else project_root().absolute() / text for text in texts]
     return [other for other in earlier if any(path.is_relative_to(other.folder) for path in paths)]
 
-
+# %% ../../nbs/runs/12_sweeps.ipynb #ace02bb1
 def finished(point,      # a `Point`
              sources=(), # records of runs that it reads
 )->dict:                 # its record, or `None`
     "The record of a point that is done with these parameters and this code, after all runs that it reads."
-    try: record = read_run(point.folder)
-    except LabError: return None
+    try:
+        record = read_run(point.folder)
+    except LabError:
+        return None
     same = record.get('meta', {}).get('fingerprint') == fingerprint(point.params, point.notebook)
     return record if same and began_after(record, sources) and record['run']['status'] == 'done' else None
 
@@ -291,38 +396,67 @@ def finished(point,      # a `Point`
 tries = 3  # times a run may take its worker process down before it counts as failed
 
 
-def worker_environment(workers:int)->dict:
+def worker_environment(workers: int) -> dict:
     "Environment of each of `workers` runs at a time on this machine: its share of the cores as thread counts, when they are several."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     names = 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'
-    return {name: os.environ.get(name, str(max(1, cores//workers))) for name in names} if workers > 1 else {}
+    return {name: os.environ.get(name, str(max(1, cores // workers))) for name in names} if workers > 1 else {}
 
-
+# %% ../../nbs/runs/12_sweeps.ipynb #732b3bc9
 @contextlib.contextmanager
 def kept_environment():
     "Undo at the end what is done to the environment within; Dask changes that of the process that starts workers."
     before = dict(os.environ)
-    try: yield
+    try:
+        yield
     finally:
-        for name in set(os.environ) - set(before): del os.environ[name]
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
         os.environ.update(before)
 
-
+# %% ../../nbs/runs/12_sweeps.ipynb #1ff385dc
 @contextlib.contextmanager
 def local_workers(workers:int=1,  # worker processes
                   on_event=None,  # called with (label, text) for each line a run prints
 ):                                # yields a Dask client
     "A Dask cluster of single-threaded worker processes on this machine, without dashboard and without log noise."
     import dask, distributed
+
     quiet = {'logging': {'distributed': 'critical', 'distributed.client': 'critical', 'distributed.worker': 'critical'}}
-    settings = {**quiet, 'distributed.nanny.pre-spawn-environ': {}, 'distributed.scheduler.allowed-failures': tries - 1,
-                'distributed.deploy.lost-worker-timeout': '10 days',  # else a worker that is being replaced 15 s after a death is given up
-                'distributed.comm.timeouts.connect': '60s', 'distributed.worker.profile.enabled': False}
-    with kept_environment(), dask.config.set(settings), tempfile.TemporaryDirectory(prefix='llmft-dask-', ignore_cleanup_errors=True) as scratch:
-        for name in ('distributed', *(name for name in logging.root.manager.loggerDict if name.startswith('distributed.'))): logging.getLogger(name).setLevel(logging.CRITICAL + 1)
-        with distributed.LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, dashboard_address='127.0.0.1:0', worker_dashboard_address='127.0.0.1:0', memory_limit=0,
-                                      scheduler_kwargs=dict(dashboard=False), local_directory=scratch, silence_logs=logging.CRITICAL + 1) as cluster, distributed.Client(cluster, set_as_default=False) as client:
-            if on_event: client.subscribe_topic('llmft', lambda event: on_event(*event[1]))
+    settings = {
+        **quiet,
+        'distributed.nanny.pre-spawn-environ': {},
+        'distributed.scheduler.allowed-failures': tries - 1,
+        'distributed.deploy.lost-worker-timeout': '10 days',  # else a worker that is being replaced 15 s after a death is given up
+        'distributed.comm.timeouts.connect': '60s',
+        'distributed.worker.profile.enabled': False,
+    }
+    with (
+        kept_environment(),
+        dask.config.set(settings),
+        tempfile.TemporaryDirectory(prefix='llmft-dask-', ignore_cleanup_errors=True) as scratch,
+    ):
+        for name in (
+            'distributed',
+            *(name for name in logging.root.manager.loggerDict if name.startswith('distributed.')),
+        ):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+        with (
+            distributed.LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                processes=True,
+                dashboard_address='127.0.0.1:0',
+                worker_dashboard_address='127.0.0.1:0',
+                memory_limit=0,
+                scheduler_kwargs=dict(dashboard=False),
+                local_directory=scratch,
+                silence_logs=logging.CRITICAL + 1,
+            ) as cluster,
+            distributed.Client(cluster, set_as_default=False) as client,
+        ):
+            if on_event:
+                client.subscribe_topic('llmft', lambda event: on_event(*event[1]))
             yield client
 
 # %% ../../nbs/runs/12_sweeps.ipynb #5a65351a
@@ -337,36 +471,63 @@ def run_point(notebook:str,      # path of the notebook
 )->dict:                         # run.json, or {run: {status, error}} when the run could not start
     "Execute one point in a Dask worker, sending its lines as events; the event without text says that it began."
     from distributed import get_worker
+
     worker = get_worker()  # known in this thread only; lines come from others too
     say = lambda text: worker.log_event('llmft', (label, text and str(text)))
     say(None)  # begun
-    try: os.chdir(place or '.')
-    except OSError: return dict(run=dict(status='failed', error=f'{worker.address} does not see the folder {place}: start workers where the disk of the project is'))
-    folder, until = run_folder(notebook, params), time.monotonic() + patience
-    while is_held(folder) and time.monotonic() < until: time.sleep(.2)
     try:
-        record = read_run(folder) if (folder/'run.json').exists() else None
+        os.chdir(place or '.')
+    except OSError:
+        return dict(
+            run=dict(
+                status='failed',
+                error=f'{worker.address} does not see the folder {place}: start workers where the disk of the project is',
+            )
+        )
+    folder, until = run_folder(notebook, params), time.monotonic() + patience
+    while is_held(folder) and time.monotonic() < until:
+        time.sleep(0.2)
+    try:
+        record = read_run(folder) if (folder / 'run.json').exists() else None
         again = record is not None and datetime.fromisoformat(record['run']['started']).timestamp() >= int(since)
-        if again and record['run']['status'] != 'done': say('goes on after its worker died')
+        if again and record['run']['status'] != 'done':
+            say('goes on after its worker died')
         with gpu_slots(params.get('nproc', 1)) as environment:
-            return execute_run(Path(notebook), params, fresh=not again and (fresh or record is not None and record['run']['status'] == 'done'), on_line=say, environment=threads | environment)
-    except LabError as error: return dict(run=dict(status='failed', error=str(error), cell=None))
+            return execute_run(
+                Path(notebook),
+                params,
+                fresh=not again and (fresh or record is not None and record['run']['status'] == 'done'),
+                on_line=say,
+                environment=threads | environment,
+            )
+    except LabError as error:
+        return dict(run=dict(status='failed', error=str(error), cell=None))
 
-
+# %% ../../nbs/runs/12_sweeps.ipynb #de8ef686
 def outcome(point,      # a `Point`
             record:dict,# what `run_point` gave back
 )->dict:                # notebook, name, folder, status, error, cell, seconds, ended, report
     "How a point ended, flat."
     run = record.get('run', {})
-    report = point.folder/'report.html'
-    return dict(notebook=Path(point.notebook).stem, name=point.name, folder=shown_folder(point.folder), status=run.get('status', 'failed'), error=run.get('error'),
-                cell=run.get('cell'), seconds=run.get('seconds'), ended=run.get('ended'), report=shown_folder(report) if report.exists() else None)
+    report = point.folder / 'report.html'
+    return dict(
+        notebook=Path(point.notebook).stem,
+        name=point.name,
+        folder=shown_folder(point.folder),
+        status=run.get('status', 'failed'),
+        error=run.get('error'),
+        cell=run.get('cell'),
+        seconds=run.get('seconds'),
+        ended=run.get('ended'),
+        report=shown_folder(report) if report.exists() else None,
+    )
 
 # %% ../../nbs/runs/12_sweeps.ipynb #33e161d2
-def told(result:dict)->str:
+def told(result: dict) -> str:
     "How a run ended, in words."
     took = f" in {result['seconds']:,.0f} s" if result.get('seconds') is not None else ''
-    if result['status'] == 'done': return f'done{took}'
+    if result['status'] == 'done':
+        return f'done{took}'
     cell = f" in cell {result['cell']}" if result.get('cell') is not None else ''
     return f"{result['status']}{cell}{': ' + str(result['error']) if result.get('error') else ''}"
 
@@ -381,30 +542,37 @@ def ready_points(stage,       # `Point`s of one stage
     ready = []
     for point in stage:
         done = [other for other in earlier if results[other.folder]['status'] == 'done']
-        if point.summary: point.params['runs'] = [shown_folder(other.folder) for other in done]
+        if point.summary:
+            point.params['runs'] = [shown_folder(other.folder) for other in done]
         reads = needs(point, earlier)
         missing = [other for other in reads if other not in done] if reads or not point.summary else earlier
         if missing:
-            results[point.folder] = outcome(point, dict(run=dict(status='not run', error=f"needs {', '.join(other.label for other in missing)}")))
+            results[point.folder] = outcome(
+                point, dict(run=dict(status='not run', error=f"needs {', '.join(other.label for other in missing)}"))
+            )
             say(point.label, told(results[point.folder]))
         elif not fresh and (record := finished(point, [results[other.folder] for other in reads])):
             results[point.folder] = outcome(point, record) | dict(skipped=True)
             say(point.label, 'already done')
         else:
-            with contextlib.suppress(LabError): point.again = not began_after(read_run(point.folder), [results[other.folder] for other in reads])
+            with contextlib.suppress(LabError):
+                point.again = not began_after(read_run(point.folder), [results[other.folder] for other in reads])
             ready.append(point)
     return ready
 
-
+# %% ../../nbs/runs/12_sweeps.ipynb #b8573b71
 def patiently(running,  # what as_completed gives
               fill,     # called every second, in case workers have joined
 ):                      # iterator of futures that have ended
     "Futures as they end, filling new workers meanwhile."
     while not running.is_empty():
-        if running.has_ready(): yield next(running)
-        else: fill(); time.sleep(1)
+        if running.has_ready():
+            yield next(running)
+        else:
+            fill()
+            time.sleep(1)
 
-
+# %% ../../nbs/runs/12_sweeps.ipynb #c6d78171
 def run_stage(client,         # a Dask client
               points,         # `Point`s to run
               results:dict,   # folder -> outcome, added to
@@ -417,23 +585,47 @@ def run_stage(client,         # a Dask client
 ):
     "Run the points of one stage on the workers; none stops the others."
     from distributed import as_completed
+
     away = (lambda params: dict(resources=resources_of(client, params))) if cluster else lambda params: {}
-    submit = lambda point: client.submit(run_point, str(point.notebook), point.params, point.label, fresh or point.again, since, place=str(Path.cwd()) if cluster else None, threads=threads, pure=False, key=f'{point.label}-{time.time_ns()}', **away(point.params))
+    submit = lambda point: client.submit(
+        run_point,
+        str(point.notebook),
+        point.params,
+        point.label,
+        fresh or point.again,
+        since,
+        place=str(Path.cwd()) if cluster else None,
+        threads=threads,
+        pure=False,
+        key=f'{point.label}-{time.time_ns()}',
+        **away(point.params),
+    )
     slots = workers if callable(workers) else lambda: workers
     since, waiting = time.time(), list(points)
     futures = {submit(point): point for point in [waiting.pop(0) for _ in range(min(slots(), len(waiting)))]}
     running = as_completed(list(futures), loop=client.loop)
+
     def send(points):
         for point in points:
             futures[new := submit(point)] = point
             running.add(new)
-    def fill(): send([waiting.pop(0) for _ in range(min(slots() - len(futures), len(waiting)))])
+
+    def fill():
+        send([waiting.pop(0) for _ in range(min(slots() - len(futures), len(waiting)))])
+
     for future in patiently(running, fill) if cluster else running:
         point, error = futures.pop(future), future.exception()
-        if error.__class__.__name__ == 'KilledWorker' and begun[point.label] < tries: send([point]); continue  # it only waited on a worker that others brought down
-        if error is None: record = future.result()
-        elif error.__class__.__name__ == 'KilledWorker': record = dict(run=dict(status='failed', error=f'took its worker process down {tries} times: out of memory?'))
-        else: record = dict(run=dict(status='failed', error=f'{error.__class__.__name__}: {error}'.splitlines()[0]))
+        if error.__class__.__name__ == 'KilledWorker' and begun[point.label] < tries:
+            send([point])
+            continue  # it only waited on a worker that others brought down
+        if error is None:
+            record = future.result()
+        elif error.__class__.__name__ == 'KilledWorker':
+            record = dict(
+                run=dict(status='failed', error=f'took its worker process down {tries} times: out of memory?')
+            )
+        else:
+            record = dict(run=dict(status='failed', error=f'{error.__class__.__name__}: {error}'.splitlines()[0]))
         results[point.folder] = outcome(point, record)
         say(point.label, told(results[point.folder]))
         fill()
@@ -443,10 +635,12 @@ def run_stage(client,         # a Dask client
 def mended(points):
     "When interrupted within this context, give the runs of `points` their true status before passing the interruption on."
     points = list(points)
-    try: yield
+    try:
+        yield
     except KeyboardInterrupt:
         for point in points:
-            with contextlib.suppress(LabError, OSError): read_run(point.folder)
+            with contextlib.suppress(LabError, OSError):
+                read_run(point.folder)
         raise
 
 # %% ../../nbs/runs/12_sweeps.ipynb #074e9d75
@@ -458,25 +652,45 @@ def run_stages(stages,            # lists of `Point`s, as from `expand`
                settings=None,     # of the cluster, as from `cluster_settings`
 )->list:                          # one dict per point: notebook, name, folder, status, error, cell, seconds, report
     "Run stages of points in order on Dask workers, here or on a cluster."
-    if workers < 1: raise LabError(f'--workers {workers}: give at least 1')
+    if workers < 1:
+        raise LabError(f'--workers {workers}: give at least 1')
     results, earlier, begun = {}, [], collections.Counter()
+
     def say(label, text):
-        if text is None: begun[label] += 1
-        else: [on_line(f'[{label}] {line}') for line in text.splitlines()]
+        if text is None:
+            begun[label] += 1
+        else:
+            [on_line(f'[{label}] {line}') for line in text.splitlines()]
+
     with mended(itertools.chain(*stages)), contextlib.ExitStack() as stack:
         client = None
         for stage in stages:
             ready = ready_points(stage, results, earlier, fresh, say)
             if ready and client is None:
                 most = min(workers, max(map(len, stages)))
-                client = stack.enter_context(remote_workers(cluster, most, settings, say) if cluster else local_workers(most, say))
-            if ready: run_stage(client, ready, results, begun, (lambda: slots_of(client, most)) if cluster else workers, fresh, say, cluster, {} if cluster else worker_environment(min(workers, len(stage))))
+                client = stack.enter_context(
+                    remote_workers(cluster, most, settings, say) if cluster else local_workers(most, say)
+                )
+            if ready:
+                run_stage(
+                    client,
+                    ready,
+                    results,
+                    begun,
+                    (lambda: slots_of(client, most)) if cluster else workers,
+                    fresh,
+                    say,
+                    cluster,
+                    {} if cluster else worker_environment(min(workers, len(stage))),
+                )
             earlier += stage
     return [results[point.folder] for stage in stages for point in stage]
 
-
-def sweep_report(results:list)->str:
+# %% ../../nbs/runs/12_sweeps.ipynb #e3aee7da
+def sweep_report(results: list) -> str:
     "What became of all runs, and each failure with its cell and error; text of several lines."
     count = lambda status: sum(result['status'] == status for result in results)
-    lines = [f"{count('done')} of {len(results)} runs are done"] + [f"  {r['notebook']}/{r['name']}: {told(r)}" for r in results if r['status'] != 'done']
+    lines = [f"{count('done')} of {len(results)} runs are done"] + [
+        f"  {r['notebook']}/{r['name']}: {told(r)}" for r in results if r['status'] != 'done'
+    ]
     return '\n'.join(lines)

@@ -11,26 +11,35 @@ import contextlib, os, tempfile, time
 from pathlib import Path
 from ..core import LabError, nearest, require
 from .run import gpu_names
-try: import fcntl
-except ImportError: fcntl = None  # Windows: GPUs are not shared out there
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows: GPUs are not shared out there
 
 # %% ../../nbs/runs/11_workers.ipynb #1fbf2c66
-def visible_gpus()->list:
+def visible_gpus() -> list:
     "The GPUs this process may use, by the names that CUDA_VISIBLE_DEVICES takes; found without starting CUDA."
-    if 'CUDA_VISIBLE_DEVICES' in os.environ: return [name for name in os.environ['CUDA_VISIBLE_DEVICES'].split(',') if name and name != '-1']
+    if 'CUDA_VISIBLE_DEVICES' in os.environ:
+        return [name for name in os.environ['CUDA_VISIBLE_DEVICES'].split(',') if name and name != '-1']
     return [str(number) for number, _ in enumerate(gpu_names())]
 
-
+# %% ../../nbs/runs/11_workers.ipynb #93c691ae
 def _try_slots(gpus, count, folder):
     "Files of `count` locked slots, or None when fewer are free."
     taken = []
     for gpu in gpus:
-        file = (folder/f'gpu-{gpu}.lock').open('a')
-        try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: file.close(); continue
+        file = (folder / f'gpu-{gpu}.lock').open('a')
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            continue
         taken.append((gpu, file))
-        if len(taken) == count: return taken
-    for _, file in taken: file.close()
+        if len(taken) == count:
+            return taken
+    for _, file in taken:
+        file.close()
 
 
 @contextlib.contextmanager
@@ -40,16 +49,22 @@ def gpu_slots(count:int=1,   # GPUs the run needs; 0 for all
     "Hold GPUs that nobody else holds, waiting until there are enough; a `LabError` when there never will be."
     gpus = visible_gpus()
     count = count or len(gpus)
-    if not gpus or fcntl is None: yield {}; return
-    if count > len(gpus): raise LabError(f'the run needs {count} GPUs and this machine has {len(gpus)}: lower nproc')
-    folder = Path(folder or Path(tempfile.gettempdir())/f'llmft-gpus-{os.getuid()}')
+    if not gpus or fcntl is None:
+        yield {}
+        return
+    if count > len(gpus):
+        raise LabError(f'the run needs {count} GPUs and this machine has {len(gpus)}: lower nproc')
+    folder = Path(folder or Path(tempfile.gettempdir()) / f'llmft-gpus-{os.getuid()}')
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder/'gate').open('a') as gate:
+    with (folder / 'gate').open('a') as gate:
         fcntl.flock(gate, fcntl.LOCK_EX)
-        while not (taken := _try_slots(gpus, count, folder)): time.sleep(.5)
-    try: yield dict(CUDA_VISIBLE_DEVICES=','.join(gpu for gpu, _ in taken))
+        while not (taken := _try_slots(gpus, count, folder)):
+            time.sleep(0.5)
+    try:
+        yield dict(CUDA_VISIBLE_DEVICES=','.join(gpu for gpu, _ in taken))
     finally:
-        for _, file in taken: file.close()
+        for _, file in taken:
+            file.close()
 
 # %% ../../nbs/runs/11_workers.ipynb #6793ad61
 slurm_settings = dict(queue='', account='', walltime='04:00:00', memory='16GB', cores='4', gpus='1')
@@ -59,21 +74,32 @@ def cluster_settings(cluster:str,  # '', slurm, or the address of a scheduler
                      overrides,    # texts of the form name=value, from the command line
 )->tuple:                            # (settings of the cluster, overrides that are left for the runs)
     "Which of `-p name=value` are meant for the cluster; only SLURM has settings."
-    if cluster != 'slurm': return {}, list(overrides)
+    if cluster != 'slurm':
+        return {}, list(overrides)
     pairs = [text.partition('=') for text in overrides]
     own = {name: value for name, _, value in pairs if name in slurm_settings}
     for name in ('cores', 'gpus'):
-        if not own.get(name, '1').isdigit(): raise LabError(f'-p {name}={own[name]}: give a whole number')
+        if not own.get(name, '1').isdigit():
+            raise LabError(f'-p {name}={own[name]}: give a whole number')
     return slurm_settings | own, [text for text, (name, _, _) in zip(overrides, pairs) if name not in slurm_settings]
 
-
+# %% ../../nbs/runs/11_workers.ipynb #6761620b
 def slurm_options(settings:dict,  # as from `cluster_settings`
 )->dict:                          # arguments of dask_jobqueue.SLURMCluster
     "What dask-jobqueue has to be told."
     gpus, given = int(settings['gpus']), {name: settings[name] for name in ('queue', 'account') if settings[name]}
-    return dict(given, walltime=settings['walltime'], memory=settings['memory'], cores=1, processes=1, job_cpu=int(settings['cores']), job_name='llmft',
-                job_extra_directives=[f'--gres=gpu:{gpus}'] if gpus else [], job_script_prologue=[f'export OMP_NUM_THREADS={settings["cores"]}'],
-                worker_extra_args=['--memory-limit', '0', '--no-dashboard', *(['--resources', f'GPU={gpus}'] if gpus else [])])
+    return dict(
+        given,
+        walltime=settings['walltime'],
+        memory=settings['memory'],
+        cores=1,
+        processes=1,
+        job_cpu=int(settings['cores']),
+        job_name='llmft',
+        job_extra_directives=[f'--gres=gpu:{gpus}'] if gpus else [],
+        job_script_prologue=[f'export OMP_NUM_THREADS={settings["cores"]}'],
+        worker_extra_args=['--memory-limit', '0', '--no-dashboard', *(['--resources', f'GPU={gpus}'] if gpus else [])],
+    )
 
 # %% ../../nbs/runs/11_workers.ipynb #2c6038ac
 patience = 20  # seconds that a scheduler may take to answer
@@ -87,17 +113,32 @@ def remote_workers(cluster:str,    # the address of a scheduler, or slurm
 ):                                 # yields a Dask client
     "A Dask client of a cluster; a `LabError` when there is none."
     import distributed
-    if '://' not in cluster and cluster != 'slurm': raise LabError(f"--cluster {cluster}{nearest(cluster, ['slurm'])}: give slurm, or the address of a Dask scheduler, as in tcp://host:8786")
+
+    if '://' not in cluster and cluster != 'slurm':
+        raise LabError(
+            f"--cluster {cluster}{nearest(cluster, ['slurm'])}: give slurm, or the address of a Dask scheduler, as in tcp://host:8786"
+        )
     with contextlib.ExitStack() as stack:
         if cluster == 'slurm':
-            jobs = stack.enter_context(require('dask_jobqueue', 'cluster').SLURMCluster(scheduler_options=dict(dashboard=False), **slurm_options(settings)))
+            jobs = stack.enter_context(
+                require('dask_jobqueue', 'cluster').SLURMCluster(
+                    scheduler_options=dict(dashboard=False), **slurm_options(settings)
+                )
+            )
             jobs.scale(jobs=workers)
-        try: client = stack.enter_context(distributed.Client(jobs if cluster == 'slurm' else cluster, timeout=patience, set_as_default=False))
-        except (OSError, ValueError) as error: raise LabError(f'no Dask scheduler answers at {cluster} ({" ".join(str(error).split())[:120]}): start one with `dask scheduler`') from None
-        if on_event: client.subscribe_topic('llmft', lambda event: on_event(*event[1]))
+        try:
+            client = stack.enter_context(
+                distributed.Client(jobs if cluster == 'slurm' else cluster, timeout=patience, set_as_default=False)
+            )
+        except (OSError, ValueError) as error:
+            raise LabError(
+                f'no Dask scheduler answers at {cluster} ({" ".join(str(error).split())[:120]}): start one with `dask scheduler`'
+            ) from None
+        if on_event:
+            client.subscribe_topic('llmft', lambda event: on_event(*event[1]))
         yield client
 
-
+# %% ../../nbs/runs/11_workers.ipynb #fe728b37
 def slots_of(client,       # a Dask client
              least:int=1,  # when no worker is there yet
 )->int:                    # runs at a time
@@ -105,10 +146,12 @@ def slots_of(client,       # a Dask client
     workers = client.scheduler_info(n_workers=-1)['workers'].values()
     return max(least, int(sum(worker.get('resources', {}).get('GPU', worker['nthreads']) for worker in workers)))
 
-
+# %% ../../nbs/runs/11_workers.ipynb #b2234140
 def resources_of(client,     # a Dask client
                  params:dict,  # of the run
 )->dict:                     # what a worker must have for it
     "The GPUs that a run needs, where workers announce any."
-    announced = [worker.get('resources', {}).get('GPU', 0) for worker in client.scheduler_info(n_workers=-1)['workers'].values()]
+    announced = [
+        worker.get('resources', {}).get('GPU', 0) for worker in client.scheduler_info(n_workers=-1)['workers'].values()
+    ]
     return dict(GPU=min(max(announced), params.get('nproc', 1) or max(announced))) if any(announced) else {}

@@ -25,15 +25,19 @@ def optimiser_state(optimiser,     # a torch or bitsandbytes optimiser
             (tensors if torch.is_tensor(value) else numbers)[f'{names[parameter]}|{key}'] = value
     return tensors, numbers
 
-
+# %% ../../nbs/training/03_checkpoints.ipynb #04128907
 def counter_device(optimiser,  # a torch or bitsandbytes optimiser
                    parameter,  # one of its parameters
 )->torch.device:
     "Where the step count of `parameter` belongs: beside it when its kernel is fused, else in main memory."
-    beside = any(group.get('fused') or group.get('capturable') for group in optimiser.param_groups if any(each is parameter for each in group['params']))
+    beside = any(
+        group.get('fused') or group.get('capturable')
+        for group in optimiser.param_groups
+        if any(each is parameter for each in group['params'])
+    )
     return parameter.device if beside else torch.device('cpu')
 
-
+# %% ../../nbs/training/03_checkpoints.ipynb #282377e9
 def restore_optimiser(optimiser,     # a fresh optimiser over the same parameters
                       names:dict,    # parameter -> name
                       tensors:dict,  # tensors by "name|key"
@@ -44,27 +48,37 @@ def restore_optimiser(optimiser,     # a fresh optimiser over the same parameter
     for label, value in {**tensors, **numbers}.items():
         name, key = label.split('|')
         parameter = parameters[name]
-        if not torch.is_tensor(value): place = value
-        elif getattr(optimiser, 'is_paged', False) and key in ('state1', 'state2'): place = optimiser.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # paged memory stays paged
-        else: place = value.to(parameter.device if value.ndim else counter_device(optimiser, parameter))
+        if not torch.is_tensor(value):
+            place = value
+        elif getattr(optimiser, 'is_paged', False) and key in ('state1', 'state2'):
+            place = optimiser.get_state_buffer(parameter, dtype=value.dtype).copy_(value)  # paged memory stays paged
+        else:
+            place = value.to(parameter.device if value.ndim else counter_device(optimiser, parameter))
         optimiser.state[parameter][key] = place
 
 # %% ../../nbs/training/03_checkpoints.ipynb #316bb73f
-def random_state()->tuple:
+def random_state() -> tuple:
     "The state of all global random generators: (tensors, JSON-like rest)."
-    tensors = {'torch': torch.get_rng_state(), **{f'cuda{i}': state for i, state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])}}
+    tensors = {
+        'torch': torch.get_rng_state(),
+        **{
+            f'cuda{i}': state
+            for i, state in enumerate(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
+        },
+    }
     name, keys, *rest = np.random.get_state()
     tensors['numpy'] = torch.from_numpy(keys.astype(np.int64))
     return tensors, dict(numpy=[name, *rest], python=random.getstate())
 
-
+# %% ../../nbs/training/03_checkpoints.ipynb #2b6837ad
 def restore_random(tensors:dict,  # states of the generators of PyTorch and NumPy
                    rest:dict,     # the JSON-like rest
 ):
     "Put back what `random_state` took."
     torch.set_rng_state(tensors['torch'])
     cuda = [tensors[key] for key in sorted(tensors) if key.startswith('cuda')]
-    if cuda and len(cuda) == torch.cuda.device_count(): torch.cuda.set_rng_state_all(cuda)
+    if cuda and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(cuda)
     name, *numbers = rest['numpy']
     np.random.set_state((name, tensors['numpy'].numpy().astype(np.uint32), *numbers))
     version, keys, gauss = rest['python']
@@ -74,28 +88,34 @@ def restore_random(tensors:dict,  # states of the generators of PyTorch and NumP
 def _flush(path):
     "Make sure `path`, a file or a folder, is on the disk."
     handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def _write_groups(partial, groups, rank)->dict:
+def _write_groups(partial, groups, rank) -> dict:
     "Write the groups of one process; file name -> hash."
     files = []
     for stem, tensors in groups.items():
         pieces = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Piece)}
-        files.append(partial/(part_file(stem, rank) if pieces else f'{stem}.safetensors'))
-        if pieces: save_pieces(pieces, files[-1])
-        else: save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, files[-1])
-    for file in files: _flush(file)
+        files.append(partial / (part_file(stem, rank) if pieces else f'{stem}.safetensors'))
+        if pieces:
+            save_pieces(pieces, files[-1])
+        else:
+            save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, files[-1])
+    for file in files:
+        _flush(file)
     return {file.name: sha256_of(file) for file in files}
 
 
 def _seal(partial, target, hashes, state):
     "Make the files in `partial` the checkpoint `target`."
-    write_json(partial/'state.json', state)
-    _flush(partial/'state.json')
-    write_json(partial/'manifest.json', {**hashes, 'state.json': sha256_of(partial/'state.json')})
-    if target.exists(): shutil.rmtree(target)
+    write_json(partial / 'state.json', state)
+    _flush(partial / 'state.json')
+    write_json(partial / 'manifest.json', {**hashes, 'state.json': sha256_of(partial / 'state.json')})
+    if target.exists():
+        shutil.rmtree(target)
     os.replace(partial, target)
     _flush(target.parent)
 
@@ -109,58 +129,73 @@ def save_checkpoint(folder,         # the run's checkpoints folder
 )->Path:                            # folder/step-000040
     "Write one checkpoint beside its place and rename it there; a `LabError` in every process when the disk of one is full."
     folder, failure, hashes = Path(folder), None, {}
-    target, partial = folder/f'step-{step:06d}', folder/f'.step-{step:06d}.partial'
-    if rank == 0: shutil.rmtree(partial, ignore_errors=True)
+    target, partial = folder / f'step-{step:06d}', folder / f'.step-{step:06d}.partial'
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
     gather(None)  # nobody writes before the old files are gone
     try:
         partial.mkdir(parents=True, exist_ok=True)
         hashes = _write_groups(partial, groups, rank)
-    except Exception as error: failure = error
+    except Exception as error:
+        failure = error
     try:
         told = gather((hashes, failure and f'{type(failure).__name__}: {failure}'))
-        if other := next((why for _, why in told if why), None): raise failure or LabError(f'another process could not write checkpoint {step}: {other}')
-        if rank == 0: _seal(partial, target, {name: digest for written, _ in told for name, digest in written.items()}, state)
+        if other := next((why for _, why in told if why), None):
+            raise failure or LabError(f'another process could not write checkpoint {step}: {other}')
+        if rank == 0:
+            _seal(partial, target, {name: digest for written, _ in told for name, digest in written.items()}, state)
     except Exception as error:
-        if rank == 0: shutil.rmtree(partial, ignore_errors=True)
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
         if getattr(error, 'errno', None) == errno.ENOSPC or 'No space left' in str(error):
-            raise LabError(f'the disk is full: checkpoint {step} was not written to {folder}; earlier ones are intact. Free some space and run again to resume') from None
+            raise LabError(
+                f'the disk is full: checkpoint {step} was not written to {folder}; earlier ones are intact. Free some space and run again to resume'
+            ) from None
         raise
     gather(None)  # nobody goes on before it stands
     return target
 
 # %% ../../nbs/training/03_checkpoints.ipynb #a25a601f
-def damage(checkpoint:Path)->str:
+def damage(checkpoint: Path) -> str:
     "What is wrong with a checkpoint folder, or an empty string."
-    try: manifest = json.loads((checkpoint/'manifest.json').read_text())
-    except (OSError, ValueError): return 'its manifest.json is missing or unreadable'
-    if 'state.json' not in manifest: return 'its manifest.json does not name state.json'
+    try:
+        manifest = json.loads((checkpoint / 'manifest.json').read_text())
+    except (OSError, ValueError):
+        return 'its manifest.json is missing or unreadable'
+    if 'state.json' not in manifest:
+        return 'its manifest.json does not name state.json'
     for name, expected in manifest.items():
-        if not (checkpoint/name).is_file(): return f'{name} is missing'
-        if Path(name).suffix not in ('.safetensors', '.json'): return f'{name} is neither safetensors nor JSON'
-        if sha256_of(checkpoint/name) != expected: return f'{name} does not match its hash'
+        if not (checkpoint / name).is_file():
+            return f'{name} is missing'
+        if Path(name).suffix not in ('.safetensors', '.json'):
+            return f'{name} is neither safetensors nor JSON'
+        if sha256_of(checkpoint / name) != expected:
+            return f'{name} does not match its hash'
     return ''
 
-
-def checkpoints(folder)->list:
+# %% ../../nbs/training/03_checkpoints.ipynb #0d95b664
+def checkpoints(folder) -> list:
     "The checkpoint folders of a run, the newest first."
     return sorted(Path(folder).glob('step-*'), reverse=True)
 
-
-def load_checkpoint(checkpoint:Path)->tuple:
+# %% ../../nbs/training/03_checkpoints.ipynb #9b5d5993
+def load_checkpoint(checkpoint: Path) -> tuple:
     "(stem -> mapping of names to whole tensors, state) of one checkpoint; a `LabError` that says what is damaged."
     problem = damage(checkpoint)
-    if problem: raise LabError(f'checkpoint {checkpoint} is damaged: {problem}')
+    if problem:
+        raise LabError(f'checkpoint {checkpoint} is damaged: {problem}')
     whole = {file.stem: load_file(file) for file in checkpoint.glob('*.safetensors') if '.part' not in file.name}
-    return whole | part_groups(checkpoint), json.loads((checkpoint/'state.json').read_text())
+    return whole | part_groups(checkpoint), json.loads((checkpoint / 'state.json').read_text())
 
-
+# %% ../../nbs/training/03_checkpoints.ipynb #ecf944d7
 def latest_checkpoint(folder,     # the run's checkpoints folder
                       say=print,  # called with one line for each checkpoint passed over
 ):                                # its folder, or None
     "The newest checkpoint that is whole; damaged ones are reported and passed over."
     for checkpoint in checkpoints(folder):
         problem = damage(checkpoint)
-        if not problem: return checkpoint
+        if not problem:
+            return checkpoint
         say(f'{checkpoint.name} is damaged ({problem}): using the one before it')
 
 # %% ../../nbs/training/03_checkpoints.ipynb #ba3af609
@@ -170,4 +205,5 @@ def prune_checkpoints(folder,          # the run's checkpoints folder
 ):
     "Delete all but the newest `keep` checkpoints and the best one."
     for checkpoint in checkpoints(folder)[keep:]:
-        if checkpoint.name != f'step-{best_step or 0:06d}': shutil.rmtree(checkpoint, ignore_errors=True)
+        if checkpoint.name != f'step-{best_step or 0:06d}':
+            shutil.rmtree(checkpoint, ignore_errors=True)

@@ -21,4 +21,10 @@ def judge(model,                  # a causal language model, with or without an 
     "Score `model` on every token of `documents`."
     examples, notes = cut(encode(documents.texts, tokenizer), max_length)
     found = evaluate_loss(model, examples, batch_size, max_length)
-    return dict(found, bits_per_byte=found['loss'] * found['targets'] / math.log(2) / documents.bytes, bytes=documents.bytes, documents=len(documents), max_length=max_length)
+    return dict(
+        found,
+        bits_per_byte=found['loss'] * found['targets'] / math.log(2) / documents.bytes,
+        bytes=documents.bytes,
+        documents=len(documents),
+        max_length=max_length,
+    )

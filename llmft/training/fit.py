@@ -19,7 +19,14 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from ..models.adapters import trainable_parameters, weights_hash
 from ..data.batches import IGNORED, MicroBatch, Plan, evaluation_batches, micro_batches
-from .checkpoints import latest_checkpoint, load_checkpoint, prune_checkpoints, random_state, restore_random, save_checkpoint
+from llmft.training.checkpoints import (
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    random_state,
+    restore_random,
+    save_checkpoint,
+)
 from ..core import LabError, jsonable, purpose_rng, seed_everything, short_hash, shows_bar
 from ..models.cost import flops_step
 from .losses import head_cross_entropy
@@ -34,21 +41,27 @@ from ..data.tokens import Examples
 # %% ../../nbs/training/06_fit.ipynb #9ff556b4
 class LossModel(nn.Module):
     "A causal language model whose forward pass returns the summed loss of a micro-batch, in nats."
+
     def __init__(self, model, half=False):
         super().__init__()
         self.model, self.half = model, half  # half: multiply in bfloat16 while training, where no wrapper does it
-    def forward(self, batch:MicroBatch):
+
+    def forward(self, batch: MicroBatch):
         "Sum of the target losses of `batch`."
-        with torch.autocast(batch.ids_BT.device.type, torch.bfloat16, enabled=True) if self.half and self.training else nullcontext():
+        with (
+            torch.autocast(batch.ids_BT.device.type, torch.bfloat16, enabled=True)
+            if self.half and self.training
+            else nullcontext()
+        ):
             hidden_BTD = hidden_states(self.model, batch.ids_BT, batch.positions_BT, batch.lengths)
             return head_cross_entropy(hidden_BTD.flatten(0, 1), output_head(self.model), batch.labels_BT.flatten())[0]
 
-
-def blank_batch(batch:MicroBatch)->MicroBatch:
+# %% ../../nbs/training/06_fit.ipynb #9e004070
+def blank_batch(batch: MicroBatch) -> MicroBatch:
     "A micro-batch of the shape of `batch` without targets."
     return MicroBatch(batch.ids_BT, torch.full_like(batch.labels_BT, IGNORED), batch.positions_BT, batch.lengths, 0, 0)
 
-
+# %% ../../nbs/training/06_fit.ipynb #a2d50a1f
 def step_shares(examples:Examples,  # all training examples
                 rows,               # examples of the step, as `Plan.step` gives them
                 recipe:Recipe,      # layout, batch_size and max_length
@@ -56,16 +69,21 @@ def step_shares(examples:Examples,  # all training examples
                 pad:int=0,          # token id that fills unused slots
 )->list:                            # a list of micro-batches for each process, all of one length
     "The micro-batches of all processes for one optimiser step; who has fewer gets some without targets."
-    shares = [micro_batches(examples, rows[r::world], recipe.batch_size, recipe.max_length, recipe.layout, pad) if len(rows[r::world]) else [] for r in range(world)]
+    shares = [
+        micro_batches(examples, rows[r::world], recipe.batch_size, recipe.max_length, recipe.layout, pad)
+        if len(rows[r::world])
+        else []
+        for r in range(world)
+    ]
     most, blank = max(map(len, shares)), blank_batch(next(share[0] for share in shares if share))
     return [share + [blank] * (most - len(share)) for share in shares]
 
-
-def targets_of(shares)->int:
+# %% ../../nbs/training/06_fit.ipynb #d0eb96fd
+def targets_of(shares) -> int:
     "Number of targets of all micro-batches of all processes."
     return sum(batch.supervised for share in shares for batch in share)
 
-
+# %% ../../nbs/training/06_fit.ipynb #2834913d
 def step_batches(examples:Examples,  # all training examples
                  rows,               # examples of the step, as `Plan.step` gives them
                  recipe:Recipe,      # layout, batch_size and max_length
@@ -86,7 +104,7 @@ def accumulate(loss_model,                             # a `LossModel`, wrapped 
                micro_step=lambda last: nullcontext(),  # context of forward and backward; told whether it is the last micro-batch
 )->torch.Tensor:                                       # this process's share of the mean loss, nats a target, ()
     "Add the gradients of `batches` to the parameters; the summed loss over `targets` comes back."
-    total = 0.
+    total = 0.0
     for number, batch in enumerate(batches, 1):
         with micro_step(number == len(batches)):
             loss = loss_model(batch)
@@ -105,27 +123,35 @@ def evaluate_loss(model,                # a causal language model
 )->dict:                                # loss in nats a target, perplexity, number of targets
     "Mean loss of `model` over every target of `examples`."
     was_training, loss_model = model.training, LossModel(model)
-    if team: loss_model = team.evaluator(loss_model)
+    if team:
+        loss_model = team.evaluator(loss_model)
     loss_model.eval()
     device = team.device if team else next(model.parameters()).device
-    total, targets = 0., 0
+    total, targets = 0.0, 0
     for batch in _dealt(evaluation_batches(examples, batch_size, max_length, layout), team):
         total += float(loss_model(batch.to(device)))
         targets += batch.supervised
     loss_model.train(was_training)
-    if team: total, targets = team.sum([total, targets])
-    if not targets: raise LabError('the held-out examples have no target: give held-out documents of at least two tokens')
+    if team:
+        total, targets = team.sum([total, targets])
+    if not targets:
+        raise LabError('the held-out examples have no target: give held-out documents of at least two tokens')
     return dict(loss=total / targets, perplexity=math.exp(min(total / targets, 700)), targets=int(targets))
 
 
 def _dealt(batches, team):
     "Every how-manieth of `batches` this process scores, blank ones at the end so that all score as many."
-    if team is None or team.world == 1: yield from batches; return
+    if team is None or team.world == 1:
+        yield from batches
+        return
     group = []
     for batch in batches:
         group.append(batch)
-        if len(group) == team.world: yield group[team.rank]; group = []
-    if group: yield group[team.rank] if team.rank < len(group) else blank_batch(group[0])
+        if len(group) == team.world:
+            yield group[team.rank]
+            group = []
+    if group:
+        yield group[team.rank] if team.rank < len(group) else blank_batch(group[0])
 
 # %% ../../nbs/training/06_fit.ipynb #f6dadd30
 WARMUP_TIMED = 3  # first steps after a start that do not count for throughput
@@ -138,59 +164,79 @@ def train_step(run,      # the `Fit` in progress; its weights move
     "One optimiser step of `run`; a `LabError` when the loss or the gradient is not finite."
     team = run.team
     team.zero_grad()
-    loss = accumulate(run.loss_model, [batch.to(team.device) for batch in batches], targets, team.backward, team.world, team.micro_step)
-    loss, = team.sum([float(loss)])
+    loss = accumulate(
+        run.loss_model,
+        [batch.to(team.device) for batch in batches],
+        targets,
+        team.backward,
+        team.world,
+        team.micro_step,
+    )
+    (loss,) = team.sum([float(loss)])
     norm = team.clip(run.parameters, run.recipe.clip) if math.isfinite(loss) else math.nan
-    for group in run.optimiser.param_groups: group['lr'] = learning_rate_at(run.progress.step, run.steps, run.recipe) * group['ratio']
-    if norm is None: norm = team.step()  # the strategy clips within its step
-    elif math.isfinite(norm) or (math.isfinite(loss) and team.accelerator.scaler is not None): team.step()
+    for group in run.optimiser.param_groups:
+        group['lr'] = learning_rate_at(run.progress.step, run.steps, run.recipe) * group['ratio']
+    if norm is None:
+        norm = team.step()  # the strategy clips within its step
+    elif math.isfinite(norm) or (math.isfinite(loss) and team.accelerator.scaler is not None):
+        team.step()
     if not math.isfinite(loss) or (team.accelerator.scaler is None and not math.isfinite(norm)):
-        raise LabError(f'step {run.progress.step + 1}: the loss is {loss:.4g} and the gradient norm {norm:.4g}: '
-                       f'lower learning_rate (now {run.recipe.learning_rate:g}), or use precision bf16 or fp32')
+        raise LabError(
+            f'step {run.progress.step + 1}: the loss is {loss:.4g} and the gradient norm {norm:.4g}: '
+            f'lower learning_rate (now {run.recipe.learning_rate:g}), or use precision bf16 or fp32'
+        )
     return loss, norm
 
 # %% ../../nbs/training/06_fit.ipynb #4fd84d36
 @dataclass
 class Fit:
     "The moving parts of a run in progress."
-    model: nn.Module                # as the caller gave it, trained in place
-    train: Examples                 # training examples
-    valid: Examples                 # held-out examples, or None
-    recipe: Recipe                  # how to train
-    log: Log                        # log.jsonl
-    ledger: object = None           # books the FLOPs of every step and may refuse one; see `fit`
-    plan: Plan = None               # which examples each step learns from
-    steps: int = 0                  # optimiser steps planned
-    team: Team = None               # the processes and how they share the work
-    loss_model: nn.Module = None    # `model` with its loss, wrapped for the processes
-    optimiser: object = None        # wrapped likewise
-    shapes: dict = None             # name -> shape of all trained parameters, before they were cut
-    parameters: list = None         # trained parameters
-    names: dict = None              # trained parameter -> name
-    method: dict = None             # from `training_method`, for the FLOPs of a step
+
+    model: nn.Module  # as the caller gave it, trained in place
+    train: Examples  # training examples
+    valid: Examples  # held-out examples, or None
+    recipe: Recipe  # how to train
+    log: Log  # log.jsonl
+    ledger: object = None  # books the FLOPs of every step and may refuse one; see `fit`
+    plan: Plan = None  # which examples each step learns from
+    steps: int = 0  # optimiser steps planned
+    team: Team = None  # the processes and how they share the work
+    loss_model: nn.Module = None  # `model` with its loss, wrapped for the processes
+    optimiser: object = None  # wrapped likewise
+    shapes: dict = None  # name -> shape of all trained parameters, before they were cut
+    parameters: list = None  # trained parameters
+    names: dict = None  # trained parameter -> name
+    method: dict = None  # from `training_method`, for the FLOPs of a step
     progress: Progress = field(default_factory=Progress)  # how far it is
-    started_at: int = 0             # step at which this process started or resumed
-    watched: dict = field(default_factory=dict)  # what tensors took in one step of this process, on a CPU: see `watched_step`
+    started_at: int = 0  # step at which this process started or resumed
+    watched: dict = field(
+        default_factory=dict
+    )  # what tensors took in one step of this process, on a CPU: see `watched_step`
+
     @property
-    def folder(self): return self.log.folder/'checkpoints'
+    def folder(self):
+        return self.log.folder / 'checkpoints'
 
-
+# %% ../../nbs/training/06_fit.ipynb #4b51e918
 @dataclass
 class FitResult:
     "What a run leaves: counters, the log, measured speed and memory."
+
     progress: Progress
-    steps: int                   # optimiser steps planned
-    steps_per_epoch: int         # of them in one pass over the data
-    largest_slots: int           # slots of the largest micro-batch
-    log: list                    # objects of log.jsonl
-    warmup: int                  # warm-up steps of the learning rate
-    tokens_per_sec: float        # real tokens, warm-up excluded; None when nothing was timed
-    flops_per_sec: float         # achieved, warm-up excluded
-    peak_bytes: int              # peak memory of training's tensors, of the process with most: PyTorch's count on a GPU, of the step in `watched` on a CPU; of the process when neither is there
-    trainable: int               # parameters trained
-    first_hash: str              # hash of the trained weights before the first step
-    process_bytes: int = None    # the model's own bytes and the growth of the process, freed and unreturned memory included; None on a GPU
-    watched: dict = None         # the step whose tensors were counted on a CPU: step, slots, longest, bytes; None on a GPU
+    steps: int  # optimiser steps planned
+    steps_per_epoch: int  # of them in one pass over the data
+    largest_slots: int  # slots of the largest micro-batch
+    log: list  # objects of log.jsonl
+    warmup: int  # warm-up steps of the learning rate
+    tokens_per_sec: float  # real tokens, warm-up excluded; None when nothing was timed
+    flops_per_sec: float  # achieved, warm-up excluded
+    peak_bytes: int  # peak memory of training's tensors, of the process with most: PyTorch's count on a GPU, of the step in `watched` on a CPU; of the process when neither is there
+    trainable: int  # parameters trained
+    first_hash: str  # hash of the trained weights before the first step
+    process_bytes: int = (
+        None  # the model's own bytes and the growth of the process, freed and unreturned memory included; None on a GPU
+    )
+    watched: dict = None  # the step whose tensors were counted on a CPU: step, slots, longest, bytes; None on a GPU
 
 # %% ../../nbs/training/06_fit.ipynb #4f3fdf40
 def set_gradient_checkpointing(model,    # a transformers model, with or without an adapter
@@ -203,7 +249,10 @@ def set_gradient_checkpointing(model,    # a transformers model, with or without
     else:
         model.activation_checkpointing_disable()
     stray = [name for name, module in model.named_modules() if getattr(module, 'gradient_checkpointing', on) != on]
-    if stray: raise LabError(f'gradient_checkpointing is {on} but {stray[0]} says otherwise: this model does not support the switch')
+    if stray:
+        raise LabError(
+            f'gradient_checkpointing is {on} but {stray[0]} says otherwise: this model does not support the switch'
+        )
 
 # %% ../../nbs/training/06_fit.ipynb #ac21300d
 def planned_steps(examples:int,   # number of training examples
@@ -213,16 +262,26 @@ def planned_steps(examples:int,   # number of training examples
     per_epoch = Plan(examples, recipe.batch_size * recipe.gradient_accumulation, recipe.seed).steps_per_epoch
     return recipe.max_steps or math.ceil(per_epoch * recipe.num_epochs)
 
-
-def training_method(model)->dict:
+# %% ../../nbs/training/06_fit.ipynb #02f46737
+def training_method(model) -> dict:
     "What `flops_step` and `memory_breakdown` are told of `model`: whether all of it is trained, or branches beside frozen layers (one beside the head is left out)."
     adapter = getattr(model, 'peft_config', {}).get('default')
-    if adapter: return dict(method='lora', rank=adapter.r, targets=tuple(adapter.target_modules))
-    branches = [(name.removesuffix('.layer').rpartition('.')[2], module) for name, module in model.named_modules() if isinstance(module, LowRank)]
-    if not branches: return dict(method='full')
-    return dict(method='lora', rank=max(len(module.A) for _, module in branches), targets=tuple({layer for layer, _ in branches} - {'lm_head'}))
+    if adapter:
+        return dict(method='lora', rank=adapter.r, targets=tuple(adapter.target_modules))
+    branches = [
+        (name.removesuffix('.layer').rpartition('.')[2], module)
+        for name, module in model.named_modules()
+        if isinstance(module, LowRank)
+    ]
+    if not branches:
+        return dict(method='full')
+    return dict(
+        method='lora',
+        rank=max(len(module.A) for _, module in branches),
+        targets=tuple({layer for layer, _ in branches} - {'lm_head'}),
+    )
 
-
+# %% ../../nbs/training/06_fit.ipynb #69c23b7e
 def prepare(model,           # as for `fit`
             train:Examples,  # training examples
             valid:Examples,  # held-out examples, or None
@@ -234,17 +293,32 @@ def prepare(model,           # as for `fit`
 )->Fit:                      # the run, ready for its next step
     "Everything `fit` needs, at step 0 or at the last good checkpoint in `folder`."
     recipe.check()
-    if not len(train): raise LabError('there is no training example with a target: give more or longer documents')
-    if (longest := int(train.slots.max())) > recipe.max_length: raise LabError(f'a training example has {longest} positions and max_length is {recipe.max_length}: cut the examples first')
+    if not len(train):
+        raise LabError('there is no training example with a target: give more or longer documents')
+    if (longest := int(train.slots.max())) > recipe.max_length:
+        raise LabError(
+            f'a training example has {longest} positions and max_length is {recipe.max_length}: cut the examples first'
+        )
     seed_everything(recipe.seed)
     half = next(p.dtype for p in model.parameters() if p.is_floating_point()) == torch.float16
-    if half and any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad): raise LabError('weights in fp16 would be trained, and their gradients cannot be scaled back: use precision bf16, or fp32 with mixed_precision bf16, or an adapter')
+    if half and any(p.dtype == torch.float16 for p in model.parameters() if p.requires_grad):
+        raise LabError(
+            'weights in fp16 would be trained, and their gradients cannot be scaled back: use precision bf16, or fp32 with mixed_precision bf16, or an adapter'
+        )
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    gradients_only = DistributedDataParallelKwargs(broadcast_buffers=False)  # buffers are constants here, a subspace's projections among them
-    accelerator = Accelerator(mixed_precision='fp16' if half else recipe.mixed_precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[gradients_only])
-    if processes and any(isinstance(module, Subspace) for module in model.modules()): check_subspace(processes.strategy)
+    gradients_only = DistributedDataParallelKwargs(
+        broadcast_buffers=False
+    )  # buffers are constants here, a subspace's projections among them
+    accelerator = Accelerator(
+        mixed_precision='fp16' if half else recipe.mixed_precision,
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[gradients_only],
+    )
+    if processes and any(isinstance(module, Subspace) for module in model.modules()):
+        check_subspace(processes.strategy)
     team = make_team(accelerator, processes)
-    if team.rank: torch.manual_seed(int(purpose_rng(recipe.seed, 'process', team.rank).integers(2**62)))  # dropout of its own
+    if team.rank:
+        torch.manual_seed(int(purpose_rng(recipe.seed, 'process', team.rank).integers(2**62)))  # dropout of its own
     Path(folder).mkdir(parents=True, exist_ok=True)
     run = Fit(model, train, valid, recipe, Log(folder, team.rank == 0, on_log), ledger, team=team)
     run.plan = Plan(len(train), recipe.batch_size * recipe.gradient_accumulation, recipe.seed)
@@ -253,55 +327,86 @@ def prepare(model,           # as for `fit`
     model.train()
     run.method = training_method(model)
     run.shapes = {name: list(parameter.shape) for name, parameter in trainable_parameters(model).items()}
-    if not run.shapes: raise LabError('no parameter is trainable: add an adapter to a frozen or quantised model')
-    run.loss_model, run.optimiser = team.wrap(LossModel(model, recipe.mixed_precision == 'bf16' and type(team) is not Team), recipe)
+    if not run.shapes:
+        raise LabError('no parameter is trainable: add an adapter to a frozen or quantised model')
+    run.loss_model, run.optimiser = team.wrap(
+        LossModel(model, recipe.mixed_precision == 'bf16' and type(team) is not Team), recipe
+    )
     run.names = team.names(model)
     run.parameters = list(run.names)
     resume(run)
     return run
 
 # %% ../../nbs/training/06_fit.ipynb #9c8d0cd7
-def _identity(run)->dict:
+def _identity(run) -> dict:
     "What must agree between a checkpoint and the run that resumes it."
-    return dict(recipe=asdict(run.recipe), examples=len(run.train), targets=int(run.train.supervised().sum()), steps=run.steps,
-                parameters=short_hash(run.shapes))
+    return dict(
+        recipe=asdict(run.recipe),
+        examples=len(run.train),
+        targets=int(run.train.supervised().sum()),
+        steps=run.steps,
+        parameters=short_hash(run.shapes),
+    )
 
 
-def resume(run:Fit):
+def resume(run: Fit):
     "Restore the newest good checkpoint of `run`, if there is one, and cut the log back to it."
     checkpoint = latest_checkpoint(run.folder, run.log.say)
     if checkpoint:
         groups, state = load_checkpoint(checkpoint)
         differing = [key for key, value in jsonable(_identity(run)).items() if state['identity'].get(key) != value]
-        if differing: raise LabError(f'{checkpoint} belongs to another run ({", ".join(differing)} differ): use another folder or start afresh')
+        if differing:
+            raise LabError(
+                f'{checkpoint} belongs to another run ({", ".join(differing)} differ): use another folder or start afresh'
+            )
         run.team.restore(run.names, groups, state['optimiser'])
-        if run.team.rank == 0 or _random_file(run) in groups: restore_random(groups[_random_file(run)], state['random'])
-        else: torch.manual_seed(int(purpose_rng(run.recipe.seed, 'process', run.team.rank, state['progress']['step']).integers(2**62)))
-        if state.get('scaler'): run.team.accelerator.scaler.load_state_dict(state['scaler'])
+        if run.team.rank == 0 or _random_file(run) in groups:
+            restore_random(groups[_random_file(run)], state['random'])
+        else:
+            torch.manual_seed(
+                int(purpose_rng(run.recipe.seed, 'process', run.team.rank, state['progress']['step']).integers(2**62))
+            )
+        if state.get('scaler'):
+            run.team.accelerator.scaler.load_state_dict(state['scaler'])
         run.progress = Progress(**state['progress'])
         run.log.say(f'resumed at step {run.progress.step} of {run.steps}')
     run.log.resume(run.progress.log_lines)
     run.started_at = run.progress.step
 
+# %% ../../nbs/training/06_fit.ipynb #3eb90d90
+def _random_file(run) -> str:
+    return 'random' if run.team.rank == 0 else f'random.rank{run.team.rank:05d}'
 
-def _random_file(run)->str: return 'random' if run.team.rank == 0 else f'random.rank{run.team.rank:05d}'
 
-
-def save(run:Fit):
+def save(run: Fit):
     "Write a checkpoint of `run`, each process its part, and delete those no longer wanted."
     groups, numbers = run.team.state(run.names)
     random_tensors, random_rest = random_state()
-    save_checkpoint(run.folder, run.progress.step, groups | {_random_file(run): random_tensors},
-                    dict(identity=_identity(run), progress=asdict(run.progress), optimiser=numbers, random=random_rest, scaler=scaler.state_dict() if (scaler := run.team.accelerator.scaler) else None), run.team.rank, run.team.gather)
-    if run.team.rank == 0: prune_checkpoints(run.folder, run.recipe.keep_checkpoints, run.progress.best_step)
+    save_checkpoint(
+        run.folder,
+        run.progress.step,
+        groups | {_random_file(run): random_tensors},
+        dict(
+            identity=_identity(run),
+            progress=asdict(run.progress),
+            optimiser=numbers,
+            random=random_rest,
+            scaler=scaler.state_dict() if (scaler := run.team.accelerator.scaler) else None,
+        ),
+        run.team.rank,
+        run.team.gather,
+    )
+    if run.team.rank == 0:
+        prune_checkpoints(run.folder, run.recipe.keep_checkpoints, run.progress.best_step)
 
 # %% ../../nbs/training/06_fit.ipynb #c5e5db67
-def document_lengths(batch:MicroBatch)->list:
+def document_lengths(batch: MicroBatch) -> list:
     "Slots of each document of a packed row, or of each row of a padded one."
     return batch.lengths or [batch.ids_BT.shape[1]] * batch.ids_BT.shape[0]
 
-
-def _all_lengths(batches): return [length for batch in batches for length in document_lengths(batch)]
+# %% ../../nbs/training/06_fit.ipynb #b18b9daf
+def _all_lengths(batches):
+    return [length for batch in batches for length in document_lengths(batch)]
 
 
 def micro_batch_flops(config,            # of a transformers model
@@ -310,7 +415,13 @@ def micro_batch_flops(config,            # of a transformers model
                       recipe:Recipe,     # its `gradient_checkpointing`
 )->float:                                # floating point operations of matrix products
     "Hardware FLOPs of forward and backward of one micro-batch."
-    return flops_step(config, document_lengths(batch), targets_tokens=batch.supervised, gradient_checkpointing=recipe.gradient_checkpointing, **method)
+    return flops_step(
+        config,
+        document_lengths(batch),
+        targets_tokens=batch.supervised,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        **method,
+    )
 
 # %% ../../nbs/training/06_fit.ipynb #08a5c5ab
 def book_step(run:Fit,  # the run in progress; its progress moves on
@@ -324,34 +435,71 @@ def book_step(run:Fit,  # the run in progress; its progress moves on
     "Count one optimiser step and log it when its turn has come."
     progress = run.progress
     tokens, slots = sum(b.tokens for b in batches), sum(b.slots for b in batches)
-    progress.step += 1; progress.tokens += tokens; progress.slots += slots; progress.targets += targets
+    progress.step += 1
+    progress.tokens += tokens
+    progress.slots += slots
+    progress.targets += targets
     progress.largest_slots = max(progress.largest_slots, *(batch.slots for batch in batches))
-    progress.flops += flops; progress.seconds += seconds
-    progress.loss_sum += loss * targets; progress.loss_targets += targets
-    if run.ledger: run.ledger.book(progress.step, tokens, _all_lengths(batches), flops)
+    progress.flops += flops
+    progress.seconds += seconds
+    progress.loss_sum += loss * targets
+    progress.loss_targets += targets
+    if run.ledger:
+        run.ledger.book(progress.step, tokens, _all_lengths(batches), flops)
     if progress.step - run.started_at > WARMUP_TIMED:
-        progress.timed_tokens += tokens; progress.timed_slots += slots; progress.timed_flops += flops; progress.timed_seconds += seconds
-    if progress.step % run.recipe.log_every and progress.step < run.steps: return
-    entry = dict(step=progress.step, epoch=progress.step / run.plan.steps_per_epoch, loss=progress.loss_sum / progress.loss_targets, grad_norm=norm,
-                 learning_rate=learning_rate_at(progress.step - 1, run.steps, run.recipe), tokens=progress.tokens, targets=progress.targets, flops=progress.flops,
-                 seconds=round(progress.seconds, 3), tokens_per_sec=round(tokens / seconds, 1))
-    progress.loss_sum, progress.loss_targets, progress.log_lines = 0., 0, progress.log_lines + 1
+        progress.timed_tokens += tokens
+        progress.timed_slots += slots
+        progress.timed_flops += flops
+        progress.timed_seconds += seconds
+    if progress.step % run.recipe.log_every and progress.step < run.steps:
+        return
+    entry = dict(
+        step=progress.step,
+        epoch=progress.step / run.plan.steps_per_epoch,
+        loss=progress.loss_sum / progress.loss_targets,
+        grad_norm=norm,
+        learning_rate=learning_rate_at(progress.step - 1, run.steps, run.recipe),
+        tokens=progress.tokens,
+        targets=progress.targets,
+        flops=progress.flops,
+        seconds=round(progress.seconds, 3),
+        tokens_per_sec=round(tokens / seconds, 1),
+    )
+    progress.loss_sum, progress.loss_targets, progress.log_lines = 0.0, 0, progress.log_lines + 1
     run.log.write(entry | getattr(run.model, 'log_extras', dict)())
 
-
-def evaluate(run:Fit)->bool:
+# %% ../../nbs/training/06_fit.ipynb #9d294693
+def evaluate(run: Fit) -> bool:
     "Measure the held-out loss, log it, keep count of the best; whether this is the best so far."
     progress = run.progress
-    found = evaluate_loss(run.model, run.valid, run.recipe.batch_size, int(run.valid.slots.max()), run.recipe.layout, run.team)
-    if not math.isfinite(found['loss']): raise LabError(f"step {progress.step}: the held-out loss is {found['loss']}: lower learning_rate (now {run.recipe.learning_rate:g}), or use precision bf16 or fp32")
+    found = evaluate_loss(
+        run.model, run.valid, run.recipe.batch_size, int(run.valid.slots.max()), run.recipe.layout, run.team
+    )
+    if not math.isfinite(found['loss']):
+        raise LabError(
+            f"step {progress.step}: the held-out loss is {found['loss']}: lower learning_rate (now {run.recipe.learning_rate:g}), or use precision bf16 or fp32"
+        )
     better = found['loss'] < (math.inf if progress.best_loss is None else progress.best_loss)
-    if better: progress.best_loss, progress.best_step, progress.bad_evaluations = found['loss'], progress.step, 0
-    else: progress.bad_evaluations += 1
+    if better:
+        progress.best_loss, progress.best_step, progress.bad_evaluations = found['loss'], progress.step, 0
+    else:
+        progress.bad_evaluations += 1
     progress.log_lines += 1
-    run.log.write(dict(step=progress.step, valid_loss=found['loss'], valid_perplexity=found['perplexity'], valid_targets=found['targets'], best=better))
-    run.log.say(f"step {progress.step}/{run.steps}: held-out loss {found['loss']:.4f} nats a token, perplexity {found['perplexity']:.2f}"
-                + (' (best so far)' if better else f" ({progress.bad_evaluations} without a better one)"))
-    if run.recipe.patience and progress.bad_evaluations >= run.recipe.patience: progress.stopped = 'early stopping'
+    run.log.write(
+        dict(
+            step=progress.step,
+            valid_loss=found['loss'],
+            valid_perplexity=found['perplexity'],
+            valid_targets=found['targets'],
+            best=better,
+        )
+    )
+    run.log.say(
+        f"step {progress.step}/{run.steps}: held-out loss {found['loss']:.4f} nats a token, perplexity {found['perplexity']:.2f}"
+        + (' (best so far)' if better else f" ({progress.bad_evaluations} without a better one)")
+    )
+    if run.recipe.patience and progress.bad_evaluations >= run.recipe.patience:
+        progress.stopped = 'early stopping'
     return better
 
 # %% ../../nbs/training/06_fit.ipynb #19fa16b5
@@ -359,11 +507,32 @@ def resident_bytes(model,           # whole, or cut by a strategy
                    optimiser=None,  # its state and its own copies of weights count as well
 )->int:
     "Bytes that this process holds: weights and buffers, quantisation constants, what the optimiser has."
-    states = [module.weight.quant_state for module in model.modules() if getattr(getattr(module, 'weight', None), 'quant_state', None) is not None]
-    constants = [value for state in states for part in (state, state.state2) if part is not None for value in vars(part).values() if torch.is_tensor(value)]
-    own = [p for group in optimiser.param_groups for p in group['params']] + [value for state in optimiser.state.values() for value in state.values() if torch.is_tensor(value)] if optimiser else []
-    held = [getattr(tensor, 'ds_tensor', tensor) for tensor in [*model.parameters(), *model.buffers(), *constants, *own]]
-    held = [tensor.to_local() if hasattr(tensor, 'to_local') else tensor for tensor in {id(tensor): tensor for tensor in held}.values()]
+    states = [
+        module.weight.quant_state
+        for module in model.modules()
+        if getattr(getattr(module, 'weight', None), 'quant_state', None) is not None
+    ]
+    constants = [
+        value
+        for state in states
+        for part in (state, state.state2)
+        if part is not None
+        for value in vars(part).values()
+        if torch.is_tensor(value)
+    ]
+    own = (
+        [p for group in optimiser.param_groups for p in group['params']]
+        + [value for state in optimiser.state.values() for value in state.values() if torch.is_tensor(value)]
+        if optimiser
+        else []
+    )
+    held = [
+        getattr(tensor, 'ds_tensor', tensor) for tensor in [*model.parameters(), *model.buffers(), *constants, *own]
+    ]
+    held = [
+        tensor.to_local() if hasattr(tensor, 'to_local') else tensor
+        for tensor in {id(tensor): tensor for tensor in held}.values()
+    ]
     return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
 # %% ../../nbs/training/06_fit.ipynb #97c4d580
@@ -374,29 +543,44 @@ def watched_step(run:Fit,      # the run in progress
     "`train_step`; on a CPU the memory of its tensors goes to `run.watched` when it is the step to look at."
     nth, largest = run.progress.step - run.started_at + 1, max(batches, key=lambda batch: batch.slots)
     due = nth >= min(WARMUP_TIMED, run.steps - run.started_at) and largest.slots > 1.1 * run.watched.get('slots', 0)
-    if not due or run.team.device.type != 'cpu': return train_step(run, batches, targets)
-    with TensorMemory() as memory: done = train_step(run, batches, targets)
-    if memory.peak_bytes: run.watched = dict(step=run.progress.step + 1, slots=largest.slots, longest=max(document_lengths(largest)), bytes=resident_bytes(run.model, run.optimiser) + memory.peak_bytes)
+    if not due or run.team.device.type != 'cpu':
+        return train_step(run, batches, targets)
+    with TensorMemory() as memory:
+        done = train_step(run, batches, targets)
+    if memory.peak_bytes:
+        run.watched = dict(
+            step=run.progress.step + 1,
+            slots=largest.slots,
+            longest=max(document_lengths(largest)),
+            bytes=resident_bytes(run.model, run.optimiser) + memory.peak_bytes,
+        )
     return done
 
 # %% ../../nbs/training/06_fit.ipynb #0a5d63d1
-def _affordable(run, flops, batches)->bool:
+def _affordable(run, flops, batches) -> bool:
     "Whether the budgets of the run and of its ledger leave room for `flops` more; a `LabError` when the run's own is smaller than one step."
     budget = run.recipe.max_flops
-    if budget and not run.progress.step and flops > budget: raise LabError(f'max_flops is {budget:.4g} and one optimiser step takes {flops:.4g}: raise max_flops, or make the step smaller')
-    return (not budget or run.progress.flops + flops <= budget) and (run.ledger is None or run.ledger.allows(flops, run.progress.step + 1, _all_lengths(batches)))
+    if budget and not run.progress.step and flops > budget:
+        raise LabError(
+            f'max_flops is {budget:.4g} and one optimiser step takes {flops:.4g}: raise max_flops, or make the step smaller'
+        )
+    return (not budget or run.progress.flops + flops <= budget) and (
+        run.ledger is None or run.ledger.allows(flops, run.progress.step + 1, _all_lengths(batches))
+    )
 
 
 def _end_of_budget(run):
     "The last evaluation and checkpoint of a run that may not take its next step."
     run.progress.stopped = 'FLOP budget'
-    if run.valid is not None and run.progress.best_step != run.progress.step: evaluate(run)
+    if run.valid is not None and run.progress.best_step != run.progress.step:
+        evaluate(run)
     save(run)
 
 
-def _walk(run:Fit):
+def _walk(run: Fit):
     "Train `run` to its end."
     from tqdm.auto import tqdm
+
     progress, recipe = run.progress, run.recipe
     eval_every = recipe.eval_every or run.plan.steps_per_epoch
     bar = tqdm(total=run.steps, initial=progress.step, unit='step', disable=not (run.log.main and shows_bar()))
@@ -405,23 +589,30 @@ def _walk(run:Fit):
         shares = step_shares(run.train, run.plan.step(progress.step), recipe, run.team.world)
         everyone, targets = [batch for share in shares for batch in share], targets_of(shares)
         flops = sum(micro_batch_flops(run.model.config, run.method, batch, recipe) for batch in everyone)
-        if not _affordable(run, flops, everyone): _end_of_budget(run); break
+        if not _affordable(run, flops, everyone):
+            _end_of_budget(run)
+            break
         loss, norm = watched_step(run, shares[run.team.rank], targets)
         synchronise()
         book_step(run, loss, norm, everyone, targets, flops, time.perf_counter() - start)
-        bar.update(); bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
+        bar.update()
+        bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
         if progress.step % max(1, run.steps // 10) == 0 and 'LLMFT_MANAGED' not in os.environ:
-            run.log.say(f'step {progress.step}/{run.steps}: loss {loss:.4f}, {progress.tokens / progress.seconds:,.0f} tokens/s')
-        if progress.step >= run.steps: progress.stopped = 'finished'
+            run.log.say(
+                f'step {progress.step}/{run.steps}: loss {loss:.4f}, {progress.tokens / progress.seconds:,.0f} tokens/s'
+            )
+        if progress.step >= run.steps:
+            progress.stopped = 'finished'
         due = run.valid is not None and (progress.step % eval_every == 0 or progress.stopped)
         better = due and evaluate(run)
-        if better or progress.step % recipe.save_every == 0 or progress.stopped: save(run)
+        if better or progress.step % recipe.save_every == 0 or progress.stopped:
+            save(run)
     bar.close()
 
 
-def _restore_best(run:Fit):
+def _restore_best(run: Fit):
     "Give the model the weights of its best evaluation."
-    best = run.folder/f'step-{run.progress.best_step:06d}'
+    best = run.folder / f'step-{run.progress.best_step:06d}'
     run.team.restore_weights(run.names, load_checkpoint(best)[0]['weights'])
     run.log.say(f'weights of step {run.progress.best_step} restored: held-out loss {run.progress.best_loss:.4f}')
 
@@ -441,9 +632,23 @@ def fit(model,             # from `load_model`, with or without an adapter; it i
     resident = resident_bytes(model, run.optimiser)
     with Meter() as meter:
         _walk(run)
-        if run.valid is not None and recipe.keep_best and run.progress.best_step != run.progress.step: _restore_best(run)
+        if run.valid is not None and recipe.keep_best and run.progress.best_step != run.progress.step:
+            _restore_best(run)
     progress, timed, grown = run.progress, run.progress.timed_seconds or None, meter.growth_bytes + resident
     peak = meter.peak_bytes if meter.memory_kind == 'CudaMemory' else run.watched.get('bytes', grown)
     peak, grown, watched = max(run.team.gather((peak, grown, run.watched or None)), key=lambda held: held[0])
-    return FitResult(progress, run.steps, run.plan.steps_per_epoch, progress.largest_slots, run.log.entries(), warmup_steps(recipe, run.steps), timed and progress.timed_tokens / timed, timed and progress.timed_flops / timed,
-                     peak, sum(map(math.prod, run.shapes.values())), None if run.started_at else first_hash, None if meter.memory_kind == 'CudaMemory' else grown, watched)
+    return FitResult(
+        progress,
+        run.steps,
+        run.plan.steps_per_epoch,
+        progress.largest_slots,
+        run.log.entries(),
+        warmup_steps(recipe, run.steps),
+        timed and progress.timed_tokens / timed,
+        timed and progress.timed_flops / timed,
+        peak,
+        sum(map(math.prod, run.shapes.values())),
+        None if run.started_at else first_hash,
+        None if meter.memory_kind == 'CudaMemory' else grown,
+        watched,
+    )

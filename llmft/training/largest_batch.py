@@ -17,37 +17,60 @@ from ..models.cost import memory_breakdown
 from ..models.meter import Meter, TensorMemory
 from .recipe import Recipe, make_optimiser
 from ..data.tokens import Examples
-from .fit import LossModel, accumulate, resident_bytes, set_gradient_checkpointing, step_batches, training_method
+from llmft.training.fit import (
+    LossModel,
+    accumulate,
+    resident_bytes,
+    set_gradient_checkpointing,
+    step_batches,
+    training_method,
+)
 
 # %% ../../nbs/training/09_largest_batch.ipynb #ac58d4a7
 def memory_limit(limit_gb:float=0.,  # what may be used, GiB; 0 for what there is
 )->int:                              # bytes
     "The memory that a run may use, in bytes; a `LabError` when the machine has less."
-    if limit_gb < 0: raise LabError(f'memory_limit_gb is {limit_gb}: give a number of GiB, or 0 for all there is')
-    there = int(.9 * (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() if torch.cuda.is_available() else psutil.virtual_memory().available))
-    if limit_gb * 2**30 > there: raise LabError(f'memory_limit_gb is {limit_gb:g} and this machine has {there / 2**30:.1f} GiB free: give less, or 0 for all there is')
+    if limit_gb < 0:
+        raise LabError(f'memory_limit_gb is {limit_gb}: give a number of GiB, or 0 for all there is')
+    there = int(
+        0.9
+        * (
+            torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+            if torch.cuda.is_available()
+            else psutil.virtual_memory().available
+        )
+    )
+    if limit_gb * 2**30 > there:
+        raise LabError(
+            f'memory_limit_gb is {limit_gb:g} and this machine has {there / 2**30:.1f} GiB free: give less, or 0 for all there is'
+        )
     return int(limit_gb * 2**30) or there
 
-
+# %% ../../nbs/training/09_largest_batch.ipynb #2a7948a5
 def return_memory():
     "Give freed memory back to the device or the system, so that the next measurement starts from nothing."
     gc.collect()
-    if torch.cuda.is_available(): torch._C._cuda_clearCublasWorkspaces(); torch.cuda.empty_cache()
-    try: ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError): pass
+    if torch.cuda.is_available():
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass
 
 # %% ../../nbs/training/09_largest_batch.ipynb #80b7a8e9
 @dataclass
 class Trial:
     "One batch that was tried."
-    batch: int                # rows of full length
-    fits: bool                # whether it did
-    peak_bytes: int = None    # the model and what the step added; None when it was not run to its end
+
+    batch: int  # rows of full length
+    fits: bool  # whether it did
+    peak_bytes: int = None  # the model and what the step added; None when it was not run to its end
     predicted_bytes: int = None  # by the formulas; None where they do not know the architecture
-    seconds: float = None     # of the trial
-    why: str = ''             # what stopped it
+    seconds: float = None  # of the trial
+    why: str = ''  # what stopped it
 
-
+# %% ../../nbs/training/09_largest_batch.ipynb #7920900f
 def worst_examples(rows:int,        # examples
                    length:int,      # positions of each
                    vocabulary:int,  # number of different tokens
@@ -57,36 +80,58 @@ def worst_examples(rows:int,        # examples
     starts = np.arange(rows) * (length + 1)
     return Examples(ids, starts, starts + length + 1)
 
-
-def out_of_memory(error)->bool:
+# %% ../../nbs/training/09_largest_batch.ipynb #110c9a1c
+def out_of_memory(error) -> bool:
     "Whether `error` says that memory ran out, on a GPU or a CPU."
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and any(text in str(error) for text in ("can't allocate memory", 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED')))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError)
+        and any(text in str(error) for text in ("can't allocate memory", 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED'))
+    )
 
-
+# %% ../../nbs/training/09_largest_batch.ipynb #36a89a6a
 def _step(model, recipe, batch, accumulation):
     "Forward, backward and optimiser step on `batch` rows of full length, with all that is allocated let go at the end."
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = make_optimiser(parameters, replace(recipe, learning_rate=0.))
+    optimiser = make_optimiser(parameters, replace(recipe, learning_rate=0.0))
     device = next(model.parameters()).device
-    kind, dtype = device.type, torch.float16 if next(p.dtype for p in model.parameters() if p.is_floating_point()) == torch.float16 else torch.bfloat16
+    kind, dtype = (
+        device.type,
+        torch.float16
+        if next(p.dtype for p in model.parameters() if p.is_floating_point()) == torch.float16
+        else torch.bfloat16,
+    )
     examples = worst_examples(batch, recipe.max_length, model.config.vocab_size)
     batches, targets = step_batches(examples, np.arange(batch), replace(recipe, batch_size=batch))
     try:
         with torch.autocast(kind, dtype, enabled=dtype == torch.float16 or recipe.mixed_precision == 'bf16'):
             if accumulation > 1:
-                for parameter in parameters: parameter.grad = torch.zeros_like(parameter)
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter)
             accumulate(LossModel(model), [each.to(device) for each in batches], targets)
         optimiser.step()
     finally:
-        for parameter in parameters: parameter.grad = None
+        for parameter in parameters:
+            parameter.grad = None
 
 
 def _predicted(model, recipe, batch, accumulation, **facts):
     "Bytes by the formulas, or `None` for an architecture they do not know."
-    dropout = getattr(getattr(model, 'peft_config', {}).get('default'), 'lora_dropout', 0.)
-    try: return memory_breakdown(model.config, tokens=batch * recipe.max_length, longest=recipe.max_length, optimiser=recipe.optimiser, gradient_checkpointing=recipe.gradient_checkpointing, accumulation=accumulation,
-                                 device=next(model.parameters()).device.type, lora_dropout=dropout, **training_method(model), **facts)['total']
-    except LabError: return None
+    dropout = getattr(getattr(model, 'peft_config', {}).get('default'), 'lora_dropout', 0.0)
+    try:
+        return memory_breakdown(
+            model.config,
+            tokens=batch * recipe.max_length,
+            longest=recipe.max_length,
+            optimiser=recipe.optimiser,
+            gradient_checkpointing=recipe.gradient_checkpointing,
+            accumulation=accumulation,
+            device=next(model.parameters()).device.type,
+            lora_dropout=dropout,
+            **training_method(model),
+            **facts,
+        )['total']
+    except LabError:
+        return None
 
 
 def try_batch(model,             # from `load_model`, with or without an adapter; it is left as it was
@@ -98,21 +143,35 @@ def try_batch(model,             # from `load_model`, with or without an adapter
 )->Trial:
     "Whether a training step on `batch` rows of full length stays within `limit`."
     return_memory()
-    trial, mode = Trial(batch, False, predicted_bytes=_predicted(model, recipe, batch, accumulation, **facts)), model.training
+    trial, mode = (
+        Trial(batch, False, predicted_bytes=_predicted(model, recipe, batch, accumulation, **facts)),
+        model.training,
+    )
     set_gradient_checkpointing(model, recipe.gradient_checkpointing)
     model.train()
     enforce = torch.cuda.set_per_process_memory_fraction if torch.cuda.is_available() else lambda share: None
     try:
         resident = resident_bytes(model)
-        enforce(min(1., limit / torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 1.)
-        with torch.random.fork_rng(), Meter() as meter, nullcontext() if torch.cuda.is_available() else TensorMemory() as tensors: _step(model, recipe, batch, accumulation)
-        trial.peak_bytes, trial.seconds = resident + (getattr(tensors, 'peak_bytes', None) or meter.growth_bytes), meter.seconds
+        enforce(
+            min(1.0, limit / torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 1.0
+        )
+        with (
+            torch.random.fork_rng(),
+            Meter() as meter,
+            nullcontext() if torch.cuda.is_available() else TensorMemory() as tensors,
+        ):
+            _step(model, recipe, batch, accumulation)
+        trial.peak_bytes, trial.seconds = (
+            resident + (getattr(tensors, 'peak_bytes', None) or meter.growth_bytes),
+            meter.seconds,
+        )
         trial.fits, trial.why = (True, '') if trial.peak_bytes <= limit else (False, 'peak above the limit')
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error): raise
+        if not out_of_memory(error):
+            raise
         trial.why = 'out of memory'
     finally:
-        enforce(1.)
+        enforce(1.0)
         model.train(mode)
         return_memory()
     return trial
@@ -123,19 +182,23 @@ def bisect_batch(fits,       # called with a batch, says whether it fits
                  most:int,   # largest batch of interest
 )->int:                      # 0 when not even one row fits
     "The largest batch up to `most` that fits, in at most 2 + log2 of the range trials."
-    if not 1 <= safe <= most: raise LabError(f'the search begins at {safe} and ends at {most}: give 1 <= smallest <= largest')
+    if not 1 <= safe <= most:
+        raise LabError(f'the search begins at {safe} and ends at {most}: give 1 <= smallest <= largest')
     low, high, best = (safe + 1, most, safe) if fits(safe) else (1, safe - 1, 0)
     while low <= high:
         middle = (low + high) // 2
-        if fits(middle): low, best = middle + 1, middle
-        else: high = middle - 1
+        if fits(middle):
+            low, best = middle + 1, middle
+        else:
+            high = middle - 1
     return best
 
 # %% ../../nbs/training/09_largest_batch.ipynb #53a575c7
 def _expected(trials, batch):
     "Peak bytes of `batch` rows by the line through the last two trials that were measured; 0 when there are not two."
     known = sorted({trial.batch: trial.peak_bytes for trial in trials if trial.peak_bytes}.items())[-2:]
-    if len(known) < 2: return 0
+    if len(known) < 2:
+        return 0
     (a, low), (b, high) = known
     return high + (batch - b) * max(0, high - low) / (b - a)
 
@@ -151,19 +214,34 @@ def largest_batch(model,                  # from `load_model`, with or without a
                   **facts,                # precision and quantisation, for the prediction
 )->tuple:                                 # (batch, list of `Trial`)
     "The largest batch whose training step stays within the limit. `LabError` when one row does not."
-    kept = Path(folder)/'batch_search.json' if folder else None
-    if kept and kept.exists(): found = read_json(kept); return found['batch'], [Trial(**trial) for trial in found['trials']]
+    kept = Path(folder) / 'batch_search.json' if folder else None
+    if kept and kept.exists():
+        found = read_json(kept)
+        return found['batch'], [Trial(**trial) for trial in found['trials']]
     limit, trials = memory_limit(limit_gb), []
+
     def fits(batch):
         need, free = _expected(trials, batch), psutil.virtual_memory().available
-        if not torch.cuda.is_available() and need > free: trials.append(Trial(batch, False, why=f'not run: it would need {need / 2**30:.1f} GiB of {free / 2**30:.1f} free'))
-        else: trials.append(try_batch(model, recipe, batch, limit, accumulation, **facts))
+        if not torch.cuda.is_available() and need > free:
+            trials.append(
+                Trial(batch, False, why=f'not run: it would need {need / 2**30:.1f} GiB of {free / 2**30:.1f} free')
+            )
+        else:
+            trials.append(try_batch(model, recipe, batch, limit, accumulation, **facts))
         trial = trials[-1]
-        say(f"batch {batch}: {'fits' if trial.fits else trial.why}" + (f', {trial.peak_bytes / 2**20:,.0f} of {limit / 2**20:,.0f} MiB' if trial.peak_bytes else ''))
+        say(
+            f"batch {batch}: {'fits' if trial.fits else trial.why}"
+            + (f', {trial.peak_bytes / 2**20:,.0f} of {limit / 2**20:,.0f} MiB' if trial.peak_bytes else '')
+        )
         return trial.fits
+
     best = bisect_batch(fits, safe, most)
-    if not best: raise LabError(f'not one row of {recipe.max_length} positions fits {limit / 2**30:.2f} GiB: lower max_length, turn on gradient_checkpointing, quantise the model, or raise memory_limit_gb')
-    if kept: write_json(kept, dict(batch=best, limit_bytes=limit, trials=[asdict(trial) for trial in trials]))
+    if not best:
+        raise LabError(
+            f'not one row of {recipe.max_length} positions fits {limit / 2**30:.2f} GiB: lower max_length, turn on gradient_checkpointing, quantise the model, or raise memory_limit_gb'
+        )
+    if kept:
+        write_json(kept, dict(batch=best, limit_bytes=limit, trials=[asdict(trial) for trial in trials]))
     return best, trials
 
 # %% ../../nbs/training/09_largest_batch.ipynb #b8446c1f
@@ -171,6 +249,7 @@ def split_step(target:int,   # rows an optimiser step shall learn from
                largest:int,  # rows that fit at once
 )->tuple:                    # (batch_size, gradient_accumulation), whose product is `target`
     "A micro-batch that fits and the number of them that make the target."
-    if target < 1: raise LabError(f'target_effective_batch is {target}: give at least 1')
+    if target < 1:
+        raise LabError(f'target_effective_batch is {target}: give at least 1')
     batch = max(size for size in range(1, min(target, largest) + 1) if target % size == 0)
     return batch, target // batch

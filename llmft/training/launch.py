@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import torch, torch.distributed as dist
 from .checkpoints import load_checkpoint
-from ..core import LabError, project_root, read_json, shows_bar, write_json
+from ..core import LabError, assets, project_root, read_json, shows_bar, write_json
 from .progress import Progress
 from .recipe import Recipe
 from .strategies import Processes, check_processes
@@ -28,10 +28,23 @@ def write_order(build,                # a function of a module: `build(params)` 
                 processes:Processes,  # how many, and how they share the work
 )->Path:                              # the file
     "Write down what the ranks shall do, and forget what earlier ones left."
-    if build.__module__ == '__main__': raise LabError(f'{build.__qualname__} is defined in a notebook, where other processes cannot find it: move it to a module')
-    place = Path(folder).absolute()/'launch'
-    for old in place.glob('*.json') if place.exists() else []: old.unlink()
-    return write_json(place/'order.json', dict(build=[build.__module__, build.__qualname__], params=vars(params), folder=str(place.parent), recipe=asdict(recipe), processes=asdict(processes)))
+    if build.__module__ == '__main__':
+        raise LabError(
+            f'{build.__qualname__} is defined in a notebook, where other processes cannot find it: move it to a module'
+        )
+    place = Path(folder).absolute() / 'launch'
+    for old in place.glob('*.json') if place.exists() else []:
+        old.unlink()
+    return write_json(
+        place / 'order.json',
+        dict(
+            build=[build.__module__, build.__qualname__],
+            params=vars(params),
+            folder=str(place.parent),
+            recipe=asdict(recipe),
+            processes=asdict(processes),
+        ),
+    )
 
 # %% ../../nbs/training/07_launch.ipynb #02010ade
 mark = '\x1e'  # begins a line that carries a logged object
@@ -42,40 +55,64 @@ def die_with_parent():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == 'linux':
         import ctypes
+
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
-
+# %% ../../nbs/training/07_launch.ipynb #196a9412
 def own_gpu(environment)->dict:  # that of a rank, with LOCAL_RANK
     "What lets a rank see its own GPU only; it must be set before PyTorch looks, so before anything is imported."
     local = environment['LOCAL_RANK']
-    if 'CUDA_VISIBLE_DEVICES' not in environment: return dict(CUDA_VISIBLE_DEVICES=local)
+    if 'CUDA_VISIBLE_DEVICES' not in environment:
+        return dict(CUDA_VISIBLE_DEVICES=local)
     shown = [name for name in environment['CUDA_VISIBLE_DEVICES'].split(',') if name]
     return dict(CUDA_VISIBLE_DEVICES=shown[int(local)]) if int(local) < len(shown) else {}
 
-
-def _train(order)->FitResult:
+# %% ../../nbs/training/07_launch.ipynb #691835af
+def _train(order) -> FitResult:
     "Build what `order` says, join the other ranks and train."
     module, name = order['build']
     model, train, valid = getattr(__import__(module, fromlist=[name]), name)(SimpleNamespace(**order['params']))
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
     on_log = lambda entry: print(mark + json.dumps(entry), flush=True)
-    return fit(model, train, valid, order['folder'], Recipe(**order['recipe']), on_log, processes=Processes(**order['processes']))
+    return fit(
+        model,
+        train,
+        valid,
+        order['folder'],
+        Recipe(**order['recipe']),
+        on_log,
+        processes=Processes(**order['processes']),
+    )
 
 
 def be_a_rank(file):
     "What every rank does: train, and leave the result or the error beside the order."
     die_with_parent()
-    if torch.cuda.is_available(): os.environ['LOCAL_RANK'] = '0'  # the only GPU this rank sees
+    if torch.cuda.is_available():
+        os.environ['LOCAL_RANK'] = '0'  # the only GPU this rank sees
     rank, place = int(os.environ['RANK']), Path(file).parent
-    try: result = _train(read_json(file))
+    try:
+        result = _train(read_json(file))
     except BaseException as error:
-        write_json(place/f'error-{rank:05d}.json', dict(rank=rank, kind=type(error).__name__, text=' '.join(str(error).split()), traceback=traceback.format_exc()))
+        write_json(
+            place / f'error-{rank:05d}.json',
+            dict(
+                rank=rank,
+                kind=type(error).__name__,
+                text=' '.join(str(error).split()),
+                traceback=traceback.format_exc(),
+            ),
+        )
         raise
-    if rank == 0: write_json(place/'result.json', {**vars(result), 'progress': asdict(result.progress), 'log': None})
+    if rank == 0:
+        write_json(place / 'result.json', {**vars(result), 'progress': asdict(result.progress), 'log': None})
     dist.destroy_process_group()
 
 # %% ../../nbs/training/07_launch.ipynb #fc51c7b0
-rank_code = inspect.getsource(own_gpu) + 'import os, sys; os.environ.update(own_gpu(os.environ)); from llmft.training.launch import be_a_rank; be_a_rank(sys.argv[1]); sys.stdout.flush(); os._exit(0)'  # threads of libraries can abort an interpreter that takes itself down
+rank_code = (
+    inspect.getsource(own_gpu)
+    + 'import os, sys; os.environ.update(own_gpu(os.environ)); from llmft.training.launch import be_a_rank; be_a_rank(sys.argv[1]); sys.stdout.flush(); os._exit(0)'
+)  # threads of libraries can abort an interpreter that takes itself down
 agent_code = '''
 import ctypes, json, signal, sys
 if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: it ends its ranks first
@@ -92,58 +129,109 @@ def rendezvous(count:int,  # processes on this host
 )->list:
     "torchrun's arguments that say how the processes find each other."
     hosts = int(os.environ.get('NNODES', 1))
-    if hosts == 1: return ['--standalone', f'--nproc-per-node={count}']
+    if hosts == 1:
+        return ['--standalone', f'--nproc-per-node={count}']
     missing = [name for name in ('NODE_RANK', 'MASTER_ADDR', 'MASTER_PORT') if name not in os.environ]
-    if missing: raise LabError(f'NNODES is {hosts} and {", ".join(missing)} is not set: set NODE_RANK, MASTER_ADDR and MASTER_PORT on every host')
-    return [f'--nnodes={hosts}', f'--nproc-per-node={count}', *(f"--{name.lower().replace('_', '-')}={os.environ[name]}" for name in ('NODE_RANK', 'MASTER_ADDR', 'MASTER_PORT'))]
+    if missing:
+        raise LabError(
+            f'NNODES is {hosts} and {", ".join(missing)} is not set: set NODE_RANK, MASTER_ADDR and MASTER_PORT on every host'
+        )
+    return [
+        f'--nnodes={hosts}',
+        f'--nproc-per-node={count}',
+        *(
+            f"--{name.lower().replace('_', '-')}={os.environ[name]}"
+            for name in ('NODE_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+        ),
+    ]
 
-
+# %% ../../nbs/training/07_launch.ipynb #a1484394
 def start_ranks(order:Path,  # from `write_order`
                 count:int,   # processes on this host
 )->subprocess.Popen:         # torchrun; its standard output is what the ranks print
     "Start the ranks of this host; what they write to standard error goes to launch/stderr.log."
-    command = [sys.executable, '-c', agent_code, str(order.parent/'failures.json'), *rendezvous(count), '--no-python', sys.executable, '-u', '-W', 'ignore', '-c', rank_code, str(order)]
-    paths = os.pathsep.join(dict.fromkeys([str(Path(__file__).parent.parent) if '__file__' in globals() else str(project_root()), *filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep))]))
+    command = [
+        sys.executable,
+        '-c',
+        agent_code,
+        str(order.parent / 'failures.json'),
+        *rendezvous(count),
+        '--no-python',
+        sys.executable,
+        '-u',
+        '-W',
+        'ignore',
+        '-c',
+        rank_code,
+        str(order),
+    ]
+    paths = os.pathsep.join(
+        dict.fromkeys([str(assets.parent.parent), *filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep))])
+    )
     threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1) // count))
     environment = os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS=threads, TOKENIZERS_PARALLELISM='false')
-    with (order.parent/'stderr.log').open('w') as log: return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=project_root(), bufsize=1)
+    with (order.parent / 'stderr.log').open('w') as log:
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=project_root(), bufsize=1
+        )
 
-
+# %% ../../nbs/training/07_launch.ipynb #0b1ac95d
 def join(folder):
     "On another host than the notebook's: start the ranks of this host and wait for them."
-    order = Path(folder).absolute()/'launch'/'order.json'
+    order = Path(folder).absolute() / 'launch' / 'order.json'
     process = start_ranks(order, Processes(**read_json(order)['processes']).count)
-    for line in process.stdout: print(line, end='', flush=True)
-    if process.wait(): raise ChildProcessError(f'the ranks of this host failed: see {order.parent}')
+    for line in process.stdout:
+        print(line, end='', flush=True)
+    if process.wait():
+        raise ChildProcessError(f'the ranks of this host failed: see {order.parent}')
 
 # %% ../../nbs/training/07_launch.ipynb #0393f31c
-broken_lines = ('connection', 'gloo', 'nccl', 'broken pipe', 'socket')  # how a rank complains about a neighbour that is gone
+broken_lines = (
+    'connection',
+    'gloo',
+    'nccl',
+    'broken pipe',
+    'socket',
+)  # how a rank complains about a neighbour that is gone
 
 
 def culprit(failures:list,  # dicts with rank, exitcode and time, as torchrun tells them
             errors:dict,    # rank -> dict with kind and text, where a rank could say what went wrong
 )->dict:                    # one of the failures
     "The failure that came first, rather than those that followed from it."
+
     def order(failure):
         error = errors.get(failure['rank'])
         killed = failure['exitcode'] < 0 and failure['exitcode'] != -signal.SIGTERM
         follows = error is not None and any(word in error['text'].lower() for word in broken_lines)
         return (2 if follows or failure['exitcode'] == -signal.SIGTERM else 0 if killed else 1, failure['time'])
+
     return min(failures, key=order)
 
-
+# %% ../../nbs/training/07_launch.ipynb #b26119cf
 def tell_failure(place,      # the folder launch/ of the run
                  world:int,  # number of ranks
 )->Exception:                # a `LabError` when that is what the rank met
     "The error to raise for ranks that failed: which, and why."
     errors = {error['rank']: error for error in map(read_json, Path(place).glob('error-*.json'))}
-    failures = read_json(Path(place)/'failures.json') if (Path(place)/'failures.json').exists() else []
-    if not failures: return ChildProcessError(f'torchrun failed before any rank did: see {place}/stderr.log')
+    failures = read_json(Path(place) / 'failures.json') if (Path(place) / 'failures.json').exists() else []
+    if not failures:
+        return ChildProcessError(f'torchrun failed before any rank did: see {place}/stderr.log')
     first = culprit(failures, errors)
     error, code = errors.get(first['rank']), first['exitcode']
-    if error and error['kind'] == 'LabError': return LabError(error['text'])
-    why = f"{error['kind']}: {error['text']}" if error else f'killed by signal {-code} ({signal.Signals(-code).name})' + (', most often because memory ran out' if code == -signal.SIGKILL else '') if code < 0 else f'exit status {code}'
-    return ChildProcessError(f"rank {first['rank']} of {world} (process {first['pid']}) died and the others were stopped: {why}; see {place}/stderr.log")
+    if error and error['kind'] == 'LabError':
+        return LabError(error['text'])
+    why = (
+        f"{error['kind']}: {error['text']}"
+        if error
+        else f'killed by signal {-code} ({signal.Signals(-code).name})'
+        + (', most often because memory ran out' if code == -signal.SIGKILL else '')
+        if code < 0
+        else f'exit status {code}'
+    )
+    return ChildProcessError(
+        f"rank {first['rank']} of {world} (process {first['pid']}) died and the others were stopped: {why}; see {place}/stderr.log"
+    )
 
 # %% ../../nbs/training/07_launch.ipynb #d8dbad12
 def follow(process,      # torchrun
@@ -152,40 +240,56 @@ def follow(process,      # torchrun
 ):
     "Pass on what the ranks print and log until they have ended; an interruption ends them."
     from tqdm.auto import tqdm
+
     bar = tqdm(total=steps, unit='step', disable=not shows_bar())
     try:
         for line in process.stdout:
-            if not line.startswith(mark): print(line, end='', flush=True); continue
+            if not line.startswith(mark):
+                print(line, end='', flush=True)
+                continue
             entry = json.loads(line[1:])
-            bar.n = entry['step']; bar.set_postfix(loss=f"{entry['loss']:.3f}") if 'loss' in entry else None
-            if on_log: on_log(entry)
+            bar.n = entry['step']
+            bar.set_postfix(loss=f"{entry['loss']:.3f}") if 'loss' in entry else None
+            if on_log:
+                on_log(entry)
         return process.wait()
     finally:
         bar.close()
-        if process.poll() is None: _end(process)
+        if process.poll() is None:
+            _end(process)
 
-
+# %% ../../nbs/training/07_launch.ipynb #cebd265c
 def _end(process):
     "End torchrun, which ends its ranks; by force when it takes long."
     process.terminate()
-    try: process.wait(20)
-    except subprocess.TimeoutExpired: process.kill(); process.wait()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @contextlib.contextmanager
 def set_apart(model):
     "Keep `model` off the GPU for a while; nothing to do on a CPU."
     device = next(model.parameters()).device
-    if device.type == 'cuda': _move(model, 'cpu'); torch.cuda.empty_cache()
-    try: yield
+    if device.type == 'cuda':
+        _move(model, 'cpu')
+        torch.cuda.empty_cache()
+    try:
+        yield
     finally:
-        if device.type == 'cuda': _move(model, device)
+        if device.type == 'cuda':
+            _move(model, device)
 
-
+# %% ../../nbs/training/07_launch.ipynb #d9caa481
 def _move(model, device):
     "Move a model with what its 8-bit layers hold beside their parameters."
     model.to(device)
-    for state in [module.state for module in model.modules() if getattr(getattr(module, 'state', None), 'CB', None) is not None]: state.CB, state.SCB = state.CB.to(device), state.SCB.to(device)
+    for state in [
+        module.state for module in model.modules() if getattr(getattr(module, 'state', None), 'CB', None) is not None
+    ]:
+        state.CB, state.SCB = state.CB.to(device), state.SCB.to(device)
 
 
 @torch.no_grad()
@@ -194,11 +298,17 @@ def take_weights(model,        # built like the one that was trained; changed in
                  step:int,     # of the checkpoint
 ):
     "Give `model` the trained weights of a checkpoint; a `LabError` when one is missing or of another shape."
-    weights = load_checkpoint(Path(folder)/'checkpoints'/f'step-{step:06d}')[0]['weights']
+    weights = load_checkpoint(Path(folder) / 'checkpoints' / f'step-{step:06d}')[0]['weights']
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if set(trained) != set(weights): raise LabError(f'checkpoint {step} holds {len(weights)} trained weights and the model has {len(trained)}: they were built differently')
+    if set(trained) != set(weights):
+        raise LabError(
+            f'checkpoint {step} holds {len(weights)} trained weights and the model has {len(trained)}: they were built differently'
+        )
     for name, parameter in trained.items():
-        if (found := weights[name]).shape != parameter.shape: raise LabError(f'{name} has shape {tuple(found.shape)} in checkpoint {step} and {tuple(parameter.shape)} in the model')
+        if (found := weights[name]).shape != parameter.shape:
+            raise LabError(
+                f'{name} has shape {tuple(found.shape)} in checkpoint {step} and {tuple(parameter.shape)} in the model'
+            )
         parameter.copy_(found)
 
 # %% ../../nbs/training/07_launch.ipynb #d33d46d3
@@ -213,13 +323,24 @@ def launch(build,         # a function of a module: `build(params)` gives (model
 )->FitResult:
     "`fit` in as many processes as `params` say; continue where `folder` says an earlier attempt stopped, with however many processes."
     processes = Processes.from_params(params)
-    if processes.alone and processes.count == 1: return fit(model, train, valid, folder, recipe, on_log)
+    if processes.alone and processes.count == 1:
+        return fit(model, train, valid, folder, recipe, on_log)
     check_processes(processes, recipe)
     order, world = write_order(build, params, folder, recipe, processes), processes.count * processes.hosts
-    if processes.hosts > 1: print(f"on each other host, with its own NODE_RANK: {sys.executable} -c 'from llmft.training.launch import join; join(\"{Path(folder).absolute()}\")'", flush=True)
+    if processes.hosts > 1:
+        print(
+            f"on each other host, with its own NODE_RANK: {sys.executable} -c 'from llmft.training.launch import join; join(\"{Path(folder).absolute()}\")'",
+            flush=True,
+        )
     with set_apart(model):
-        if follow(start_ranks(order, processes.count), on_log, planned_steps(len(train), recipe)): raise tell_failure(order.parent, world)
-    told = read_json(order.parent/'result.json')
+        if follow(start_ranks(order, processes.count), on_log, planned_steps(len(train), recipe)):
+            raise tell_failure(order.parent, world)
+    told = read_json(order.parent / 'result.json')
     progress = Progress(**told.pop('progress'))
     take_weights(model, folder, progress.best_step if valid is not None and recipe.keep_best else progress.step)
-    return FitResult(**told | dict(progress=progress, log=[json.loads(line) for line in (Path(folder)/'log.jsonl').read_text().splitlines()]))
+    return FitResult(
+        **told
+        | dict(
+            progress=progress, log=[json.loads(line) for line in (Path(folder) / 'log.jsonl').read_text().splitlines()]
+        )
+    )

@@ -10,8 +10,11 @@ import contextlib, json, os
 from pathlib import Path
 from ..core import LabError
 from ..models.cost import adapted_linears, architecture
-try: import fcntl
-except ImportError: fcntl = None  # Windows: one process at a time there
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows: one process at a time there
 
 # %% ../../nbs/training/08_ledger.ipynb #93d2d09f
 heads = ('rule', 'reference')
@@ -19,13 +22,18 @@ heads = ('rule', 'reference')
 
 def _layer_forward(shape, width, count, B, S):
     "Operations of one decoder layer without adapters, for B rows of S positions; `count` heads."
-    e, I = shape.query//count, shape.mlp
-    norms = 2*B*S*(4*width + 12)
-    projections = 3*B*S*shape.query*(2*width - 1) + B*S*width*(2*shape.query - 1)
-    rope = 3*B*count*S*e + B*count*S*e/2
-    attention = B*count*S*S*(2*e - 1) + B*count*S*S + B*count*S*(12*S - 1) + B*count*S*e*(2*S - 1)
-    mlp = 2*B*S*I*(2*width - 1) + 14*B*S*I + B*S*I + B*S*width*(2*I - 1)
-    return norms + projections + rope + attention + mlp + 2*B*S*width
+    e, I = shape.query // count, shape.mlp
+    norms = 2 * B * S * (4 * width + 12)
+    projections = 3 * B * S * shape.query * (2 * width - 1) + B * S * width * (2 * shape.query - 1)
+    rope = 3 * B * count * S * e + B * count * S * e / 2
+    attention = (
+        B * count * S * S * (2 * e - 1)
+        + B * count * S * S
+        + B * count * S * (12 * S - 1)
+        + B * count * S * e * (2 * S - 1)
+    )
+    mlp = 2 * B * S * I * (2 * width - 1) + 14 * B * S * I + B * S * I + B * S * width * (2 * I - 1)
+    return norms + projections + rope + attention + mlp + 2 * B * S * width
 
 
 def study_forward(config,       # a transformers config: gated (Llama, Qwen2) layers
@@ -37,17 +45,21 @@ def study_forward(config,       # a transformers config: gated (Llama, Qwen2) la
 )->float:                       # operations
     "Operations of one forward pass by the rules of the study; a `LabError` for an architecture the rules do not speak of."
     shape, B, S = architecture(config), batch, length
-    if not shape.gated: raise LabError(f'the rules of the study are for gated layers (Llama, Qwen2), not {config.model_type}: count hardware operations instead')
-    if head not in heads: raise LabError(f"head is '{head}': choose from {', '.join(heads)}")
+    if not shape.gated:
+        raise LabError(
+            f'the rules of the study are for gated layers (Llama, Qwen2), not {config.model_type}: count hardware operations instead'
+        )
+    if head not in heads:
+        raise LabError(f"head is '{head}': choose from {', '.join(heads)}")
     width, count = shape.width, config.num_attention_heads
     layer, full = _layer_forward(shape, width, count, B, S), {'k_proj': shape.query, 'v_proj': shape.query}
     for linear in adapted_linears(config, targets) if rank else ():
         outputs = full.get(linear.name.split('.')[-1], linear.outputs)
-        layer += B*S*rank*(2*linear.inputs - 1) + B*S*outputs*(2*rank - 1)
-    output = B*S*shape.words*(2*width - 1) if head == 'rule' else B*S*width*shape.words
-    return B*S*width + shape.layers*layer + B*S*(4*width + 12) + output
+        layer += B * S * rank * (2 * linear.inputs - 1) + B * S * outputs * (2 * rank - 1)
+    output = B * S * shape.words * (2 * width - 1) if head == 'rule' else B * S * width * shape.words
+    return B * S * width + shape.layers * layer + B * S * (4 * width + 12) + output
 
-
+# %% ../../nbs/training/08_ledger.ipynb #5afb33c7
 def study_step(config,        # a transformers config
                lengths,       # positions of each row or document of the step
                rank:int=0,    # of a LoRA; 0 is none
@@ -56,29 +68,34 @@ def study_step(config,        # a transformers config
 )->float:                     # operations
     "Operations of a training step: three forward passes over all its rows."
     counts = {length: list(lengths).count(length) for length in set(lengths)}
-    return 3*sum(study_forward(config, count, length, rank, targets, head) for length, count in counts.items())
+    return 3 * sum(study_forward(config, count, length, rank, targets, head) for length, count in counts.items())
 
 # %% ../../nbs/training/08_ledger.ipynb #a70ed18a
 class Account:
     "A file of reserved and booked steps, shared by processes."
+
     def __init__(self, path,       # the file; it is made when missing
                  budget:float=0.,  # operations all runs may take together, by the study's rules; 0 is no limit
     ):
         self.path, self.budget, self.offset = Path(path), float(budget), 0
-        if self.budget < 0: raise LabError(f'max_flops is {budget}: give the operations the whole study may take, or 0 for no limit')
-        self.steps, self.current, self.aside, self.spent = {}, {}, {}, 0.
+        if self.budget < 0:
+            raise LabError(f'max_flops is {budget}: give the operations the whole study may take, or 0 for no limit')
+        self.steps, self.current, self.aside, self.spent = {}, {}, {}, 0.0
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def _take(self, line):
         "Let one line of the file count."
         run, kind = line['run'], line['kind']
         if kind == 'begin':
-            if self.current.get(run) not in (None, line['mark']): self._set_aside(run)
+            if self.current.get(run) not in (None, line['mark']):
+                self._set_aside(run)
             self.current[run] = line['mark']
             return
         old = self.steps.setdefault(run, {}).get((line['what'], line['step']))
-        if old and (old['kind'] == 'booked' or kind == 'reserved'): return
-        if line['what'] == 'train': self.spent += line['study'] - (old['study'] if old else 0)
+        if old and (old['kind'] == 'booked' or kind == 'reserved'):
+            return
+        if line['what'] == 'train':
+            self.spent += line['study'] - (old['study'] if old else 0)
         self.steps[run][line['what'], line['step']] = line
 
     def _set_aside(self, run):
@@ -90,21 +107,34 @@ class Account:
     def open(self):
         "The file, locked and read to its end; lines that are appended within count at once."
         with self.path.open('a+b') as file:
-            if fcntl: fcntl.flock(file, fcntl.LOCK_EX)
-            if file.seek(0, os.SEEK_END) < self.offset: raise LabError(f'{self.path} became shorter while it was in use: a ledger only grows; restore it or begin another')
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if file.seek(0, os.SEEK_END) < self.offset:
+                raise LabError(
+                    f'{self.path} became shorter while it was in use: a ledger only grows; restore it or begin another'
+                )
             file.seek(self.offset)
             news = file.read()
-            whole = news[:news.rfind(b'\n') + 1]
-            if len(whole) < len(news): file.truncate(self.offset + len(whole))
-            try: lines = [json.loads(line) for line in whole.splitlines()]
-            except ValueError: raise LabError(f'{self.path} holds a line that is no JSON: restore it or begin another ledger') from None
-            for line in lines: self._take(line)
+            whole = news[: news.rfind(b'\n') + 1]
+            if len(whole) < len(news):
+                file.truncate(self.offset + len(whole))
+            try:
+                lines = [json.loads(line) for line in whole.splitlines()]
+            except ValueError:
+                raise LabError(
+                    f'{self.path} holds a line that is no JSON: restore it or begin another ledger'
+                ) from None
+            for line in lines:
+                self._take(line)
             self.offset += len(whole)
+
             def append(**line):
                 self._take(line)
                 data = json.dumps(line).encode() + b'\n'
-                file.write(data); file.flush()
+                file.write(data)
+                file.flush()
                 self.offset += len(data)
+
             yield append
 
     def begin(self, run:str,   # name of the run
@@ -112,7 +142,8 @@ class Account:
     ):
         "Say which run of this name counts from now on."
         with self.open() as append:
-            if self.current.get(run) != mark: append(run=run, kind='begin', mark=mark)
+            if self.current.get(run) != mark:
+                append(run=run, kind='begin', mark=mark)
 
     def reserve(self, run:str,  # name of the run
                 step:int,       # number of the step, from 1
@@ -121,8 +152,10 @@ class Account:
     )->bool:                    # False: the budget does not reach
         "Reserve a step unless it would overdraw the budget."
         with self.open() as append:
-            if ('train', step) in self.steps.get(run, {}): return True
-            if self.budget and self.spent + study > self.budget: return False
+            if ('train', step) in self.steps.get(run, {}):
+                return True
+            if self.budget and self.spent + study > self.budget:
+                return False
             append(run=run, kind='reserved', what='train', step=step, study=study, hardware=hardware, tokens=0)
             return True
 
@@ -135,7 +168,8 @@ class Account:
     ):
         "Count a step that was done, once."
         with self.open() as append:
-            if self.steps.get(run, {}).get((what, step), {}).get('kind') != 'booked': append(run=run, kind='booked', what=what, step=step, study=study, hardware=hardware, tokens=tokens)
+            if self.steps.get(run, {}).get((what, step), {}).get('kind') != 'booked':
+                append(run=run, kind='booked', what=what, step=step, study=study, hardware=hardware, tokens=tokens)
 
     def left(self, but:str='', # a run whose own steps are not counted
     )->float:                  # operations; infinity without a budget
@@ -147,6 +181,7 @@ class Account:
 # %% ../../nbs/training/08_ledger.ipynb #727151f5
 class Ledger:
     "The share of one run in an `Account`: `fit(..., ledger=this)`."
+
     def __init__(self, account,       # an `Account`
                  run:str,             # name of the run
                  mark:str,            # its fingerprint
@@ -166,7 +201,10 @@ class Ledger:
     )->bool:
         "Reserve the coming step; False when it would overdraw the budget, a `LabError` when not even one step fits an untouched one."
         study = self.count(lengths)
-        if self.account.budget and study > self.account.budget: raise LabError(f'max_flops is {self.account.budget:.4g} for the whole study and one step takes {study:.4g}: raise max_flops, or make the step smaller')
+        if self.account.budget and study > self.account.budget:
+            raise LabError(
+                f'max_flops is {self.account.budget:.4g} for the whole study and one step takes {study:.4g}: raise max_flops, or make the step smaller'
+            )
         return self.account.reserve(self.run, step, study, flops)
 
     def book(self, step:int,  # number of the step done
@@ -185,24 +223,50 @@ class Ledger:
     ):
         "Note the operations of a forecast, beside the budget: with a cache every position is computed once, a prompt once for all its samples."
         start, end = self.forward(rows, prompt), self.forward(rows, length)
-        self.account.book(self.run, number, start + samples*(end - start), 0., rows*(prompt + samples*(length - prompt)), 'forecast')
+        self.account.book(
+            self.run,
+            number,
+            start + samples * (end - start),
+            0.0,
+            rows * (prompt + samples * (length - prompt)),
+            'forecast',
+        )
 
     def steps_left(self, lengths, # positions of the documents of a usual step
     )->int:                       # steps
         "How many such steps the budget holds for this run, those it has taken included."
         left = self.account.left(but=self.run)
-        return 10**12 if left == float('inf') else int(left//self.count(lengths))
+        return 10**12 if left == float('inf') else int(left // self.count(lengths))
 
 # %% ../../nbs/training/08_ledger.ipynb #ad8180e5
 def statement(account, # an `Account`
 )->list:               # rows: run, steps, tokens, study, hardware, forecasts, open, share; the last is the sum
     "What every run took, in the order of their first steps, and the sum."
-    with account.open(): runs = dict(account.steps)
+    with account.open():
+        runs = dict(account.steps)
     rows = []
     for run, lines in runs.items():
         train = [line for (what, _), line in lines.items() if what == 'train']
-        rows.append(dict(run=run, steps=len(train), tokens=sum(line['tokens'] for line in train), study=sum(line['study'] for line in train), hardware=sum(line['hardware'] for line in train),
-                         forecasts=sum(line['study'] for (what, _), line in lines.items() if what == 'forecast'), open=sum(line['kind'] == 'reserved' for line in train)))
-    rows.append(dict(run='all', **{key: sum(row[key] for row in rows) for key in ('steps', 'tokens', 'study', 'hardware', 'forecasts', 'open')}))
-    for row in rows: row['share'] = row['study']/account.budget if account.budget else None
+        rows.append(
+            dict(
+                run=run,
+                steps=len(train),
+                tokens=sum(line['tokens'] for line in train),
+                study=sum(line['study'] for line in train),
+                hardware=sum(line['hardware'] for line in train),
+                forecasts=sum(line['study'] for (what, _), line in lines.items() if what == 'forecast'),
+                open=sum(line['kind'] == 'reserved' for line in train),
+            )
+        )
+    rows.append(
+        dict(
+            run='all',
+            **{
+                key: sum(row[key] for row in rows)
+                for key in ('steps', 'tokens', 'study', 'hardware', 'forecasts', 'open')
+            },
+        )
+    )
+    for row in rows:
+        row['share'] = row['study'] / account.budget if account.budget else None
     return rows

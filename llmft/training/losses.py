@@ -30,10 +30,10 @@ def row_chunks(count:int,            # rows in all
                chunk_bytes:int,      # upper bound of one chunk, bytes
 )->list:                             # slices that cover range(count)
     "Slices over rows such that the logits of each fit into `chunk_bytes`; one row at least."
-    step = max(1, chunk_bytes//(vocabulary*bytes_per_logit))
-    return [slice(start, min(start+step, count)) for start in range(0, count, step)]
+    step = max(1, chunk_bytes // (vocabulary * bytes_per_logit))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
-
+# %% ../../nbs/training/01_losses.ipynb #3965d54c
 def kept_rows(targets_N):
     "The positions that have a target, as an index; a full slice when that is all of them, since a slice copies nothing."
     rows = (targets_N != ignored).nonzero()[:, 0]
@@ -46,10 +46,13 @@ def chunk_logits(hidden_RD,   # hidden states of a chunk
                  buffer_RV,   # at least as many rows, in float32 (float64 for float64 inputs)
 ):                            # logits_RV in the buffer's dtype
     "The logits of a chunk in full precision, in `buffer_RV` or in memory of their own."
-    logits_RV = buffer_RV[:len(hidden_RD)]
-    if hidden_RD.dtype == buffer_RV.dtype: torch.mm(hidden_RD, weight_VD.T, out=logits_RV)
-    elif hidden_RD.is_cuda: torch.mm(hidden_RD, weight_VD.T, out_dtype=buffer_RV.dtype, out=logits_RV)
-    else: logits_RV.copy_(torch.mm(hidden_RD, weight_VD.T))
+    logits_RV = buffer_RV[: len(hidden_RD)]
+    if hidden_RD.dtype == buffer_RV.dtype:
+        torch.mm(hidden_RD, weight_VD.T, out=logits_RV)
+    elif hidden_RD.is_cuda:
+        torch.mm(hidden_RD, weight_VD.T, out_dtype=buffer_RV.dtype, out=logits_RV)
+    else:
+        logits_RV.copy_(torch.mm(hidden_RD, weight_VD.T))
     return logits_RV if bias_V is None else logits_RV.add_(bias_V)
 
 # %% ../../nbs/training/01_losses.ipynb #c530d7dc
@@ -61,8 +64,11 @@ def _chunked_pass(hidden_ND, weight_VD, bias_V, targets_N,
     "Loss and gradients of all rows that have a target, one chunk of logits at a time."
     (index, all_kept), full = rows, torch.promote_types(hidden_ND.dtype, torch.float32)
     wide = dict(dtype=full, device=hidden_ND.device)
-    gradients = [torch.zeros_like(hidden_ND) if needs[0] else None, torch.zeros(weight_VD.shape, **wide) if needs[1] else None,
-                 torch.zeros(bias_V.shape, **wide) if needs[2] else None]
+    gradients = [
+        torch.zeros_like(hidden_ND) if needs[0] else None,
+        torch.zeros(weight_VD.shape, **wide) if needs[1] else None,
+        torch.zeros(bias_V.shape, **wide) if needs[2] else None,
+    ]
     chunks = row_chunks(len(index), len(weight_VD), 4 if hidden_ND.dtype == full else 6, chunk_bytes)
     buffer_RV = torch.empty(chunks[0].stop if chunks else 0, len(weight_VD), **wide)
     loss = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
@@ -71,7 +77,8 @@ def _chunked_pass(hidden_ND, weight_VD, bias_V, targets_N,
         hidden_RD, targets_R = hidden_ND[at], targets_N[at]
         slope_RV = chunk_logits(hidden_RD, weight_VD, bias_V, buffer_RV)
         loss += softmax_losses_(slope_RV, targets_R).sum(dtype=torch.float64)
-        if any(needs): _add_gradients(gradients, at, slope_RV, hidden_RD, weight_VD, targets_R)
+        if any(needs):
+            _add_gradients(gradients, at, slope_RV, hidden_RD, weight_VD, targets_R)
     return loss.to(full), gradients
 
 
@@ -79,15 +86,21 @@ def _add_gradients(gradients, at, slope_RV, hidden_RD, weight_VD, targets_R):
     "Add what the rows `at` contribute to `gradients`; `slope_RV` holds their probabilities and becomes the gradient by their logits."
     hidden, weight, bias = gradients
     slope_RV[torch.arange(len(targets_R), device=targets_R.device), targets_R] -= 1
-    if bias is not None: bias += slope_RV.sum(0)
+    if bias is not None:
+        bias += slope_RV.sum(0)
     slope_RV = slope_RV.to(hidden_RD.dtype)
-    if hidden is not None: hidden[at] = slope_RV @ weight_VD
-    if weight is not None: torch.addmm(weight, slope_RV.T, hidden_RD, out=weight) if weight.dtype == hidden_RD.dtype else weight.add_(slope_RV.T @ hidden_RD)
+    if hidden is not None:
+        hidden[at] = slope_RV @ weight_VD
+    if weight is not None:
+        torch.addmm(weight, slope_RV.T, hidden_RD, out=weight) if weight.dtype == hidden_RD.dtype else weight.add_(
+            slope_RV.T @ hidden_RD
+        )
 
 # %% ../../nbs/training/01_losses.ipynb #c2b835aa
 def _give_away(ctx, scale):
     "The gradients that wait in `ctx`, times `scale`; a RuntimeError when they were given away before."
-    if ctx.gradients is None: raise RuntimeError('the loss gave its gradients away in the first backward: compute it again')
+    if ctx.gradients is None:
+        raise RuntimeError('the loss gave its gradients away in the first backward: compute it again')
     gradients, ctx.gradients = ctx.gradients, None
     return [None if gradient is None else gradient.to(scale.dtype).mul_(scale) for gradient in gradients]
 
@@ -117,7 +130,9 @@ def linear_cross_entropy(hidden_ND,          # hidden states before the output m
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
     hidden_ND, weight_VD, bias_V = (None if x is None else x.to(dtype) for x in (hidden_ND, weight_VD, bias_V))
     rows = kept_rows(targets_N)
-    return _LinearCrossEntropy.apply(hidden_ND, weight_VD, bias_V, targets_N, rows, chunk_bytes, torch.is_grad_enabled()), len(rows[0])
+    return _LinearCrossEntropy.apply(
+        hidden_ND, weight_VD, bias_V, targets_N, rows, chunk_bytes, torch.is_grad_enabled()
+    ), len(rows[0])
 
 # %% ../../nbs/training/01_losses.ipynb #4bc89d46
 def _head_pass(hidden_ND, head, targets_N,
@@ -128,7 +143,11 @@ def _head_pass(hidden_ND, head, targets_N,
 ):                          # sum of losses (float32), [gradient of hidden, of each parameter]
     "Loss and gradients of all rows that have a target, one chunk through `head` at a time."
     (index, all_kept), full = rows, torch.promote_types(hidden_ND.dtype, torch.float32)
-    gradients = [torch.zeros_like(x, dtype=x.dtype if x is hidden_ND else full) for x in (hidden_ND, *parameters)] if learning else []
+    gradients = (
+        [torch.zeros_like(x, dtype=x.dtype if x is hidden_ND else full) for x in (hidden_ND, *parameters)]
+        if learning
+        else []
+    )
     loss = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
     for chunk in row_chunks(len(index), _vocabulary(head), 16, chunk_bytes):
         at = chunk if all_kept else index[chunk]
@@ -137,15 +156,20 @@ def _head_pass(hidden_ND, head, targets_N,
             logits_RV = head(hidden_RD)
         slope_RV = logits_RV.detach().to(full)
         loss += softmax_losses_(slope_RV, targets_N[at]).sum(dtype=torch.float64)
-        if not learning: continue
+        if not learning:
+            continue
         slope_RV[torch.arange(len(slope_RV), device=slope_RV.device), targets_N[at]] -= 1
-        slopes = torch.autograd.grad(logits_RV, (hidden_RD, *parameters), slope_RV.to(logits_RV.dtype), allow_unused=True)
+        slopes = torch.autograd.grad(
+            logits_RV, (hidden_RD, *parameters), slope_RV.to(logits_RV.dtype), allow_unused=True
+        )
         gradients[0][at] = slopes[0]
-        for total, slope in zip(gradients[1:], slopes[1:]): total += 0 if slope is None else slope
+        for total, slope in zip(gradients[1:], slopes[1:]):
+            total += 0 if slope is None else slope
     return loss.to(full), gradients
 
 
-def _vocabulary(head): return getattr(head, 'out_features', None) or head.weight.shape[0]
+def _vocabulary(head):
+    return getattr(head, 'out_features', None) or head.weight.shape[0]
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
@@ -167,7 +191,8 @@ def head_cross_entropy(hidden_ND,          # hidden states before the head
                        chunk_bytes=2**25,  # most bytes of logits held at once
 ):                                         # (sum of losses as a float32 scalar in nats, number of targets)
     "`linear_cross_entropy` for any output `head`."
-    if type(head) is nn.Linear: return linear_cross_entropy(hidden_ND, head.weight, targets_N, head.bias, chunk_bytes)
+    if type(head) is nn.Linear:
+        return linear_cross_entropy(hidden_ND, head.weight, targets_N, head.bias, chunk_bytes)
     parameters, rows = [p for p in head.parameters() if p.requires_grad], kept_rows(targets_N)
     learning = torch.is_grad_enabled() and (hidden_ND.requires_grad or len(parameters) > 0)
     return _HeadCrossEntropy.apply(hidden_ND, head, targets_N, rows, chunk_bytes, learning, *parameters), len(rows[0])

@@ -17,7 +17,16 @@ from ..models.meter import synchronise
 from .fit import WARMUP_TIMED, fit
 
 # %% ../../nbs/training/10_profiling.ipynb #6eb0277d
-_parts = [('lora_', 'adapter'), ('self_attn', 'attention'), ('attn', 'attention'), ('mlp', 'MLP'), ('embed', 'embedding'), ('wte', 'embedding'), ('norm', 'norms'), ('ln_', 'norms')]
+_parts = [
+    ('lora_', 'adapter'),
+    ('self_attn', 'attention'),
+    ('attn', 'attention'),
+    ('mlp', 'MLP'),
+    ('embed', 'embedding'),
+    ('wte', 'embedding'),
+    ('norm', 'norms'),
+    ('ln_', 'norms'),
+]
 mark = 'part: '  # begins the name of a range
 
 
@@ -25,36 +34,54 @@ def part_of(name:str,  # dotted name of a module
 ):                     # a part of the model, or None when the module is a mere container or lies inside a named one
     "The part of the model that a module is, by the last piece of its name."
     last = name.rpartition('.')[2]
-    if not last or last.isdigit(): return None
-    return 'adapter' if any(piece.startswith('lora_') for piece in name.split('.')) else next((part for start, part in _parts if last.startswith(start) or (part == 'norms' and last.endswith('norm'))), None)
+    if not last or last.isdigit():
+        return None
+    return (
+        'adapter'
+        if any(piece.startswith('lora_') for piece in name.split('.'))
+        else next(
+            (part for start, part in _parts if last.startswith(start) or (part == 'norms' and last.endswith('norm'))),
+            None,
+        )
+    )
 
-
+# %% ../../nbs/training/10_profiling.ipynb #3bb313f1
 @contextlib.contextmanager
 def named_parts(model):
     "Ranges with the names of parts of `model` around their forward passes, within the block."
     handles, open_ranges = [], []
+
     def enter(label):
         open_ranges.append(record_function(mark + label))
         open_ranges[-1].__enter__()
+
     for name, module in model.named_modules():
-        if not (part := part_of(name)): continue
+        if not (part := part_of(name)):
+            continue
         handles.append(module.register_forward_pre_hook(lambda module, inputs, part=part: enter(part)))
-        handles.append(module.register_forward_hook(lambda module, inputs, output: open_ranges.pop().__exit__(None, None, None), always_call=True))
-    try: yield
+        handles.append(
+            module.register_forward_hook(
+                lambda module, inputs, output: open_ranges.pop().__exit__(None, None, None), always_call=True
+            )
+        )
+    try:
+        yield
     finally:
-        for handle in handles: handle.remove()
+        for handle in handles:
+            handle.remove()
 
 # %% ../../nbs/training/10_profiling.ipynb #bc725b81
 @dataclass
 class Profile:
     "What a profiled run left."
-    profiler: object         # torch.profiler.profile, stopped
-    steps: int               # optimiser steps it saw
-    seconds: float           # a step under the profiler
-    plain_seconds: float     # a step without it
-    device: str              # 'cpu' or 'cuda': whose time is summed up
 
+    profiler: object  # torch.profiler.profile, stopped
+    steps: int  # optimiser steps it saw
+    seconds: float  # a step under the profiler
+    plain_seconds: float  # a step without it
+    device: str  # 'cpu' or 'cuda': whose time is summed up
 
+# %% ../../nbs/training/10_profiling.ipynb #e537fd41
 def profile_fit(model,            # from `load_model`, with or without an adapter; it is trained in place
                 train,            # training `Examples`
                 recipe,           # how to train; how long and how often to log is decided here
@@ -62,27 +89,95 @@ def profile_fit(model,            # from `load_model`, with or without an adapte
                 shapes:bool=True, # record shapes of inputs
 )->Profile:
     "Train a few steps without and then `steps` steps under PyTorch's profiler; a `LabError` for less than one step."
-    if steps < 1: raise LabError(f'steps is {steps}: profile at least 1')
+    if steps < 1:
+        raise LabError(f'steps is {steps}: profile at least 1')
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')
     plain, cuda = WARMUP_TIMED + max(2, min(steps, 5)), torch.cuda.is_available()
-    profiler = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*cuda, record_shapes=shapes, profile_memory=True)
+    profiler = profile(
+        activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda, record_shapes=shapes, profile_memory=True
+    )
+
     def switch(entry):
-        if entry['step'] == plain: profiler.start()
-        if entry['step'] == plain + steps: synchronise(); profiler.stop()
+        if entry['step'] == plain:
+            profiler.start()
+        if entry['step'] == plain + steps:
+            synchronise()
+            profiler.stop()
+
     with tempfile.TemporaryDirectory() as folder, named_parts(model):
-        log = fit(model, train, None, folder, replace(recipe, max_steps=plain + steps, log_every=1, save_every=10**9, patience=0, keep_best=False), switch).log
+        log = fit(
+            model,
+            train,
+            None,
+            folder,
+            replace(recipe, max_steps=plain + steps, log_every=1, save_every=10**9, patience=0, keep_best=False),
+            switch,
+        ).log
     at = {entry['step']: entry['seconds'] for entry in log}
-    return Profile(profiler, steps, (at[plain + steps] - at[plain])/steps, (at[plain] - at[WARMUP_TIMED])/(plain - WARMUP_TIMED), 'cuda' if cuda else 'cpu')
+    return Profile(
+        profiler,
+        steps,
+        (at[plain + steps] - at[plain]) / steps,
+        (at[plain] - at[WARMUP_TIMED]) / (plain - WARMUP_TIMED),
+        'cuda' if cuda else 'cpu',
+    )
 
 # %% ../../nbs/training/10_profiling.ipynb #53351cb2
-_kinds = [('matrix products', ('aten::mm', 'aten::addmm', 'aten::bmm', 'aten::baddbmm')), ('attention', ('aten::_scaled_dot_product', 'aten::_flash_attention', 'aten::_efficient_attention', 'flash_attn')),
-    ('quantised weights', ('bitsandbytes::', 'MatMul4Bit', 'MatMul8bit')), ('loss', ('_LinearCrossEntropy', '_HeadCrossEntropy', 'aten::_softmax', 'aten::_log_softmax', 'aten::amax', 'aten::nll_loss')),
-    ('optimiser', ('Optimizer.', 'aten::_fused_adam', 'aten::_foreach', 'aten::linalg_vector_norm')), ('dropout', ('aten::bernoulli', 'aten::native_dropout', 'aten::dropout')),
-    ('copies', ('aten::copy_', 'aten::cat', 'aten::clone', 'aten::contiguous', 'aten::index', 'aten::embedding', 'aten::to', 'aten::_to_copy')),
-    ('element by element', ('aten::mul', 'aten::add', 'aten::silu', 'aten::gelu', 'aten::pow', 'aten::mean', 'aten::rsqrt', 'aten::neg', 'aten::div', 'aten::sub', 'aten::sum', 'aten::cos', 'aten::sin', 'aten::tanh', 'aten::fill_', 'aten::zero_'))]
+_kinds = [
+    ('matrix products', ('aten::mm', 'aten::addmm', 'aten::bmm', 'aten::baddbmm')),
+    ('attention', ('aten::_scaled_dot_product', 'aten::_flash_attention', 'aten::_efficient_attention', 'flash_attn')),
+    ('quantised weights', ('bitsandbytes::', 'MatMul4Bit', 'MatMul8bit')),
+    (
+        'loss',
+        (
+            '_LinearCrossEntropy',
+            '_HeadCrossEntropy',
+            'aten::_softmax',
+            'aten::_log_softmax',
+            'aten::amax',
+            'aten::nll_loss',
+        ),
+    ),
+    ('optimiser', ('Optimizer.', 'aten::_fused_adam', 'aten::_foreach', 'aten::linalg_vector_norm')),
+    ('dropout', ('aten::bernoulli', 'aten::native_dropout', 'aten::dropout')),
+    (
+        'copies',
+        (
+            'aten::copy_',
+            'aten::cat',
+            'aten::clone',
+            'aten::contiguous',
+            'aten::index',
+            'aten::embedding',
+            'aten::to',
+            'aten::_to_copy',
+        ),
+    ),
+    (
+        'element by element',
+        (
+            'aten::mul',
+            'aten::add',
+            'aten::silu',
+            'aten::gelu',
+            'aten::pow',
+            'aten::mean',
+            'aten::rsqrt',
+            'aten::neg',
+            'aten::div',
+            'aten::sub',
+            'aten::sum',
+            'aten::cos',
+            'aten::sin',
+            'aten::tanh',
+            'aten::fill_',
+            'aten::zero_',
+        ),
+    ),
+]
 
 
-def kind_of(name:str)->str:
+def kind_of(name: str) -> str:
     "The kind of work that an operation is."
     return next((kind for kind, starts in _kinds if name.startswith(starts)), 'bookkeeping')
 
@@ -101,45 +196,73 @@ def _range_of(event):
 
 def _phase_of(names):
     "The phase of an event from the names around it."
-    if any(name.startswith('autograd::engine') or 'Backward' in name for name in names): return 'backward'
+    if any(name.startswith('autograd::engine') or 'Backward' in name for name in names):
+        return 'backward'
     return 'optimiser' if any(name.startswith('Optimizer.') for name in names) else 'forward'
 
 
 def operations(seen:Profile,  # from `profile_fit`
 )->list:                      # one dict per operation with a self time: name, kind, part, phase, seconds
     "Every operation of the profile with its kind, its part of the model and its phase."
-    events = [event for event in seen.profiler.events() if event.device_type == DeviceType.CPU and not event.name.startswith('[memory]')]  # kernels count at the operation that started them
-    time = (lambda event: event.self_device_time_total) if seen.device == 'cuda' else (lambda event: event.self_cpu_time_total)
+    events = [
+        event
+        for event in seen.profiler.events()
+        if event.device_type == DeviceType.CPU and not event.name.startswith('[memory]')
+    ]  # kernels count at the operation that started them
+    time = (
+        (lambda event: event.self_device_time_total)
+        if seen.device == 'cuda'
+        else (lambda event: event.self_cpu_time_total)
+    )
     forward, found = {}, []
     for event in events:
-        if event.sequence_nr >= 0 and (part := _range_of(event)): forward.setdefault(event.sequence_nr, part)
+        if event.sequence_nr >= 0 and (part := _range_of(event)):
+            forward.setdefault(event.sequence_nr, part)
     for event in events:
-        if not time(event): continue
+        if not time(event):
+            continue
         around = list(_ancestors(event))
-        part = _range_of(event) or next((forward[outer.sequence_nr] for outer in around if outer.name.startswith('autograd::engine') and outer.sequence_nr in forward), None)
+        part = _range_of(event) or next(
+            (
+                forward[outer.sequence_nr]
+                for outer in around
+                if outer.name.startswith('autograd::engine') and outer.sequence_nr in forward
+            ),
+            None,
+        )
         phase, kind = _phase_of([outer.name for outer in around]), kind_of(event.name)
-        part = part or ('loss' if any(kind_of(outer.name) == 'loss' for outer in around) else 'optimiser' if phase == 'optimiser' or kind == 'optimiser' else 'the rest')
-        found.append(dict(name=event.name, kind=kind, part=part, phase=phase, seconds=time(event)*1e-6))
+        part = part or (
+            'loss'
+            if any(kind_of(outer.name) == 'loss' for outer in around)
+            else 'optimiser'
+            if phase == 'optimiser' or kind == 'optimiser'
+            else 'the rest'
+        )
+        found.append(dict(name=event.name, kind=kind, part=part, phase=phase, seconds=time(event) * 1e-6))
     return found
 
-
+# %% ../../nbs/training/10_profiling.ipynb #befacabe
 def shares(found:list,  # from `operations`
            key:str,     # 'kind', 'part', 'phase' or 'name'
 )->dict:                # value of `key` -> share of all self time, largest first
     "How the time divides."
     total, sums = sum(one['seconds'] for one in found), {}
-    for one in found: sums[one[key]] = sums.get(one[key], 0) + one['seconds']
-    if not total: raise LabError('the profile holds no operation with a time: profile at least one step')
-    return {name: seconds/total for name, seconds in sorted(sums.items(), key=lambda pair: -pair[1])}
+    for one in found:
+        sums[one[key]] = sums.get(one[key], 0) + one['seconds']
+    if not total:
+        raise LabError('the profile holds no operation with a time: profile at least one step')
+    return {name: seconds / total for name, seconds in sorted(sums.items(), key=lambda pair: -pair[1])}
 
 # %% ../../nbs/training/10_profiling.ipynb #0155b3ff
 def profile_table(seen:Profile,  # from `profile_fit`
                   top:int=30,    # operations
 )->str:
     "The `top` operations by self time as a text table."
-    return seen.profiler.key_averages().table(sort_by=f'self_{"cuda" if seen.device == "cuda" else "cpu"}_time_total', row_limit=top, max_name_column_width=60)
+    return seen.profiler.key_averages().table(
+        sort_by=f'self_{"cuda" if seen.device == "cuda" else "cpu"}_time_total', row_limit=top, max_name_column_width=60
+    )
 
-
+# %% ../../nbs/training/10_profiling.ipynb #372b524a
 def save_trace(seen:Profile,  # from `profile_fit`
                path,          # ends in .json.gz
 )->int:                       # bytes written

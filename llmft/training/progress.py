@@ -15,47 +15,57 @@ from ..core import jsonable, shows_bar, write_atomic
 @dataclass
 class Progress:
     "How far a run is; saved with every checkpoint."
-    step: int = 0                   # optimiser steps done
-    tokens: int = 0                 # real input tokens
-    slots: int = 0                  # slots processed, padding included
-    largest_slots: int = 0          # slots of the largest micro-batch
-    targets: int = 0                # targets trained on
-    flops: float = 0.               # hardware FLOPs
-    seconds: float = 0.             # time in optimiser steps
-    timed_tokens: int = 0           # real tokens of the steps after warm-up
-    timed_slots: int = 0            # slots of the steps after warm-up
-    timed_flops: float = 0.         # FLOPs of the steps after warm-up
-    timed_seconds: float = 0.       # time of the steps after warm-up
-    loss_sum: float = 0.            # sum of target losses since the last logged step, nats
-    loss_targets: int = 0           # their number
-    log_lines: int = 0              # lines of log.jsonl that are part of the run
-    best_loss: float = None         # best held-out loss, nats a target
-    best_step: int = None           # the step it was reached at
-    bad_evaluations: int = 0        # evaluations since then
-    stopped: str = ''               # why the run ended: finished | early stopping | FLOP budget
 
-
+    step: int = 0  # optimiser steps done
+    tokens: int = 0  # real input tokens
+    slots: int = 0  # slots processed, padding included
+    largest_slots: int = 0  # slots of the largest micro-batch
+    targets: int = 0  # targets trained on
+    flops: float = 0.0  # hardware FLOPs
+    seconds: float = 0.0  # time in optimiser steps
+    timed_tokens: int = 0  # real tokens of the steps after warm-up
+    timed_slots: int = 0  # slots of the steps after warm-up
+    timed_flops: float = 0.0  # FLOPs of the steps after warm-up
+    timed_seconds: float = 0.0  # time of the steps after warm-up
+    loss_sum: float = 0.0  # sum of target losses since the last logged step, nats
+    loss_targets: int = 0  # their number
+    log_lines: int = 0  # lines of log.jsonl that are part of the run
+    best_loss: float = None  # best held-out loss, nats a target
+    best_step: int = None  # the step it was reached at
+    bad_evaluations: int = 0  # evaluations since then
+    stopped: str = ''  # why the run ended: finished | early stopping | FLOP budget
 
 # %% ../../nbs/training/32_progress.ipynb #aa793356
 class Log:
     "log.jsonl, one object per logged step, and plain lines for people."
+
     def __init__(self, folder, main=True, on_log=None):
         self.folder, self.main, self.on_log = Path(folder), main, on_log
-        self.file = self.folder/'log.jsonl'
-    def resume(self, lines:int):
+        self.file = self.folder / 'log.jsonl'
+
+    def resume(self, lines: int):
         "Cut the log back to its first `lines` lines."
-        if not self.main: return
+        if not self.main:
+            return
         kept = self.file.read_text().splitlines(keepends=True)[:lines] if self.file.exists() else []
         write_atomic(self.file, ''.join(kept))
-    def entries(self)->list:
+
+    def entries(self) -> list:
         "All logged objects."
         return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
-    def write(self, entry:dict):
+
+    def write(self, entry: dict):
         "Append one object."
-        if not self.main: return
-        with self.file.open('a') as file: file.write(json.dumps(jsonable(entry)) + '\n')
-        if self.on_log: self.on_log(entry)
-    def say(self, line:str):
+        if not self.main:
+            return
+        with self.file.open('a') as file:
+            file.write(json.dumps(jsonable(entry)) + '\n')
+        if self.on_log:
+            self.on_log(entry)
+
+    def say(self, line: str):
         "One line for people."
-        if not self.main: return
-        if not shows_bar(): print(line, flush=True)
+        if not self.main:
+            return
+        if not shows_bar():
+            print(line, flush=True)

@@ -15,46 +15,66 @@ from ..core import LabError, nearest
 @dataclass
 class Recipe:
     "How to train: every setting that decides the weights at the end."
-    learning_rate: float = 2e-4           # peak
-    num_epochs: float = 1.                # passes over the training examples
-    max_steps: int = 0                    # optimiser steps; 0 lets num_epochs decide
-    batch_size: int = 4                   # examples a micro-batch; a packed one holds batch_size * max_length slots
-    gradient_accumulation: int = 1        # an optimiser step learns from batch_size * gradient_accumulation examples
-    max_length: int = 512                 # longest example, positions
-    layout: str = 'packed'                # packed | bucketed | padded
-    mixed_precision: str = 'no'           # no | bf16: multiply in bfloat16 over fp32 weights
-    optimiser: str = 'adamw'              # adamw | adamw_8bit | paged_adamw_8bit | muon
-    beta1: float = .9                     # decay of the first moment; Muon's own momentum is .95
-    beta2: float = .999                   # decay of the second moment
-    epsilon: float = 1e-8                 # added to the root of the second moment
-    weight_decay: float = .01             # on matrices; vectors are not decayed
-    schedule: str = 'cosine'              # cosine | linear | one_cycle | constant
-    warmup_ratio: float = .03             # share of the steps in which the learning rate rises
-    final_ratio: float = 0.               # learning rate at the end over the peak, for cosine and linear
-    clip: float = 1.                      # largest gradient norm; 0 does not clip
+
+    learning_rate: float = 2e-4  # peak
+    num_epochs: float = 1.0  # passes over the training examples
+    max_steps: int = 0  # optimiser steps; 0 lets num_epochs decide
+    batch_size: int = 4  # examples a micro-batch; a packed one holds batch_size * max_length slots
+    gradient_accumulation: int = 1  # an optimiser step learns from batch_size * gradient_accumulation examples
+    max_length: int = 512  # longest example, positions
+    layout: str = 'packed'  # packed | bucketed | padded
+    mixed_precision: str = 'no'  # no | bf16: multiply in bfloat16 over fp32 weights
+    optimiser: str = 'adamw'  # adamw | adamw_8bit | paged_adamw_8bit | muon
+    beta1: float = 0.9  # decay of the first moment; Muon's own momentum is .95
+    beta2: float = 0.999  # decay of the second moment
+    epsilon: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.01  # on matrices; vectors are not decayed
+    schedule: str = 'cosine'  # cosine | linear | one_cycle | constant
+    warmup_ratio: float = 0.03  # share of the steps in which the learning rate rises
+    final_ratio: float = 0.0  # learning rate at the end over the peak, for cosine and linear
+    clip: float = 1.0  # largest gradient norm; 0 does not clip
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    eval_every: int = 0                   # steps between evaluations; 0 evaluates at the end of each epoch
-    save_every: int = 100                 # steps between checkpoints
-    keep_checkpoints: int = 2             # newest checkpoints kept beside the best
-    keep_best: bool = True                # end with the weights of the best evaluation
-    patience: int = 0                     # evaluations without a better loss before stopping; 0 never stops early
-    log_every: int = 1                    # steps between lines of log.jsonl
-    max_flops: float = 0.                 # hardware FLOPs after which the run stops; 0 sets no budget
-    seed: int = 42                        # order of the data, dropout
+    eval_every: int = 0  # steps between evaluations; 0 evaluates at the end of each epoch
+    save_every: int = 100  # steps between checkpoints
+    keep_checkpoints: int = 2  # newest checkpoints kept beside the best
+    keep_best: bool = True  # end with the weights of the best evaluation
+    patience: int = 0  # evaluations without a better loss before stopping; 0 never stops early
+    log_every: int = 1  # steps between lines of log.jsonl
+    max_flops: float = 0.0  # hardware FLOPs after which the run stops; 0 sets no budget
+    seed: int = 42  # order of the data, dropout
 
     def check(self):
         "Raise a `LabError` for the first setting that makes no sense."
-        for name, allowed in dict(layout=('packed', 'bucketed', 'padded'), optimiser=tuple(optimisers), schedule=tuple(schedules), mixed_precision=('no', 'bf16')).items():
+        for name, allowed in dict(
+            layout=('packed', 'bucketed', 'padded'),
+            optimiser=tuple(optimisers),
+            schedule=tuple(schedules),
+            mixed_precision=('no', 'bf16'),
+        ).items():
             value = getattr(self, name)
-            if value not in allowed: raise LabError(f"{name} is '{value}'{nearest(value, allowed)}: choose from {', '.join(allowed)}")
-        for name in ('learning_rate', 'batch_size', 'gradient_accumulation', 'max_length', 'save_every', 'log_every', 'keep_checkpoints'):
-            if not getattr(self, name) > 0: raise LabError(f'{name} is {getattr(self, name)}: it must be above 0')
+            if value not in allowed:
+                raise LabError(f"{name} is '{value}'{nearest(value, allowed)}: choose from {', '.join(allowed)}")
+        for name in (
+            'learning_rate',
+            'batch_size',
+            'gradient_accumulation',
+            'max_length',
+            'save_every',
+            'log_every',
+            'keep_checkpoints',
+        ):
+            if not getattr(self, name) > 0:
+                raise LabError(f'{name} is {getattr(self, name)}: it must be above 0')
         for name in ('num_epochs', 'max_steps', 'weight_decay', 'clip', 'eval_every', 'patience', 'max_flops'):
-            if not getattr(self, name) >= 0: raise LabError(f'{name} is {getattr(self, name)}: it must not be negative')
+            if not getattr(self, name) >= 0:
+                raise LabError(f'{name} is {getattr(self, name)}: it must not be negative')
         for name in ('warmup_ratio', 'final_ratio', 'beta1', 'beta2'):
-            if not 0 <= getattr(self, name) < 1: raise LabError(f'{name} is {getattr(self, name)}: it must be at least 0 and below 1')
-        if not (self.max_steps or self.num_epochs): raise LabError('num_epochs and max_steps are both 0: one of them must say how long to train')
+            if not 0 <= getattr(self, name) < 1:
+                raise LabError(f'{name} is {getattr(self, name)}: it must be at least 0 and below 1')
+        if not (self.max_steps or self.num_epochs):
+            raise LabError('num_epochs and max_steps are both 0: one of them must say how long to train')
         return self
+
     @classmethod
     def from_params(cls, params):
         "The recipe in the attributes of `params`, as far as they bear the names of settings."
@@ -62,10 +82,11 @@ class Recipe:
 
 # %% ../../nbs/training/02_recipe.ipynb #50c2482c
 schedules = dict(
-    cosine=lambda share, low: low + (1 - low) * .5 * (1 + math.cos(math.pi * share)),
+    cosine=lambda share, low: low + (1 - low) * 0.5 * (1 + math.cos(math.pi * share)),
     linear=lambda share, low: 1 - share * (1 - low),
     one_cycle=lambda share, low: 1 - share * (1 - 1 / 2500),
-    constant=lambda share, low: 1.)
+    constant=lambda share, low: 1.0,
+)
 
 
 def warmup_steps(recipe:Recipe,  # its `warmup_ratio`
@@ -74,7 +95,7 @@ def warmup_steps(recipe:Recipe,  # its `warmup_ratio`
     "Number of steps in which the learning rate rises (the ceiling of its share)."
     return math.ceil(recipe.warmup_ratio * steps)
 
-
+# %% ../../nbs/training/02_recipe.ipynb #c5be3828
 def learning_rate_at(step:int,       # optimiser step, counted from 0
                      steps:int,      # steps of the whole run
                      recipe:Recipe,  # peak, schedule, warm-up and final ratio
@@ -88,35 +109,60 @@ def learning_rate_at(step:int,       # optimiser step, counted from 0
     return recipe.learning_rate * schedules[recipe.schedule](share, recipe.final_ratio)
 
 # %% ../../nbs/training/02_recipe.ipynb #f77bec57
-def _adamw(groups, **settings): return torch.optim.AdamW(groups, fused=True, **settings)
+def _adamw(groups, **settings):
+    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 def _adamw_8bit(groups, paged=False, **settings):
     from bitsandbytes import optim
+
     return (optim.PagedAdamW8bit if paged and torch.cuda.is_available() else optim.AdamW8bit)(groups, **settings)
 
 
 class Muon(torch.optim.Optimizer):
     "Muon on the matrices between hidden states, AdamW on all other parameters."
+
     def __init__(self, groups,  # dicts with `params`, `weight_decay` and `lr`
                  **settings):   # of AdamW
-        split = {hidden: [{**group, 'params': kept, 'hidden': hidden} for group in groups if (kept := [p for p in group['params'] if is_hidden_matrix(p) == hidden])] for hidden in (False, True)}
-        self.parts = {hidden: torch.optim.Muon(found, momentum=.95, adjust_lr_fn='match_rms_adamw') if hidden else torch.optim.AdamW(found, fused=True, **settings) for hidden, found in split.items() if found}
+        split = {
+            hidden: [
+                {**group, 'params': kept, 'hidden': hidden}
+                for group in groups
+                if (kept := [p for p in group['params'] if is_hidden_matrix(p) == hidden])
+            ]
+            for hidden in (False, True)
+        }
+        self.parts = {
+            hidden: torch.optim.Muon(found, momentum=0.95, adjust_lr_fn='match_rms_adamw')
+            if hidden
+            else torch.optim.AdamW(found, fused=True, **settings)
+            for hidden, found in split.items()
+            if found
+        }
         super().__init__([group for part in self.parts.values() for group in part.param_groups], {})
+
     @torch.no_grad()
     def step(self, closure=None):
         "Update all weights; groups and state are this optimiser's own, whoever replaced them since."
         for hidden, part in self.parts.items():
-            part.param_groups, part.state = [group for group in self.param_groups if group['hidden'] == hidden], self.state
+            part.param_groups, part.state = (
+                [group for group in self.param_groups if group['hidden'] == hidden],
+                self.state,
+            )
             part.step()
 
-
-def is_hidden_matrix(parameter)->bool:
+# %% ../../nbs/training/02_recipe.ipynb #69c9a7da
+def is_hidden_matrix(parameter) -> bool:
     "Whether `parameter` maps hidden states to hidden states, as Muon wants; `load_model` marks embeddings and heads as a `table`."
     return parameter.ndim == 2 and not getattr(parameter, 'table', False)
 
-
-optimisers = dict(adamw=_adamw, adamw_8bit=_adamw_8bit, paged_adamw_8bit=lambda groups, **settings: _adamw_8bit(groups, paged=True, **settings), muon=Muon)
+# %% ../../nbs/training/02_recipe.ipynb #fccd3444
+optimisers = dict(
+    adamw=_adamw,
+    adamw_8bit=_adamw_8bit,
+    paged_adamw_8bit=lambda groups, **settings: _adamw_8bit(groups, paged=True, **settings),
+    muon=Muon,
+)
 
 
 def make_optimiser(parameters,     # list of trained parameters; each may carry `learning_rate_ratio` and `decayed`
@@ -124,6 +170,19 @@ def make_optimiser(parameters,     # list of trained parameters; each may carry 
 ):                                 # a torch or bitsandbytes optimiser whose groups know their `ratio` to the recipe's learning rate
     "The recipe's optimiser: weight decay on matrices, none on vectors, unless a parameter says otherwise."
     groups = {}
-    for p in parameters: groups.setdefault((not getattr(p, 'decayed', p.ndim >= 2), getattr(p, 'learning_rate_ratio', 1.)), []).append(p)
-    groups = [dict(params=members, weight_decay=0. if bare else recipe.weight_decay, ratio=ratio, lr=recipe.learning_rate * ratio) for (bare, ratio), members in sorted(groups.items(), key=lambda item: item[0])]
-    return optimisers[recipe.optimiser](groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), eps=recipe.epsilon)
+    for p in parameters:
+        groups.setdefault((not getattr(p, 'decayed', p.ndim >= 2), getattr(p, 'learning_rate_ratio', 1.0)), []).append(
+            p
+        )
+    groups = [
+        dict(
+            params=members,
+            weight_decay=0.0 if bare else recipe.weight_decay,
+            ratio=ratio,
+            lr=recipe.learning_rate * ratio,
+        )
+        for (bare, ratio), members in sorted(groups.items(), key=lambda item: item[0])
+    ]
+    return optimisers[recipe.optimiser](
+        groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), eps=recipe.epsilon
+    )

@@ -19,17 +19,18 @@ from ..core import LabError
 @dataclass
 class Piece:
     "A stretch of a flattened tensor."
-    shape: tuple           # of the whole tensor
-    start: int             # number of its first element in the flattened tensor
-    values: torch.Tensor   # the stretch itself, (n,)
 
+    shape: tuple  # of the whole tensor
+    start: int  # number of its first element in the flattened tensor
+    values: torch.Tensor  # the stretch itself, (n,)
 
+# %% ../../nbs/training/31_shards.ipynb #24f98ccf
 def cut_evenly(tensor,     # a whole tensor
                world:int,  # number of processes
 )->list:                   # one `Piece` a process; the last may be shorter, or None
     "The pieces of `tensor` as ZeRO deals them out: equal stretches of the flattened tensor, as far as they go."
     flat, size = tensor.flatten(), -(-tensor.numel() // world)
-    pieces = [Piece(tuple(tensor.shape), rank * size, flat[rank * size:(rank + 1) * size]) for rank in range(world)]
+    pieces = [Piece(tuple(tensor.shape), rank * size, flat[rank * size : (rank + 1) * size]) for rank in range(world)]
     return [piece if piece.values.numel() else None for piece in pieces]
 
 # %% ../../nbs/training/31_shards.ipynb #e3d0cf25
@@ -39,17 +40,22 @@ def part_file(stem:str,  # what is in it: weights, optimiser
     "The name of the file that process `rank` writes its pieces to."
     return f'{stem}.part{rank:05d}.safetensors'
 
-
+# %% ../../nbs/training/31_shards.ipynb #4c2a79b3
 def save_pieces(pieces:dict,  # name -> `Piece`
                 path,         # the file
 ):
     "Write pieces to a safetensors file."
-    tensors = {f'{name}@{piece.start}': piece.values.detach().cpu().contiguous().clone() for name, piece in pieces.items()}
-    save_file(tensors, path, metadata=dict(shapes=json.dumps({name: list(piece.shape) for name, piece in pieces.items()})))
+    tensors = {
+        f'{name}@{piece.start}': piece.values.detach().cpu().contiguous().clone() for name, piece in pieces.items()
+    }
+    save_file(
+        tensors, path, metadata=dict(shapes=json.dumps({name: list(piece.shape) for name, piece in pieces.items()}))
+    )
 
 # %% ../../nbs/training/31_shards.ipynb #cc885379
 class Pieces(Mapping):
     "Name -> whole tensor, put together from the files of all processes when it is asked for."
+
     def __init__(self, files):
         self.shapes, self.places = {}, {}
         for path in sorted(files):
@@ -58,20 +64,33 @@ class Pieces(Mapping):
                 for key in file.keys():
                     name, start = key.rsplit('@', 1)
                     self.places.setdefault(name, []).append((int(start), path, key))
-    def __len__(self): return len(self.shapes)
-    def __iter__(self): return iter(self.shapes)
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def __iter__(self):
+        return iter(self.shapes)
+
     def __getitem__(self, name):
         shape, stretches, end = self.shapes[name], [], 0
         for start, path, key in sorted(self.places[name]):
-            if start != end: raise LabError(f'{path.parent} has elements {end} to {start} of {name} in no file or in two: a part is missing or of another run')
-            with safe_open(path, 'pt') as file: stretches.append(file.get_tensor(key))
+            if start != end:
+                raise LabError(
+                    f'{path.parent} has elements {end} to {start} of {name} in no file or in two: a part is missing or of another run'
+                )
+            with safe_open(path, 'pt') as file:
+                stretches.append(file.get_tensor(key))
             end = start + stretches[-1].numel()
-        if end != torch.Size(shape).numel(): raise LabError(f'{path.parent} has {end} of the {torch.Size(shape).numel()} elements of {name}: a part is missing')
+        if end != torch.Size(shape).numel():
+            raise LabError(
+                f'{path.parent} has {end} of the {torch.Size(shape).numel()} elements of {name}: a part is missing'
+            )
         return torch.cat(stretches).view(shape)
 
-
-def part_groups(folder)->dict:
+# %% ../../nbs/training/31_shards.ipynb #30a90e7b
+def part_groups(folder) -> dict:
     "Stem -> `Pieces` of all groups in a folder that were written in parts."
     found = {}
-    for file in Path(folder).glob('*.part*.safetensors'): found.setdefault(re.sub(r'\.part\d+\.safetensors$', '', file.name), []).append(file)
+    for file in Path(folder).glob('*.part*.safetensors'):
+        found.setdefault(re.sub(r'\.part\d+\.safetensors$', '', file.name), []).append(file)
     return {stem: Pieces(files) for stem, files in found.items()}

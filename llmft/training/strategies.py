@@ -25,30 +25,41 @@ strategies = ('none', 'ddp', 'fsdp2', 'zero2', 'zero3')
 @dataclass
 class Processes:
     "How many processes train, and how they share the work; what the parameters of an experiment ask for."
-    nproc: int = 1                    # processes on this host; 0 for one a GPU, or two where there is none
-    strategy: str = 'none'            # none | ddp | fsdp2 | zero2 | zero3
-    offload_optimiser: bool = False   # zero2, zero3: keep the optimiser's state in main memory
-    offload_weights: bool = False     # zero3, fsdp2: keep the sharded weights in main memory
+
+    nproc: int = 1  # processes on this host; 0 for one a GPU, or two where there is none
+    strategy: str = 'none'  # none | ddp | fsdp2 | zero2 | zero3
+    offload_optimiser: bool = False  # zero2, zero3: keep the optimiser's state in main memory
+    offload_weights: bool = False  # zero3, fsdp2: keep the sharded weights in main memory
+
     @property
-    def hosts(self): return int(os.environ.get('NNODES', 1))
+    def hosts(self):
+        return int(os.environ.get('NNODES', 1))
+
     @property
     def count(self):
         "Processes on this host."
-        if self.strategy == 'none': return self.nproc or 1
+        if self.strategy == 'none':
+            return self.nproc or 1
         return self.nproc or torch.cuda.device_count() or 2
+
     @property
-    def alone(self): return self.strategy == 'none'
+    def alone(self):
+        return self.strategy == 'none'
+
     @classmethod
     def from_params(cls, params):
         "What the attributes of `params` ask for, as far as they are there."
         return cls(**{name: getattr(params, name) for name in cls.__dataclass_fields__ if hasattr(params, name)})
 
 # %% ../../nbs/training/04_strategies.ipynb #651f4dcc
-def check_subspace(strategy:str):
+def check_subspace(strategy: str):
     "A `LabError` for a strategy that would cut what a subspace lends whole."
-    if strategy not in ('none', 'ddp'): raise LabError(f'strategy {strategy} cuts weights apart, and a subspace lends whole ones at every step: choose ddp, where only the coordinates are exchanged')
+    if strategy not in ('none', 'ddp'):
+        raise LabError(
+            f'strategy {strategy} cuts weights apart, and a subspace lends whole ones at every step: choose ddp, where only the coordinates are exchanged'
+        )
 
-
+# %% ../../nbs/training/04_strategies.ipynb #4fb31e93
 def check_processes(processes:Processes,    # what is asked for
                     recipe:Recipe,          # its batch and optimiser
                     quantisation='none',    # of the frozen weights
@@ -57,63 +68,107 @@ def check_processes(processes:Processes,    # what is asked for
     "Refuse with a `LabError` what can't be done, before anything is started."
     strategy, count = processes.strategy, processes.count * processes.hosts
     sharded, batch = strategy in ('fsdp2', 'zero2', 'zero3'), recipe.batch_size * recipe.gradient_accumulation
-    if strategy not in strategies: raise LabError(f"strategy is '{strategy}'{nearest(strategy, strategies)}: choose from {', '.join(strategies)}")
-    if processes.nproc < 0: raise LabError(f'nproc is {processes.nproc}: give a number of processes, or 0 for one a GPU')
-    if count > 1 and strategy == 'none': raise LabError(f'nproc is {count} and strategy none: choose how they share the work: {", ".join(strategies[1:])}')
-    if count > batch: raise LabError(f'{count} processes share {batch} rows an optimiser step (batch_size {recipe.batch_size} x gradient_accumulation {recipe.gradient_accumulation}): raise one of these, or lower nproc')
-    if torch.cuda.is_available() and processes.count > torch.cuda.device_count(): raise LabError(f'nproc is {processes.count} and this machine has {torch.cuda.device_count()} GPUs: lower nproc')
-    if strategy in ('zero2', 'zero3') and not importlib.util.find_spec('deepspeed'): raise LabError(f'strategy {strategy} needs deepspeed: DS_BUILD_OPS=0 pip install -e ".[zero]", or choose fsdp2')
+    if strategy not in strategies:
+        raise LabError(f"strategy is '{strategy}'{nearest(strategy, strategies)}: choose from {', '.join(strategies)}")
+    if processes.nproc < 0:
+        raise LabError(f'nproc is {processes.nproc}: give a number of processes, or 0 for one a GPU')
+    if count > 1 and strategy == 'none':
+        raise LabError(
+            f'nproc is {count} and strategy none: choose how they share the work: {", ".join(strategies[1:])}'
+        )
+    if count > batch:
+        raise LabError(
+            f'{count} processes share {batch} rows an optimiser step (batch_size {recipe.batch_size} x gradient_accumulation {recipe.gradient_accumulation}): raise one of these, or lower nproc'
+        )
+    if torch.cuda.is_available() and processes.count > torch.cuda.device_count():
+        raise LabError(f'nproc is {processes.count} and this machine has {torch.cuda.device_count()} GPUs: lower nproc')
+    if strategy in ('zero2', 'zero3') and not importlib.util.find_spec('deepspeed'):
+        raise LabError(f'strategy {strategy} needs deepspeed: DS_BUILD_OPS=0 pip install -e ".[zero]", or choose fsdp2')
     if (strategy, quantisation) in (('fsdp2', 'nf4'), ('fsdp2', 'int8'), ('zero3', 'int8')):
-        raise LabError(f'strategy {strategy} would cut {quantisation} weights apart from their constants: choose ddp or zero2, or a method without quantisation')
-    if sharded and recipe.optimiser != 'adamw': raise LabError(f'optimiser {recipe.optimiser} works on whole tensors, which strategy {strategy} cuts: choose adamw, or strategy ddp')
-    if sharded and precision == 'fp16': raise LabError(f'precision fp16 needs loss scaling, which strategy {strategy} does not do here: choose bf16 or fp32')
-    if processes.offload_optimiser and strategy not in ('zero2', 'zero3'): raise LabError(f'offload_optimiser is for zero2 and zero3, and strategy is {strategy}: leave it off')
-    if processes.offload_weights and strategy not in ('zero3', 'fsdp2'): raise LabError(f'offload_weights is for zero3 and fsdp2, and strategy is {strategy}: leave it off')
+        raise LabError(
+            f'strategy {strategy} would cut {quantisation} weights apart from their constants: choose ddp or zero2, or a method without quantisation'
+        )
+    if sharded and recipe.optimiser != 'adamw':
+        raise LabError(
+            f'optimiser {recipe.optimiser} works on whole tensors, which strategy {strategy} cuts: choose adamw, or strategy ddp'
+        )
+    if sharded and precision == 'fp16':
+        raise LabError(
+            f'precision fp16 needs loss scaling, which strategy {strategy} does not do here: choose bf16 or fp32'
+        )
+    if processes.offload_optimiser and strategy not in ('zero2', 'zero3'):
+        raise LabError(f'offload_optimiser is for zero2 and zero3, and strategy is {strategy}: leave it off')
+    if processes.offload_weights and strategy not in ('zero3', 'fsdp2'):
+        raise LabError(f'offload_weights is for zero3 and fsdp2, and strategy is {strategy}: leave it off')
     return processes
 
 # %% ../../nbs/training/04_strategies.ipynb #b6feedad
 class Team:
     "The processes of a run that each hold the whole model: one alone, or several by DDP."
-    def __init__(self, accelerator:Accelerator, processes:Processes=None):
+
+    def __init__(self, accelerator: Accelerator, processes: Processes = None):
         self.accelerator, self.processes, self.device = accelerator, processes, accelerator.device
         self.world, self.rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
     def wrap(self, loss_model, recipe):
         "Take over the model; (what to call, its optimiser) come back."
-        self.loss_model, self.optimiser = self.accelerator.prepare(loss_model, make_optimiser([p for p in loss_model.parameters() if p.requires_grad], recipe))
+        self.loss_model, self.optimiser = self.accelerator.prepare(
+            loss_model, make_optimiser([p for p in loss_model.parameters() if p.requires_grad], recipe)
+        )
         return self.loss_model, self.optimiser
-    def evaluator(self, model_with_loss): return model_with_loss  # nobody needs to wait for another
-    def names(self, model): return {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    def sum(self, values:list)->list:
+
+    def evaluator(self, model_with_loss):
+        return model_with_loss  # nobody needs to wait for another
+
+    def names(self, model):
+        return {parameter: name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def sum(self, values: list) -> list:
         "Sums of numbers over all processes."
-        if self.world == 1: return values
+        if self.world == 1:
+            return values
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return total.tolist()
-    def gather(self, value)->list:
+
+    def gather(self, value) -> list:
         "The value of every process, in the order of their ranks."
         everyone = [value] * self.world
-        if self.world > 1: dist.all_gather_object(everyone, value)
+        if self.world > 1:
+            dist.all_gather_object(everyone, value)
         return everyone
-    def micro_step(self, last:bool):
+
+    def micro_step(self, last: bool):
         "The context of forward and backward of one micro-batch; only the last one waits for the others."
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.loss_model)
-    def zero_grad(self): self.optimiser.zero_grad()
-    def backward(self, loss): self.accelerator.backward(loss)
-    def clip(self, parameters, most)->float:
+
+    def zero_grad(self):
+        self.optimiser.zero_grad()
+
+    def backward(self, loss):
+        self.accelerator.backward(loss)
+
+    def clip(self, parameters, most) -> float:
         "The norm of all gradients, which are scaled down when it exceeds `most`; None where it is known after the step only."
         return float(self.accelerator.clip_grad_norm_(parameters, most or math.inf))
+
     def step(self):
         "Update the weights; the norm where `clip` could not tell it."
         self.optimiser.step()
-    def state(self, names)->tuple:
+
+    def state(self, names) -> tuple:
         "What this process has to save: (groups of tensors or pieces, numbers)."
-        if self.rank: return {}, {}
+        if self.rank:
+            return {}, {}
         tensors, numbers = optimiser_state(getattr(self.optimiser, 'optimizer', self.optimiser), names)
         return dict(weights={name: parameter for parameter, name in names.items()}, optimiser=tensors), numbers
+
     def restore_weights(self, names, weights):
         "Put back trained weights, from a mapping of names to whole tensors."
         with torch.no_grad():
-            for parameter, name in names.items(): parameter.copy_(weights[name])
+            for parameter, name in names.items():
+                parameter.copy_(weights[name])
+
     def restore(self, names, groups, numbers):
         "Put back weights and optimiser, whoever saved them."
         self.restore_weights(names, groups['weights'])
@@ -123,30 +178,45 @@ class Team:
 @dataclass
 class Stretch:
     "What one process holds of one parameter."
-    name: str               # of the parameter
-    shape: tuple            # of the whole parameter
-    start: int              # first element, in the flattened parameter
-    weight: torch.Tensor    # the stretch itself, (n,), a view
-    state: dict             # key -> the optimiser's state for it: a view of (n,), or one number as a tensor
 
+    name: str  # of the parameter
+    shape: tuple  # of the whole parameter
+    start: int  # first element, in the flattened parameter
+    weight: torch.Tensor  # the stretch itself, (n,), a view
+    state: dict  # key -> the optimiser's state for it: a view of (n,), or one number as a tensor
 
+# %% ../../nbs/training/04_strategies.ipynb #3eb6c84e
 class StretchTeam(Team):
     "A team whose processes hold stretches; `stretches` says which."
-    def evaluator(self, model_with_loss): return self.loss_model  # weights are gathered in its forward pass
-    def micro_step(self, last): return contextlib.nullcontext()
-    def stretches(self, names): raise NotImplementedError
-    def prime(self, keys): raise NotImplementedError
+
+    def evaluator(self, model_with_loss):
+        return self.loss_model  # weights are gathered in its forward pass
+
+    def micro_step(self, last):
+        return contextlib.nullcontext()
+
+    def stretches(self, names):
+        raise NotImplementedError
+
+    def prime(self, keys):
+        raise NotImplementedError
+
     def state(self, names):
         groups = dict(weights={}, optimiser={})
         for one in self.stretches(names):
             groups['weights'][one.name] = Piece(one.shape, one.start, one.weight)
             for key, value in one.state.items():
-                if value.ndim: groups['optimiser'][f'{one.name}|{key}'] = Piece(one.shape, one.start, value)
-                elif one.start == 0: groups['optimiser'][f'{one.name}|{key}'] = Piece((), 0, value.reshape(1))
+                if value.ndim:
+                    groups['optimiser'][f'{one.name}|{key}'] = Piece(one.shape, one.start, value)
+                elif one.start == 0:
+                    groups['optimiser'][f'{one.name}|{key}'] = Piece((), 0, value.reshape(1))
         return {stem: pieces for stem, pieces in groups.items() if pieces}, {}
+
     @torch.no_grad()
     def restore_weights(self, names, weights):
-        for one in self.stretches(names): one.weight.copy_(weights[one.name].flatten()[one.start:one.start + len(one.weight)])
+        for one in self.stretches(names):
+            one.weight.copy_(weights[one.name].flatten()[one.start : one.start + len(one.weight)])
+
     @torch.no_grad()
     def restore(self, names, groups, numbers):
         self.prime({label.split('|')[1] for label in groups['optimiser']})
@@ -154,86 +224,176 @@ class StretchTeam(Team):
         for one in self.stretches(names):
             for key, value in one.state.items():
                 whole = groups['optimiser'][f'{one.name}|{key}']
-                value.copy_(whole.flatten()[one.start:one.start + len(value)] if value.ndim else whole)
+                value.copy_(whole.flatten()[one.start : one.start + len(value)] if value.ndim else whole)
 
 # %% ../../nbs/training/04_strategies.ipynb #4ea84a63
 class FullyShardedTeam(StretchTeam):
     "FSDP2: each weight is cut by rows."
+
     def wrap(self, loss_model, recipe):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
-        marks = {name: {key: getattr(parameter, key) for key in ('decayed', 'learning_rate_ratio') if hasattr(parameter, key)} for name, parameter in loss_model.named_parameters()}
+
+        marks = {
+            name: {
+                key: getattr(parameter, key) for key in ('decayed', 'learning_rate_ratio') if hasattr(parameter, key)
+            }
+            for name, parameter in loss_model.named_parameters()
+        }
         unit = set(causal_model(loss_model.model)._no_split_modules or ())
-        options = dict(mesh=init_device_mesh(self.device.type, (self.world,)), **(dict(offload_policy=CPUOffloadPolicy()) if self.processes.offload_weights else {}))
-        for module in [module for module in loss_model.modules() if type(module).__name__ in unit]: fully_shard(module, **options)
+        options = dict(
+            mesh=init_device_mesh(self.device.type, (self.world,)),
+            **(dict(offload_policy=CPUOffloadPolicy()) if self.processes.offload_weights else {}),
+        )
+        for module in [module for module in loss_model.modules() if type(module).__name__ in unit]:
+            fully_shard(module, **options)
         self.loss_model = fully_shard(loss_model, **options)
-        for name, parameter in self.loss_model.named_parameters(): vars(parameter).update(marks[name])
+        for name, parameter in self.loss_model.named_parameters():
+            vars(parameter).update(marks[name])
         self.optimiser = make_optimiser([p for p in loss_model.parameters() if p.requires_grad], recipe)
         return self.loss_model, self.optimiser
-    def backward(self, loss): loss.backward()
-    def clip(self, parameters, most): return float(torch.nn.utils.clip_grad_norm_(parameters, most or math.inf).full_tensor())
+
+    def backward(self, loss):
+        loss.backward()
+
+    def clip(self, parameters, most):
+        return float(torch.nn.utils.clip_grad_norm_(parameters, most or math.inf).full_tensor())
+
     def prime(self, keys):
         for group in self.optimiser.param_groups:
-            for parameter in group['params']: self.optimiser.state[parameter] = {key: torch.zeros((), device=counter_device(self.optimiser, parameter)) if key == 'step' else torch.zeros_like(parameter) for key in keys}
+            for parameter in group['params']:
+                self.optimiser.state[parameter] = {
+                    key: torch.zeros((), device=counter_device(self.optimiser, parameter))
+                    if key == 'step'
+                    else torch.zeros_like(parameter)
+                    for key in keys
+                }
+
     def stretches(self, names):
         local = lambda value: value.to_local().view(-1) if isinstance(value, DTensor) else value
         for parameter, name in names.items():
             rows, before = -(-parameter.shape[0] // self.world), parameter.numel() // parameter.shape[0]
             held = local(parameter.detach())
-            if held.numel(): yield Stretch(name, tuple(parameter.shape), self.rank * rows * before, held, {key: local(value) for key, value in self.optimiser.state[parameter].items()})
+            if held.numel():
+                yield Stretch(
+                    name,
+                    tuple(parameter.shape),
+                    self.rank * rows * before,
+                    held,
+                    {key: local(value) for key, value in self.optimiser.state[parameter].items()},
+                )
 
 # %% ../../nbs/training/04_strategies.ipynb #3cf70bde
 def quiet_deepspeed():
     "Import DeepSpeed without its log lines, and on a CPU without compiling; a `LabError` when it is not installed."
-    if not torch.cuda.is_available(): os.environ.setdefault('DS_ACCELERATOR', 'cpu')
+    if not torch.cuda.is_available():
+        os.environ.setdefault('DS_ACCELERATOR', 'cpu')
     deepspeed = require('deepspeed', 'zero')
-    for name in ('DeepSpeed', 'deepspeed'): logging.getLogger(name).setLevel(logging.ERROR)
-    if not torch.cuda.is_available(): importlib.import_module('deepspeed.comm.torch').build_shm_op = lambda: None
+    for name in ('DeepSpeed', 'deepspeed'):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        importlib.import_module('deepspeed.comm.torch').build_shm_op = lambda: None
     return deepspeed
 
-
+# %% ../../nbs/training/04_strategies.ipynb #a4c12081
 def zero_config(processes:Processes,  # stage and offloading
                 recipe:Recipe,        # its clipping
                 world:int,            # number of processes
                 trained:list,         # trained parameters: their dtype and number
 )->dict:
     "DeepSpeed's configuration; accumulation is left to the loop, and no buffer is larger than all gradients."
-    on_host, most = dict(device='cpu', pin_memory=torch.cuda.is_available()), min(5 * 10**8, sum(p.numel() for p in trained))
-    zero = dict(stage=int(processes.strategy[-1]), reduce_bucket_size=most, allgather_bucket_size=most, **(dict(offload_optimizer=on_host) if processes.offload_optimiser else {}), **(dict(offload_param=on_host) if processes.offload_weights else {}))
-    return dict(train_batch_size=world, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1, gradient_clipping=recipe.clip, zero_optimization=zero, bf16=dict(enabled=trained[0].dtype == torch.bfloat16),
-                zero_allow_untested_optimizer=True, zero_force_ds_cpu_optimizer=False, steps_per_print=10**9)
+    on_host, most = (
+        dict(device='cpu', pin_memory=torch.cuda.is_available()),
+        min(5 * 10**8, sum(p.numel() for p in trained)),
+    )
+    zero = dict(
+        stage=int(processes.strategy[-1]),
+        reduce_bucket_size=most,
+        allgather_bucket_size=most,
+        **(dict(offload_optimizer=on_host) if processes.offload_optimiser else {}),
+        **(dict(offload_param=on_host) if processes.offload_weights else {}),
+    )
+    return dict(
+        train_batch_size=world,
+        train_micro_batch_size_per_gpu=1,
+        gradient_accumulation_steps=1,
+        gradient_clipping=recipe.clip,
+        zero_optimization=zero,
+        bf16=dict(enabled=trained[0].dtype == torch.bfloat16),
+        zero_allow_untested_optimizer=True,
+        zero_force_ds_cpu_optimizer=False,
+        steps_per_print=10**9,
+    )
 
 # %% ../../nbs/training/04_strategies.ipynb #4b65f8f9
 class ZeroTeam(StretchTeam):
     "DeepSpeed's ZeRO, stage 2 or 3."
+
     def wrap(self, loss_model, recipe):
         deepspeed = quiet_deepspeed()
         trained = [p for p in loss_model.parameters() if p.requires_grad]
         if self.processes.strategy == 'zero3':
-            for parameter in output_head(loss_model.model).parameters(): deepspeed.zero.register_external_parameter(loss_model, parameter)
+            for parameter in output_head(loss_model.model).parameters():
+                deepspeed.zero.register_external_parameter(loss_model, parameter)
         self.optimiser = make_optimiser(trained, recipe)
-        self.loss_model, *_ = deepspeed.initialize(model=loss_model, optimizer=self.optimiser, config=zero_config(self.processes, recipe, self.world, trained), dist_init_required=False)
+        self.loss_model, *_ = deepspeed.initialize(
+            model=loss_model,
+            optimizer=self.optimiser,
+            config=zero_config(self.processes, recipe, self.world, trained),
+            dist_init_required=False,
+        )
         self.zero = self.loss_model.optimizer
-        self.flats = self.zero.fp32_partitioned_groups_flat if self.processes.strategy == 'zero3' else self.zero.single_partition_of_fp32_groups
+        self.flats = (
+            self.zero.fp32_partitioned_groups_flat
+            if self.processes.strategy == 'zero3'
+            else self.zero.single_partition_of_fp32_groups
+        )
         return self.loss_model, self.optimiser
+
     @contextlib.contextmanager
     def micro_step(self, last):
         self.loss_model.set_gradient_accumulation_boundary(last)
         yield
-    def zero_grad(self): pass
-    def backward(self, loss): self.loss_model.backward(loss)
-    def clip(self, parameters, most): return None
+
+    def zero_grad(self):
+        pass
+
+    def backward(self, loss):
+        self.loss_model.backward(loss)
+
+    def clip(self, parameters, most):
+        return None
+
     def step(self):
         self.loss_model.step()
         return float(self.loss_model.get_global_grad_norm())
+
     def prime(self, keys):
-        for flat in self.flats: self.optimiser.state[flat] = {key: torch.zeros((), device=counter_device(self.optimiser, flat)) if key == 'step' else torch.zeros_like(flat) for key in keys}
+        for flat in self.flats:
+            self.optimiser.state[flat] = {
+                key: torch.zeros((), device=counter_device(self.optimiser, flat))
+                if key == 'step'
+                else torch.zeros_like(flat)
+                for key in keys
+            }
+
     def stretches(self, names):
         for parameter, name in names.items():
             shape = tuple(getattr(parameter, 'ds_shape', parameter.shape))
             for group, offset, start, size in self._places(parameter, torch.Size(shape).numel()):
                 flat = self.flats[group]
-                yield Stretch(name, shape, start, flat.detach()[offset:offset + size], {key: value[offset:offset + size] if value.ndim else value for key, value in self.optimiser.state[flat].items() if torch.is_tensor(value)})
+                yield Stretch(
+                    name,
+                    shape,
+                    start,
+                    flat.detach()[offset : offset + size],
+                    {
+                        key: value[offset : offset + size] if value.ndim else value
+                        for key, value in self.optimiser.state[flat].items()
+                        if torch.is_tensor(value)
+                    },
+                )
+
     def _places(self, parameter, count):
         "Where this process holds `parameter`: (flat tensor, offset in it, start in the parameter, size), once or not at all."
         if self.processes.strategy == 'zero3':
@@ -241,16 +401,30 @@ class ZeroTeam(StretchTeam):
             size = min(share, count - self.rank * share)
             return [(group, offset, self.rank * share, size)] if size > 0 else []
         held = parameter._hp_mapping
-        return [(held.param_group_index, held.hp_fragment_address.start, held.lp_fragment_address.start, held.lp_fragment_address.numel)] if held else []
+        return (
+            [
+                (
+                    held.param_group_index,
+                    held.hp_fragment_address.start,
+                    held.lp_fragment_address.start,
+                    held.lp_fragment_address.numel,
+                )
+            ]
+            if held
+            else []
+        )
+
     @torch.no_grad()
     def restore_weights(self, names, weights):
         super().restore_weights(names, weights)
         for parameter, name in names.items():
-            if self.processes.strategy == 'zero2': parameter.copy_(weights[name])
+            if self.processes.strategy == 'zero2':
+                parameter.copy_(weights[name])
             else:
-                for group, offset, start, size in self._places(parameter, parameter.ds_numel): parameter.ds_tensor.view(-1)[:size].copy_(self.flats[group][offset:offset + size])
+                for group, offset, start, size in self._places(parameter, parameter.ds_numel):
+                    parameter.ds_tensor.view(-1)[:size].copy_(self.flats[group][offset : offset + size])
 
-
+# %% ../../nbs/training/04_strategies.ipynb #51fa4744
 def make_team(accelerator:Accelerator,    # of this process
               processes:Processes=None,   # what is asked for; None is one process, or DDP where several were started
 )->Team:

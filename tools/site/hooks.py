@@ -1,4 +1,5 @@
 """What MkDocs does to every page beside its own work: formulas become MathML, wide tables get a box to scroll in."""
+
 import html, itertools, re
 
 from llmft.runs.report import in_box, math_html
@@ -11,9 +12,12 @@ def with_labels(table):
     "A table whose cells know the heads of their columns, so that a narrow screen can show a row as a list; tables with joined cells stay as they are."
     heads = [re.sub('<.*?>', '', head).strip() for head in re.findall(r'<th\b[^>]*>(.*?)</th>', table, re.DOTALL)]
     rows = [row.count('<td') for row in re.findall(r'<tr>.*?</tr>', table, re.DOTALL)][1:]
-    if not rows or set(rows) != {len(heads)} or '<th' in table.partition('<tbody>')[2]: return in_box(table)
+    if not rows or set(rows) != {len(heads)} or '<th' in table.partition('<tbody>')[2]:
+        return in_box(table)
     columns = itertools.cycle(heads)
-    return in_box(re.sub('<td', lambda found: f'<td data-label="{next(columns)}"', table)).replace('scroll table', 'scroll table rows', 1)
+    return in_box(re.sub('<td', lambda found: f'<td data-label="{next(columns)}"', table)).replace(
+        'scroll table', 'scroll table rows', 1
+    )
 
 
 def on_page_content(content, **_):

@@ -24,32 +24,43 @@ def program_of(task:Task,    # its `setup`, `lead`
     fenced = re.search(r'```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)', answer, flags=re.DOTALL)
     code = (fenced[1] if fenced else answer).replace('\r\n', '\n')
     defines = re.search(r'^(async def|def|class|import|from|@)', code, flags=re.MULTILINE)
-    if task.lead and (code.strip('\n')[:1].isspace() or not defines): code = _body(code)
+    if task.lead and (code.strip('\n')[:1].isspace() or not defines):
+        code = _body(code)
     return '\n'.join(part.rstrip('\n') for part in (task.setup, task.lead, code) if part) + '\n'
 
 
 def _body(code):
     "The indented lines at the start of `code`; a first line without its indentation gets it."
     lines = code.strip('\n').split('\n')
-    if lines[0] and not lines[0][0].isspace(): lines[0] = '    ' + lines[0]
-    rest = next((row for row, line in enumerate(lines) if line.strip() and not line[0].isspace() and not line.startswith((')', ']', '}', '#'))), len(lines))
+    if lines[0] and not lines[0][0].isspace():
+        lines[0] = '    ' + lines[0]
+    rest = next(
+        (
+            row
+            for row, line in enumerate(lines)
+            if line.strip() and not line[0].isspace() and not line.startswith((')', ']', '}', '#'))
+        ),
+        len(lines),
+    )
     return '\n'.join(lines[:rest])
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #534eae4c
 @dataclass
 class Attempt:
     "One answer to one problem and what became of it."
-    name: str       # of the task
-    sample: int     # which of the answers to it
-    answer: str     # what the model wrote
-    status: str     # passed | wrong | failed | timeout | memory | output | killed | too long
-    reason: str     # one line
+
+    name: str  # of the task
+    sample: int  # which of the answers to it
+    answer: str  # what the model wrote
+    status: str  # passed | wrong | failed | timeout | memory | output | killed | too long
+    reason: str  # one line
     seconds: float  # spent on its programs
 
     @property
-    def passed(self): return self.status == 'passed'
+    def passed(self):
+        return self.status == 'passed'
 
-
+# %% ../../../nbs/studies/code/03_pass_at_k.ipynb #6623a93c
 def check_answer(task:Task,          # with tests or cases
                  answer:str,         # what the model wrote
                  sample:int=0,       # which of the answers to the task this is
@@ -57,26 +68,46 @@ def check_answer(task:Task,          # with tests or cases
                  memory_mb:int=512,  # its address space
 )->Attempt:
     "Run the tests of `task` on an answer."
-    program, spent = program_of(task, answer), 0.
+    program, spent = program_of(task, answer), 0.0
     if task.tests:
-        done = run_program('\n'.join([program, *task.tests]) + '\n', seconds=seconds, memory_mb=memory_mb, may_exit=False)
-        return Attempt(task.name, sample, answer, 'wrong' if done.reason.startswith('AssertionError') else done.status, done.reason, done.seconds)
+        done = run_program(
+            '\n'.join([program, *task.tests]) + '\n', seconds=seconds, memory_mb=memory_mb, may_exit=False
+        )
+        return Attempt(
+            task.name,
+            sample,
+            answer,
+            'wrong' if done.reason.startswith('AssertionError') else done.status,
+            done.reason,
+            done.seconds,
+        )
     for number, (stdin, expected) in enumerate(task.cases):
         done = run_program(program, stdin, seconds, memory_mb)
         spent += done.seconds
-        if done.status != 'passed': return Attempt(task.name, sample, answer, done.status, done.reason, spent)
-        if not same_output(done.stdout, expected): return Attempt(task.name, sample, answer, 'wrong', f'case {number} printed {done.stdout[:40]!r}, expected {expected[:40]!r}', spent)
-    if not task.cases: raise LabError(f'{task.name} has neither tests nor cases: nothing can be checked; leave it out')
+        if done.status != 'passed':
+            return Attempt(task.name, sample, answer, done.status, done.reason, spent)
+        if not same_output(done.stdout, expected):
+            return Attempt(
+                task.name,
+                sample,
+                answer,
+                'wrong',
+                f'case {number} printed {done.stdout[:40]!r}, expected {expected[:40]!r}',
+                spent,
+            )
+    if not task.cases:
+        raise LabError(f'{task.name} has neither tests nor cases: nothing can be checked; leave it out')
     return Attempt(task.name, sample, answer, 'passed', '', spent)
 
-
+# %% ../../../nbs/studies/code/03_pass_at_k.ipynb #209468ab
 def check_all(pairs:list,          # (task, answer, number of the sample)
               seconds:float=5.,    # longest time of one program
               workers:int=0,       # programs at a time, 0 for one a core
 )->list:                           # of `Attempt`, in the order given
     "Check answers, as many at a time as there are cores."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    with ThreadPoolExecutor(workers or cores) as pool: return list(pool.map(lambda pair: check_answer(*pair, seconds=seconds), pairs))
+    with ThreadPoolExecutor(workers or cores) as pool:
+        return list(pool.map(lambda pair: check_answer(*pair, seconds=seconds), pairs))
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #c68098bb
 def check_references(tasks:list,          # of `Task`
@@ -85,7 +116,9 @@ def check_references(tasks:list,          # of `Task`
     "The tasks that can be solved within the limits, and what went wrong with the others. Tasks without tests are left out."
     testable = [task for task in tasks if task.tests or task.cases]
     attempts = check_all([(task, task.solution, 0) for task in testable], seconds)
-    return [task for task, attempt in zip(testable, attempts) if attempt.passed], [attempt for attempt in attempts if not attempt.passed]
+    return [task for task, attempt in zip(testable, attempts) if attempt.passed], [
+        attempt for attempt in attempts if not attempt.passed
+    ]
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #16582aea
 def pass_at_k(samples:int,  # answers to a problem
@@ -93,24 +126,44 @@ def pass_at_k(samples:int,  # answers to a problem
               k:int,        # answers one may hand in
 )->float:                   # probability, 0 to 1
     "The unbiased estimate of pass@k for one problem. `LabError` when there are fewer than k samples."
-    if not 0 <= passed <= samples: raise LabError(f'{passed} of {samples} samples passed: give a number between')
-    if not 1 <= k <= samples: raise LabError(f'pass@{k} needs at least {k} samples a problem, and there are {samples}: raise samples or lower k')
-    return 1. - math.comb(samples - passed, k) / math.comb(samples, k)
+    if not 0 <= passed <= samples:
+        raise LabError(f'{passed} of {samples} samples passed: give a number between')
+    if not 1 <= k <= samples:
+        raise LabError(
+            f'pass@{k} needs at least {k} samples a problem, and there are {samples}: raise samples or lower k'
+        )
+    return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
 
-
+# %% ../../../nbs/studies/code/03_pass_at_k.ipynb #ac6b02ed
 def score(attempts:list,  # of `Attempt`, equally many for each problem
           ks=(1,),        # which pass@k
 )->dict:                  # pass@k and its standard error for each k, problems, samples, and the number of answers by status
     "pass@k over problems, and what became of the answers."
     by_name = collections.defaultdict(list)
-    for attempt in attempts: by_name[attempt.name].append(attempt.passed)
+    for attempt in attempts:
+        by_name[attempt.name].append(attempt.passed)
     counts = {len(each) for each in by_name.values()}
-    if len(counts) != 1: raise LabError(f'the problems have {sorted(counts) or "no"} answers each: give equally many, and at least one problem')
-    found, n = dict(problems=len(by_name), samples=counts.pop(), statuses=dict(collections.Counter(attempt.status for attempt in attempts))), len(by_name)
+    if len(counts) != 1:
+        raise LabError(
+            f'the problems have {sorted(counts) or "no"} answers each: give equally many, and at least one problem'
+        )
+    found, n = (
+        dict(
+            problems=len(by_name),
+            samples=counts.pop(),
+            statuses=dict(collections.Counter(attempt.status for attempt in attempts)),
+        ),
+        len(by_name),
+    )
     for k in ks:
         values = [pass_at_k(found['samples'], sum(each), k) for each in by_name.values()]
         mean = sum(values) / n
-        found |= {f'pass@{k}': mean, f'pass@{k}_error': math.sqrt(sum((value - mean)**2 for value in values) / (n - 1) / n) if len(set(values)) > 1 else None}
+        found |= {
+            f'pass@{k}': mean,
+            f'pass@{k}_error': math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+            if len(set(values)) > 1
+            else None,
+        }
     return found
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #94712df7
@@ -127,20 +180,59 @@ def solve(model,                    # a causal language model, with or without a
           seed:int=0,               # of the draws
 )->list:                            # of `Attempt`, `samples` of each task
     "Have `model` answer `tasks` and run the answers."
-    rows, limit = prompt_rows(tasks, tokenizer, template, system_prompt), getattr(model.config, 'max_position_embeddings', None) or math.inf
+    rows, limit = (
+        prompt_rows(tasks, tokenizer, template, system_prompt),
+        getattr(model.config, 'max_position_embeddings', None) or math.inf,
+    )
     fitting = [number for number, row in enumerate(rows) if len(row) + max_new_tokens <= limit]
-    ids = generate(model, [rows[number] for number in fitting], max_new_tokens, temperature, seed=seed, stop_ids=(tokenizer.eos_token_id,), samples=samples, batch_size=batch_size, pad_id=tokenizer.pad_token_id).ids if fitting else []
-    answers = {(number, sample): tokenizer.decode(ids[place * samples + sample], skip_special_tokens=True) for place, number in enumerate(fitting) for sample in range(samples)}
-    checked = dict(zip(answers, check_all([(tasks[number], answer, sample) for (number, sample), answer in answers.items()], seconds)))
-    late = lambda number, sample: Attempt(tasks[number].name, sample, '', 'too long', f'a prompt of {len(rows[number])} tokens leaves no room for {max_new_tokens} more', 0.)
-    return [checked.get((number, sample)) or late(number, sample) for number in range(len(tasks)) for sample in range(samples)]
+    ids = (
+        generate(
+            model,
+            [rows[number] for number in fitting],
+            max_new_tokens,
+            temperature,
+            seed=seed,
+            stop_ids=(tokenizer.eos_token_id,),
+            samples=samples,
+            batch_size=batch_size,
+            pad_id=tokenizer.pad_token_id,
+        ).ids
+        if fitting
+        else []
+    )
+    answers = {
+        (number, sample): tokenizer.decode(ids[place * samples + sample], skip_special_tokens=True)
+        for place, number in enumerate(fitting)
+        for sample in range(samples)
+    }
+    checked = dict(
+        zip(
+            answers,
+            check_all([(tasks[number], answer, sample) for (number, sample), answer in answers.items()], seconds),
+        )
+    )
+    late = lambda number, sample: Attempt(
+        tasks[number].name,
+        sample,
+        '',
+        'too long',
+        f'a prompt of {len(rows[number])} tokens leaves no room for {max_new_tokens} more',
+        0.0,
+    )
+    return [
+        checked.get((number, sample)) or late(number, sample)
+        for number in range(len(tasks))
+        for sample in range(samples)
+    ]
 
-
+# %% ../../../nbs/studies/code/03_pass_at_k.ipynb #0955d024
 @torch.no_grad()
 def load_weights(model,       # the model of the run that wrote the checkpoint
                  checkpoint,  # its folder, from `llmft.training.checkpoints.checkpoints`
 ):
     "Give the trained parameters of `model` the values they have in a checkpoint."
     weights, parameters = load_checkpoint(checkpoint)[0]['weights'], dict(model.named_parameters())
-    if missing := sorted(weights.keys() - parameters.keys()): raise LabError(f'{checkpoint} holds {missing[0]}, which this model has not: give the model of the same run')
-    for name, tensor in weights.items(): parameters[name].copy_(tensor)
+    if missing := sorted(weights.keys() - parameters.keys()):
+        raise LabError(f'{checkpoint} holds {missing[0]}, which this model has not: give the model of the same run')
+    for name, tensor in weights.items():
+        parameters[name].copy_(tensor)

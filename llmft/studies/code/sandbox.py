@@ -13,15 +13,70 @@ from functools import cache
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #3ef406dc
 _calls = dict(  # name: number on x86_64, number on aarch64; None where it does not exist
-    fork=(57, None), vfork=(58, None), clone3=(435, 435), socket=(41, 198), ptrace=(101, 117), process_vm_writev=(311, 271), unshare=(272, 97), setns=(308, 268),
-    mount=(165, 40), umount2=(166, 39), pivot_root=(155, 41), chroot=(161, 51), mount_setattr=(442, 442), open_tree=(428, 428), fsopen=(430, 430), chmod=(90, None), fchmod=(91, 52), fchmodat=(268, 53),
-    fchmodat2=(452, 452), chown=(92, None), lchown=(94, None), fchown=(93, 55), fchownat=(260, 54), utime=(132, None), utimes=(235, None), utimensat=(280, 88), futimesat=(261, None),
-    setxattr=(188, 5), lsetxattr=(189, 6), fsetxattr=(190, 7), removexattr=(197, 14), lremovexattr=(198, 15), fremovexattr=(199, 16), shmget=(29, 194), msgget=(68, 186), semget=(64, 190), mq_open=(240, 180),
-    io_uring_setup=(425, 425), bpf=(321, 280), perf_event_open=(298, 241), userfaultfd=(323, 282), keyctl=(250, 219), add_key=(248, 217), tkill=(200, 130), rt_sigqueueinfo=(129, 138),
-    rt_tgsigqueueinfo=(297, 240), pidfd_open=(434, 434), setpriority=(141, 140), sched_setaffinity=(203, 122), sched_setscheduler=(144, 119), sched_setattr=(314, 274), ioprio_set=(251, 30), reboot=(169, 142),
-    execve=(59, 221), execveat=(322, 281))
-_machines = dict(x86_64=(0, 0xC000003E, 56, (62, 234), 126, 302, (72, 16)), aarch64=(1, 0xC00000B7, 220, (129, 131), 91, 261, (25, 29)))  # column of `_calls`, architecture, clone, (kill, tgkill), capset, prlimit64, (fcntl, ioctl)
-_owner_commands = (8, 10, 15), (0x8901, 0x8902)  # of fcntl and ioctl: who is sent which signal when a descriptor is ready
+    fork=(57, None),
+    vfork=(58, None),
+    clone3=(435, 435),
+    socket=(41, 198),
+    ptrace=(101, 117),
+    process_vm_writev=(311, 271),
+    unshare=(272, 97),
+    setns=(308, 268),
+    mount=(165, 40),
+    umount2=(166, 39),
+    pivot_root=(155, 41),
+    chroot=(161, 51),
+    mount_setattr=(442, 442),
+    open_tree=(428, 428),
+    fsopen=(430, 430),
+    chmod=(90, None),
+    fchmod=(91, 52),
+    fchmodat=(268, 53),
+    fchmodat2=(452, 452),
+    chown=(92, None),
+    lchown=(94, None),
+    fchown=(93, 55),
+    fchownat=(260, 54),
+    utime=(132, None),
+    utimes=(235, None),
+    utimensat=(280, 88),
+    futimesat=(261, None),
+    setxattr=(188, 5),
+    lsetxattr=(189, 6),
+    fsetxattr=(190, 7),
+    removexattr=(197, 14),
+    lremovexattr=(198, 15),
+    fremovexattr=(199, 16),
+    shmget=(29, 194),
+    msgget=(68, 186),
+    semget=(64, 190),
+    mq_open=(240, 180),
+    io_uring_setup=(425, 425),
+    bpf=(321, 280),
+    perf_event_open=(298, 241),
+    userfaultfd=(323, 282),
+    keyctl=(250, 219),
+    add_key=(248, 217),
+    tkill=(200, 130),
+    rt_sigqueueinfo=(129, 138),
+    rt_tgsigqueueinfo=(297, 240),
+    pidfd_open=(434, 434),
+    setpriority=(141, 140),
+    sched_setaffinity=(203, 122),
+    sched_setscheduler=(144, 119),
+    sched_setattr=(314, 274),
+    ioprio_set=(251, 30),
+    reboot=(169, 142),
+    execve=(59, 221),
+    execveat=(322, 281),
+)
+_machines = dict(
+    x86_64=(0, 0xC000003E, 56, (62, 234), 126, 302, (72, 16)),
+    aarch64=(1, 0xC00000B7, 220, (129, 131), 91, 261, (25, 29)),
+)  # column of `_calls`, architecture, clone, (kill, tgkill), capset, prlimit64, (fcntl, ioctl)
+_owner_commands = (
+    (8, 10, 15),
+    (0x8901, 0x8902),
+)  # of fcntl and ioctl: who is sent which signal when a descriptor is ready
 
 
 def _filter(machine, pid):
@@ -30,87 +85,160 @@ def _filter(machine, pid):
     allow, deny, missing = (6, 0, 0, 0x7FFF0000), (6, 0, 0, 0x50000 | errno.EPERM), (6, 0, 0, 0x50000 | errno.ENOSYS)
     rows = [(0x20, 0, 0, 4), (0x15, 1, 0, architecture), deny, (0x20, 0, 0, 0), (0x35, 0, 1, 0x40000000), deny]
     for name, numbers in _calls.items():
-        if numbers[column] is not None: rows += [(0x15, 0, 1, numbers[column]), missing if name == 'clone3' else deny]
+        if numbers[column] is not None:
+            rows += [(0x15, 0, 1, numbers[column]), missing if name == 'clone3' else deny]
     rows += [(0x15, 0, 4, clone), (0x20, 0, 0, 16), (0x45, 0, 1, 0x10000), allow, deny]  # threads, no processes
-    for call, commands in zip(owners, _owner_commands): rows += [(0x15, 0, len(commands) + 3, call), (0x20, 0, 0, 24), *((0x15, len(commands) - i, 0, command) for i, command in enumerate(commands)), allow, deny]
-    for number in signals: rows += [(0x15, 0, 4, number), (0x20, 0, 0, 16), (0x15, 0, 1, pid), allow, deny]
+    for call, commands in zip(owners, _owner_commands):
+        rows += [
+            (0x15, 0, len(commands) + 3, call),
+            (0x20, 0, 0, 24),
+            *((0x15, len(commands) - i, 0, command) for i, command in enumerate(commands)),
+            allow,
+            deny,
+        ]
+    for number in signals:
+        rows += [(0x15, 0, 4, number), (0x20, 0, 0, 16), (0x15, 0, 1, pid), allow, deny]
     return rows + [(0x15, 0, 4, limits), (0x20, 0, 0, 16), (0x15, 0, 1, 0), allow, deny, allow]
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #78846aa5
 def _seccomp():
     "Install the filter in this process; an OSError where the kernel or the processor has none."
-    libc, rows = ctypes.CDLL(None, use_errno=True), _filter(platform.machine(), os.getpid()) if platform.machine() in _machines else None
-    if rows is None: raise OSError(f'no filter for {platform.machine()}')
+    libc, rows = (
+        ctypes.CDLL(None, use_errno=True),
+        _filter(platform.machine(), os.getpid()) if platform.machine() in _machines else None,
+    )
+    if rows is None:
+        raise OSError(f'no filter for {platform.machine()}')
     code = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *row) for row in rows))
     program = struct.pack('HxxxxxxP', len(rows), ctypes.addressof(code))
-    if libc.prctl(22, 2, program, 0, 0): raise OSError(ctypes.get_errno(), 'seccomp')
+    if libc.prctl(22, 2, program, 0, 0):
+        raise OSError(ctypes.get_errno(), 'seccomp')
 
 
 def _landlock(folder):
     "Allow this process to write below `folder` and to /dev/null only; an OSError where the kernel cannot."
     libc = ctypes.CDLL(None, use_errno=True)
     version = libc.syscall(444, None, 0, 1)
-    if version < 3: raise OSError('no Landlock that knows truncation')
+    if version < 3:
+        raise OSError('no Landlock that knows truncation')
     writes = sum(1 << bit for bit in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14)) | (1 << 15 if version >= 5 else 0)
     rules = libc.syscall(444, struct.pack('Q', writes), 8, 0)
-    if rules < 0: raise OSError(ctypes.get_errno(), 'landlock')
+    if rules < 0:
+        raise OSError(ctypes.get_errno(), 'landlock')
     for path, rights in ((folder, writes), ('/dev/null', writes & (1 << 1 | 1 << 14 | 1 << 15))):
         place = os.open(path, os.O_PATH)
-        if libc.syscall(445, rules, 1, struct.pack('=Qi', rights, place), 0): raise OSError(ctypes.get_errno(), 'landlock rule')
+        if libc.syscall(445, rules, 1, struct.pack('=Qi', rights, place), 0):
+            raise OSError(ctypes.get_errno(), 'landlock rule')
         os.close(place)
-    if libc.syscall(446, rules, 0): raise OSError(ctypes.get_errno(), 'landlock')
+    if libc.syscall(446, rules, 0):
+        raise OSError(ctypes.get_errno(), 'landlock')
     os.close(rules)
 
 
 def _drop_capabilities():
     "Give up what makes root more than a user: hard limits stay hard."
     if platform.machine() in _machines:
-        ctypes.CDLL(None).syscall(_machines[platform.machine()][4], struct.pack('Ii', 0x20080522, 0), struct.pack('6I', *[0]*6))
+        ctypes.CDLL(None).syscall(
+            _machines[platform.machine()][4], struct.pack('Ii', 0x20080522, 0), struct.pack('6I', *[0] * 6)
+        )
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #8bc9a92c
-_changing = ('os.remove', 'os.rename', 'os.rmdir', 'os.mkdir', 'os.link', 'os.symlink', 'os.truncate', 'os.chmod', 'os.chown', 'os.utime', 'os.setxattr', 'shutil.')
+_changing = (
+    'os.remove',
+    'os.rename',
+    'os.rmdir',
+    'os.mkdir',
+    'os.link',
+    'os.symlink',
+    'os.truncate',
+    'os.chmod',
+    'os.chown',
+    'os.utime',
+    'os.setxattr',
+    'shutil.',
+)
 
 
 def _audit(folder, files, calls):
     "Have Python refuse to write outside `folder` when `files`, and sockets, processes, signals and foreign code when `calls`."
-    inside = lambda path: isinstance(path, (str, bytes)) and os.path.realpath(os.fsdecode(path)).startswith(folder + os.sep)
+    inside = lambda path: (
+        isinstance(path, (str, bytes)) and os.path.realpath(os.fsdecode(path)).startswith(folder + os.sep)
+    )
+
     def hook(event, arguments):
-        if calls and (event.startswith(('socket.connect', 'socket.bind', 'socket.getaddrinfo', 'subprocess.', 'os.exec', 'os.posix_spawn', 'os.fork', 'pty.', 'ctypes.dlopen')) or event in ('socket.__new__', 'os.system', 'os.kill', 'os.killpg')):
+        if calls and (
+            event.startswith(
+                (
+                    'socket.connect',
+                    'socket.bind',
+                    'socket.getaddrinfo',
+                    'subprocess.',
+                    'os.exec',
+                    'os.posix_spawn',
+                    'os.fork',
+                    'pty.',
+                    'ctypes.dlopen',
+                )
+            )
+            or event in ('socket.__new__', 'os.system', 'os.kill', 'os.killpg')
+        ):
             raise PermissionError(f'{event} is not allowed here')
         if files and event == 'open':
             path, mode, flags = arguments
-            writes = (set(mode) & set('wax+')) if isinstance(mode, str) else (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            if writes and not isinstance(path, int) and not inside(path) and path != os.devnull: raise PermissionError(f'writing to {path} is not allowed here')
-        if files and event.startswith(_changing) and not all(inside(path) for path in arguments if isinstance(path, (str, bytes))):
+            writes = (
+                (set(mode) & set('wax+'))
+                if isinstance(mode, str)
+                else (flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            )
+            if writes and not isinstance(path, int) and not inside(path) and path != os.devnull:
+                raise PermissionError(f'writing to {path} is not allowed here')
+        if (
+            files
+            and event.startswith(_changing)
+            and not all(inside(path) for path in arguments if isinstance(path, (str, bytes)))
+        ):
             raise PermissionError(f'{event} outside the working directory is not allowed here')
+
     sys.addaudithook(hook)
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #4e258997
 def _limit(cpu_seconds, memory_mb, file_mb, processes):
     "Limits of this process; new processes are forbidden by number where no filter does it."
-    wanted = {'CPU': cpu_seconds, 'AS': memory_mb * 2**20, 'FSIZE': int(file_mb * 2**20), 'CORE': 0, 'NOFILE': 64} | ({} if processes else {'NPROC': 0})
+    wanted = {'CPU': cpu_seconds, 'AS': memory_mb * 2**20, 'FSIZE': int(file_mb * 2**20), 'CORE': 0, 'NOFILE': 64} | (
+        {} if processes else {'NPROC': 0}
+    )
     for name, most in wanted.items():
         which = getattr(resource, f'RLIMIT_{name}', None)
-        if which is None: continue
-        with suppress(ValueError, OSError): resource.setrlimit(which, (most, most + (name == 'CPU')))
+        if which is None:
+            continue
+        with suppress(ValueError, OSError):
+            resource.setrlimit(which, (most, most + (name == 'CPU')))
 
 
 def _child():
     "Run the program that the parent describes in the second argument; guard this process first."
     told = json.loads(sys.argv[2])
     folder, done = os.getcwd(), os.open(told['done'], os.O_WRONLY)
-    with open(told['program'], encoding='utf-8') as file: source = file.read()
+    with open(told['program'], encoding='utf-8') as file:
+        source = file.read()
     _limit(told['cpu_seconds'], told['memory_mb'], told['file_mb'], 'seccomp' in told['guards'])
-    if sys.platform == 'linux': ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)
-    if 'landlock' in told['guards']: _landlock(folder)
-    if 'seccomp' in told['guards']: _drop_capabilities(); _seccomp()
-    if told['guards'] != ['landlock', 'seccomp']: _audit(folder, 'landlock' not in told['guards'], 'seccomp' not in told['guards'])
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(38, 1, 0, 0, 0)
+    if 'landlock' in told['guards']:
+        _landlock(folder)
+    if 'seccomp' in told['guards']:
+        _drop_capabilities()
+        _seccomp()
+    if told['guards'] != ['landlock', 'seccomp']:
+        _audit(folder, 'landlock' not in told['guards'], 'seccomp' not in told['guards'])
     sys.argv = ['program.py']
     sys.path += told['packages']
     builtins.exit = builtins.quit = sys.exit  # without site there is neither
-    try: exec(compile(source, 'program.py', 'exec'), dict(__name__='__main__'))
+    try:
+        exec(compile(source, 'program.py', 'exec'), dict(__name__='__main__'))
     except SystemExit as ended:
-        if ended.code not in (None, 0) or not told['may_exit']: raise
+        if ended.code not in (None, 0) or not told['may_exit']:
+            raise
     sys.stdout.flush()
     os.write(done, b'done')
 
@@ -119,18 +247,29 @@ _start = 'import sys; sys.path.insert(0, sys.argv[1]); from sandbox import _chil
 
 
 @cache
-def guards()->tuple:
+def guards() -> tuple:
     "The kernel's guards that work here, of landlock and seccomp: each is tried once in a process of its own."
     import subprocess
+
     def works(name):
         trial = f'import sys; sys.path.insert(0, sys.argv[1]); import sandbox, ctypes; ctypes.CDLL(None).prctl(38, 1, 0, 0, 0); sandbox._{name}({"sys.argv[1]" if name == "landlock" else ""})'
-        return sys.platform == 'linux' and not subprocess.run([sys.executable, '-I', '-S', '-c', trial, _home()], capture_output=True, timeout=60).returncode
+        return (
+            sys.platform == 'linux'
+            and not subprocess.run(
+                [sys.executable, '-I', '-S', '-c', trial, _home()], capture_output=True, timeout=60
+            ).returncode
+        )
+
     return tuple(name for name in ('landlock', 'seccomp') if works(name))
 
 
 def _home():
     "The folder this module stands in."
-    return os.path.dirname(os.path.abspath(__file__)) if '__file__' in globals() else os.path.abspath('../llmft')
+    return (
+        os.path.dirname(os.path.abspath(__file__))
+        if '__file__' in globals()
+        else os.path.abspath('../../../llmft/studies/code')
+    )
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #f7e412fb
 class Outcome(namedtuple('Outcome', 'status reason stdout stderr seconds')):
@@ -144,9 +283,11 @@ def _bytes_below(folder):
     with suppress(RecursionError):  # os.walk calls itself for each level
         for place, _, names in os.walk(folder):
             for name in names:
-                with suppress(OSError): total += os.lstat(os.path.join(place, name)).st_size
+                with suppress(OSError):
+                    total += os.lstat(os.path.join(place, name)).st_size
             count += 1 + len(names)
-            if count > 10_000: break
+            if count > 10_000:
+                break
         return total, count
     return total, 10**9
 
@@ -154,8 +295,11 @@ def _bytes_below(folder):
 def _remove(folder):
     "Delete a folder, however deep a program has made it."
     import shutil, subprocess
-    try: shutil.rmtree(folder, ignore_errors=True)
-    except RecursionError: subprocess.run(['rm', '-rf', folder], stderr=subprocess.DEVNULL)
+
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except RecursionError:
+        subprocess.run(['rm', '-rf', folder], stderr=subprocess.DEVNULL)
 
 
 def _wait(process, folder, seconds, disk_mb):
@@ -163,21 +307,28 @@ def _wait(process, folder, seconds, disk_mb):
     start = time.monotonic()
     while process.poll() is None:
         passed = time.monotonic() - start
-        if passed > seconds: return f'timeout: still running after {seconds:g} s'
-        size, count = _bytes_below(folder) if passed > .3 else (0, 0)
-        if size > disk_mb * 2**20 or count > 10_000: return f'output: more than {disk_mb:g} MB or 10,000 files'
-        time.sleep(.003 if passed < .3 else .05)
+        if passed > seconds:
+            return f'timeout: still running after {seconds:g} s'
+        size, count = _bytes_below(folder) if passed > 0.3 else (0, 0)
+        if size > disk_mb * 2**20 or count > 10_000:
+            return f'output: more than {disk_mb:g} MB or 10,000 files'
+        time.sleep(0.003 if passed < 0.3 else 0.05)
     return ''
 
 
 def _verdict(code, finished, stderr, cpu_seconds):
     "(status, reason) of a program that ended by itself."
     last = next((line.strip() for line in reversed(stderr.splitlines()) if line.strip()), '')
-    if code == 0 and finished: return 'passed', ''
-    if last.startswith('MemoryError') or 'Cannot allocate memory' in last: return 'memory', last
-    if code == -signal.SIGXCPU or (code == -signal.SIGKILL and not last): return 'timeout', f'more than {cpu_seconds} s of processor time'
-    if 'File too large' in last or code == -signal.SIGXFSZ: return 'output', last or 'a file above the limit'
-    if code < 0: return 'killed', f'signal {-code}'
+    if code == 0 and finished:
+        return 'passed', ''
+    if last.startswith('MemoryError') or 'Cannot allocate memory' in last:
+        return 'memory', last
+    if code == -signal.SIGXCPU or (code == -signal.SIGKILL and not last):
+        return 'timeout', f'more than {cpu_seconds} s of processor time'
+    if 'File too large' in last or code == -signal.SIGXFSZ:
+        return 'output', last or 'a file above the limit'
+    if code < 0:
+        return 'killed', f'signal {-code}'
     return 'failed', last or ('it ended before its tests did' if code == 0 else f'exit status {code}')
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #48b2bad5
@@ -191,27 +342,66 @@ def run_program(program:str,         # Python source
     "Run `program` in a process of its own, in an empty directory, without network, processes or files outside."
     import subprocess, sysconfig, tempfile
     from pathlib import Path
+
     with ExitStack() as stack:
         place = Path(os.path.realpath(tempfile.mkdtemp(prefix='llmft-program-')))
         stack.callback(_remove, place)
-        work, cpu = place/'work', max(1, math.ceil(seconds))
+        work, cpu = place / 'work', max(1, math.ceil(seconds))
         work.mkdir()
-        for name, text in (('program.py', program), ('stdin', stdin), ('done', '')): (place/name).write_text(text, encoding='utf-8', errors='replace', newline='')
-        told = dict(program=str(place/'program.py'), done=str(place/'done'), guards=list(guards()), cpu_seconds=cpu, memory_mb=memory_mb, file_mb=file_mb, may_exit=may_exit,
-                    packages=sorted({sysconfig.get_paths()[kind] for kind in ('purelib', 'platlib')}))
-        environment = dict(PATH=os.defpath, HOME=str(work), TMPDIR=str(work), LANG='C.UTF-8', PYTHONDONTWRITEBYTECODE='1', OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1')
+        for name, text in (('program.py', program), ('stdin', stdin), ('done', '')):
+            (place / name).write_text(text, encoding='utf-8', errors='replace', newline='')
+        told = dict(
+            program=str(place / 'program.py'),
+            done=str(place / 'done'),
+            guards=list(guards()),
+            cpu_seconds=cpu,
+            memory_mb=memory_mb,
+            file_mb=file_mb,
+            may_exit=may_exit,
+            packages=sorted({sysconfig.get_paths()[kind] for kind in ('purelib', 'platlib')}),
+        )
+        environment = dict(
+            PATH=os.defpath,
+            HOME=str(work),
+            TMPDIR=str(work),
+            LANG='C.UTF-8',
+            PYTHONDONTWRITEBYTECODE='1',
+            OMP_NUM_THREADS='1',
+            OPENBLAS_NUM_THREADS='1',
+            MKL_NUM_THREADS='1',
+        )
         start = time.perf_counter()
-        with (place/'stdin').open('rb') as source, (place/'stdout').open('wb') as out, (place/'stderr').open('wb') as err:
-            process = subprocess.Popen([sys.executable, '-I', '-S', '-X', 'utf8', '-c', _start, _home(), json.dumps(told)], cwd=work, env=environment, stdin=source, stdout=out, stderr=err, start_new_session=True)
-            try: met = _wait(process, work, seconds, 16 * file_mb)
+        with (
+            (place / 'stdin').open('rb') as source,
+            (place / 'stdout').open('wb') as out,
+            (place / 'stderr').open('wb') as err,
+        ):
+            process = subprocess.Popen(
+                [sys.executable, '-I', '-S', '-X', 'utf8', '-c', _start, _home(), json.dumps(told)],
+                cwd=work,
+                env=environment,
+                stdin=source,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+            try:
+                met = _wait(process, work, seconds, 16 * file_mb)
             finally:
-                with suppress(ProcessLookupError, PermissionError): os.killpg(process.pid, signal.SIGKILL)
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         spent = time.perf_counter() - start
-        out, err = ((place/name).read_bytes() for name in ('stdout', 'stderr'))
-        err = err[-2**12:].decode(errors='replace')
-        status, reason = met.split(': ', 1) if met else _verdict(process.returncode, (place/'done').read_bytes() == b'done', err, cpu)
-        return Outcome(status, reason, (out if status == 'passed' else out[:2**16]).decode(errors='replace'), err, spent)
+        out, err = ((place / name).read_bytes() for name in ('stdout', 'stderr'))
+        err = err[-(2**12) :].decode(errors='replace')
+        status, reason = (
+            met.split(': ', 1)
+            if met
+            else _verdict(process.returncode, (place / 'done').read_bytes() == b'done', err, cpu)
+        )
+        return Outcome(
+            status, reason, (out if status == 'passed' else out[: 2**16]).decode(errors='replace'), err, spent
+        )
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #6f53a393
 def same_output(printed:str,   # by the program

@@ -12,14 +12,26 @@ from ...core import LabError
 
 # %% ../../../nbs/studies/finetuning/02_published.ipynb #55bdfc4d
 matrix_reference = {  # (method, gradient checkpointing, strategy) -> seconds an epoch, peak GB as reported
-    ('full', False, 'none'): (37.77, 28.45), ('lora', False, 'none'): (233.16, 16.26), ('lora', True, 'none'): (316.09, 9.34), ('lora', False, 'zero2'): (270.72, 16.26), ('lora', False, 'zero3'): (313.94, 16.29),
-    ('lora', True, 'zero2'): (343.09, 9.35), ('lora', True, 'zero3'): (411.29, 9.37), ('qlora', False, 'none'): (375.45, 7.24), ('qlora', True, 'none'): (379.33, 7.24), ('qlora', False, 'zero2'): (351.12, 5.45),
-    ('qlora', False, 'zero3'): (503.26, 5.48), ('qlora', True, 'zero2'): (358.34, 5.45), ('qlora', True, 'zero3'): (495.78, 5.48)}
-
+    ('full', False, 'none'): (37.77, 28.45),
+    ('lora', False, 'none'): (233.16, 16.26),
+    ('lora', True, 'none'): (316.09, 9.34),
+    ('lora', False, 'zero2'): (270.72, 16.26),
+    ('lora', False, 'zero3'): (313.94, 16.29),
+    ('lora', True, 'zero2'): (343.09, 9.35),
+    ('lora', True, 'zero3'): (411.29, 9.37),
+    ('qlora', False, 'none'): (375.45, 7.24),
+    ('qlora', True, 'none'): (379.33, 7.24),
+    ('qlora', False, 'zero2'): (351.12, 5.45),
+    ('qlora', False, 'zero3'): (503.26, 5.48),
+    ('qlora', True, 'zero2'): (358.34, 5.45),
+    ('qlora', True, 'zero3'): (495.78, 5.48),
+}
 reference_notes = {
     ('full', False, 'none'): 'reference time invalid: a tokenising bug left 4 of 4,000 rows',
     ('qlora', False, 'none'): 'reference checkpointed here too: its k-bit preparation had switched it on',
-    ('qlora', False, 'zero2'): 'reference checkpointed here too', ('qlora', False, 'zero3'): 'reference checkpointed here too'}
+    ('qlora', False, 'zero2'): 'reference checkpointed here too',
+    ('qlora', False, 'zero3'): 'reference checkpointed here too',
+}
 
 
 def matrix_key(params:dict,  # parameters of a run
@@ -32,41 +44,71 @@ def row_name(key:tuple,  # from `matrix_key`
 )->str:
     "What people call a row of the matrix."
     method, again, strategy = key
-    parts = [dict(full='full', lora='LoRA', qlora='QLoRA').get(method, method), dict(none='', zero2='ZeRO-2', zero3='ZeRO-3', fsdp2='FSDP2', ddp='DDP').get(strategy, strategy), 'GC' if again else '']
+    parts = [
+        dict(full='full', lora='LoRA', qlora='QLoRA').get(method, method),
+        dict(none='', zero2='ZeRO-2', zero3='ZeRO-3', fsdp2='FSDP2', ddp='DDP').get(strategy, strategy),
+        'GC' if again else '',
+    ]
     return ' + '.join(part for part in parts if part)
 
-
+# %% ../../../nbs/studies/finetuning/02_published.ipynb #e355322b
 def ratio(value,  # a number, or None
           base,   # what it is divided by, or None
 ):                # None when either is unknown or the base is 0
     "`value` over `base`."
-    return value/base if value is not None and base else None
+    return value / base if value is not None and base else None
 
-
+# %% ../../../nbs/studies/finetuning/02_published.ipynb #e87c5106
 def beside_reference(runs:dict,  # key -> metrics of our run
                      base=('lora', False, 'none'),  # the row that ratios refer to
 )->list:                         # rows: name, ours and theirs, seconds and memory, absolute and over those of `base`
     "Our results and the reference's, row by row."
     keys = [*runs, *(key for key in matrix_reference if key not in runs)]
-    ours = {key: (runs[key].get('time_per_epoch_seconds'), runs[key].get('peak_memory_gb')) if key in runs else (None, None) for key in keys}
+    ours = {
+        key: (runs[key].get('time_per_epoch_seconds'), runs[key].get('peak_memory_gb')) if key in runs else (None, None)
+        for key in keys
+    }
     theirs = {key: matrix_reference.get(key, (None, None)) for key in keys}
-    return [dict(row=row_name(key), seconds=ours[key][0], seconds_ratio=ratio(ours[key][0], ours.get(base, (None, None))[0]), reference_seconds=theirs[key][0], reference_seconds_ratio=ratio(theirs[key][0], theirs[base][0]),
-        memory=ours[key][1], memory_ratio=ratio(ours[key][1], ours.get(base, (None, None))[1]), reference_memory=theirs[key][1], reference_memory_ratio=ratio(theirs[key][1], theirs[base][1]),
-        note=reference_notes.get(key, '' if key in matrix_reference else 'not in the reference')) for key in keys]
+    return [
+        dict(
+            row=row_name(key),
+            seconds=ours[key][0],
+            seconds_ratio=ratio(ours[key][0], ours.get(base, (None, None))[0]),
+            reference_seconds=theirs[key][0],
+            reference_seconds_ratio=ratio(theirs[key][0], theirs[base][0]),
+            memory=ours[key][1],
+            memory_ratio=ratio(ours[key][1], ours.get(base, (None, None))[1]),
+            reference_memory=theirs[key][1],
+            reference_memory_ratio=ratio(theirs[key][1], theirs[base][1]),
+            note=reference_notes.get(key, '' if key in matrix_reference else 'not in the reference'),
+        )
+        for key in keys
+    ]
 
 # %% ../../../nbs/studies/finetuning/02_published.ipynb #2dfe48b8
 _unsound = {('full', False, 'none'), ('qlora', False, 'none'), ('qlora', False, 'zero2'), ('qlora', False, 'zero3')}
-_pairs = [('All weights instead of LoRA', ('lora', False, 'none'), ('full', False, 'none')), ('Gradient checkpointing on LoRA', ('lora', False, 'none'), ('lora', True, 'none')),
-    ('4-bit weights', ('lora', False, 'none'), ('qlora', False, 'none')), ('4-bit weights under checkpointing', ('lora', True, 'none'), ('qlora', True, 'none')),
-    ('Gradient checkpointing on QLoRA', ('qlora', False, 'none'), ('qlora', True, 'none')), ('ZeRO-2 on LoRA', ('lora', False, 'none'), ('lora', False, 'zero2')),
-    ('ZeRO-3 on LoRA', ('lora', False, 'none'), ('lora', False, 'zero3')), ('DDP on LoRA', ('lora', False, 'none'), ('lora', False, 'ddp')),
-    *((f'{words} instead of DDP', ('lora', False, 'ddp'), ('lora', False, strategy)) for words, strategy in (('ZeRO-2', 'zero2'), ('ZeRO-3', 'zero3'), ('FSDP2', 'fsdp2')))]
+_pairs = [
+    ('All weights instead of LoRA', ('lora', False, 'none'), ('full', False, 'none')),
+    ('Gradient checkpointing on LoRA', ('lora', False, 'none'), ('lora', True, 'none')),
+    ('4-bit weights', ('lora', False, 'none'), ('qlora', False, 'none')),
+    ('4-bit weights under checkpointing', ('lora', True, 'none'), ('qlora', True, 'none')),
+    ('Gradient checkpointing on QLoRA', ('qlora', False, 'none'), ('qlora', True, 'none')),
+    ('ZeRO-2 on LoRA', ('lora', False, 'none'), ('lora', False, 'zero2')),
+    ('ZeRO-3 on LoRA', ('lora', False, 'none'), ('lora', False, 'zero3')),
+    ('DDP on LoRA', ('lora', False, 'none'), ('lora', False, 'ddp')),
+    *(
+        (f'{words} instead of DDP', ('lora', False, 'ddp'), ('lora', False, strategy))
+        for words, strategy in (('ZeRO-2', 'zero2'), ('ZeRO-3', 'zero3'), ('FSDP2', 'fsdp2'))
+    ),
+]
 
 
 def _times(before, after, digits=2):
     "How many times `before` the (seconds, memory) of `after` are, in words."
     both = [ratio(new, old) for old, new in zip(before, after)]
-    return ' and '.join(f'{value:.{digits}f} times the {what}' for value, what in zip(both, ('time', 'memory')) if value is not None)
+    return ' and '.join(
+        f'{value:.{digits}f} times the {what}' for value, what in zip(both, ('time', 'memory')) if value is not None
+    )
 
 
 def matrix_verdict(runs:dict,  # key -> metrics of our run
@@ -75,7 +117,8 @@ def matrix_verdict(runs:dict,  # key -> metrics of our run
     figures = {key: (run.get('time_per_epoch_seconds'), run.get('peak_memory_gb')) for key, run in runs.items()}
     sentences = []
     for words, before, after in _pairs:
-        if before not in figures or after not in figures or not (found := _times(figures[before], figures[after])): continue
+        if before not in figures or after not in figures or not (found := _times(figures[before], figures[after])):
+            continue
         sound = {before, after} <= set(matrix_reference) - _unsound
         theirs = f' (reference: {_times(matrix_reference[before], matrix_reference[after])})' if sound else ''
         sentences.append(f'{words}: {found}{theirs}.')
@@ -87,7 +130,8 @@ def prediction_verdict(runs:dict,      # name -> metrics, with memory_error: pre
 )->str:
     "How well the memory was foreseen; '' when no run knows."
     errors = {name: run['memory_error'] for name, run in runs.items() if run.get('memory_error') is not None}
-    if not errors: return ''
+    if not errors:
+        return ''
     worst = max(errors, key=lambda name: abs(errors[name]))
     good = sum(abs(error) <= allowed for error in errors.values())
     return f'The predicted peak was within {allowed:.0%} of the measured one in {good} of {len(errors)} runs; the largest miss was {errors[worst]:+.1%} ({worst}).'
@@ -99,5 +143,6 @@ def short_names(names,  # of runs
     names = list(names)
     shared = commonprefix(names).rpartition('-')
     cut = len(shared[0] + shared[1]) if len(names) > 1 else 0
-    if len(set(names)) < len(names): raise LabError('two runs have the same name: give each its own')
+    if len(set(names)) < len(names):
+        raise LabError('two runs have the same name: give each its own')
     return {name: name[cut:] for name in names}

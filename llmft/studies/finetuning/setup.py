@@ -16,43 +16,48 @@ from ...data.tokens import Examples, cut, encode, load_tokenizer
 @dataclass
 class FinetuningData:
     "What is trained on and what is held out."
-    tokenizer: object      # of the model
-    corpus: Corpus         # documents
-    train: Examples        # training examples of at most max_length positions
-    valid: Examples        # held-out examples
-    train_notes: dict      # how many were too long, and what that cost
-    valid_notes: dict      # the same for the held-out ones
 
+    tokenizer: object  # of the model
+    corpus: Corpus  # documents
+    train: Examples  # training examples of at most max_length positions
+    valid: Examples  # held-out examples
+    train_notes: dict  # how many were too long, and what that cost
+    valid_notes: dict  # the same for the held-out ones
 
+# %% ../../../nbs/studies/finetuning/01_setup.ipynb #cea4bda7
 def finetuning_data(params,  # model, data, data_config, text_field, num_samples, num_eval_samples, max_length, too_long, seed
 )->FinetuningData:
     "The data of a run; a `LabError` when there is none."
     tokenizer = load_tokenizer(params.model)
     corpus = load_corpus(params.data, params.data_config, params.text_field, params.num_samples, seed=params.seed)
-    corpus.valid = corpus.valid[:params.num_eval_samples or len(corpus.valid)]
+    corpus.valid = corpus.valid[: params.num_eval_samples or len(corpus.valid)]
     train, train_notes = cut(encode(corpus.train.texts, tokenizer), params.max_length, params.too_long)
     valid, valid_notes = cut(encode(corpus.valid.texts, tokenizer), params.max_length)
     return FinetuningData(tokenizer, corpus, train, valid, train_notes, valid_notes)
 
 # %% ../../../nbs/studies/finetuning/01_setup.ipynb #c1f3071c
-def quantisation_of(params)->str:
+def quantisation_of(params) -> str:
     "How the weights of this run are quantised: only qlora's are."
     return params.quantisation if params.method == 'qlora' else 'none'
 
-
+# %% ../../../nbs/studies/finetuning/01_setup.ipynb #0b7a3318
 def finetuning_base(params,  # model, method, precision, quantisation, seed, attention
 ):                           # a `PreTrainedModel`
     "The model without an adapter."
     return load_model(params.model, params.precision, quantisation_of(params), params.seed, params.attention)
 
-
+# %% ../../../nbs/studies/finetuning/01_setup.ipynb #1904f9a5
 def finetuning_model(params,  # also lora_rank, lora_alpha, lora_dropout, lora_targets
 ):                            # a `PreTrainedModel`, or a `PeftModel` around it
     "The model that is trained."
     base = finetuning_base(params)
-    return base if params.method == 'full' else add_lora(base, params.lora_rank, params.lora_alpha, params.lora_dropout, params.lora_targets, params.seed)
+    return (
+        base
+        if params.method == 'full'
+        else add_lora(base, params.lora_rank, params.lora_alpha, params.lora_dropout, params.lora_targets, params.seed)
+    )
 
-
+# %% ../../../nbs/studies/finetuning/01_setup.ipynb #a145b8e0
 def finetuning(params,  # all of the above
 )->tuple:               # (model, training examples, held-out examples)
     "Everything `fit` needs of a fine-tuning run, built from its parameters alone."

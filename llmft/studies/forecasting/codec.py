@@ -18,24 +18,39 @@ from ...core import LabError, find_path, nearest, purpose_rng, read_json, write_
 @dataclass
 class Series:
     "Trajectories of several variables at common times."
+
     values_NTV: np.ndarray  # float32
-    times_T: np.ndarray     # float64, ascending
-    notes: dict             # where they come from
-    def __len__(self): return len(self.values_NTV)
+    times_T: np.ndarray  # float64, ascending
+    notes: dict  # where they come from
 
+    def __len__(self):
+        return len(self.values_NTV)
 
+# %% ../../../nbs/studies/forecasting/01_codec.ipynb #db288a97
 def predator_prey(parameters_N4, # a, b, g, d of each trajectory
                   start_N2,      # prey and predators at time 0
                   times_T,       # times to report, the first is 0
 )->np.ndarray:                   # float64, (N, T, 2)
     "Solve the Lotka-Volterra equations for many trajectories at once."
     from scipy.integrate import solve_ivp
+
     a, b, g, d = np.asarray(parameters_N4, dtype=float).T
-    def slope(time, logs): return np.concatenate([a - b*np.exp(logs[len(a):]), d*np.exp(logs[:len(a)]) - g])
-    solution = solve_ivp(slope, (times_T[0], times_T[-1]), np.log(start_N2).T.ravel(), method='DOP853', t_eval=times_T, rtol=1e-7, atol=1e-9)
+
+    def slope(time, logs):
+        return np.concatenate([a - b * np.exp(logs[len(a) :]), d * np.exp(logs[: len(a)]) - g])
+
+    solution = solve_ivp(
+        slope,
+        (times_T[0], times_T[-1]),
+        np.log(start_N2).T.ravel(),
+        method='DOP853',
+        t_eval=times_T,
+        rtol=1e-7,
+        atol=1e-9,
+    )
     return np.exp(solution.y.reshape(2, len(a), len(times_T))).transpose(1, 2, 0)
 
-
+# %% ../../../nbs/studies/forecasting/01_codec.ipynb #7f91bb39
 def simulate(count:int,            # trajectories
              steps:int=100,        # time steps of each
              step_time:float=.4,   # time between two steps
@@ -44,15 +59,35 @@ def simulate(count:int,            # trajectories
              seed:int=0,           # the only thing the draws depend on, beside `count`
 )->Series:
     "Draw parameters and initial values, and solve; a `LabError` when there is nothing to solve."
-    if not 0 <= spread < 1: raise LabError(f'spread is {spread}: rates are drawn from 1 - spread to 1 + spread and must stay positive')
-    if not farthest > .2: raise LabError(f'farthest is {farthest}: give more than 0.2 times the equilibrium')
-    if count < 1 or steps < 2 or not step_time > 0: raise LabError(f'simulate: {count} trajectories of {steps} steps, {step_time} apart: give at least 1, at least 2, and a time above 0')
+    if not 0 <= spread < 1:
+        raise LabError(f'spread is {spread}: rates are drawn from 1 - spread to 1 + spread and must stay positive')
+    if not farthest > 0.2:
+        raise LabError(f'farthest is {farthest}: give more than 0.2 times the equilibrium')
+    if count < 1 or steps < 2 or not step_time > 0:
+        raise LabError(
+            f'simulate: {count} trajectories of {steps} steps, {step_time} apart: give at least 1, at least 2, and a time above 0'
+        )
     rng = purpose_rng(seed, 'predator-prey')
-    parameters_N4, share_N2 = rng.uniform(1 - spread, 1 + spread, (count, 4)), rng.uniform(.2, farthest, (count, 2))
+    parameters_N4, share_N2 = rng.uniform(1 - spread, 1 + spread, (count, 4)), rng.uniform(0.2, farthest, (count, 2))
     a, b, g, d = parameters_N4.T
-    times_T = np.arange(steps)*step_time
-    pieces = [predator_prey(parameters_N4[i:i + 500], (share_N2*np.stack([g/d, a/b], 1))[i:i + 500], times_T) for i in range(0, count, 500)]
-    return Series(np.concatenate(pieces).astype(np.float32), times_T, dict(source='simulated', trajectories=count, steps=steps, step_time=step_time, spread=spread, farthest=farthest, seed=seed))
+    times_T = np.arange(steps) * step_time
+    pieces = [
+        predator_prey(parameters_N4[i : i + 500], (share_N2 * np.stack([g / d, a / b], 1))[i : i + 500], times_T)
+        for i in range(0, count, 500)
+    ]
+    return Series(
+        np.concatenate(pieces).astype(np.float32),
+        times_T,
+        dict(
+            source='simulated',
+            trajectories=count,
+            steps=steps,
+            step_time=step_time,
+            spread=spread,
+            farthest=farthest,
+            seed=seed,
+        ),
+    )
 
 # %% ../../../nbs/studies/forecasting/01_codec.ipynb #23389c2c
 def check_series(values_NTV, # trajectories
@@ -60,27 +95,55 @@ def check_series(values_NTV, # trajectories
 )->np.ndarray:               # float32
     "The trajectories as float32; a `LabError` names the first that is not finite, negative or constant."
     values_NTV = np.asarray(values_NTV, dtype=np.float32)
-    if values_NTV.ndim != 3 or 0 in values_NTV.shape: raise LabError(f'{where}: trajectories have the shape {values_NTV.shape}: (trajectories, steps, variables) is needed, none of them 0')
-    wrong = {'a value that is not finite': ~np.isfinite(values_NTV), 'a negative value': values_NTV < 0, 'a variable that never changes': np.broadcast_to(np.ptp(values_NTV, axis=1, keepdims=True) == 0, values_NTV.shape)}
+    if values_NTV.ndim != 3 or 0 in values_NTV.shape:
+        raise LabError(
+            f'{where}: trajectories have the shape {values_NTV.shape}: (trajectories, steps, variables) is needed, none of them 0'
+        )
+    wrong = {
+        'a value that is not finite': ~np.isfinite(values_NTV),
+        'a negative value': values_NTV < 0,
+        'a variable that never changes': np.broadcast_to(
+            np.ptp(values_NTV, axis=1, keepdims=True) == 0, values_NTV.shape
+        ),
+    }
     for what, at in wrong.items():
-        if at.any(): raise LabError(f'{where}: trajectory {int(np.argwhere(at)[0][0])} has {what} ({int(at.any((1, 2)).sum())} of {len(values_NTV)} have): leave such trajectories out')
+        if at.any():
+            raise LabError(
+                f'{where}: trajectory {int(np.argwhere(at)[0][0])} has {what} ({int(at.any((1, 2)).sum())} of {len(values_NTV)} have): leave such trajectories out'
+            )
     return values_NTV
 
-
+# %% ../../../nbs/studies/forecasting/01_codec.ipynb #b23a6a30
 def load_series(path,  # HDF5 file with `trajectories` and `time`
 )->Series:
     "Read trajectories from an HDF5 file; a `LabError` when it is not one, lacks a key, or has another shape."
     import h5py
+
     path = find_path(path)
-    if not path.is_file(): raise LabError(f'there is no file {path}: give the HDF5 file of the trajectories, or simulate them')
-    try: file = h5py.File(path, 'r')
-    except OSError as error: raise LabError(f'{path} is no HDF5 file ({" ".join(str(error).split())[:80]}): give one with `trajectories` and `time`') from None
+    if not path.is_file():
+        raise LabError(f'there is no file {path}: give the HDF5 file of the trajectories, or simulate them')
+    try:
+        file = h5py.File(path, 'r')
+    except OSError as error:
+        raise LabError(
+            f'{path} is no HDF5 file ({" ".join(str(error).split())[:80]}): give one with `trajectories` and `time`'
+        ) from None
     with file:
         for key in ('trajectories', 'time'):
-            if key not in file: raise LabError(f"{path} has no '{key}'{nearest(key, file)}, only {', '.join(file) or 'nothing'}: it needs `trajectories` and `time`")
+            if key not in file:
+                raise LabError(
+                    f"{path} has no '{key}'{nearest(key, file)}, only {', '.join(file) or 'nothing'}: it needs `trajectories` and `time`"
+                )
         values, times = file['trajectories'][()], file['time'][()]
-    if values.ndim != 3 or times.shape != values.shape[1:2]: raise LabError(f'{path}: trajectories {values.shape} and time {times.shape} do not belong together: (N, T, V) and (T,) are needed')
-    return Series(check_series(values, str(path)), times.astype(float), dict(source=path.name, trajectories=len(values), steps=values.shape[1], seed=None))
+    if values.ndim != 3 or times.shape != values.shape[1:2]:
+        raise LabError(
+            f'{path}: trajectories {values.shape} and time {times.shape} do not belong together: (N, T, V) and (T,) are needed'
+        )
+    return Series(
+        check_series(values, str(path)),
+        times.astype(float),
+        dict(source=path.name, trajectories=len(values), steps=values.shape[1], seed=None),
+    )
 
 # %% ../../../nbs/studies/forecasting/01_codec.ipynb #f2fb4f16
 scalings = ('context', 'per_trajectory', 'global')
@@ -90,10 +153,12 @@ def check_codec(precision:int,  # decimals
                 alpha:float,    # what the 99th percentile becomes
 ):
     "A `LabError` unless precision and alpha can be used."
-    if not 1 <= precision <= 8: raise LabError(f'precision is {precision}: give 1 to 8 decimals (the study uses 2 or 3)')
-    if not (alpha > 0 and math.isfinite(alpha)): raise LabError(f'alpha is {alpha}: give a positive number (the study uses 10)')
+    if not 1 <= precision <= 8:
+        raise LabError(f'precision is {precision}: give 1 to 8 decimals (the study uses 2 or 3)')
+    if not (alpha > 0 and math.isfinite(alpha)):
+        raise LabError(f'alpha is {alpha}: give a positive number (the study uses 10)')
 
-
+# %% ../../../nbs/studies/forecasting/01_codec.ipynb #620e0cb6
 def scale_factors(values_NTV,         # trajectories, float32
                   scaling='context',  # context | per_trajectory | global
                   alpha=10.,          # what the 99th percentile becomes
@@ -101,16 +166,26 @@ def scale_factors(values_NTV,         # trajectories, float32
                   train_rows=None,    # rows of the training split, for `global`
 )->np.ndarray:                        # float32, (N, V)
     "The factor of each trajectory and variable; a `LabError` for one whose percentile is 0."
-    if scaling not in scalings: raise LabError(f"scaling is '{scaling}'{nearest(scaling, scalings)}: choose from {', '.join(scalings)}")
+    if scaling not in scalings:
+        raise LabError(f"scaling is '{scaling}'{nearest(scaling, scalings)}: choose from {', '.join(scalings)}")
     check_codec(1, alpha)
     steps = values_NTV.shape[1]
-    if scaling == 'context' and not 1 < context <= steps: raise LabError(f'context is {context} and a trajectory has {steps} steps: give 2 to {steps}')
-    if scaling == 'global' and train_rows is None: raise LabError('scaling global needs the rows of the training split')
+    if scaling == 'context' and not 1 < context <= steps:
+        raise LabError(f'context is {context} and a trajectory has {steps} steps: give 2 to {steps}')
+    if scaling == 'global' and train_rows is None:
+        raise LabError('scaling global needs the rows of the training split')
     seen_NTV = values_NTV[:, :context] if scaling == 'context' else values_NTV
-    if scaling == 'global': tops = np.percentile(values_NTV[train_rows].astype(np.float64).reshape(-1, values_NTV.shape[2]), 99, axis=0)[None]
-    else: tops = np.percentile(seen_NTV.astype(np.float64), 99, axis=1)
-    if not (tops > 0).all(): raise LabError(f'trajectory {int(np.argwhere(~(tops > 0))[0][0])}: the 99th percentile is 0, so it has no scale: leave it out')
-    return np.broadcast_to((alpha/tops).astype(np.float32), (len(values_NTV), values_NTV.shape[2])).copy()
+    if scaling == 'global':
+        tops = np.percentile(values_NTV[train_rows].astype(np.float64).reshape(-1, values_NTV.shape[2]), 99, axis=0)[
+            None
+        ]
+    else:
+        tops = np.percentile(seen_NTV.astype(np.float64), 99, axis=1)
+    if not (tops > 0).all():
+        raise LabError(
+            f'trajectory {int(np.argwhere(~(tops > 0))[0][0])}: the 99th percentile is 0, so it has no scale: leave it out'
+        )
+    return np.broadcast_to((alpha / tops).astype(np.float32), (len(values_NTV), values_NTV.shape[2])).copy()
 
 # %% ../../../nbs/studies/forecasting/01_codec.ipynb #bc5624e6
 def round_series(values_NTV,  # trajectories, float32
@@ -118,9 +193,9 @@ def round_series(values_NTV,  # trajectories, float32
                  precision=2, # decimals
 )->np.ndarray:                # float32, what the text shows
     "Scaled and rounded values, in the order of operations of the reference."
-    return np.round(np.asarray(values_NTV, np.float32)*np.asarray(factors_NV, np.float32)[:, None], precision)
+    return np.round(np.asarray(values_NTV, np.float32) * np.asarray(factors_NV, np.float32)[:, None], precision)
 
-
+# %% ../../../nbs/studies/forecasting/01_codec.ipynb #144c5fc4
 def _write_digits(whole_M, precision):
     "Fixed-point text of non-negative integers `whole_M` (units of the last decimal): bytes (M, width), 0 where nothing stands, and a free last column."
     digits = max(len(str(int(whole_M.max(initial=0)))), precision + 1)
@@ -129,7 +204,8 @@ def _write_digits(whole_M, precision):
     for place in range(digits):
         column, (rest, digit) = digits - place - (place >= precision), np.divmod(rest, 10)
         out[:, column] = 48 + digit
-        if place > precision: out[whole_M < 10**place, column] = 0
+        if place > precision:
+            out[whole_M < 10**place, column] = 0
     out[:, digits - precision] = ord('.')
     return out
 
@@ -138,16 +214,18 @@ def encode(rounded_NTV, # from `round_series`
            precision=2, # decimals
 )->list:                # one text per trajectory
     "Trajectories as text: `12.30,4.56;11.98,4.71` and so on."
-    check_codec(precision, 1.)
+    check_codec(precision, 1.0)
     rounded_NTV, texts = np.asarray(rounded_NTV), []
     count, steps, variables = rounded_NTV.shape
     for first in range(0, count, 1000):
-        chunk = rounded_NTV[first:first + 1000]
-        if not (chunk >= 0).all() or chunk.max(initial=0) >= 10**(6 - precision)*10**2:  # beyond float32's exact decimals: one by one
+        chunk = rounded_NTV[first : first + 1000]
+        if (
+            not (chunk >= 0).all() or chunk.max(initial=0) >= 10 ** (6 - precision) * 10**2
+        ):  # beyond float32's exact decimals: one by one
             texts += [';'.join(','.join(f'{value:.{precision}f}' for value in step) for step in row) for row in chunk]
             continue
-        out = _write_digits(np.rint(chunk.astype(np.float64)*10**precision).astype(np.int64).ravel(), precision)
-        out[:, -1] = np.tile(np.array([ord(',')]*(variables - 1) + [ord(';')], np.uint8), len(chunk)*steps)
+        out = _write_digits(np.rint(chunk.astype(np.float64) * 10**precision).astype(np.int64).ravel(), precision)
+        out[:, -1] = np.tile(np.array([ord(',')] * (variables - 1) + [ord(';')], np.uint8), len(chunk) * steps)
         out = out.reshape(len(chunk), -1)
         out[:, -1] = ord('\n')
         texts += out[out > 0].tobytes().decode('ascii').split('\n')[:-1]
@@ -157,12 +235,15 @@ def encode(rounded_NTV, # from `round_series`
 @dataclass
 class Decoded:
     "What texts hold, and what of it can not be read."
-    values_NTV: np.ndarray   # float64; NaN where a step is malformed or missing
+
+    values_NTV: np.ndarray  # float64; NaN where a step is malformed or missing
     malformed_N: np.ndarray  # steps of each text that are malformed or missing
+
     @property
-    def success_rate(self): return float((self.malformed_N == 0).mean())
+    def success_rate(self):
+        return float((self.malformed_N == 0).mean())
 
-
+# %% ../../../nbs/studies/forecasting/01_codec.ipynb #21bd1cb0
 def _read_fields(buffer, starts, ends, precision):
     "Values of the fields of a byte buffer, all fields at once from the last character to the first; NaN where a field is no plain number."
     lengths, whole, point_at = ends - starts, np.zeros(len(ends), np.int64), np.full(len(ends), -1)
@@ -170,36 +251,50 @@ def _read_fields(buffer, starts, ends, precision):
     for place in range(min(int(lengths.max(initial=0)), 17)):
         character, inside = buffer[np.maximum(ends - 1 - place, 0)], place < lengths
         digit, point = inside & (character >= 48) & (character < 58), inside & (character == 46) & (point_at < 0)
-        whole += digit*(character.astype(np.int64) - 48)*np.where(point_at < 0, 10**place, 10**max(place - 1, 0))
+        whole += digit * (character.astype(np.int64) - 48) * np.where(point_at < 0, 10**place, 10 ** max(place - 1, 0))
         good &= digit | point | ~inside
         point_at[point] = place
     pointed, decimals = point_at >= 0, np.maximum(point_at, 0)
-    good &= (lengths - decimals - pointed >= 1) & ((decimals >= 1) == pointed if precision is None else decimals == precision)
-    return np.where(good, whole/10.**decimals, np.nan)
+    good &= (lengths - decimals - pointed >= 1) & (
+        (decimals >= 1) == pointed if precision is None else decimals == precision
+    )
+    return np.where(good, whole / 10.0**decimals, np.nan)
 
 
 def _decode_regular(texts, steps, variables, precision):
     "Values of texts that all have exactly `steps` steps of `variables` fields; `None` when one has not."
     joined = '\n'.join(texts) + '\n'
-    if not joined.isascii(): return None
+    if not joined.isascii():
+        return None
     buffer = np.frombuffer(joined.encode(), np.uint8)
     ends = np.flatnonzero((buffer == ord(',')) | (buffer == ord(';')) | (buffer == ord('\n')))
-    pattern = np.tile(np.array([ord(',')]*(variables - 1) + [ord(';')], np.uint8), steps)
+    pattern = np.tile(np.array([ord(',')] * (variables - 1) + [ord(';')], np.uint8), steps)
     pattern[-1] = ord('\n')
-    if len(ends) != len(texts)*len(pattern) or (buffer[ends].reshape(len(texts), -1) != pattern).any(): return None
-    return _read_fields(buffer, np.concatenate([[0], ends[:-1] + 1]), ends, precision).reshape(len(texts), steps, variables)
+    if len(ends) != len(texts) * len(pattern) or (buffer[ends].reshape(len(texts), -1) != pattern).any():
+        return None
+    return _read_fields(buffer, np.concatenate([[0], ends[:-1] + 1]), ends, precision).reshape(
+        len(texts), steps, variables
+    )
 
 
 def _decode_ragged(texts, steps, variables, precision):
     "Values of any texts: steps with another number of fields, and missing steps, are NaN."
     values = np.full((len(texts), steps, variables), np.nan)
     rows = [text.split(';')[:steps] for text in texts]
-    keep = [(row, step, part) for row, parts in enumerate(rows) for step, part in enumerate(parts) if part.count(',') == variables - 1 and part.isascii()]
-    if not keep: return values
+    keep = [
+        (row, step, part)
+        for row, parts in enumerate(rows)
+        for step, part in enumerate(parts)
+        if part.count(',') == variables - 1 and part.isascii()
+    ]
+    if not keep:
+        return values
     buffer = np.frombuffer(','.join(part for _, _, part in keep).encode() + b',', np.uint8)
     ends = np.flatnonzero(buffer == ord(','))
     at_row, at_step = np.array([(row, step) for row, step, _ in keep]).T
-    values[at_row, at_step] = _read_fields(buffer, np.concatenate([[0], ends[:-1] + 1]), ends, precision).reshape(-1, variables)
+    values[at_row, at_step] = _read_fields(buffer, np.concatenate([[0], ends[:-1] + 1]), ends, precision).reshape(
+        -1, variables
+    )
     return values
 
 
@@ -209,9 +304,12 @@ def decode(texts,           # what was written
            precision=None,  # decimals each number must have; None takes any
 )->Decoded:
     "Read texts strictly; what can not be read is counted, never repaired."
-    pieces = [texts[first:first + 1000] for first in range(0, len(texts), 1000)]
+    pieces = [texts[first : first + 1000] for first in range(0, len(texts), 1000)]
     regular = [_decode_regular(piece, steps, variables, precision) for piece in pieces]
-    values = [_decode_ragged(piece, steps, variables, precision) if found is None else found for piece, found in zip(pieces, regular)]
+    values = [
+        _decode_ragged(piece, steps, variables, precision) if found is None else found
+        for piece, found in zip(pieces, regular)
+    ]
     values = np.concatenate(values) if values else np.zeros((0, steps, variables))
     values[np.isnan(values).any(2)] = np.nan
     return Decoded(values, np.isnan(values[:, :, 0]).sum(1))
@@ -221,19 +319,24 @@ def unscale(values_NTV, # scaled, as `decode` gives them
             factors_NV, # from `scale_factors`
 )->np.ndarray:          # float64, original units
     "Scaled values in original units."
-    return np.asarray(values_NTV, float)/np.asarray(factors_NV, float)[:, None]
+    return np.asarray(values_NTV, float) / np.asarray(factors_NV, float)[:, None]
 
 # %% ../../../nbs/studies/forecasting/01_codec.ipynb #f9f35a17
 @dataclass
 class Serialisation:
     "How the codec's text is shown to a tokenizer."
-    spaced: bool          # a space before every character but the first
-    per_character: bool   # whether every character is one token
-    alphabet: dict        # token id -> characters, of all tokens that consist of the codec's characters only
-    def write(self, text:str)->str: return ' '.join(text) if self.spaced else text
-    def read(self, text:str)->str: return text.replace(' ', '') if self.spaced else text
 
+    spaced: bool  # a space before every character but the first
+    per_character: bool  # whether every character is one token
+    alphabet: dict  # token id -> characters, of all tokens that consist of the codec's characters only
 
+    def write(self, text: str) -> str:
+        return ' '.join(text) if self.spaced else text
+
+    def read(self, text: str) -> str:
+        return text.replace(' ', '') if self.spaced else text
+
+# %% ../../../nbs/studies/forecasting/01_codec.ipynb #0e188747
 def codec_tokens(tokenizer,  # a fast tokenizer
 )->dict:                     # token id -> text
     "The tokens that consist of digits, `,`, `.`, `;` and spaces alone."
@@ -241,7 +344,7 @@ def codec_tokens(tokenizer,  # a fast tokenizer
     texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
     return {i: text for i, text in zip(ids, texts) if re.fullmatch(r'[0-9,.; ]+', text)}
 
-
+# %% ../../../nbs/studies/forecasting/01_codec.ipynb #9cdaf863
 def probe(tokenizer,    # a fast tokenizer
           precision=2,  # decimals
 )->Serialisation:
@@ -251,10 +354,14 @@ def probe(tokenizer,    # a fast tokenizer
     for spaced in (False, True):
         way = Serialisation(spaced, False, alphabet)
         ids = tokenizer([way.write(text) for text in sample], add_special_tokens=False)['input_ids']
-        if [way.read(tokenizer.decode(row, clean_up_tokenization_spaces=False)) for row in ids] != sample: continue
+        if [way.read(tokenizer.decode(row, clean_up_tokenization_spaces=False)) for row in ids] != sample:
+            continue
         way.per_character = all(len(row) == len(text) for row, text in zip(ids, sample))
         found[spaced] = way
-    if not found: raise LabError('this tokenizer does not give numbers back as they went in: use a byte-level one, such as Qwen2.5, Llama 3, GPT-2 or base')
+    if not found:
+        raise LabError(
+            'this tokenizer does not give numbers back as they went in: use a byte-level one, such as Qwen2.5, Llama 3, GPT-2 or base'
+        )
     return next((way for way in found.values() if way.per_character), next(iter(found.values())))
 
 # %% ../../../nbs/studies/forecasting/01_codec.ipynb #74d458b0
@@ -264,27 +371,33 @@ def split_rows(count:int,          # trajectories
 )->dict:                           # train, valid, test: row numbers in permuted order
     "The permuted rows of each split; a `LabError` when one would be empty."
     order = np.random.default_rng(seed).permutation(count)
-    first, second = round(count*shares[0]), round(count*shares[0]) + round(count*shares[1])
+    first, second = round(count * shares[0]), round(count * shares[0]) + round(count * shares[1])
     rows = dict(train=order[:first], valid=order[first:second], test=order[second:])
     for name, part in rows.items():
-        if not len(part): raise LabError(f'{count} trajectories leave the {name} split empty: give more of them')
+        if not len(part):
+            raise LabError(f'{count} trajectories leave the {name} split empty: give more of them')
     return rows
 
-
+# %% ../../../nbs/studies/forecasting/01_codec.ipynb #1db0ae8d
 def windows(examples,    # `Examples`, one document a trajectory
             length:int,  # positions of a window
             stride:int,  # positions from one window to the next
             keep_tail:bool=True,  # whether the last, shorter window of a document is kept
 ):                       # `Examples` of windows
     "Windows over each document; a `LabError` when none is left."
-    if length < 1 or stride < 1: raise LabError(f'windows of {length} positions every {stride}: both must be at least 1')
+    if length < 1 or stride < 1:
+        raise LabError(f'windows of {length} positions every {stride}: both must be at least 1')
     starts, ends = [], []
     for start, end in zip(examples.starts, examples.ends):
         at = np.arange(start, max(start + 1, end - 1 - (length - stride)), stride)
-        starts.append(at); ends.append(np.minimum(at + length + 1, end))
+        starts.append(at)
+        ends.append(np.minimum(at + length + 1, end))
     starts, ends = np.concatenate(starts), np.concatenate(ends)
     whole = (ends - starts == length + 1) if not keep_tail else (ends - starts > 1)
-    if not whole.any(): raise LabError(f'no trajectory has {length} positions and tails are dropped: lower context_length or keep the tails')
+    if not whole.any():
+        raise LabError(
+            f'no trajectory has {length} positions and tails are dropped: lower context_length or keep the tails'
+        )
     return type(examples)(examples.ids, starts[whole], ends[whole], examples.loss)
 
 # %% ../../../nbs/studies/forecasting/01_codec.ipynb #82324458
@@ -297,15 +410,27 @@ def write_series(folder,      # receives train_texts.txt, val_texts.txt, test_te
     "Write what a study reads; the metadata come back."
     folder, names = Path(folder), dict(train='train', valid='val', test='test')
     for split, part in rows.items():
-        lines = encode(round_series(series.values_NTV[part], factors_NV[part], settings['precision']), settings['precision'])
-        write_atomic(folder/f'{names[split]}_texts.txt', '\n'.join(lines) + '\n')
-    arrays = dict(factors_NV=factors_NV, times_T=series.times_T, **{f'{split}_rows': part for split, part in rows.items()})
-    np.savez(folder/'factors.npz', **arrays)
-    metadata = settings | series.notes | dict(sizes={split: len(part) for split, part in rows.items()}, variables=series.values_NTV.shape[2], steps=series.values_NTV.shape[1])
-    write_json(folder/'metadata.json', metadata)
+        lines = encode(
+            round_series(series.values_NTV[part], factors_NV[part], settings['precision']), settings['precision']
+        )
+        write_atomic(folder / f'{names[split]}_texts.txt', '\n'.join(lines) + '\n')
+    arrays = dict(
+        factors_NV=factors_NV, times_T=series.times_T, **{f'{split}_rows': part for split, part in rows.items()}
+    )
+    np.savez(folder / 'factors.npz', **arrays)
+    metadata = (
+        settings
+        | series.notes
+        | dict(
+            sizes={split: len(part) for split, part in rows.items()},
+            variables=series.values_NTV.shape[2],
+            steps=series.values_NTV.shape[1],
+        )
+    )
+    write_json(folder / 'metadata.json', metadata)
     return metadata
 
-
+# %% ../../../nbs/studies/forecasting/01_codec.ipynb #de59ffed
 def prepare_series(folder,               # receives texts, factors and metadata
                    path:str='',          # HDF5 file; '' simulates
                    simulate_count:int=1000,  # trajectories to simulate
@@ -322,29 +447,48 @@ def prepare_series(folder,               # receives texts, factors and metadata
     check_series(series.values_NTV, path or 'the simulation')
     rows = split_rows(len(series), split_seed)
     factors = scale_factors(series.values_NTV, scaling, alpha, context, rows['train'])
-    metadata = write_series(folder, series, rows, factors, precision=precision, alpha=alpha, scaling=scaling, context=context, split_seed=split_seed)
+    metadata = write_series(
+        folder,
+        series,
+        rows,
+        factors,
+        precision=precision,
+        alpha=alpha,
+        scaling=scaling,
+        context=context,
+        split_seed=split_seed,
+    )
     return series, rows, factors, metadata
 
-
+# %% ../../../nbs/studies/forecasting/01_codec.ipynb #2ff81a6f
 @dataclass
 class Split:
     "One split as the model sees it."
-    texts: list             # one per trajectory
+
+    texts: list  # one per trajectory
     scaled_NTV: np.ndarray  # float64: the numbers in `texts`
     factors_NV: np.ndarray  # scaled over original
-    times_T: np.ndarray     # time of each step
-    metadata: dict          # precision, alpha, scaling, sizes, ...
-    def __len__(self): return len(self.texts)
+    times_T: np.ndarray  # time of each step
+    metadata: dict  # precision, alpha, scaling, sizes, ...
 
+    def __len__(self):
+        return len(self.texts)
 
+# %% ../../../nbs/studies/forecasting/01_codec.ipynb #be3bbc7e
 def read_split(folder,  # of a forecast_data run
                split,   # train | valid | test
 )->Split:
     "One split that `write_series` left; a `LabError` when the folder holds none or a line can not be read."
     folder = find_path(folder)
-    if not (folder/'metadata.json').exists(): raise LabError(f'{folder} holds no prepared series (metadata.json is missing): run forecast_data first, as in llmft run params/forecast_data/p2.yaml (with --small, where this run has it)')
-    metadata, arrays = read_json(folder/'metadata.json'), np.load(folder/'factors.npz')
-    texts = (folder/f"{dict(valid='val').get(split, split)}_texts.txt").read_text().splitlines()
+    if not (folder / 'metadata.json').exists():
+        raise LabError(
+            f'{folder} holds no prepared series (metadata.json is missing): run forecast_data first, as in llmft run params/forecast_data/p2.yaml (with --small, where this run has it)'
+        )
+    metadata, arrays = read_json(folder / 'metadata.json'), np.load(folder / 'factors.npz')
+    texts = (folder / f"{dict(valid='val').get(split, split)}_texts.txt").read_text().splitlines()
     decoded = decode(texts, metadata['steps'], metadata['variables'], metadata['precision'])
-    if decoded.malformed_N.any(): raise LabError(f'{folder}: line {int(np.argmax(decoded.malformed_N > 0)) + 1} of the {split} texts can not be read: prepare the data again')
+    if decoded.malformed_N.any():
+        raise LabError(
+            f'{folder}: line {int(np.argmax(decoded.malformed_N > 0)) + 1} of the {split} texts can not be read: prepare the data again'
+        )
     return Split(texts, decoded.values_NTV, arrays['factors_NV'][arrays[f'{split}_rows']], arrays['times_T'], metadata)

@@ -16,29 +16,58 @@ from ...runs.figures import Plot, ground, ink, known, muted, palette, show_numbe
 
 # %% ../../../nbs/studies/forecasting/04_figures.ipynb #5b82aeb0
 published = dict(
-    search={(2, 1e-5, 2): 2.976, (2, 1e-5, 4): 2.962, (2, 1e-5, 8): 2.525, (2, 5e-5, 2): 1.350, (2, 5e-5, 4): .840, (2, 5e-5, 8): .776,
-            (2, 1e-4, 2): .991, (2, 1e-4, 4): .723, (2, 1e-4, 8): .584, (3, 1e-5, 2): 3.205, (3, 1e-5, 4): 2.999, (3, 1e-5, 8): 3.116,
-            (3, 5e-5, 2): 1.748, (3, 5e-5, 4): 1.760, (3, 5e-5, 8): 1.590, (3, 1e-4, 2): 1.373, (3, 1e-4, 4): 1.382, (3, 1e-4, 8): .835},
-    context={128: .620, 512: .561, 768: .598},
-    final=dict(valid_mae=.2185, step=4500),
-    test=[dict(run='published: untrained, p2', mae=357.2, mae_median=3.80, trajectories=150), dict(run='published: untrained, p3', mae=3805.9, mae_median=4.38, trajectories=150),
-          dict(run='published: LoRA, p2', mae=.974, mae_median=.849, mse=2.743, trajectories=150)],
-    flops=1.0303e17, hours=dict(search=4.5, context=1., final=.83))
+    search={
+        (2, 1e-5, 2): 2.976,
+        (2, 1e-5, 4): 2.962,
+        (2, 1e-5, 8): 2.525,
+        (2, 5e-5, 2): 1.350,
+        (2, 5e-5, 4): 0.840,
+        (2, 5e-5, 8): 0.776,
+        (2, 1e-4, 2): 0.991,
+        (2, 1e-4, 4): 0.723,
+        (2, 1e-4, 8): 0.584,
+        (3, 1e-5, 2): 3.205,
+        (3, 1e-5, 4): 2.999,
+        (3, 1e-5, 8): 3.116,
+        (3, 5e-5, 2): 1.748,
+        (3, 5e-5, 4): 1.760,
+        (3, 5e-5, 8): 1.590,
+        (3, 1e-4, 2): 1.373,
+        (3, 1e-4, 4): 1.382,
+        (3, 1e-4, 8): 0.835,
+    },
+    context={128: 0.620, 512: 0.561, 768: 0.598},
+    final=dict(valid_mae=0.2185, step=4500),
+    test=[
+        dict(run='published: untrained, p2', mae=357.2, mae_median=3.80, trajectories=150),
+        dict(run='published: untrained, p3', mae=3805.9, mae_median=4.38, trajectories=150),
+        dict(run='published: LoRA, p2', mae=0.974, mae_median=0.849, mse=2.743, trajectories=150),
+    ],
+    flops=1.0303e17,
+    hours=dict(search=4.5, context=1.0, final=0.83),
+)
 
 
 def compared(before:float,  # an error
              after:float,   # the same after training
 )->str:
     "How one error stands to another, in words that go on with what it was."
-    return f'{before/after:.1f} times better than' if after <= before else f'{after/before:.1f} times worse than'
+    return f'{before / after:.1f} times better than' if after <= before else f'{after / before:.1f} times worse than'
 
-
+# %% ../../../nbs/studies/forecasting/04_figures.ipynb #1faef957
 def published_search(precision:int,      # decimals
                      learning_rate:float,# peak
                      rank:int,           # of the LoRA
 )->float:                                # validation error, or None when the study has no such run
     "The published validation error of a search run."
-    return next((value for (p, rate, r), value in published['search'].items() if (p, r) == (precision, rank) and abs(rate/learning_rate - 1) < 1e-6), None)
+    return next(
+        (
+            value
+            for (p, rate, r), value in published['search'].items()
+            if (p, r) == (precision, rank) and abs(rate / learning_rate - 1) < 1e-6
+        ),
+        None,
+    )
 
 # %% ../../../nbs/studies/forecasting/04_figures.ipynb #70d14124
 look = style | {'axes.titlesize': type_scale['text']}
@@ -53,13 +82,18 @@ def panels(rows:int,      # panels down
            **shared,      # sharex, sharey
 ):                        # (figure, array of axes (rows, columns))
     "A figure of small panels, 6.4 inches wide."
-    plot = Plot(figsize=(6.4, rows*height + .7), layout='constrained')
+    plot = Plot(figsize=(6.4, rows * height + 0.7), layout='constrained')
     axes = plot.subplots(rows, columns, squeeze=False, **shared)
-    plot.suptitle(title + ('\n' if note else ''), x=.01, ha='left', fontsize=type_scale['title'], fontweight='bold', color=ink)
-    if note: plot.text(.01, 1 - (.30 + .12)/plot.get_figheight(), note, fontsize=type_scale['small'], color=muted, va='center')
+    plot.suptitle(
+        title + ('\n' if note else ''), x=0.01, ha='left', fontsize=type_scale['title'], fontweight='bold', color=ink
+    )
+    if note:
+        plot.text(
+            0.01, 1 - (0.30 + 0.12) / plot.get_figheight(), note, fontsize=type_scale['small'], color=muted, va='center'
+        )
     return plot, axes
 
-
+# %% ../../../nbs/studies/forecasting/04_figures.ipynb #d8f45c96
 variables = ('prey', 'predator')
 
 
@@ -81,34 +115,51 @@ def series_figure(times_T,         # times
     "The first trajectories, a panel each."
     something(values_NTV, 'series_figure', 'at least one trajectory')
     shown = min(first_n, len(values_NTV))
-    plot, axes = panels(shown, 1, 'Trajectories', f'the first {shown} of {len(values_NTV):,}; {unit}' + (f'; the line marks the {given} given steps' if given else ''), 1.25, sharex=True)
+    plot, axes = panels(
+        shown,
+        1,
+        'Trajectories',
+        f'the first {shown} of {len(values_NTV):,}; {unit}'
+        + (f'; the line marks the {given} given steps' if given else ''),
+        1.25,
+        sharex=True,
+    )
     for axis, values_TV in zip(axes[:, 0], values_NTV):
-        for v, name in enumerate(variables[:values_TV.shape[1]]): axis.plot(times_T, values_TV[:, v], color=palette[v], linewidth=1.2, label=name)
-        if given and given < len(times_T): axis.axvline(times_T[given - 1], color=muted, linewidth=.8)
+        for v, name in enumerate(variables[: values_TV.shape[1]]):
+            axis.plot(times_T, values_TV[:, v], color=palette[v], linewidth=1.2, label=name)
+        if given and given < len(times_T):
+            axis.axvline(times_T[given - 1], color=muted, linewidth=0.8)
     axes[-1, 0].set_xlabel('time')
     key(plot, axes[0, 0])
     return plot
 
-
+# %% ../../../nbs/studies/forecasting/04_figures.ipynb #842fd9ee
 def spectrum(values_NTV,  # trajectories
              step_time,   # time between two steps
 ):                        # (periods_F in time units, share of the power (N, F, V))
     "Power by period, each trajectory and variable summing to 1."
     centred = values_NTV - values_NTV.mean(1, keepdims=True)
-    power = np.abs(np.fft.rfft(centred*np.hanning(values_NTV.shape[1])[None, :, None], axis=1))[:, 1:]**2
-    return 1/np.fft.rfftfreq(values_NTV.shape[1], step_time)[1:], power/power.sum(1, keepdims=True)
+    power = np.abs(np.fft.rfft(centred * np.hanning(values_NTV.shape[1])[None, :, None], axis=1))[:, 1:] ** 2
+    return 1 / np.fft.rfftfreq(values_NTV.shape[1], step_time)[1:], power / power.sum(1, keepdims=True)
 
-
+# %% ../../../nbs/studies/forecasting/04_figures.ipynb #1fc38390
 @mpl.rc_context(look)
 def spectra_figure(values_NTV,  # trajectories
                    step_time,   # time between two steps
 )->Plot:
     "The median share of power by period, with the band from the 10th to the 90th percentile."
     periods_F, power_NFV = spectrum(values_NTV, step_time)
-    plot, axes = panels(1, power_NFV.shape[2], 'Spectra', f'median and 10-90 % band over n = {len(values_NTV):,} trajectories', 2.6, sharey=True)
+    plot, axes = panels(
+        1,
+        power_NFV.shape[2],
+        'Spectra',
+        f'median and 10-90 % band over n = {len(values_NTV):,} trajectories',
+        2.6,
+        sharey=True,
+    )
     for v, axis in enumerate(axes[0]):
-        low, middle, high = np.quantile(power_NFV[:, :, v], [.1, .5, .9], axis=0)
-        axis.fill_between(periods_F, low, high, color=palette[v], alpha=.25, linewidth=0)
+        low, middle, high = np.quantile(power_NFV[:, :, v], [0.1, 0.5, 0.9], axis=0)
+        axis.fill_between(periods_F, low, high, color=palette[v], alpha=0.25, linewidth=0)
         axis.plot(periods_F, middle, color=palette[v], linewidth=1.4)
         axis.set(xscale='log', xlabel='period, time units', title=variables[v], ylim=(0, None))
     axes[0, 0].set_ylabel('share of power')
@@ -122,25 +173,42 @@ def kinds(values_NTV,   # trajectories
 ):                      # (features (N, 1 + V): dominant period, peakedness of each variable; labels (N,), the largest kind first)
     "K-means clusters of trajectories by period and peakedness."
     from scipy.cluster.vq import kmeans2
+
     periods_F, power_NFV = spectrum(values_NTV, step_time)
-    peaked_NV = np.percentile(values_NTV, 99, axis=1)/np.maximum(np.median(values_NTV, axis=1), 1e-6)
+    peaked_NV = np.percentile(values_NTV, 99, axis=1) / np.maximum(np.median(values_NTV, axis=1), 1e-6)
     features = np.column_stack([periods_F[power_NFV.sum(2).argmax(1)], peaked_NV])
     logs = np.log(features)
-    logs = (logs - logs.mean(0))/np.maximum(logs.std(0), 1e-9)
+    logs = (logs - logs.mean(0)) / np.maximum(logs.std(0), 1e-9)
     labels = kmeans2(logs, min(clusters, len(logs)), seed=seed, minit='++')[1]
     order = np.argsort(-np.bincount(labels, minlength=clusters), kind='stable')
     return features, np.argsort(order)[labels]
 
-
+# %% ../../../nbs/studies/forecasting/04_figures.ipynb #7fefa042
 @mpl.rc_context(look)
 def clusters_figure(values_NTV, # trajectories
                     step_time,  # time between two steps
 )->Plot:
     "Dominant period against peakedness, coloured by cluster."
     features, labels = kinds(values_NTV, step_time)
-    plot, axes = panels(1, features.shape[1] - 1, 'Kinds of trajectories', f'k-means on period and peakedness; n = {len(features):,}', 2.8, sharey=True)
+    plot, axes = panels(
+        1,
+        features.shape[1] - 1,
+        'Kinds of trajectories',
+        f'k-means on period and peakedness; n = {len(features):,}',
+        2.8,
+        sharey=True,
+    )
     for v, axis in enumerate(axes[0]):
-        for kind in np.unique(labels): axis.plot(features[labels == kind, 1 + v], features[labels == kind, 0], 'o', markersize=3, alpha=.7, color=palette[kind], label=f'kind {kind + 1}: {int((labels == kind).sum())}')
+        for kind in np.unique(labels):
+            axis.plot(
+                features[labels == kind, 1 + v],
+                features[labels == kind, 0],
+                'o',
+                markersize=3,
+                alpha=0.7,
+                color=palette[kind],
+                label=f'kind {kind + 1}: {int((labels == kind).sum())}',
+            )
         axis.set(xscale='log', xlabel=f'{variables[v]}: 99th percentile / median')
     axes[0, 0].set_ylabel('dominant period, time units')
     key(plot, axes[0, 0])
@@ -157,23 +225,42 @@ def forecasts_figure(times_T,        # times of all steps
 )->Plot:
     "Truth, median forecast and its 10-90 % band; a row per trajectory, a column per variable."
     shown, horizon = min(first_n, len(samples_NSHV)), samples_NSHV.shape[2]
-    plot, axes = panels(shown, truth_NTV.shape[2], title, f'scaled units; {samples_NSHV.shape[1]} samples; the first {shown} of {len(samples_NSHV):,} trajectories', 1.4, sharex=True)
+    plot, axes = panels(
+        shown,
+        truth_NTV.shape[2],
+        title,
+        f'scaled units; {samples_NSHV.shape[1]} samples; the first {shown} of {len(samples_NSHV):,} trajectories',
+        1.4,
+        sharex=True,
+    )
     span = slice(given, given + horizon)
     for row in range(shown):
         for v, axis in enumerate(axes[row]):
-            low, middle, high = np.nanquantile(samples_NSHV[row, :, :, v], [.1, .5, .9], axis=0) if not np.isnan(samples_NSHV[row, :, :, v]).all(0).any() else np.full((3, horizon), np.nan)
-            axis.plot(times_T[:given + horizon], truth_NTV[row, :given + horizon, v], color=muted, linewidth=1.1, label='truth')
-            axis.fill_between(times_T[span], low, high, color=palette[v], alpha=.25, linewidth=0, label='10-90 %')
+            low, middle, high = (
+                np.nanquantile(samples_NSHV[row, :, :, v], [0.1, 0.5, 0.9], axis=0)
+                if not np.isnan(samples_NSHV[row, :, :, v]).all(0).any()
+                else np.full((3, horizon), np.nan)
+            )
+            axis.plot(
+                times_T[: given + horizon],
+                truth_NTV[row, : given + horizon, v],
+                color=muted,
+                linewidth=1.1,
+                label='truth',
+            )
+            axis.fill_between(times_T[span], low, high, color=palette[v], alpha=0.25, linewidth=0, label='10-90 %')
             axis.plot(times_T[span], middle, color=palette[v], linewidth=1.4, label='median forecast')
-            axis.axvline(times_T[given - 1], color=muted, linewidth=.7)
-            top = truth_NTV[row, :given + horizon, v].max()
-            axis.set_ylim(-.05*top, 1.6*top)
-            if not row: axis.set_title(variables[v])
-            if row == shown - 1: axis.set_xlabel('time')
+            axis.axvline(times_T[given - 1], color=muted, linewidth=0.7)
+            top = truth_NTV[row, : given + horizon, v].max()
+            axis.set_ylim(-0.05 * top, 1.6 * top)
+            if not row:
+                axis.set_title(variables[v])
+            if row == shown - 1:
+                axis.set_xlabel('time')
     key(plot, axes[0, 0])
     return plot
 
-
+# %% ../../../nbs/studies/forecasting/04_figures.ipynb #aaa9237c
 @mpl.rc_context(look)
 def phase_figure(truth_NTV,      # given and true steps, scaled
                  forecast_NHV,   # point forecasts
@@ -182,13 +269,19 @@ def phase_figure(truth_NTV,      # given and true steps, scaled
 )->Plot:
     "Prey against predators: given steps, truth and forecast."
     shown, horizon = min(first_n, len(forecast_NHV)), forecast_NHV.shape[1]
-    plot, axes = panels(1, shown, 'Phase portraits', f'scaled units; the first {shown} of {len(forecast_NHV):,} trajectories; a dot where the forecast begins', 2.7)
+    plot, axes = panels(
+        1,
+        shown,
+        'Phase portraits',
+        f'scaled units; the first {shown} of {len(forecast_NHV):,} trajectories; a dot where the forecast begins',
+        2.7,
+    )
     for row, axis in enumerate(axes[0]):
         axis.plot(*truth_NTV[row, :given].T, color='#B8C0C8', linewidth=1, label='given')
-        axis.plot(*truth_NTV[row, given - 1:given + horizon].T, color=muted, linewidth=1.3, label='truth')
+        axis.plot(*truth_NTV[row, given - 1 : given + horizon].T, color=muted, linewidth=1.3, label='truth')
         axis.plot(*forecast_NHV[row].T, color=palette[1], linewidth=1.4, label='median forecast')
         axis.plot(*forecast_NHV[row, :1].T, 'o', color=palette[1], markersize=4)
-        axis.set(xlabel='prey', xlim=(0, 1.3*truth_NTV[row, :, 0].max()), ylim=(0, 1.3*truth_NTV[row, :, 1].max()))
+        axis.set(xlabel='prey', xlim=(0, 1.3 * truth_NTV[row, :, 0].max()), ylim=(0, 1.3 * truth_NTV[row, :, 1].max()))
     axes[0, 0].set_ylabel('predator')
     key(plot, axes[0, 0])
     return plot
@@ -199,40 +292,78 @@ def horizon_figure(errors:dict, # name -> median absolute error by step (H,), or
                    note='',     # n and units
 )->Plot:
     "Median absolute error by forecast step, a line each; a `LabError` when all are unknown."
-    curves = something({name: np.asarray(curve) for name, curve in errors.items() if curve is not None}, 'horizon_figure', 'at least one forecast that could be read')
+    curves = something(
+        {name: np.asarray(curve) for name, curve in errors.items() if curve is not None},
+        'horizon_figure',
+        'at least one forecast that could be read',
+    )
     plot, axes = panels(1, 1, 'Error over the horizon', note, 3.2)
     for index, (name, curve) in enumerate(curves.items()):
-        axes[0, 0].plot(np.arange(1, len(curve) + 1), np.maximum(curve, 1e-4), color=palette[index % len(palette)], linewidth=1.5, marker='o', markersize=3, label=name)
+        axes[0, 0].plot(
+            np.arange(1, len(curve) + 1),
+            np.maximum(curve, 1e-4),
+            color=palette[index % len(palette)],
+            linewidth=1.5,
+            marker='o',
+            markersize=3,
+            label=name,
+        )
     axes[0, 0].set(xlabel='steps ahead', ylabel='median absolute error, scaled units', yscale='log')
     axes[0, 0].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     key(plot, axes[0, 0])
     return plot
 
-
+# %% ../../../nbs/studies/forecasting/04_figures.ipynb #604e6bb9
 @mpl.rc_context(look)
 def distribution_figure(errors:dict, # name -> mean absolute error of each trajectory
                         note='',     # n and units
 )->Plot:
     "The share of trajectories whose error is at most so much."
-    shown = something({name: np.sort(values[np.isfinite(values)]) for name, values in errors.items() if np.isfinite(values).any()}, 'distribution_figure', 'at least one known error')
+    shown = something(
+        {name: np.sort(values[np.isfinite(values)]) for name, values in errors.items() if np.isfinite(values).any()},
+        'distribution_figure',
+        'at least one known error',
+    )
     plot, axes = panels(1, 1, 'Errors over trajectories', note, 3.2)
     for index, (name, values) in enumerate(shown.items()):
-        axes[0, 0].step(np.maximum(values, 1e-4), np.arange(1, len(values) + 1)/len(values), where='post', color=palette[index % len(palette)], linewidth=1.5, label=name)
-    axes[0, 0].set(xlabel='mean absolute error of a trajectory, scaled units', ylabel='share of trajectories', xscale='log', ylim=(0, 1.02))
+        axes[0, 0].step(
+            np.maximum(values, 1e-4),
+            np.arange(1, len(values) + 1) / len(values),
+            where='post',
+            color=palette[index % len(palette)],
+            linewidth=1.5,
+            label=name,
+        )
+    axes[0, 0].set(
+        xlabel='mean absolute error of a trajectory, scaled units',
+        ylabel='share of trajectories',
+        xscale='log',
+        ylim=(0, 1.02),
+    )
     key(plot, axes[0, 0])
     return plot
 
-
+# %% ../../../nbs/studies/forecasting/04_figures.ipynb #00baca2f
 @mpl.rc_context(look)
 def boxes_figure(errors:dict, # name -> absolute errors (N, H, V)
                  note='',     # n and units
 )->Plot:
     "Box plots of the error of each trajectory, a panel per variable."
-    plot, axes = panels(1, 2, 'Errors by variable', note, .5 + .42*len(errors), sharey=True, sharex=True)
+    plot, axes = panels(1, 2, 'Errors by variable', note, 0.5 + 0.42 * len(errors), sharey=True, sharex=True)
     for v, axis in enumerate(axes[0]):
-        values = [row[np.isfinite(row)] for row in (np.maximum(gaps[:, :, v].mean(1), 1e-4) for gaps in errors.values())]
-        drawn = axis.boxplot(values, orientation='horizontal', widths=.6, patch_artist=True, medianprops=dict(color=ink), flierprops=dict(markersize=2.5, markeredgecolor=muted))
-        for patch in drawn['boxes']: patch.set(facecolor=palette[v], alpha=.45, edgecolor=muted)
+        values = [
+            row[np.isfinite(row)] for row in (np.maximum(gaps[:, :, v].mean(1), 1e-4) for gaps in errors.values())
+        ]
+        drawn = axis.boxplot(
+            values,
+            orientation='horizontal',
+            widths=0.6,
+            patch_artist=True,
+            medianprops=dict(color=ink),
+            flierprops=dict(markersize=2.5, markeredgecolor=muted),
+        )
+        for patch in drawn['boxes']:
+            patch.set(facecolor=palette[v], alpha=0.45, edgecolor=muted)
         axis.set(xscale='log', title=variables[v], xlabel='mean absolute error, scaled units')
         axis.set_yticks(range(1, len(errors) + 1), list(errors))
     axes[0, 0].invert_yaxis()
@@ -249,19 +380,32 @@ def heat_maps(rows:list,     # dicts with precision, learning_rate, lora_rank an
     grid = [sorted({row[name] for row in rows}) for name in ('precision', 'learning_rate', 'lora_rank')]
     cells = {(row['precision'], row['learning_rate'], row['lora_rank']): row.get(value) for row in rows}
     numbers = [number for number in cells.values() if known(number)]
-    norm = mpl.colors.LogNorm(min(numbers), max(max(numbers), min(numbers)*1.01))
+    norm = mpl.colors.LogNorm(min(numbers), max(max(numbers), min(numbers) * 1.01))
     plot, axes = panels(1, len(grid[0]), 'Search', note, 2.6, sharey=True)
     for axis, precision in zip(axes[0], grid[0]):
-        table = np.array([[cells.get((precision, rate, rank)) or np.nan for rank in grid[2]] for rate in grid[1]], dtype=float)
+        table = np.array(
+            [[cells.get((precision, rate, rank)) or np.nan for rank in grid[2]] for rate in grid[1]], dtype=float
+        )
         axis.imshow(table, cmap='cividis_r', norm=norm, aspect='auto')
         for at, number in np.ndenumerate(table):
-            if np.isfinite(number): axis.text(*at[::-1], show_number(float(number)), ha='center', va='center', color=ground if norm(number) > .5 else ink, fontsize=type_scale['small'], fontweight='bold' if number == min(numbers) else 'normal')
-        axis.set_xticks(range(len(grid[2])), grid[2]); axis.set_yticks(range(len(grid[1])), [f'{rate:g}' for rate in grid[1]])
-        axis.set(title=f'{precision} decimals', xlabel='LoRA rank'); axis.grid(False)
+            if np.isfinite(number):
+                axis.text(
+                    *at[::-1],
+                    show_number(float(number)),
+                    ha='center',
+                    va='center',
+                    color=ground if norm(number) > 0.5 else ink,
+                    fontsize=type_scale['small'],
+                    fontweight='bold' if number == min(numbers) else 'normal',
+                )
+        axis.set_xticks(range(len(grid[2])), grid[2])
+        axis.set_yticks(range(len(grid[1])), [f'{rate:g}' for rate in grid[1]])
+        axis.set(title=f'{precision} decimals', xlabel='LoRA rank')
+        axis.grid(False)
     axes[0, 0].set_ylabel('learning rate')
     return plot
 
-
+# %% ../../../nbs/studies/forecasting/04_figures.ipynb #913f89f8
 @mpl.rc_context(look)
 def precision_figure(rows:list,  # dicts with precision, learning_rate, lora_rank and `value`
                      value:str='valid_mae',  # what is compared
@@ -269,27 +413,59 @@ def precision_figure(rows:list,  # dicts with precision, learning_rate, lora_ran
 )->Plot:
     "Each pair of runs that differ in precision alone, one against the other."
     cells = {(row['precision'], row['learning_rate'], row['lora_rank']): row.get(value) for row in rows}
-    pairs = something([(cells[2, rate, rank], cells[3, rate, rank], rate) for (p, rate, rank) in cells if p == 2 and known(cells[2, rate, rank]) and known(cells.get((3, rate, rank)))], 'precision_figure', 'runs with 2 and with 3 decimals')
+    pairs = something(
+        [
+            (cells[2, rate, rank], cells[3, rate, rank], rate)
+            for (p, rate, rank) in cells
+            if p == 2 and known(cells[2, rate, rank]) and known(cells.get((3, rate, rank)))
+        ],
+        'precision_figure',
+        'runs with 2 and with 3 decimals',
+    )
     plot, axes = panels(1, 1, 'Two decimals against three', note, 3.4)
-    ends = [.9*min(min(pair[:2]) for pair in pairs), 1.1*max(max(pair[:2]) for pair in pairs)]
-    axes[0, 0].plot(ends, ends, color=muted, linewidth=.8)
+    ends = [0.9 * min(min(pair[:2]) for pair in pairs), 1.1 * max(max(pair[:2]) for pair in pairs)]
+    axes[0, 0].plot(ends, ends, color=muted, linewidth=0.8)
     for index, rate in enumerate(sorted({pair[2] for pair in pairs})):
-        axes[0, 0].plot(*zip(*[pair[:2] for pair in pairs if pair[2] == rate]), 'o', color=palette[index % len(palette)], markersize=6, label=f'learning rate {rate:g}')
+        axes[0, 0].plot(
+            *zip(*[pair[:2] for pair in pairs if pair[2] == rate]),
+            'o',
+            color=palette[index % len(palette)],
+            markersize=6,
+            label=f'learning rate {rate:g}',
+        )
     axes[0, 0].set(xscale='log', yscale='log', xlabel='validation error with 2 decimals', ylabel='with 3 decimals')
     key(plot, axes[0, 0])
     return plot
 
-
+# %% ../../../nbs/studies/forecasting/04_figures.ipynb #bd953e97
 @mpl.rc_context(look)
 def context_figure(rows:list,  # dicts with context_length, valid_mae, flops_study
                    note='',    # n and units
 )->Plot:
     "Validation error and cost against the length of the training windows."
-    rows = sorted(something(rows, 'context_figure', 'at least one run of the context study'), key=lambda row: row['context_length'])
+    rows = sorted(
+        something(rows, 'context_figure', 'at least one run of the context study'),
+        key=lambda row: row['context_length'],
+    )
     plot, axes = panels(1, 2, 'Length of training windows', note, 2.8)
-    for axis, name, label, colour in zip(axes[0], ('valid_mae', 'flops_study'), ('validation MAE, scaled units', "operations, the study's rules"), palette):
-        axis.plot([row['context_length'] for row in rows], [row.get(name) if known(row.get(name)) else np.nan for row in rows], 'o-', color=colour, markersize=5)
-        axis.set(xlabel='context, tokens', ylabel=label, ylim=(0, 1.15*max([row[name] for row in rows if known(row.get(name))], default=1)))
+    for axis, name, label, colour in zip(
+        axes[0],
+        ('valid_mae', 'flops_study'),
+        ('validation MAE, scaled units', "operations, the study's rules"),
+        palette,
+    ):
+        axis.plot(
+            [row['context_length'] for row in rows],
+            [row.get(name) if known(row.get(name)) else np.nan for row in rows],
+            'o-',
+            color=colour,
+            markersize=5,
+        )
+        axis.set(
+            xlabel='context, tokens',
+            ylabel=label,
+            ylim=(0, 1.15 * max([row[name] for row in rows if known(row.get(name))], default=1)),
+        )
         axis.set_xticks([row['context_length'] for row in rows])
     return plot
 

@@ -28,13 +28,17 @@ def number_states(precision:int,      # decimals
     zero, point = integer_digits + 1, integer_digits + 2
     digits = '0123456789'
     states = [{'0': zero, **{d: 1 for d in digits[1:]}}]
-    states += [{'.': point, **({d: read + 1 for d in digits} if read < integer_digits else {})} for read in range(1, integer_digits + 1)]
+    states += [
+        {'.': point, **({d: read + 1 for d in digits} if read < integer_digits else {})}
+        for read in range(1, integer_digits + 1)
+    ]
     states += [{'.': point}]
     return states + [{d: point + read + 1 for d in digits} for read in range(precision)] + [{}]
 
-
+# %% ../../../nbs/studies/forecasting/03_forecast.ipynb #c202cf82
 class Grammar:
     "Which tokens may follow, for rows of forecasts: give it to `generate` as `allowed`."
+
     def __init__(self, way,            # `Serialisation` of the tokenizer
                  vocabulary:int,       # columns of the model's logits
                  end_id:int,           # token that ends a text
@@ -43,17 +47,32 @@ class Grammar:
                  precision:int=2,      # decimals
                  integer_digits:int=2, # most digits before the point
     ):
-        if steps < 1: raise LabError(f'{steps} steps to forecast: give at least 1')
+        if steps < 1:
+            raise LabError(f'{steps} steps to forecast: give at least 1')
         self.steps, self.end_id, number = steps, end_id, number_states(precision, integer_digits)
-        self.states, self.variables = len(number)*variables, variables
-        self.ids = torch.tensor([i for i, text in way.alphabet.items() if (text[:1] == ' ' and len(text) == 2 and text[1] != ' ') == way.spaced and (way.spaced or ' ' not in text)])
+        self.states, self.variables = len(number) * variables, variables
+        self.ids = torch.tensor(
+            [
+                i
+                for i, text in way.alphabet.items()
+                if (text[:1] == ' ' and len(text) == 2 and text[1] != ' ') == way.spaced
+                and (way.spaced or ' ' not in text)
+            ]
+        )
         texts = [way.alphabet[int(i)].replace(' ', '') for i in self.ids]
-        self.next_SA = torch.tensor([[self._run(number, state, text, last) for text in texts] for last in (False, True) for state in range(self.states)] + [[-1]*len(texts)])
+        self.next_SA = torch.tensor(
+            [
+                [self._run(number, state, text, last) for text in texts]
+                for last in (False, True)
+                for state in range(self.states)
+            ]
+            + [[-1] * len(texts)]
+        )
         self.column_V = torch.full((vocabulary,), -1)
         self.column_V[self.ids] = torch.arange(len(texts))
-        self.mask_SV = torch.zeros(2*self.states + 1, vocabulary, dtype=torch.bool)
+        self.mask_SV = torch.zeros(2 * self.states + 1, vocabulary, dtype=torch.bool)
         self.mask_SV[:, self.ids] = self.next_SA >= 0
-        self.mask_SV[[2*self.states - 1, 2*self.states], end_id] = True
+        self.mask_SV[[2 * self.states - 1, 2 * self.states], end_id] = True
 
     def _run(self, number, state, text, last):
         "The state after `text`, -1 when it is not allowed; states above `self.states` lie in the last step, 1000 is added for a step completed."
@@ -61,43 +80,53 @@ class Grammar:
         for character in text:
             if inner == len(number) - 1:
                 final = variable == self.variables - 1
-                if character != (';' if final else ',') or (final and (last or ended)): return -1
+                if character != (';' if final else ',') or (final and (last or ended)):
+                    return -1
                 variable, inner, ended = (variable + 1) % self.variables, 0, ended + final
-            elif character in number[inner]: inner = number[inner][character]
-            else: return -1
-        return variable*len(number) + inner + self.states*last + 1000*ended
+            elif character in number[inner]:
+                inner = number[inner][character]
+            else:
+                return -1
+        return variable * len(number) + inner + self.states * last + 1000 * ended
 
     def __call__(self, step, new_BN):
         "The permitted next tokens, bool (rows, vocabulary)."
         device = new_BN.device
-        if not step: self.mask_SV, self.column_V, self.next_SA = (table.to(device) for table in (self.mask_SV, self.column_V, self.next_SA))
-        if not step: self.state_B = torch.full((len(new_BN),), self.states*(self.steps == 1), device=device); self.done_B = torch.zeros_like(self.state_B)
-        else: self._follow(new_BN[:, -1])
+        if not step:
+            self.mask_SV, self.column_V, self.next_SA = (
+                table.to(device) for table in (self.mask_SV, self.column_V, self.next_SA)
+            )
+        if not step:
+            self.state_B = torch.full((len(new_BN),), self.states * (self.steps == 1), device=device)
+            self.done_B = torch.zeros_like(self.state_B)
+        else:
+            self._follow(new_BN[:, -1])
         return self.mask_SV[self.state_B]
 
     def _follow(self, ids_B):
         "Move every row on by one token."
         column_B = self.column_V[ids_B]
-        over_B = (self.state_B == 2*self.states) | (ids_B == self.end_id) | (column_B < 0)
+        over_B = (self.state_B == 2 * self.states) | (ids_B == self.end_id) | (column_B < 0)
         next_B = self.next_SA[self.state_B, column_B.clamp(min=0)]
         self.done_B = self.done_B + torch.where(over_B, 0, (next_B >= 1000).long())
-        next_B = torch.where(next_B >= 1000, next_B - 1000 + self.states*(self.done_B == self.steps - 1), next_B)
-        self.state_B = torch.where(over_B, 2*self.states, next_B)
+        next_B = torch.where(next_B >= 1000, next_B - 1000 + self.states * (self.done_B == self.steps - 1), next_B)
+        self.state_B = torch.where(over_B, 2 * self.states, next_B)
 
 # %% ../../../nbs/studies/forecasting/03_forecast.ipynb #01809cb2
 @dataclass
 class Forecast:
     "Samples of the future of each trajectory, as numbers and as they were written."
+
     samples_NSHV: np.ndarray  # scaled units; NaN where a step could not be read
-    texts: list               # N lists of S texts
-    malformed_steps: int      # steps that could not be read, or did not come
-    success_rate: float       # share of forecasts (N * S) in which every step could be read
-    seconds: float            # of generation
-    new_tokens: int           # generated
-    prompt_tokens: int        # read
-    prompt_length: int        # longest prompt, tokens
+    texts: list  # N lists of S texts
+    malformed_steps: int  # steps that could not be read, or did not come
+    success_rate: float  # share of forecasts (N * S) in which every step could be read
+    seconds: float  # of generation
+    new_tokens: int  # generated
+    prompt_tokens: int  # read
+    prompt_length: int  # longest prompt, tokens
 
-
+# %% ../../../nbs/studies/forecasting/03_forecast.ipynb #399c2477
 def prompt_ids(tokenizer,   # the model's
                way,         # its `Serialisation`
                texts,       # whole trajectories
@@ -108,15 +137,17 @@ def prompt_ids(tokenizer,   # the model's
     cut = [';'.join(text.split(';')[:given]) + ';' for text in texts]
     return [begin + row for row in tokenizer([way.write(text) for text in cut], add_special_tokens=False)['input_ids']]
 
-
+# %% ../../../nbs/studies/forecasting/03_forecast.ipynb #2e550e86
 def _until_enough(separators, end_id, steps, vocabulary):
     "The only constraint on free text: once it has `steps` separators, it ends."
+
     def allowed(step, new_BN):
         mask_BV = torch.ones(len(new_BN), vocabulary, dtype=torch.bool, device=new_BN.device)
         enough_B = torch.isin(new_BN, separators.to(new_BN.device)).sum(1) >= steps
         mask_BV[enough_B] = False
         mask_BV[enough_B, end_id] = True
         return mask_BV
+
     return allowed
 
 
@@ -137,17 +168,44 @@ def forecast(model,                 # a causal language model, with or without a
 )->Forecast:
     "Continue all trajectories at once; a `LabError` when one does not fit the model."
     way, end_id, vocabulary = probe(tokenizer, precision), tokenizer.eos_token_id, model.config.vocab_size
-    if min(text.count(';') for text in texts) + 1 < given: raise LabError(f'{given} steps are to be given and a trajectory has {min(text.count(";") for text in texts) + 1}: give fewer')
+    if min(text.count(';') for text in texts) + 1 < given:
+        raise LabError(
+            f'{given} steps are to be given and a trajectory has {min(text.count(";") for text in texts) + 1}: give fewer'
+        )
     prompts = prompt_ids(tokenizer, way, texts, given)
-    most = horizon*variables*(integer_digits + precision + 2)
+    most = horizon * variables * (integer_digits + precision + 2)
     separators = torch.tensor([i for i, text in way.alphabet.items() if ';' in text])
-    allowed = Grammar(way, vocabulary, end_id, horizon, variables, precision, integer_digits) if constrained else _until_enough(separators, end_id, horizon, vocabulary)
-    made = generate(model, prompts, most, temperature, top_p, seed, (end_id,), samples, allowed, batch_size=batch_size, pad_id=tokenizer.pad_token_id)
+    allowed = (
+        Grammar(way, vocabulary, end_id, horizon, variables, precision, integer_digits)
+        if constrained
+        else _until_enough(separators, end_id, horizon, vocabulary)
+    )
+    made = generate(
+        model,
+        prompts,
+        most,
+        temperature,
+        top_p,
+        seed,
+        (end_id,),
+        samples,
+        allowed,
+        batch_size=batch_size,
+        pad_id=tokenizer.pad_token_id,
+    )
     written = [way.read(text) for text in tokenizer.batch_decode(made.ids, clean_up_tokenization_spaces=False)]
     read = decode(written, horizon, variables, precision)
     shape = (len(texts), samples)
-    return Forecast(read.values_NTV.reshape(*shape, horizon, variables), [written[i*samples:(i + 1)*samples] for i in range(len(texts))], int(read.malformed_N.sum()), read.success_rate,
-                    made.seconds, made.new_tokens, made.prompt_tokens, max(map(len, prompts)))
+    return Forecast(
+        read.values_NTV.reshape(*shape, horizon, variables),
+        [written[i * samples : (i + 1) * samples] for i in range(len(texts))],
+        int(read.malformed_N.sum()),
+        read.success_rate,
+        made.seconds,
+        made.new_tokens,
+        made.prompt_tokens,
+        max(map(len, prompts)),
+    )
 
 # %% ../../../nbs/studies/forecasting/03_forecast.ipynb #f9cbb089
 @torch.no_grad()
@@ -161,19 +219,24 @@ def continuation_nats(model,      # a causal language model, with or without an 
 )->np.ndarray:                    # (N,), nats
     "Negative log-probability of the true continuation of each trajectory, among the codec's tokens."
     way, device, was = probe(tokenizer, precision), next(model.parameters()).device, model.training
-    cut = [';'.join(text.split(';')[:given + horizon]) for text in texts]
-    whole, firsts = prompt_ids(tokenizer, way, [text + ';' for text in cut], given + horizon), [len(row) for row in prompt_ids(tokenizer, way, cut, given)]
+    cut = [';'.join(text.split(';')[: given + horizon]) for text in texts]
+    whole, firsts = (
+        prompt_ids(tokenizer, way, [text + ';' for text in cut], given + horizon),
+        [len(row) for row in prompt_ids(tokenizer, way, cut, given)],
+    )
     column_V = torch.full((model.config.vocab_size,), -1, device=device)
     ids_A = torch.tensor(list(way.alphabet), device=device)
     column_V[ids_A] = torch.arange(len(ids_A), device=device)
     nats = []
     model.eval()
     for at in range(0, len(whole), batch_size):
-        rows = whole[at:at + batch_size]
-        ids_BT = torch.tensor([row + [tokenizer.pad_token_id]*(max(map(len, rows)) - len(row)) for row in rows], device=device)
+        rows = whole[at : at + batch_size]
+        ids_BT = torch.tensor(
+            [row + [tokenizer.pad_token_id] * (max(map(len, rows)) - len(row)) for row in rows], device=device
+        )
         hidden_BTD = hidden_states(model, ids_BT)
         for row, first, hidden_TD in zip(rows, firsts[at:], hidden_BTD):
-            logits_NA = output_head(model)(hidden_TD[first - 1:len(row) - 2])[:, ids_A].float()
+            logits_NA = output_head(model)(hidden_TD[first - 1 : len(row) - 2])[:, ids_A].float()
             targets_N = column_V[torch.tensor(row[first:-1], device=device)]
             nats.append(float(torch.nn.functional.cross_entropy(logits_NA, targets_N, reduction='sum')))
     model.train(was)
@@ -191,19 +254,45 @@ def evaluate_forecasts(model,         # a causal language model, with or without
 ):                                    # (Forecast, flat scores)
     "Forecast the first `trajectories` of a split and score them; a `LabError` when the steps asked for are not there."
     count, metadata = min(trajectories or len(split), len(split)), split.metadata
-    if given + horizon > metadata['steps']: raise LabError(f"{given} given and {horizon} forecast steps are more than the {metadata['steps']} of a trajectory: ask for fewer")
-    texts, truth, factors = split.texts[:count], split.scaled_NTV[:count, given:given + horizon], split.factors_NV[:count]
-    made = forecast(model, tokenizer, texts, given, horizon, precision=metadata['precision'], variables=metadata['variables'], **settings)
+    if given + horizon > metadata['steps']:
+        raise LabError(
+            f"{given} given and {horizon} forecast steps are more than the {metadata['steps']} of a trajectory: ask for fewer"
+        )
+    texts, truth, factors = (
+        split.texts[:count],
+        split.scaled_NTV[:count, given : given + horizon],
+        split.factors_NV[:count],
+    )
+    made = forecast(
+        model,
+        tokenizer,
+        texts,
+        given,
+        horizon,
+        precision=metadata['precision'],
+        variables=metadata['variables'],
+        **settings,
+    )
     nats = continuation_nats(model, tokenizer, texts, given, horizon, metadata['precision'])
-    values = horizon*metadata['variables']
+    values = horizon * metadata['variables']
     original = factors[:, None].astype(float)
-    scores = score(made.samples_NSHV, truth, names) | {f'original_{key}': value for key, value in score(made.samples_NSHV/original[:, None], truth/original, names).items()}
-    scores |= dict(success_rate=made.success_rate, malformed_steps=made.malformed_steps, forecasts=made.samples_NSHV.shape[0]*made.samples_NSHV.shape[1], asked=count,
-                   nll_per_value=nll_per_value(nats, values, metadata['precision']), original_nll_per_value=nll_per_value(nats, values, metadata['precision'], factors),
-                   forecast_seconds=made.seconds, new_tokens=made.new_tokens)
+    scores = score(made.samples_NSHV, truth, names) | {
+        f'original_{key}': value
+        for key, value in score(made.samples_NSHV / original[:, None], truth / original, names).items()
+    }
+    scores |= dict(
+        success_rate=made.success_rate,
+        malformed_steps=made.malformed_steps,
+        forecasts=made.samples_NSHV.shape[0] * made.samples_NSHV.shape[1],
+        asked=count,
+        nll_per_value=nll_per_value(nats, values, metadata['precision']),
+        original_nll_per_value=nll_per_value(nats, values, metadata['precision'], factors),
+        forecast_seconds=made.seconds,
+        new_tokens=made.new_tokens,
+    )
     return made, scores
 
-
+# %% ../../../nbs/studies/forecasting/03_forecast.ipynb #a73745e6
 def score(samples_NSHV, # decoded samples
           truth_NHV,    # what happened
           names=('prey', 'predator'),  # of the variables
@@ -219,14 +308,20 @@ def series_documents(folder,     # of a forecast_data run
                      trajectories:int=0, # the first so many; 0 is all
 ):                               # `Examples`, one a trajectory
     "The trajectories of a split as tokens, from the token files where they were made with this tokenizer."
-    folder = find_path(folder)/'tokens'/split
-    if (folder/'tokens.json').exists() and read_json(folder/'tokens.json')['tokenizer'] == tokenizer_hash(tokenizer): documents = read_tokens(folder)
+    folder = find_path(folder) / 'tokens' / split
+    if (folder / 'tokens.json').exists() and read_json(folder / 'tokens.json')['tokenizer'] == tokenizer_hash(
+        tokenizer
+    ):
+        documents = read_tokens(folder)
     else:
         way, name = probe(tokenizer, precision), dict(valid='val').get(split, split)
-        documents = encode_texts([way.write(text) for text in (folder.parent.parent/f'{name}_texts.txt').read_text().splitlines()], tokenizer)
+        documents = encode_texts(
+            [way.write(text) for text in (folder.parent.parent / f'{name}_texts.txt').read_text().splitlines()],
+            tokenizer,
+        )
     return documents.select(np.arange(min(trajectories or len(documents), len(documents))))
 
-
+# %% ../../../nbs/studies/forecasting/03_forecast.ipynb #fcb4d9cc
 def series_windows(folder,         # of a forecast_data run
                    tokenizer,      # the model's
                    length:int,     # positions of a window
@@ -235,33 +330,37 @@ def series_windows(folder,         # of a forecast_data run
                    valid_trajectories:int=0,  # validation trajectories, 0 for all
 ):                                 # (training windows, validation windows)
     "Overlapping windows to train on, and windows to watch it by that do not overlap."
-    train, valid = series_documents(folder, 'train', tokenizer, precision), series_documents(folder, 'valid', tokenizer, precision, valid_trajectories)
-    return windows(train, length, max(1, length//2), keep_tail), windows(valid, length, length, True)
+    train, valid = (
+        series_documents(folder, 'train', tokenizer, precision),
+        series_documents(folder, 'valid', tokenizer, precision, valid_trajectories),
+    )
+    return windows(train, length, max(1, length // 2), keep_tail), windows(valid, length, length, True)
 
-
+# %% ../../../nbs/studies/forecasting/03_forecast.ipynb #96bc6b71
 def with_adapter(net,            # the base model
                  start,          # folder of the forecast_train run whose adapter is put on
                  trainable:bool=False,  # whether it will be trained on
 )->torch.nn.Module:
     "The model with the adapter of an earlier run; a `LabError` when there is none."
-    return load_adapter(net, find_path(start)/'adapter', trainable)
+    return load_adapter(net, find_path(start) / 'adapter', trainable)
 
 # %% ../../../nbs/studies/forecasting/03_forecast.ipynb #15f70d98
 def kept_steps(folder,  # the folder given to `fit`
 )->dict:                # step -> folder of its checkpoint
     "The checkpoints of a run, in order."
-    return {int(path.name.split('-')[1]): path for path in sorted((Path(folder)/'checkpoints').glob('step-*'))}
+    return {int(path.name.split('-')[1]): path for path in sorted((Path(folder) / 'checkpoints').glob('step-*'))}
 
-
+# %% ../../../nbs/studies/forecasting/03_forecast.ipynb #f1b93d29
 def restore_step(model,       # with the same trained parameters
                  checkpoint,  # one of `kept_steps`
 ):
     "Give `model` the trained weights of a checkpoint."
     groups, _ = load_checkpoint(checkpoint)
     with torch.no_grad():
-        for name, parameter in trainable_parameters(model).items(): parameter.copy_(groups['weights'][name])
+        for name, parameter in trainable_parameters(model).items():
+            parameter.copy_(groups['weights'][name])
 
-
+# %% ../../../nbs/studies/forecasting/03_forecast.ipynb #0f7fa9e5
 def best_forecaster(model,      # trained by `fit` with checkpoints kept; it ends with the best weights
                     folder,     # the folder given to `fit`
                     judge,      # model -> dict with 'mae', None when unknown
@@ -271,7 +370,8 @@ def best_forecaster(model,      # trained by `fit` with checkpoints kept; it end
     for step, checkpoint in kept_steps(folder).items():
         restore_step(model, checkpoint)
         curve.append(dict(judge(model), step=step))
-    if not curve: raise LabError(f'{folder} has no checkpoint: keep them with keep_checkpoints')
+    if not curve:
+        raise LabError(f'{folder} has no checkpoint: keep them with keep_checkpoints')
     best = min(curve, key=lambda row: float('inf') if row['mae'] is None else row['mae'])['step']
     restore_step(model, kept_steps(folder)[best])
     return best, curve

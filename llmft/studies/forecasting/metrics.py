@@ -22,21 +22,21 @@ def point_forecast(samples_NSHV, # decoded samples; NaN where malformed
     out[some] = np.nanmedian(np.moveaxis(samples_NSHV, 1, -1)[some], axis=-1)
     return out
 
-
+# %% ../../../nbs/studies/forecasting/02_metrics.ipynb #ee19306d
 def whole(forecast_NHV, # a point forecast
 )->np.ndarray:          # bool, (N,)
     "The trajectories whose forecast has every value."
     return ~np.isnan(forecast_NHV).any((1, 2))
 
-
+# %% ../../../nbs/studies/forecasting/02_metrics.ipynb #110318dc
 def r_squared(truth,    # any shape
               forecast, # the same
 ):                        # None when the truth does not vary
     "Share of the variance of `truth` that `forecast` explains."
-    total = ((truth - truth.mean())**2).sum() if truth.size else 0
-    return float(1 - ((truth - forecast)**2).sum()/total) if total > 0 else None
+    total = ((truth - truth.mean()) ** 2).sum() if truth.size else 0
+    return float(1 - ((truth - forecast) ** 2).sum() / total) if total > 0 else None
 
-
+# %% ../../../nbs/studies/forecasting/02_metrics.ipynb #e0125c9d
 def point_errors(forecast_NHV, # NaN where malformed
                  truth_NHV,    # what happened
                  names=('prey', 'predator'), # of the variables
@@ -49,9 +49,14 @@ def point_errors(forecast_NHV, # NaN where malformed
         truth, gap = truth_NHV[:, :, part], np.abs(forecast_NHV[:, :, part] - truth_NHV[:, :, part])
         mae_N, mse_N = gap.mean((1, 2)), (gap**2).mean((1, 2))
         known = len(mae_N) > 0
-        found |= {f'mae{tail}': float(mae_N.mean()) if known else None, f'mae_median{tail}': float(np.median(mae_N)) if known else None,
-                  f'mse{tail}': float(mse_N.mean()) if known else None, f'mse_median{tail}': float(np.median(mse_N)) if known else None,
-                  f'rmse{tail}': float(math.sqrt(mse_N.mean())) if known else None, f'r2{tail}': r_squared(truth, forecast_NHV[:, :, part])}
+        found |= {
+            f'mae{tail}': float(mae_N.mean()) if known else None,
+            f'mae_median{tail}': float(np.median(mae_N)) if known else None,
+            f'mse{tail}': float(mse_N.mean()) if known else None,
+            f'mse_median{tail}': float(np.median(mse_N)) if known else None,
+            f'rmse{tail}': float(math.sqrt(mse_N.mean())) if known else None,
+            f'r2{tail}': r_squared(truth, forecast_NHV[:, :, part]),
+        }
     return found
 
 # %% ../../../nbs/studies/forecasting/02_metrics.ipynb #0a935372
@@ -60,7 +65,8 @@ def horizon_errors(forecast_NHV, # NaN where malformed
 )->dict:                         # mean_H, median_H (over trajectories) and n: absolute errors, averaged over variables
     "Absolute error by forecast step."
     keep = whole(forecast_NHV)
-    if not keep.any(): return dict(mean_H=None, median_H=None, n=0)
+    if not keep.any():
+        return dict(mean_H=None, median_H=None, n=0)
     gap_NH = np.abs(forecast_NHV[keep] - truth_NHV[keep]).mean(2)
     return dict(mean_H=gap_NH.mean(0), median_H=np.median(gap_NH, axis=0), n=int(keep.sum()))
 
@@ -71,10 +77,10 @@ def crps(samples_NSHV, # decoded samples
     "Continuous ranked probability score of each value."
     ordered = np.sort(np.asarray(samples_NSHV, float), axis=1)
     count = ordered.shape[1]
-    weight_S = (2*np.arange(1, count + 1) - count - 1)[:, None, None]
-    return np.abs(ordered - np.asarray(truth_NHV)[:, None]).mean(1) - (weight_S*ordered).sum(1)/count**2
+    weight_S = (2 * np.arange(1, count + 1) - count - 1)[:, None, None]
+    return np.abs(ordered - np.asarray(truth_NHV)[:, None]).mean(1) - (weight_S * ordered).sum(1) / count**2
 
-
+# %% ../../../nbs/studies/forecasting/02_metrics.ipynb #c571025e
 def band(samples_NSHV, # decoded samples
          low=.1,       # lower quantile
          high=.9,      # upper quantile
@@ -82,16 +88,23 @@ def band(samples_NSHV, # decoded samples
     "The band between two quantiles of the samples."
     return np.quantile(np.asarray(samples_NSHV, float), [low, high], axis=1)
 
-
+# %% ../../../nbs/studies/forecasting/02_metrics.ipynb #2b91c735
 def spread_scores(samples_NSHV, # decoded samples
                   truth_NHV,    # what happened
 )->dict:                        # crps, crps_median, coverage_80, band_width, samples; None when unknown
     "Scores of the spread, over the trajectories all of whose samples could be read."
     keep = ~np.isnan(samples_NSHV).any((1, 2, 3))
-    if not keep.any() or samples_NSHV.shape[1] < 2: return dict(crps=None, crps_median=None, coverage_80=None, band_width=None, samples=samples_NSHV.shape[1])
+    if not keep.any() or samples_NSHV.shape[1] < 2:
+        return dict(crps=None, crps_median=None, coverage_80=None, band_width=None, samples=samples_NSHV.shape[1])
     samples, truth = np.asarray(samples_NSHV, float)[keep], np.asarray(truth_NHV, float)[keep]
     (low, high), score_N = band(samples), crps(samples, truth).mean((1, 2))
-    return dict(crps=float(score_N.mean()), crps_median=float(np.median(score_N)), coverage_80=float(((low <= truth) & (truth <= high)).mean()), band_width=float((high - low).mean()), samples=samples.shape[1])
+    return dict(
+        crps=float(score_N.mean()),
+        crps_median=float(np.median(score_N)),
+        coverage_80=float(((low <= truth) & (truth <= high)).mean()),
+        band_width=float((high - low).mean()),
+        samples=samples.shape[1],
+    )
 
 # %% ../../../nbs/studies/forecasting/02_metrics.ipynb #1ef5c489
 def last_value(given_NTV, # given steps
@@ -100,37 +113,44 @@ def last_value(given_NTV, # given steps
     "The last given step, repeated."
     return np.repeat(np.asarray(given_NTV, float)[:, -1:], horizon, axis=1)
 
-
+# %% ../../../nbs/studies/forecasting/02_metrics.ipynb #fd8deaa4
 def period(given_TV, # given steps of one trajectory
 )->int:              # steps
     "The lag of the highest autocorrelation after its first minimum; the length of the series when there is none."
     centred = given_TV - given_TV.mean(0)
     norm = np.maximum((centred**2).sum(0), 1e-12)
-    lags = np.arange(1, len(centred)*3//4)
-    alike = np.array([((centred[lag:]*centred[:-lag])/norm).sum()*len(centred)/(len(centred) - lag) for lag in lags])
+    lags = np.arange(1, len(centred) * 3 // 4)
+    alike = np.array(
+        [((centred[lag:] * centred[:-lag]) / norm).sum() * len(centred) / (len(centred) - lag) for lag in lags]
+    )
     turn = next((i for i in range(1, len(alike)) if alike[i] > alike[i - 1]), None)
     return len(centred) if turn is None else int(lags[turn + int(np.argmax(alike[turn:]))])
 
-
+# %% ../../../nbs/studies/forecasting/02_metrics.ipynb #8f1480ab
 def seasonal(given_NTV, # given steps
              horizon,   # steps to forecast
 )->np.ndarray:          # (N, H, V)
     "The last period of each trajectory, repeated."
     given_NTV = np.asarray(given_NTV, float)
-    return np.stack([row[len(row) - lag + np.arange(horizon) % lag] for row, lag in zip(given_NTV, map(period, given_NTV))])
+    return np.stack(
+        [row[len(row) - lag + np.arange(horizon) % lag] for row, lag in zip(given_NTV, map(period, given_NTV))]
+    )
 
 # %% ../../../nbs/studies/forecasting/02_metrics.ipynb #9b0f18d8
-orders, ridges = (1, 2, 3, 4, 6, 8), (1e-6, .1, 1., 10.)
+orders, ridges = (1, 2, 3, 4, 6, 8), (1e-6, 0.1, 1.0, 10.0)
 
 
 def _run_forward(given_TV, order, ridge, horizon):
     "A vector autoregression with a ridge penalty on its lags, fitted to the given steps and run on; (horizon, V)."
     centre, length = given_TV.mean(0), len(given_TV)
     past = given_TV - centre
-    inputs = np.concatenate([past[order - lag:length - lag] for lag in range(1, order + 1)], axis=1)
-    coefficients = np.linalg.solve(inputs.T@inputs + ridge*np.eye(inputs.shape[1]), inputs.T@past[order:])
+    inputs = np.concatenate([past[order - lag : length - lag] for lag in range(1, order + 1)], axis=1)
+    coefficients = np.linalg.solve(inputs.T @ inputs + ridge * np.eye(inputs.shape[1]), inputs.T @ past[order:])
     history = list(past)
-    for _ in range(horizon): history.append(np.clip(np.concatenate(history[:-order - 1:-1])@coefficients, -centre, 2*given_TV.max(0) - centre))
+    for _ in range(horizon):
+        history.append(
+            np.clip(np.concatenate(history[: -order - 1 : -1]) @ coefficients, -centre, 2 * given_TV.max(0) - centre)
+        )
     return np.array(history[length:]) + centre
 
 
@@ -139,29 +159,45 @@ def choose_regression(given_TV,   # given steps of one trajectory
 )->tuple:                         # (order, ridge)
     "The order and the penalty with which the last given steps are forecast best from those before; a `LabError` when there are too few."
     known, wanted = given_TV[:-held], given_TV[-held:]
-    usable = [order for order in orders if len(known) >= 2*order + 4]
-    if not usable: raise LabError(f'{len(given_TV)} given steps are too few for an autoregression that is tried on the last {held}: give at least {held + 6}')
-    return min(((order, ridge) for order in usable for ridge in ridges), key=lambda choice: np.abs(_run_forward(known, *choice, held) - wanted).mean())
+    usable = [order for order in orders if len(known) >= 2 * order + 4]
+    if not usable:
+        raise LabError(
+            f'{len(given_TV)} given steps are too few for an autoregression that is tried on the last {held}: give at least {held + 6}'
+        )
+    return min(
+        ((order, ridge) for order in usable for ridge in ridges),
+        key=lambda choice: np.abs(_run_forward(known, *choice, held) - wanted).mean(),
+    )
 
-
+# %% ../../../nbs/studies/forecasting/02_metrics.ipynb #ce849104
 def linear_autoregression(given_NTV, # given steps
                           horizon,   # steps to forecast
 )->np.ndarray:                       # (N, H, V)
     "A vector autoregression of each trajectory, run forward."
     given_NTV = np.asarray(given_NTV, float)
-    return np.array([_run_forward(given_TV, *choose_regression(given_TV, min(10, len(given_TV)//3)), horizon) for given_TV in given_NTV])
+    return np.array(
+        [
+            _run_forward(given_TV, *choose_regression(given_TV, min(10, len(given_TV) // 3)), horizon)
+            for given_TV in given_NTV
+        ]
+    )
 
 # %% ../../../nbs/studies/forecasting/02_metrics.ipynb #f3b8f42a
 def _solve(unknown_M6, steps, step_time, parts):
     "Trajectories (M, steps, 2) of the equations, `unknown_M6` the logarithms of a, b, g, d, x0, y0; `parts` Runge-Kutta steps a time step."
     a, b, g, d = np.exp(np.clip(unknown_M6[:, :4], -12, 6)).T
-    logs, size, out = unknown_M6[:, 4:], step_time/parts, [unknown_M6[:, 4:]]
+    logs, size, out = unknown_M6[:, 4:], step_time / parts, [unknown_M6[:, 4:]]
+
     def slope(logs):
         x, y = np.exp(np.clip(logs, -40, 12)).T
-        return np.stack([a - b*y, d*x - g], 1)
-    for _ in range((steps - 1)*parts):
-        k1 = slope(logs); k2 = slope(logs + size/2*k1); k3 = slope(logs + size/2*k2); k4 = slope(logs + size*k3)
-        logs = np.clip(logs + size/6*(k1 + 2*k2 + 2*k3 + k4), -60, 60)
+        return np.stack([a - b * y, d * x - g], 1)
+
+    for _ in range((steps - 1) * parts):
+        k1 = slope(logs)
+        k2 = slope(logs + size / 2 * k1)
+        k3 = slope(logs + size / 2 * k2)
+        k4 = slope(logs + size * k3)
+        logs = np.clip(logs + size / 6 * (k1 + 2 * k2 + 2 * k3 + k4), -60, 60)
         out.append(logs)
     return np.exp(np.clip(np.stack(out[::parts], 1), -40, 12))
 
@@ -169,10 +205,13 @@ def _solve(unknown_M6, steps, step_time, parts):
 def _first_guess(given_NTV, step_time, floor):
     "Logarithms of the six numbers, from the slopes of the logarithms."
     logs = np.log(np.maximum(given_NTV, floor))
-    slopes, middle = (logs[:, 2:] - logs[:, :-2])/(2*step_time), given_NTV[:, 1:-1]
+    slopes, middle = (logs[:, 2:] - logs[:, :-2]) / (2 * step_time), given_NTV[:, 1:-1]
     guess = []
     for slope, values in zip(slopes, middle):
-        (a, b), (g, d) = (np.linalg.lstsq(np.stack([np.ones(len(values)), values[:, 1 - v]], 1), slope[:, v], rcond=None)[0] for v in (0, 1))
+        (a, b), (g, d) = (
+            np.linalg.lstsq(np.stack([np.ones(len(values)), values[:, 1 - v]], 1), slope[:, v], rcond=None)[0]
+            for v in (0, 1)
+        )
         guess.append(np.log(np.maximum([a, -b, -g, d], 1e-3)))
     return np.concatenate([np.array(guess), logs[:, 0]], 1)
 
@@ -187,19 +226,21 @@ def refit_predator_prey(given_NTV,     # given steps, scaled or not
     given_NTV, parts = np.asarray(given_NTV, float), 4
     count, steps = given_NTV.shape[:2]
     unknown, damping = _first_guess(given_NTV, step_time, floor), np.full(count, 1e-2)
-    miss = lambda unknown: (_solve(unknown, steps, step_time, parts) - np.tile(given_NTV, (len(unknown)//count, 1, 1))).reshape(len(unknown), -1)
+    miss = lambda unknown: (
+        _solve(unknown, steps, step_time, parts) - np.tile(given_NTV, (len(unknown) // count, 1, 1))
+    ).reshape(len(unknown), -1)
     now = miss(unknown)
     for _ in range(rounds):
-        around = miss(np.concatenate([unknown + 1e-5*np.eye(6)[i] for i in range(6)])).reshape(6, count, -1)
-        slopes = ((around - now)/1e-5).transpose(1, 2, 0)
-        square = slopes.transpose(0, 2, 1)@slopes
-        diagonal = damping[:, None, None]*(np.eye(6)*square + 1e-9*np.eye(6))
-        move = np.linalg.solve(square + diagonal, -(slopes.transpose(0, 2, 1)@now[:, :, None]))[:, :, 0]
+        around = miss(np.concatenate([unknown + 1e-5 * np.eye(6)[i] for i in range(6)])).reshape(6, count, -1)
+        slopes = ((around - now) / 1e-5).transpose(1, 2, 0)
+        square = slopes.transpose(0, 2, 1) @ slopes
+        diagonal = damping[:, None, None] * (np.eye(6) * square + 1e-9 * np.eye(6))
+        move = np.linalg.solve(square + diagonal, -(slopes.transpose(0, 2, 1) @ now[:, :, None]))[:, :, 0]
         tried = unknown + np.clip(move, -1, 1)
         then = miss(tried)
         better = (then**2).sum(1) < (now**2).sum(1)
         unknown, now = np.where(better[:, None], tried, unknown), np.where(better[:, None], then, now)
-        damping = np.clip(np.where(better, damping/5, damping*4), 1e-9, 1e6)
+        damping = np.clip(np.where(better, damping / 5, damping * 4), 1e-9, 1e6)
     return _solve(unknown, steps + horizon, step_time, parts)[:, steps:]
 
 # %% ../../../nbs/studies/forecasting/02_metrics.ipynb #c7f793a0
@@ -208,8 +249,16 @@ def baselines(given_NTV, # given steps, as they stand in the prompts
               step_time, # time between two steps
 )->dict:                 # name -> point forecast (N, H, V)
     "All forecasts that need no language model; the refitted equations only for two variables."
-    found = {'last value': last_value(given_NTV, horizon), 'seasonal': seasonal(given_NTV, horizon), 'linear autoregression': linear_autoregression(given_NTV, horizon)}
-    return found | ({'equations refitted': refit_predator_prey(given_NTV, horizon, step_time)} if np.shape(given_NTV)[2] == 2 else {})
+    found = {
+        'last value': last_value(given_NTV, horizon),
+        'seasonal': seasonal(given_NTV, horizon),
+        'linear autoregression': linear_autoregression(given_NTV, horizon),
+    }
+    return found | (
+        {'equations refitted': refit_predator_prey(given_NTV, horizon, step_time)}
+        if np.shape(given_NTV)[2] == 2
+        else {}
+    )
 
 # %% ../../../nbs/studies/forecasting/02_metrics.ipynb #fe1fee24
 def nll_per_value(text_nats_N, # negative log-probability of the text of each continuation, nats
@@ -218,5 +267,5 @@ def nll_per_value(text_nats_N, # negative log-probability of the text of each co
                   factors_NV=None,  # scale factors, for original units
 )->float:                      # nats per value
     "Negative log-density of the true continuation, per value."
-    found = float(np.mean(text_nats_N))/values - precision*math.log(10)
+    found = float(np.mean(text_nats_N)) / values - precision * math.log(10)
     return found if factors_NV is None else found - float(np.log(factors_NV).mean())

@@ -13,36 +13,80 @@ from pathlib import Path
 from ...core import LabError, find_path, nearest, purpose_rng
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #fa629853
-operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.USub: operator.neg, ast.UAdd: operator.pos}
+operators = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+}
 
 
-def value_of(expression:str)->float:
+def value_of(expression: str) -> float:
     "The value of plain arithmetic: numbers, + - * / and brackets; a `LabError` for anything else."
+
     def value(node):
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float): return node.value
-        if isinstance(node, ast.BinOp) and type(node.op) in operators: return operators[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.UnaryOp) and type(node.op) in operators: return operators[type(node.op)](value(node.operand))
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return node.value
+        if isinstance(node, ast.BinOp) and type(node.op) in operators:
+            return operators[type(node.op)](value(node.left), value(node.right))
+        if isinstance(node, ast.UnaryOp) and type(node.op) in operators:
+            return operators[type(node.op)](value(node.operand))
         raise LabError(f'{expression!r} is no plain arithmetic: use numbers, + - * / and brackets')
-    try: return value(ast.parse(expression.strip(), mode='eval').body)
-    except (SyntaxError, ZeroDivisionError) as error: raise LabError(f'{expression!r} has no value ({type(error).__name__}): use numbers, + - * / and brackets') from None
 
+    try:
+        return value(ast.parse(expression.strip(), mode='eval').body)
+    except (SyntaxError, ZeroDivisionError) as error:
+        raise LabError(
+            f'{expression!r} has no value ({type(error).__name__}): use numbers, + - * / and brackets'
+        ) from None
 
-def wrong_calculations(answer:str)->list:
+# %% ../../../nbs/studies/inference/01_word_problems.ipynb #1352873f
+def wrong_calculations(answer: str) -> list:
     "The calculations `<<a=b>>` of a solution whose two sides differ."
     pairs = [pair.rsplit('=', 1) for pair in re.findall(r'<<([^<>]+=[^<>]+)>>', answer)]
     return [f'{left}={right}' for left, right in pairs if abs(value_of(left) - value_of(right)) > 1e-6]
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #b4959866
-names, things = ('Ada', 'Ben', 'Chen', 'Dina', 'Emil', 'Fatou', 'Goran', 'Hana'), ('apples', 'books', 'coins', 'pens', 'stamps', 'shells', 'cards', 'eggs')
+names, things = (
+    ('Ada', 'Ben', 'Chen', 'Dina', 'Emil', 'Fatou', 'Goran', 'Hana'),
+    ('apples', 'books', 'coins', 'pens', 'stamps', 'shells', 'cards', 'eggs'),
+)
 kinds = (
-    ('{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have now?', (('{name} has', 'a + b', '{thing}'),)),
-    ('{name} had {a} {thing} and gave away {c} of them. How many {thing} are left?', (('There are', 'a - c', '{thing} left'),)),
-    ('There are {b} boxes with {c} {thing} in each of them. How many {thing} are there in all?', (('The boxes hold', 'b * c', '{thing}'),)),
-    ('{name} shares {p} {thing} equally among {c} friends. How many {thing} does each friend get?', (('Each friend gets', 'p / c', '{thing}'),)),
-    ('{name} buys {b} {thing} at {c} dollars each and pays with {q} dollars. How many dollars does {name} get back?', (('The {thing} cost', 'b * c', 'dollars'), ('{name} gets back', 'q - last', 'dollars'))),
-    ('{name} has {a} {thing}. {other} has {c} times as many. How many {thing} do they have together?', (('{other} has', 'a * c', '{thing}'), ('Together they have', 'a + last', '{thing}'))),
-    ('{name} reads {b} pages a day for {c} days and then {a} more pages. How many pages does {name} read in all?', (('In {c} days {name} reads', 'b * c', 'pages'), ('In all these are', 'last + a', 'pages'))),
-    ('{p} {thing} are put into {c} bags, the same number in each. {name} takes {d} bags. How many {thing} does {name} take?', (('A bag holds', 'p / c', '{thing}'), ('{name} takes', 'last * d', '{thing}'))))
+    (
+        '{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have now?',
+        (('{name} has', 'a + b', '{thing}'),),
+    ),
+    (
+        '{name} had {a} {thing} and gave away {c} of them. How many {thing} are left?',
+        (('There are', 'a - c', '{thing} left'),),
+    ),
+    (
+        'There are {b} boxes with {c} {thing} in each of them. How many {thing} are there in all?',
+        (('The boxes hold', 'b * c', '{thing}'),),
+    ),
+    (
+        '{name} shares {p} {thing} equally among {c} friends. How many {thing} does each friend get?',
+        (('Each friend gets', 'p / c', '{thing}'),),
+    ),
+    (
+        '{name} buys {b} {thing} at {c} dollars each and pays with {q} dollars. How many dollars does {name} get back?',
+        (('The {thing} cost', 'b * c', 'dollars'), ('{name} gets back', 'q - last', 'dollars')),
+    ),
+    (
+        '{name} has {a} {thing}. {other} has {c} times as many. How many {thing} do they have together?',
+        (('{other} has', 'a * c', '{thing}'), ('Together they have', 'a + last', '{thing}')),
+    ),
+    (
+        '{name} reads {b} pages a day for {c} days and then {a} more pages. How many pages does {name} read in all?',
+        (('In {c} days {name} reads', 'b * c', 'pages'), ('In all these are', 'last + a', 'pages')),
+    ),
+    (
+        '{p} {thing} are put into {c} bags, the same number in each. {name} takes {d} bags. How many {thing} does {name} take?',
+        (('A bag holds', 'p / c', '{thing}'), ('{name} takes', 'last * d', '{thing}')),
+    ),
+)
 
 
 def _solution(steps, numbers, words):
@@ -51,7 +95,11 @@ def _solution(steps, numbers, words):
     for begin, expression, end in steps:
         spelled = ' '.join(str(numbers.get(word, word)) for word in expression.split())
         numbers = numbers | dict(last=int(value_of(spelled)))
-        lines.append(f"{begin} {spelled} = <<{spelled.replace(' ', '')}={numbers['last']}>>{numbers['last']} {end}.".format(**words, **numbers))
+        lines.append(
+            f"{begin} {spelled} = <<{spelled.replace(' ', '')}={numbers['last']}>>{numbers['last']} {end}.".format(
+                **words, **numbers
+            )
+        )
     return '\n'.join(lines), numbers['last']
 
 
@@ -59,71 +107,105 @@ def word_problems(count:int,  # problems wanted
                   seed:int=0, # the only thing they depend on
 )->list:                      # dicts with question and answer, as in GSM8K
     "Different arithmetic word problems of one or two steps, every calculation checked."
-    if count < 1: raise LabError(f'{count} problems are asked for: give at least 1')
+    if count < 1:
+        raise LabError(f'{count} problems are asked for: give at least 1')
     found = {}
     for number in range(50 * count):
         rng = purpose_rng(seed, 'word problem', number)
         a, b, c = int(rng.integers(6, 30)), int(rng.integers(2, 10)), int(rng.integers(2, 6))
         name, other = rng.choice(names, 2, replace=False)
-        words, numbers = dict(name=name, other=other, thing=rng.choice(things)), dict(a=a, b=b, c=c, d=int(rng.integers(2, c + 1)), p=c * int(rng.integers(2, 12)), q=b * c + int(rng.integers(1, 20)))
+        words, numbers = (
+            dict(name=name, other=other, thing=rng.choice(things)),
+            dict(
+                a=a,
+                b=b,
+                c=c,
+                d=int(rng.integers(2, c + 1)),
+                p=c * int(rng.integers(2, 12)),
+                q=b * c + int(rng.integers(1, 20)),
+            ),
+        )
         question, steps = kinds[number % len(kinds)]
         lines, result = _solution(steps, numbers, words)
         found.setdefault(question.format(**words, **numbers), f'{lines}\n#### {result}')
-        if len(found) == count: break
-    else: raise LabError(f'there are not {count} different problems: ask for fewer')
-    if wrong := sum(map(wrong_calculations, found.values()), []): raise LabError(f'the problem kinds give wrong calculations ({wrong[0]}): correct them')
+        if len(found) == count:
+            break
+    else:
+        raise LabError(f'there are not {count} different problems: ask for fewer')
+    if wrong := sum(map(wrong_calculations, found.values()), []):
+        raise LabError(f'the problem kinds give wrong calculations ({wrong[0]}): correct them')
     return [dict(question=question, answer=answer) for question, answer in found.items()]
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #d820de10
 _number = re.compile(r'(?<![\w.])-?\$?\d+(?:,\d{3})*(?:\.\d+)?')
 
 
-def final_answer(text:str)->str:
+def final_answer(text: str) -> str:
     "The number that `text` ends in, in one way of writing; `None` when it has none."
     marked = text.partition('####')[2]
     found = _number.search(marked) if marked else None
     numbers = [found.group()] if found else _number.findall(text.partition('####')[0])
-    if not numbers: return None
+    if not numbers:
+        return None
     return format(Decimal(numbers[-1].replace(',', '').replace('$', '')).normalize(), 'f')
 
-
+# %% ../../../nbs/studies/inference/01_word_problems.ipynb #01197fa7
 def reference_answer(problem:dict,   # a row with question and answer
                      where:str='a problem',  # where it stands, for the message
 )->str:                              # the number
     "The number on the line `#### n` of a problem's answer; a `LabError` when there is none."
     mark, number = problem['answer'].rpartition('####')[1:]
-    if not mark or final_answer('#### ' + number) is None or not _number.search(number): raise LabError(f"{where} has no line '#### n' with a number in its answer: correct it or leave it out")
+    if not mark or final_answer('#### ' + number) is None or not _number.search(number):
+        raise LabError(f"{where} has no line '#### n' with a number in its answer: correct it or leave it out")
     return final_answer('#### ' + number)
 
-
+# %% ../../../nbs/studies/inference/01_word_problems.ipynb #a25a7e2c
 def score(texts:list,     # what was answered, one text a problem
           problems:list,  # rows with question and answer
 )->dict:                  # accuracy and answered (shares), correct, questions (counts), right (bools)
     "How many of `texts` give the number that the problem's own answer gives."
-    if len(texts) != len(problems): raise LabError(f'{len(texts)} texts for {len(problems)} problems: give one each')
+    if len(texts) != len(problems):
+        raise LabError(f'{len(texts)} texts for {len(problems)} problems: give one each')
     given = [final_answer(text) for text in texts]
     right = [answer == reference_answer(problem) for answer, problem in zip(given, problems)]
-    return dict(accuracy=sum(right) / len(right), correct=sum(right), answered=sum(answer is not None for answer in given) / len(given), questions=len(right), right=right)
+    return dict(
+        accuracy=sum(right) / len(right),
+        correct=sum(right),
+        answered=sum(answer is not None for answer in given) / len(given),
+        questions=len(right),
+        right=right,
+    )
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #6e91330e
 def _hub_rows(name, config, split):
     "The rows of a split of a hub data set."
     import datasets
-    try: loaded = datasets.load_dataset(name, config or None)
+
+    try:
+        loaded = datasets.load_dataset(name, config or None)
     except Exception as error:
-        raise LabError(f"data '{name}' is no file here, and the hub gave nothing ({type(error).__name__}): check the name and the network, or use data=builtin:arithmetic or --small") from None
-    if split not in loaded: raise LabError(f"data '{name}' has no split '{split}'{nearest(split, loaded)}: choose one of {', '.join(loaded)}")
+        raise LabError(
+            f"data '{name}' is no file here, and the hub gave nothing ({type(error).__name__}): check the name and the network, or use data=builtin:arithmetic or --small"
+        ) from None
+    if split not in loaded:
+        raise LabError(
+            f"data '{name}' has no split '{split}'{nearest(split, loaded)}: choose one of {', '.join(loaded)}"
+        )
     return loaded[split].to_list()
 
 
 def _file_rows(path):
     "The rows of a .jsonl file, one JSON object a line."
-    if path.suffix != '.jsonl': raise LabError(f"{path} ends in '{path.suffix}': give a .jsonl file with question and answer")
+    if path.suffix != '.jsonl':
+        raise LabError(f"{path} ends in '{path.suffix}': give a .jsonl file with question and answer")
     rows = []
     for number, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):  # a string may hold other line ends
-        if not line.strip(): continue
-        try: rows.append(json.loads(line))
-        except json.JSONDecodeError as error: raise LabError(f'{path}:{number} is not JSON ({error.msg}): one object a line') from None
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise LabError(f'{path}:{number} is not JSON ({error.msg}): one object a line') from None
     return rows
 
 
@@ -134,17 +216,25 @@ def read_problems(data:str,        # 'builtin:arithmetic', a .jsonl file, or a h
                   seed:int=0,      # of the built-in ones
 )->list:                           # dicts with question and answer
     "Problems in the shape of GSM8K. A `LabError` when a field or the number of an answer is missing, or when there are too few."
-    if data == 'builtin:arithmetic': return word_problems(count or 500, seed)
-    if data.startswith('builtin:'): raise LabError(f"there are no built-in problems '{data}': use builtin:arithmetic, a .jsonl file or a hub name")
+    if data == 'builtin:arithmetic':
+        return word_problems(count or 500, seed)
+    if data.startswith('builtin:'):
+        raise LabError(f"there are no built-in problems '{data}': use builtin:arithmetic, a .jsonl file or a hub name")
     path = find_path(data)
-    if not path.is_file() and (path.suffix == '.jsonl' or data.startswith(('.', '/', '~'))): raise LabError(f'data {data}: there is no such file')
+    if not path.is_file() and (path.suffix == '.jsonl' or data.startswith(('.', '/', '~'))):
+        raise LabError(f'data {data}: there is no such file')
     rows = _file_rows(path) if path.is_file() else _hub_rows(data, config, split)
-    if len(rows) < max(count, 1): raise LabError(f'data {data} has {len(rows)} rows and {max(count, 1)} are asked for: lower num_questions, or 0 for all')
-    for number, row in enumerate(rows := rows[:count or None]):
+    if len(rows) < max(count, 1):
+        raise LabError(
+            f'data {data} has {len(rows)} rows and {max(count, 1)} are asked for: lower num_questions, or 0 for all'
+        )
+    for number, row in enumerate(rows := rows[: count or None]):
         for field in ('question', 'answer'):
             if not isinstance(row, dict) or not isinstance(row.get(field), str):
                 known = list(row) if isinstance(row, dict) else []
-                raise LabError(f"row {number} of {data} has no field '{field}'{nearest(field, known)}: its fields are {', '.join(known) or 'none'}")
+                raise LabError(
+                    f"row {number} of {data} has no field '{field}'{nearest(field, known)}: its fields are {', '.join(known) or 'none'}"
+                )
         reference_answer(row, f'row {number} of {data}')
     return [dict(question=row['question'], answer=row['answer']) for row in rows]
 
@@ -157,6 +247,7 @@ def ask(problems:list,    # rows with a question
     "The prompts that ask for the answers."
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     encode = lambda text: tokenizer(text, add_special_tokens=False)['input_ids']
-    if not (chat and tokenizer.chat_template): return [begin + encode(f"Question: {problem['question']}\n{instruction}\nAnswer:") for problem in problems]
+    if not (chat and tokenizer.chat_template):
+        return [begin + encode(f"Question: {problem['question']}\n{instruction}\nAnswer:") for problem in problems]
     turns = [[dict(role='user', content=f"{problem['question']}\n{instruction}")] for problem in problems]
     return [encode(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)) for turn in turns]

@@ -18,11 +18,18 @@ def trial_bars(trials:list,  # with batch, fits, peak_bytes and predicted_bytes,
 )->Plot:
     "Measured memory of every trial of the search for the largest batch, the estimate, and the limit."
     unit, size = byte_unit([limit, *(trial.peak_bytes for trial in trials)])
-    plot, axes = new_plot('Search for the largest batch', 'bar: measured peak · tick: estimate · dashed: limit · cross: ran out of memory', height=3.4)
+    plot, axes = new_plot(
+        'Search for the largest batch',
+        'bar: measured peak · tick: estimate · dashed: limit · cross: ran out of memory',
+        height=3.4,
+    )
     for place, trial in enumerate(trials):
-        if trial.peak_bytes: axes.bar(place, trial.peak_bytes / size, color=palette[0 if trial.fits else 1], width=.6)
-        else: axes.plot(place, limit / size, 'x', color=palette[1], markersize=9, markeredgewidth=2)
-        if trial.predicted_bytes: axes.plot(place, trial.predicted_bytes / size, '_', color=ink, markersize=22, markeredgewidth=1.6)
+        if trial.peak_bytes:
+            axes.bar(place, trial.peak_bytes / size, color=palette[0 if trial.fits else 1], width=0.6)
+        else:
+            axes.plot(place, limit / size, 'x', color=palette[1], markersize=9, markeredgewidth=2)
+        if trial.predicted_bytes:
+            axes.plot(place, trial.predicted_bytes / size, '_', color=ink, markersize=22, markeredgewidth=1.6)
     axes.axhline(limit / size, color=muted, linewidth=1.2, linestyle='--')
     axes.set_xticks(range(len(trials)), [f"{trial.batch}\n{'fits' if trial.fits else 'too large'}" for trial in trials])
     axes.set(xlabel='batch tried, rows of full length', ylabel=f'memory, {unit}')
@@ -42,31 +49,47 @@ def learning_rate_curve(log:list,   # objects of log.jsonl
     return plot
 
 # %% ../../../nbs/studies/pdfs/01_report.ipynb #0a9a5ef5
-def perplexity_band(perplexity:float)->str:
+def perplexity_band(perplexity: float) -> str:
     "What the reference study calls a perplexity."
     for most, words in ((10, 'very good'), (50, 'decent'), (100, 'fair'), (1000, 'poor')):
-        if perplexity <= most: return words
+        if perplexity <= most:
+            return words
     return 'no better than random'
 
 # %% ../../../nbs/studies/pdfs/01_report.ipynb #5b965301
 def log_line(entry:dict,  # an object that `fit` logs
 )->str:                   # a line with its end
     "One line of training.log: the time and every value of `entry`."
-    values = ' '.join(f'{key}={value:.6g}' if isinstance(value, float) else f'{key}={value}' for key, value in entry.items())
+    values = ' '.join(
+        f'{key}={value:.6g}' if isinstance(value, float) else f'{key}={value}' for key, value in entry.items()
+    )
     return f"{datetime.datetime.now().isoformat(sep=' ', timespec='seconds')} {values}\n"
 
-
+# %% ../../../nbs/studies/pdfs/01_report.ipynb #6df5a74e
 def write_stats(path,          # training_stats.txt
                 facts:dict,    # name -> value, without the time and the arguments
                 params:dict,   # all parameters of the run
 )->dict:                       # what was written
     "The statistics of a finished run as text."
-    stats = {'Training completed at': datetime.datetime.now().isoformat(sep=' ', timespec='seconds'), **facts, 'Arguments': json.dumps(params, ensure_ascii=False)}
+    stats = {
+        'Training completed at': datetime.datetime.now().isoformat(sep=' ', timespec='seconds'),
+        **facts,
+        'Arguments': json.dumps(params, ensure_ascii=False),
+    }
     write_atomic(path, ''.join(f'{name}: {value}\n' for name, value in stats.items()))
     return stats
 
 # %% ../../../nbs/studies/pdfs/01_report.ipynb #d2a48837
-blanks = ('Per device batch size', 'Gradient accumulation steps', 'Effective batch size', 'GPU', 'Memory usage', 'Training time', 'Perplexity on test set', 'Interpretation')
+blanks = (
+    'Per device batch size',
+    'Gradient accumulation steps',
+    'Effective batch size',
+    'GPU',
+    'Memory usage',
+    'Training time',
+    'Perplexity on test set',
+    'Interpretation',
+)
 
 
 def fill_report(values:dict,      # text or number for each of `blanks`
@@ -76,12 +99,14 @@ def fill_report(values:dict,      # text or number for each of `blanks`
     lines = [f'- **{blank}**: {values[blank]}' for blank in blanks]
     return '\n'.join(lines) + f'\n\n**Conclusion.** {conclusion}\n'
 
-
+# %% ../../../nbs/studies/pdfs/01_report.ipynb #5dab4da9
 def conclude(facts:dict,  # lora_rank, quantisation, gradient_checkpointing, optimiser, largest, too_large (or None), length, limit_gb, train_files, test_files, before, after
 )->str:
     "What the optimisations achieved, in two sentences."
     frozen = f"weights in {facts['quantisation']}" if facts['quantisation'] != 'none' else 'unquantised weights'
     ended = f"{facts['too_large']} did not" if facts['too_large'] else 'more were not tried'
     change = 1 - facts['after'] / facts['before']
-    return (f"With LoRA of rank {facts['lora_rank']}, {frozen}, gradient checkpointing {'on' if facts['gradient_checkpointing'] else 'off'} and {facts['optimiser']}, {facts['largest']} rows of {facts['length']} positions fit {facts['limit_gb']:.2f} GiB ({ended}). "
-            f"Training on {facts['train_files']} files {'lowered' if change > 0 else 'raised'} the perplexity of {facts['test_files']} others from {facts['before']:.1f} to {facts['after']:.1f} ({abs(change):.0%}).")
+    return (
+        f"With LoRA of rank {facts['lora_rank']}, {frozen}, gradient checkpointing {'on' if facts['gradient_checkpointing'] else 'off'} and {facts['optimiser']}, {facts['largest']} rows of {facts['length']} positions fit {facts['limit_gb']:.2f} GiB ({ended}). "
+        f"Training on {facts['train_files']} files {'lowered' if change > 0 else 'raised'} the perplexity of {facts['test_files']} others from {facts['before']:.1f} to {facts['after']:.1f} ({abs(change):.0%})."
+    )

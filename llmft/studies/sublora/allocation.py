@@ -15,7 +15,12 @@ from ...core import LabError
 from ...runs.figures import Plot, ground, ink, muted, palette, place_labels, style, type_scale
 
 # %% ../../../nbs/studies/sublora/01_allocation.ipynb #ee637253
-MEASURES = dict(empirical_bpd='BPD on the sample', kl_divergence='KL (K ln 2), nats', bound_value='bound, bits per token', compressed_size_bits='size, bits')
+MEASURES = dict(
+    empirical_bpd='BPD on the sample',
+    kl_divergence='KL (K ln 2), nats',
+    bound_value='bound, bits per token',
+    compressed_size_bits='size, bits',
+)
 
 
 def group_name(mode:str,      # uniform | fixed | learned
@@ -24,64 +29,131 @@ def group_name(mode:str,      # uniform | fixed | learned
     "A group in words."
     return f'fixed {ratio:g}' if mode == 'fixed' else mode
 
-
+# %% ../../../nbs/studies/sublora/01_allocation.ipynb #f23770af
 def aggregate(rows:list,  # dicts with intrinsic_dim, allocation_mode, b_ratio, seed and the measures
 )->list:                  # dicts: budget, mode, ratio, name, n, and for each measure its mean, its `_std` and its `_by_seed`
     "Means over seeds; a `LabError` without rows."
-    if not rows: raise LabError('there are no runs to sum up: run params/sweeps/sublora_allocation.yaml')
+    if not rows:
+        raise LabError('there are no runs to sum up: run params/sweeps/sublora_allocation.yaml')
     order, groups = dict(uniform=0, fixed=1, learned=2), {}
-    for row in rows: groups.setdefault((row['intrinsic_dim'], order[row['allocation_mode']], row['b_ratio'] if row['allocation_mode'] == 'fixed' else None), []).append(row)
+    for row in rows:
+        groups.setdefault(
+            (
+                row['intrinsic_dim'],
+                order[row['allocation_mode']],
+                row['b_ratio'] if row['allocation_mode'] == 'fixed' else None,
+            ),
+            [],
+        ).append(row)
     found = []
-    for (budget, _, ratio), members in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1], item[0][2] or 0)):
+    for (budget, _, ratio), members in sorted(
+        groups.items(), key=lambda item: (item[0][0], item[0][1], item[0][2] or 0)
+    ):
         mode = members[0]['allocation_mode']
         group = dict(budget=budget, mode=mode, ratio=ratio, name=group_name(mode, ratio), n=len(members))
         for key in MEASURES:
             values = {row['seed']: float(row[key]) for row in members}
-            if len(values) < len(members): raise LabError(f"two runs of d = {budget}, {group['name']} have the same seed: leave one of them out")
-            group |= {key: float(np.mean(list(values.values()))), f'{key}_std': float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else None, f'{key}_by_seed': values}
+            if len(values) < len(members):
+                raise LabError(f"two runs of d = {budget}, {group['name']} have the same seed: leave one of them out")
+            group |= {
+                key: float(np.mean(list(values.values()))),
+                f'{key}_std': float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else None,
+                f'{key}_by_seed': values,
+            }
         found.append(group)
     return found
 
 # %% ../../../nbs/studies/sublora/01_allocation.ipynb #80d53b90
-def summary_csv(groups)->str:
+def summary_csv(groups) -> str:
     "Budget, mode, ratio and the means with their spreads, one line a group."
     out = io.StringIO()
     write = csv.writer(out, lineterminator='\n')
-    write.writerow(['Budget', 'Mode', 'Ratio', 'BPD', 'BPD std', 'KL', 'KL std', 'Bound', 'Bound std', 'Size', 'Size std', 'Seeds'])
-    for g in groups: write.writerow([g['budget'], g['mode'], '' if g['ratio'] is None else g['ratio'], *(f'{value:.6g}' if value is not None else '' for key in ('empirical_bpd', 'kl_divergence', 'bound_value', 'compressed_size_bits') for value in (g[key], g[f'{key}_std'])), g['n']])
+    write.writerow(
+        ['Budget', 'Mode', 'Ratio', 'BPD', 'BPD std', 'KL', 'KL std', 'Bound', 'Bound std', 'Size', 'Size std', 'Seeds']
+    )
+    for g in groups:
+        write.writerow(
+            [
+                g['budget'],
+                g['mode'],
+                '' if g['ratio'] is None else g['ratio'],
+                *(
+                    f'{value:.6g}' if value is not None else ''
+                    for key in ('empirical_bpd', 'kl_divergence', 'bound_value', 'compressed_size_bits')
+                    for value in (g[key], g[f'{key}_std'])
+                ),
+                g['n'],
+            ]
+        )
     return out.getvalue()
 
-
-def summary_tex(groups)->str:
+# %% ../../../nbs/studies/sublora/01_allocation.ipynb #ba77ec8c
+def summary_tex(groups) -> str:
     "The same as a LaTeX tabular."
-    pair = lambda g, key, places: f"${g[key]:.{places}f}" + (f" \\pm {g[f'{key}_std']:.{places}f}$" if g[f'{key}_std'] is not None else '$')
-    lines = [f"{g['budget']} & {g['mode']} & {'--' if g['ratio'] is None else g['ratio']} & {pair(g, 'empirical_bpd', 3)} & {pair(g, 'kl_divergence', 0)} & {pair(g, 'bound_value', 3)} & {pair(g, 'compressed_size_bits', 0)} \\\\" for g in groups]
-    return '\n'.join([r'\begin{tabular}{rlrrrrr}', r'\hline', r'Budget & Mode & Ratio & BPD & KL (nats) & Bound & Size (bits) \\', r'\hline', *lines, r'\hline', r'\end{tabular}', ''])
+    pair = lambda g, key, places: (
+        f"${g[key]:.{places}f}" + (f" \\pm {g[f'{key}_std']:.{places}f}$" if g[f'{key}_std'] is not None else '$')
+    )
+    lines = [
+        f"{g['budget']} & {g['mode']} & {'--' if g['ratio'] is None else g['ratio']} & {pair(g, 'empirical_bpd', 3)} & {pair(g, 'kl_divergence', 0)} & {pair(g, 'bound_value', 3)} & {pair(g, 'compressed_size_bits', 0)} \\\\"
+        for g in groups
+    ]
+    return '\n'.join(
+        [
+            r'\begin{tabular}{rlrrrrr}',
+            r'\hline',
+            r'Budget & Mode & Ratio & BPD & KL (nats) & Bound & Size (bits) \\',
+            r'\hline',
+            *lines,
+            r'\hline',
+            r'\end{tabular}',
+            '',
+        ]
+    )
 
 # %% ../../../nbs/studies/sublora/01_allocation.ipynb #faf0951d
-def colour_of(name:str)->str:
+def colour_of(name: str) -> str:
     "The colour of a group, the same in all figures."
     names = ['uniform', 'fixed 0.2', 'fixed 0.5', 'fixed 0.8', 'learned']
     return palette[names.index(name)] if name in names else palette[-1]
 
-
+# %% ../../../nbs/studies/sublora/01_allocation.ipynb #3a0182bb
 def _panels(title, note, count, size):
     "A `Plot` of several axes side by side under one title."
     plot = Plot(figsize=size, layout='constrained')
-    plot.suptitle(title + '\n' * (1 + (count[0] > 1)), x=.01, ha='left', fontsize=type_scale['title'], fontweight='bold', color=ink)
-    plot.text(.01, 1 - 28 / 72 / size[1], note, fontsize=type_scale['small'], color=muted, va='top')
+    plot.suptitle(
+        title + '\n' * (1 + (count[0] > 1)),
+        x=0.01,
+        ha='left',
+        fontsize=type_scale['title'],
+        fontweight='bold',
+        color=ink,
+    )
+    plot.text(0.01, 1 - 28 / 72 / size[1], note, fontsize=type_scale['small'], color=muted, va='top')
     return plot, [plot.add_subplot(*count, index + 1) for index in range(count[0] * count[1])]
 
 
 def _points(axes, groups, x, y, labels=True):
     "Means with spreads of groups, labelled."
-    for g in groups: axes.errorbar(g[x], g[y], xerr=g[f'{x}_std'], yerr=g[f'{y}_std'], fmt='o', color=colour_of(g['name']), capsize=3, markersize=6, linewidth=1.2)
+    for g in groups:
+        axes.errorbar(
+            g[x],
+            g[y],
+            xerr=g[f'{x}_std'],
+            yerr=g[f'{y}_std'],
+            fmt='o',
+            color=colour_of(g['name']),
+            capsize=3,
+            markersize=6,
+            linewidth=1.2,
+        )
     axes.set(xlabel=MEASURES[x], ylabel=MEASURES[y])
-    axes.margins(x=.2, y=.15)
-    if labels: place_labels(axes, {g['name']: (g[x], g[y]) for g in groups})
+    axes.margins(x=0.2, y=0.15)
+    if labels:
+        place_labels(axes, {g['name']: (g[x], g[y]) for g in groups})
 
 
-def _note(groups): return f"mean over n = {min(g['n'] for g in groups)} seeds, bars: sample standard deviation; lower is better on both axes"
+def _note(groups):
+    return f"mean over n = {min(g['n'] for g in groups)} seeds, bars: sample standard deviation; lower is better on both axes"
 
 
 @mpl.rc_context(style)
@@ -105,39 +177,59 @@ def compression_comparison(groups:list,  # from `aggregate`, all budgets
     _points(left, mine, 'kl_divergence', 'empirical_bpd')
     _points(middle, mine, 'kl_divergence', 'bound_value')
     size = [g['compressed_size_bits'] / 8192 for g in mine]
-    for key, dashes, name in (('bound_value', '-', 'bound'), ('empirical_bpd', '--', 'on the sample')): right.plot(size, [g[key] for g in mine], dashes, color=muted, linewidth=1.2, label=name, zorder=1)
+    for key, dashes, name in (('bound_value', '-', 'bound'), ('empirical_bpd', '--', 'on the sample')):
+        right.plot(size, [g[key] for g in mine], dashes, color=muted, linewidth=1.2, label=name, zorder=1)
     for g, x in zip(mine, size):
-        for key in ('bound_value', 'empirical_bpd'): right.plot(x, g[key], 'o', color=colour_of(g['name']), markersize=6)
+        for key in ('bound_value', 'empirical_bpd'):
+            right.plot(x, g[key], 'o', color=colour_of(g['name']), markersize=6)
     right.set_xscale('log')
     right.set(xlabel='size, KB (log scale)', ylabel='bits per token')
-    right.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f'{value:.3g}')); right.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-    right.set_xticks([min(size), max(size)]); right.minorticks_off()
+    right.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f'{value:.3g}'))
+    right.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    right.set_xticks([min(size), max(size)])
+    right.minorticks_off()
     right.legend()
     return plot
 
 # %% ../../../nbs/studies/sublora/01_allocation.ipynb #2f3158cc
 @mpl.rc_context(style)
-def allocation_grid(groups:list)->Plot:
+def allocation_grid(groups: list) -> Plot:
     "Bars of risk, bound, size and improvement over uniform for every group."
     budgets, names = sorted({g['budget'] for g in groups}), list(dict.fromkeys(g['name'] for g in groups))
     at = {(g['budget'], g['name']): g for g in groups}
-    plot, panels = _panels('Allocations compared', f"mean over n = {min(g['n'] for g in groups)} seeds, bars: sample standard deviation", (2, 2), (9, 6.6))
-    gain = lambda g: 100 * (1 - g['bound_value'] / at[g['budget'], 'uniform']['bound_value']) if (g['budget'], 'uniform') in at else None
+    plot, panels = _panels(
+        'Allocations compared',
+        f"mean over n = {min(g['n'] for g in groups)} seeds, bars: sample standard deviation",
+        (2, 2),
+        (9, 6.6),
+    )
+    gain = lambda g: (
+        100 * (1 - g['bound_value'] / at[g['budget'], 'uniform']['bound_value'])
+        if (g['budget'], 'uniform') in at
+        else None
+    )
     for axes, key in zip(panels, ('empirical_bpd', 'bound_value', 'compressed_size_bits', None)):
         for index, budget in enumerate(budgets):
             mine = [(place, at[budget, name]) for place, name in enumerate(names) if (budget, name) in at]
             values = [g[key] if key else gain(g) for _, g in mine]
-            axes.bar([place + (index - (len(budgets) - 1) / 2) * .8 / len(budgets) for place, _ in mine], [value or 0 for value in values], .76 / len(budgets), color=palette[index], label=f'd = {budget:,}',
-                     yerr=[g[f'{key}_std'] or 0 for _, g in mine] if key else None, error_kw=dict(ecolor=ink, capsize=2, linewidth=1))
+            axes.bar(
+                [place + (index - (len(budgets) - 1) / 2) * 0.8 / len(budgets) for place, _ in mine],
+                [value or 0 for value in values],
+                0.76 / len(budgets),
+                color=palette[index],
+                label=f'd = {budget:,}',
+                yerr=[g[f'{key}_std'] or 0 for _, g in mine] if key else None,
+                error_kw=dict(ecolor=ink, capsize=2, linewidth=1),
+            )
         axes.set_xticks(range(len(names)), names, rotation=15)
         axes.set_ylabel(MEASURES[key] if key else 'bound against uniform, % lower')
         axes.grid(axis='x', visible=False)
         if key in ('empirical_bpd', 'bound_value'):
             known = [g[key] for g in groups]
-            axes.set_ylim(max(0, min(known) - .35 * (max(known) - min(known)) - .02 * max(known)), None)
+            axes.set_ylim(max(0, min(known) - 0.35 * (max(known) - min(known)) - 0.02 * max(known)), None)
             axes.set_ylabel(MEASURES[key] + ' (axis cut)')
-    panels[3].axhline(0, color=muted, linewidth=.8)
-    panels[0].legend(loc='lower center', bbox_to_anchor=(.5, 1), ncols=len(budgets))
+    panels[3].axhline(0, color=muted, linewidth=0.8)
+    panels[0].legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=len(budgets))
     return plot
 
 # %% ../../../nbs/studies/sublora/01_allocation.ipynb #b9a761a2
@@ -145,55 +237,96 @@ def gates_of(rows:list,   # the runs' rows; learned ones carry gamma_<layer>
              budget:int,  # d
 )->tuple:                 # (seeds, layers, gamma_SL)
     "The final gates of the learned runs of a budget."
-    mine = sorted((row for row in rows if row['intrinsic_dim'] == budget and row['allocation_mode'] == 'learned'), key=lambda row: row['seed'])
+    mine = sorted(
+        (row for row in rows if row['intrinsic_dim'] == budget and row['allocation_mode'] == 'learned'),
+        key=lambda row: row['seed'],
+    )
     layers = [key.removeprefix('gamma_') for key in (mine[0] if mine else {}) if key.startswith('gamma_')]
-    return [row['seed'] for row in mine], layers, np.array([[row[f'gamma_{layer}'] for layer in layers] for row in mine])
+    return (
+        [row['seed'] for row in mine],
+        layers,
+        np.array([[row[f'gamma_{layer}'] for layer in layers] for row in mine]),
+    )
 
-
+# %% ../../../nbs/studies/sublora/01_allocation.ipynb #162f44d0
 @mpl.rc_context(style)
 def gating_heatmap(rows:list,   # the runs' rows
                    budget:int,  # d
 )->Plot:
     "Final gates, seeds by layers, with their values in the cells."
     seeds, layers, gamma = gates_of(rows, budget)
-    if not len(seeds): raise LabError(f'no learned run has d = {budget}: its gates cannot be drawn')
-    plot, (axes,) = _panels(f'Learned share of B, d = {budget:,}', f'n = {len(seeds)} seeds; 0: all coordinates to A, 1: all to B', (1, 1), (max(6.4, .62 * len(layers) + 2), 1.9 + .42 * len(seeds)))
+    if not len(seeds):
+        raise LabError(f'no learned run has d = {budget}: its gates cannot be drawn')
+    plot, (axes,) = _panels(
+        f'Learned share of B, d = {budget:,}',
+        f'n = {len(seeds)} seeds; 0: all coordinates to A, 1: all to B',
+        (1, 1),
+        (max(6.4, 0.62 * len(layers) + 2), 1.9 + 0.42 * len(seeds)),
+    )
     image = axes.imshow(gamma, cmap='cividis', vmin=0, vmax=1, aspect='auto')
     for row, values in enumerate(gamma):
-        for column, value in enumerate(values): axes.text(column, row, f'{value:.2f}', ha='center', va='center', fontsize=type_scale['small'], color=ground if value < .55 else ink)
-    axes.set_xticks(range(len(layers)), layers); axes.set_yticks(range(len(seeds)), seeds)
-    axes.set(xlabel='layer', ylabel='seed'); axes.grid(visible=False)
-    plot.colorbar(image, ax=axes, label='γ', shrink=.9)
+        for column, value in enumerate(values):
+            axes.text(
+                column,
+                row,
+                f'{value:.2f}',
+                ha='center',
+                va='center',
+                fontsize=type_scale['small'],
+                color=ground if value < 0.55 else ink,
+            )
+    axes.set_xticks(range(len(layers)), layers)
+    axes.set_yticks(range(len(seeds)), seeds)
+    axes.set(xlabel='layer', ylabel='seed')
+    axes.grid(visible=False)
+    plot.colorbar(image, ax=axes, label='γ', shrink=0.9)
     return plot
 
-
+# %% ../../../nbs/studies/sublora/01_allocation.ipynb #f53355bc
 @mpl.rc_context(style)
 def gating_trend(rows:list,     # the runs' rows
                  budgets:list,  # of d
 )->Plot:
     "Gates against depth, mean and spread over seeds, one line a budget."
-    plot, (axes,) = _panels('Learned share of B through the depth', 'mean over seeds, band: sample standard deviation; dashed: equal shares', (1, 1), (6.4, 4))
+    plot, (axes,) = _panels(
+        'Learned share of B through the depth',
+        'mean over seeds, band: sample standard deviation; dashed: equal shares',
+        (1, 1),
+        (6.4, 4),
+    )
     for colour, budget in zip((palette[0], palette[1], *palette[2:]), budgets):
         seeds, layers, gamma = gates_of(rows, budget)
-        if not len(seeds): continue
-        mean, spread, place = gamma.mean(0), gamma.std(0, ddof=1) if len(seeds) > 1 else 0 * gamma[0], np.arange(len(layers))
+        if not len(seeds):
+            continue
+        mean, spread, place = (
+            gamma.mean(0),
+            gamma.std(0, ddof=1) if len(seeds) > 1 else 0 * gamma[0],
+            np.arange(len(layers)),
+        )
         axes.plot(place, mean, 'o-', color=colour, label=f'd = {budget:,} (n = {len(seeds)})')
-        axes.fill_between(place, mean - spread, mean + spread, color=colour, alpha=.18, linewidth=0)
+        axes.fill_between(place, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0)
         axes.set_xticks(place, layers)
-    axes.axhline(.5, color=muted, linestyle='--', linewidth=1)
-    axes.set(xlabel='layer', ylabel='γ, share of B', ylim=(0, 1)); axes.legend()
+    axes.axhline(0.5, color=muted, linestyle='--', linewidth=1)
+    axes.set(xlabel='layer', ylabel='γ, share of B', ylim=(0, 1))
+    axes.legend()
     return plot
 
 # %% ../../../nbs/studies/sublora/01_allocation.ipynb #98cf5978
-def paired_test(differences)->dict:
+def paired_test(differences) -> dict:
     "Mean of paired differences, its t-test against zero: n, mean, p (None where it cannot be computed)."
     values = np.asarray(list(differences), dtype=float)
-    n, mean, spread = len(values), float(values.mean()) if len(values) else None, float(values.std(ddof=1)) if len(values) > 1 else None
-    if spread is None or spread <= 1e-12 * max(1e-12, abs(mean)): return dict(n=n, mean=mean, p=None)
+    n, mean, spread = (
+        len(values),
+        float(values.mean()) if len(values) else None,
+        float(values.std(ddof=1)) if len(values) > 1 else None,
+    )
+    if spread is None or spread <= 1e-12 * max(1e-12, abs(mean)):
+        return dict(n=n, mean=mean, p=None)
     from scipy.stats import t
+
     return dict(n=n, mean=mean, p=float(2 * t.sf(abs(mean) / (spread / math.sqrt(n)), n - 1)))
 
-
+# %% ../../../nbs/studies/sublora/01_allocation.ipynb #3285d4e9
 def hypotheses(rows:list,    # the runs' rows
                groups:list,  # from `aggregate`
                level:float=.05,  # of all tests of one hypothesis together
@@ -205,24 +338,60 @@ def hypotheses(rows:list,    # the runs' rows
         even = at.get((budget, 'fixed 0.5'), {})
         for name in ('fixed 0.2', 'fixed 0.8'):
             mine = at.get((budget, name), {})
-            found.append(dict(hypothesis='an uneven split lowers the bound', comparison=f'{name} against fixed 0.5, d = {budget:,}', unit='bits per token', **paired_test([mine[s] - even[s] for s in mine if s in even])))
+            found.append(
+                dict(
+                    hypothesis='an uneven split lowers the bound',
+                    comparison=f'{name} against fixed 0.5, d = {budget:,}',
+                    unit='bits per token',
+                    **paired_test([mine[s] - even[s] for s in mine if s in even]),
+                )
+            )
         seeds, layers, gamma = gates_of(rows, budget)
-        for index, layer in enumerate(layers): found.append(dict(hypothesis='gates leave one half', comparison=f'{"the head" if layer == "head" else f"layer {layer}"}, d = {budget:,}', unit='share', **paired_test(gamma[:, index] - .5)))
+        for index, layer in enumerate(layers):
+            found.append(
+                dict(
+                    hypothesis='gates leave one half',
+                    comparison=f'{"the head" if layer == "head" else f"layer {layer}"}, d = {budget:,}',
+                    unit='share',
+                    **paired_test(gamma[:, index] - 0.5),
+                )
+            )
         depth = np.arange(len([layer for layer in layers if layer != 'head']))
-        if len(depth) > 1: found.append(dict(hypothesis='gates follow depth', comparison=f'slope by layer, d = {budget:,}', unit='share per layer', **paired_test(np.round(np.polyfit(depth, gamma[:, :len(depth)].T, 1)[0], 9))))
+        if len(depth) > 1:
+            found.append(
+                dict(
+                    hypothesis='gates follow depth',
+                    comparison=f'slope by layer, d = {budget:,}',
+                    unit='share per layer',
+                    **paired_test(np.round(np.polyfit(depth, gamma[:, : len(depth)].T, 1)[0], 9)),
+                )
+            )
     for test in found:
         same = sum(other['hypothesis'] == test['hypothesis'] for other in found)
-        test['p'] = None if test['p'] is None else min(1., test['p'] * same)
-        test['shown'] = test['p'] is not None and test['p'] < level and (test['mean'] < 0 or 'lowers' not in test['hypothesis'])
+        test['p'] = None if test['p'] is None else min(1.0, test['p'] * same)
+        test['shown'] = (
+            test['p'] is not None and test['p'] < level and (test['mean'] < 0 or 'lowers' not in test['hypothesis'])
+        )
     return found
 
-
-def answers(found:list)->list:
+# %% ../../../nbs/studies/sublora/01_allocation.ipynb #0c56c824
+def answers(found: list) -> list:
     "One sentence a hypothesis."
     lines = []
     for name in dict.fromkeys(test['hypothesis'] for test in found):
         mine = [test for test in found if test['hypothesis'] == name]
-        shown = [f"{test['comparison']} ({test['mean']:+.3f} {test['unit']}, p = {test['p']:.3f})" for test in mine if test['shown']]
+        shown = [
+            f"{test['comparison']} ({test['mean']:+.3f} {test['unit']}, p = {test['p']:.3f})"
+            for test in mine
+            if test['shown']
+        ]
         n = min(test['n'] for test in mine)
-        lines.append(f"{name[0].upper()}{name[1:]}: " + (f"shown for {'; '.join(shown)}." if shown else f'not shown by {len(mine)} comparisons with n = {n} seeds each.'))
+        lines.append(
+            f"{name[0].upper()}{name[1:]}: "
+            + (
+                f"shown for {'; '.join(shown)}."
+                if shown
+                else f'not shown by {len(mine)} comparisons with n = {n} seeds each.'
+            )
+        )
     return lines
