@@ -1,11 +1,21 @@
-"""Make the docs site in _docs: with Quarto where there is one, else from the same processed notebooks with MkDocs Material.
+"""Make the docs site in _docs from the notebooks as nbdev processes them, with MkDocs Material.
 
-nbdev_docs itself would try to install a missing Quarto with administrator's rights, so it is only called where there is one."""
+nbdev_docs would build it with Quarto, and tries to install a missing one with administrator's rights: it is never called here."""
 
-import argparse, base64, functools, http.server, logging, os, re, shutil, subprocess, sys, time
+import argparse
+import base64
+import functools
+import http.server
+import logging
+import re
+import shutil
+import sys
+import time
 from pathlib import Path
 
-import nbdev.doclinks, nbdev.quarto, yaml
+import nbdev.doclinks
+import nbdev.quarto
+import yaml
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
@@ -43,7 +53,10 @@ def copy_reports(folder):
 
 def render(processed, target):
     "The site in `target` from the notebooks that nbdev `processed`; how many pages."
-    import mkdocs.commands.build, mkdocs.config, mkdocs.exceptions, pages
+    import mkdocs.commands.build
+    import mkdocs.config
+    import mkdocs.exceptions
+    import pages
 
     source = processed / '_pages'
     shutil.rmtree(source, ignore_errors=True)
@@ -67,18 +80,14 @@ def render(processed, target):
     try:
         mkdocs.commands.build.build(settings)
     except mkdocs.exceptions.Abort as error:
-        raise SystemExit(f'the site is not whole: {error}')
+        raise SystemExit(f'the site is not whole: {error}') from None
     copy_reports(target)
     return len(made)
 
 
 def build(target):
-    "Build the site into the folder `target`, with Quarto or without; the exit status."
+    "Build the site into the folder `target`; the exit status."
     started = time.time()
-    if shutil.which('quarto'):
-        status = subprocess.run([Path(sys.executable).with_name('nbdev_docs')], cwd=root).returncode
-        copy_reports(target)
-        return status
     prepare()
     count = render(root / '_proc', target)
     print(

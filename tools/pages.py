@@ -1,11 +1,21 @@
 """Turn notebooks as nbdev processed them into the Markdown pages of the docs site, without Quarto."""
 
-import ast, base64, functools, html, io, json, posixpath, re, tokenize
+import ast
+import base64
+import functools
+import html
+import io
+import json
+import posixpath
+import re
+import tokenize
 from pathlib import Path
 
-import nbformat, yaml
+import nbformat
+import yaml
 from nbdev.config import get_config
 from nbdev.doclinks import NbdevLookup
+
 from llmft.runs.params import parse_parameters
 from llmft.runs.report import output_html
 
@@ -126,11 +136,12 @@ def arguments(node):
     spec = node.args
     named = [*spec.posonlyargs, *spec.args]
     defaults = [None] * (len(named) - len(spec.defaults)) + spec.defaults
-    rows = [(arg.arg, arg.annotation, default, arg.end_lineno) for arg, default in zip(named, defaults)]
+    rows = [(arg.arg, arg.annotation, default, arg.end_lineno) for arg, default in zip(named, defaults, strict=True)]
     if spec.vararg:
         rows.append(('*' + spec.vararg.arg, spec.vararg.annotation, None, spec.vararg.end_lineno))
     rows += [
-        (arg.arg, arg.annotation, default, arg.end_lineno) for arg, default in zip(spec.kwonlyargs, spec.kw_defaults)
+        (arg.arg, arg.annotation, default, arg.end_lineno)
+        for arg, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True)
     ]
     if spec.kwarg:
         rows.append(('**' + spec.kwarg.arg, spec.kwarg.annotation, None, spec.kwarg.end_lineno))
@@ -213,7 +224,10 @@ def api_entry(module, name, page, shown='', level=3):
     ]
     if promise := ast.get_docstring(node):
         text.append(linked(promise, page))
-    meaning = lambda line: cell_text(linked(notes.get(line, ''), page))
+
+    def meaning(line):
+        return cell_text(linked(notes.get(line, ''), page))
+
     lines = [
         f'| {code_span(argument)} | {code_span(shown_type(kind))} | {code_span(default_of(default))} | {meaning(line)} |'
         for argument, kind, default, line in rows

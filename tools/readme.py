@@ -1,13 +1,17 @@
 """Write README.md from nbs/index.ipynb, or with --check tell whether it is up to date. Quarto is not needed."""
 
-import posixpath, re, sys, tempfile
+import posixpath
+import re
+import sys
+import tempfile
 from pathlib import Path
 
+import nbformat
+import yaml
 from nbconvert import MarkdownExporter
 from nbdev.config import get_config
 from nbdev.processors import FilterDefaults
 from nbdev.serve_drv import exec_nb
-import nbformat, yaml
 
 root = Path(__file__).resolve().parent.parent
 link = re.compile(r'(\]\(|\bsrc="|\bhref=")([^)"\s]+)')

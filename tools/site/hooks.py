@@ -1,6 +1,8 @@
 """What MkDocs does to every page beside its own work: formulas become MathML, wide tables get a box to scroll in."""
 
-import html, itertools, re
+import html
+import itertools
+import re
 
 from llmft.runs.report import in_box, math_html
 
