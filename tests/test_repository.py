@@ -281,3 +281,16 @@ def test_the_network_is_refused():
     note = Path(os.environ['LLMFT_REFUSED'])
     assert len(note.read_text().splitlines()) >= 3
     note.unlink()
+
+
+def test_findings_have_a_status_and_a_command():
+    "LOG.md: each finding says whether it holds and how it was found; files that commands name are there."
+    text = (root / 'LOG.md').read_text(encoding='utf-8')
+    findings = re.split(r'^### ', text, flags=re.MULTILINE)[1:]
+    assert len(findings) >= 35
+    for finding in findings:
+        title, body = finding.split('\n', 1)
+        assert re.search(r'^Status: (kept|failed|superseded)\b', body, re.MULTILINE), f'{title}: a status is missing'
+        assert re.search(r'^Command: \S', body, re.MULTILINE), f'{title}: the command is missing'
+    lost = [name for name in re.findall(r'\bparams/[\w/]+\.yaml', text) if not (root / name).exists()]
+    assert not lost, f'LOG.md names files that are not there: {lost}'
