@@ -1,6 +1,10 @@
 """For every test: no network, two processes that do not fight for the cores, and tests that measure run alone."""
 
-import fcntl, importlib.util, os, signal, tempfile
+import fcntl
+import importlib.util
+import os
+import signal
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 

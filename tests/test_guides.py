@@ -1,6 +1,13 @@
 """Guides keep what they say: concept pages run, the explorer works on any outputs, commands are real, and the reproduction guide leaves nothing of the studies out."""
 
-import ast, contextlib, io, json, os, re, shlex, shutil, subprocess, sys
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -198,10 +205,6 @@ def test_commands_were_found():
     assert len(every) >= 90 and sum('llmft run' in command for _, command, _ in every) >= 60
 
 
-def cluster_is_known():
-    return '--cluster' in (root / 'llmft/cli.py').read_text(encoding='utf-8')
-
-
 @pytest.mark.parametrize('page', sorted({page for page, _, _ in every}))
 def test_commands_are_real(page, tmp_path, monkeypatch):
     "Every command of a page is checked as far as it goes without running: its files, its parameters with their types, its target, its options."
@@ -225,16 +228,17 @@ def check_run(words, command):
     "A call of llmft run is one that the command line would start."
     files = [
         word
-        for before, word in zip([''] + words, words)
+        for before, word in zip(['', *words], words, strict=False)
         if not word.startswith('-')
         and before not in ('-p', '--workers', '--cluster', '--gpu', '>')
         and not word.endswith('.json')
     ]
     if not files or any('...' in file for file in files) or set(files) & examples:
         return  # a name in a sentence, or a file the reader writes
-    overrides = [word for before, word in zip([''] + words, words) if before == '-p']
+    overrides = [word for before, word in zip(['', *words], words, strict=False) if before == '-p']
     if '--cluster' in words:
-        return cluster_is_known() and [jobs_of(files, [], '--small' in words)]
+        jobs_of(files, [], '--small' in words)
+        return
     jobs = jobs_of(files, overrides, '--small' in words)
     assert jobs and all(stage for stages in jobs for stage in stages), command
 
@@ -310,7 +314,7 @@ def test_python_blocks_are_python():
         for page, text in texts.items()
         for block in re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL)
     ]
-    for page, block in blocks:
+    for _, block in blocks:
         ast.parse(re.sub(r'^[%!]', '#', block, flags=re.MULTILINE))
     assert len(blocks) >= 8
 
@@ -320,7 +324,7 @@ def test_python_blocks_run(monkeypatch):
     monkeypatch.chdir(root)
     blocks = [
         block
-        for page, text in texts.items()
+        for text in texts.values()
         for block in re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL)
         if 'google' not in block and 'execute_run' not in block and not block.startswith('!')
     ]

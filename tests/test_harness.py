@@ -1,6 +1,9 @@
 """The tests' own machinery: tests that measure run alone, and an attempt to reach the network fails a test even when it is swallowed."""
 
-import json, shutil, subprocess, sys
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 here = Path(__file__).parent

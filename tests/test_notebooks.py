@@ -1,7 +1,9 @@
 """Every library notebook runs from top to bottom by nbdev's own test runner, one process each."""
 
-import multiprocessing, os, sys, traceback
-from pathlib import Path
+import multiprocessing
+import os
+import sys
+import traceback
 
 import pytest
 from house import library, nbs, root

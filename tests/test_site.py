@@ -1,6 +1,17 @@
 """The docs site, built once and driven in a real browser: pages, links, search, figures, phone width, and nothing asked of the network."""
 
-import contextlib, functools, http.server, importlib.util, json, os, re, resource, shutil, subprocess, sys, threading
+import contextlib
+import functools
+import http.server
+import importlib.util
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urljoin
@@ -37,7 +48,10 @@ def site(tmp_path_factory):
         if path.name not in ('nbs', 'tools', 'llmft', '_proc', '_docs') and not path.name.startswith('.'):
             (copy / path.name).symlink_to(path)
     environment = os.environ | dict(PYTHONPATH=os.pathsep.join([str(copy), os.environ.get('PYTHONPATH', '')]))
-    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+    def used():
+        return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
     before = used()
     done = subprocess.run(
         [sys.executable, 'tools/docs.py'], cwd=copy, capture_output=True, text=True, timeout=600, env=environment
@@ -146,12 +160,12 @@ def test_pages_take_nothing_from_elsewhere(site, pages):
 
 
 def test_api_pages_have_signatures_and_parameter_tables(site, pages):
-    text = (site['folder'] / 'training.html').read_text(encoding='utf-8')
+    text = (site['folder'] / 'training/fit.html').read_text(encoding='utf-8')
     entry = text[text.index('id="fit"') :]
     assert 'llmft/training.py#L' in entry[:2000] and 'class="headerlink" href="#fit"' in entry[:500]
     for parameter in ('model', 'train', 'valid', 'folder', 'recipe'):
         assert f'<td data-label="parameter"><code>{parameter}</code></td>' in entry, f'fit has no row for {parameter}'
-    assert 'from <a href="models.html#load_model">' in entry, 'names in backticks lead to their pages'
+    assert 'from <a href="../models/load.html#load_model">' in entry, 'names in backticks lead to their pages'
     assert sum('.html#' in link and not link.startswith('http') for page in pages.values() for link in page.links) > 150
 
 
@@ -278,7 +292,7 @@ def search(page, words):
 
 @pytest.mark.parametrize(
     'words, page_wanted',
-    [('linear_cross_entropy', 'losses.html'), ('gradient_checkpointing', 'reference/parameters.html')],
+    [('linear_cross_entropy', 'training/losses.html'), ('gradient_checkpointing', 'reference/parameters.html')],
 )
 def test_search_finds_a_function_and_a_parameter(browser, address, words, page_wanted):
     with tab(browser, [address], viewport=desk) as (page, trouble):
@@ -291,9 +305,9 @@ def test_search_finds_a_function_and_a_parameter(browser, address, words, page_w
 def test_opened_as_a_file_it_shows_and_searches(browser, site):
     home = f"file://{site['folder']}/"
     with tab(browser, [home], viewport=desk) as (page, trouble):
-        page.goto(home + 'training.html')
+        page.goto(home + 'training/fit.html')
         assert page.locator('h1').inner_text().startswith('training')
-        assert any('sweeps.html' in link for link in search(page, 'expand sweep'))
+        assert any('sweep_file.html' in link for link in search(page, 'expand sweep'))
         assert not trouble, trouble
 
 
@@ -305,7 +319,7 @@ def test_text_can_be_read_in_both_colour_schemes(browser, address, scheme):
       return ['article p', 'article a:not(.headerlink)', 'article pre code span', 'article td', 'article th', '.lead', '.md-nav__link', '.md-footer__title'].flatMap(s => [...document.querySelectorAll(s)].slice(0, 40).map(e => {
         const [a, b] = [light(getComputedStyle(e).color), light(ground(e))].sort((x, y) => y - x); return [s, (a + .05) / (b + .05), e.textContent.slice(0, 30)] })) }'''
     with tab(browser, [address], viewport=desk, color_scheme=scheme) as (page, trouble):
-        page.goto(address + 'losses.html')
+        page.goto(address + 'training/losses.html')
         found = page.evaluate(script)
         assert len(found) > 60 and len({kind for kind, *_ in found}) >= 6
         assert not [one for one in found if one[1] < 4.5], [one for one in found if one[1] < 4.5][:8]

@@ -2,7 +2,12 @@
 
 A refused attempt is also written to the file that LLMFT_REFUSED names, because libraries like to swallow the error."""
 
-import atexit, gc, ipaddress, os, socket, sys
+import atexit
+import gc
+import ipaddress
+import os
+import socket
+import sys
 
 real_connect, real_connect_ex, real_sendto, real_getaddrinfo = (
     socket.socket.connect,
