@@ -335,147 +335,12 @@ def test_python_blocks_run(monkeypatch):
 
 # ---- the reproduction guide
 
-studies = {  # page -> what the documents of the study name: scripts, options, parameters, files
-    'forecasting': dict(
-        commands=[
-            'preprocess_data.py --precision 2',
-            'preprocess_data.py --precision 3',
-            'base_eval_v3.py',
-            'base_eval_v2.py',
-            'hyper.py',
-            'context.py',
-            'finetune/finetune.py',
-            'finetune_eval.py',
-        ],
-        parameters='--precision --alpha --output_dir --use_text_files --text_file_path --num_samples --visualize_first_n --max_flops --use_wandb --model_1 --lr --rank --train_file --val_file --lora_r --lora_alpha --learning_rate '
-        '--batch_size --max_steps --wandb_project Data_Dir'.split(),
-        outputs=[
-            'data/processed2',
-            'data/processed3',
-            'results/hyperparameter_search/',
-            'results/context_length_finetuning/',
-            'results/final-finetune/models',
-        ],
-    ),
-    'finetuning': dict(
-        commands=[
-            'conda create',
-            'conda activate',
-            'pip3 install torch',
-            'pip install deepspeed',
-            'cd /mnt',
-            'requirements.txt',
-            'pip install modelscope',
-            'download_llm.sh',
-            'baseline_inference.py',
-            'optimized_inference.py',
-            'plot_results.py` (inference)',
-            'baseline_finetune.py',
-            '--use_lora`',
-            '--use_lora --gradient_checkpointing',
-            '--use_qlora`',
-            '--use_qlora --gradient_checkpointing',
-            'install_cuda_toolkit_wsl.sh',
-            'source ~/.bashrc',
-            'finetune_zero2.py',
-            'finetune_zero3.py',
-            'plot_results.py` (fine-tuning)',
-            'profile_qlora.py',
-        ],
-        parameters='--model_path --model_name --dataset_name --dataset_config --dataset_split --num_samples --batch_size --output_dir --use_4bit --method_name --num_epochs --learning_rate --max_length --use_lora --use_qlora '
-        '--gradient_checkpointing --device --num_gpus --deepspeed_config'.split(),
-        outputs=[
-            'baseline_results/baseline_inference_metrics.json',
-            'avg_latency',
-            'throughput_tokens_per_sec',
-            'peak_memory_gb',
-            'optimized_results/INT4/baseline_inference_metrics.json',
-            'plots/inference_latency.png',
-            'plots/inference_memory.png',
-            'baseline_finetune_output/baseline_finetune_metrics.json',
-            *(
-                f'optimized_finetune_output/{name}/baseline_finetune_metrics.json'
-                for name in 'lora lora_gc qlora qlora_gc qlora_zero2 qlora_zero3'.split()
-            ),
-            'plots/finetune_time.png',
-            'plots/finetune_time_per_epoch.png',
-            'plots/finetune_memory.png',
-            'qlora_profile_table.txt',
-            'Llama-3.2-3B-Instruct/',
-            'ds_zero2.json',
-            'ds_zero3.json',
-        ],
-    ),
-    'instructions': dict(
-        commands=['DIVERSE', 'For Better Performance', 'For Reasoning Training', 'For Faster Training'],
-        parameters='model_name `r` lora_alpha lora_dropout target_modules bias task_type optimizer learning_rate weight_decay max_grad_norm beta1 beta2 epsilon cosine warm-up batch_size gradient_accumulation_steps effective_batch_size num_epochs '
-        'max_steps early_stopping_patience max_length padding truncation logging_steps eval_steps save_steps save_total_limit bf16 fp16 gradient_checkpointing optim attn_implementation system_prompt training_field train_split valid_split '
-        'test_split metric_for_best_model greater_is_better load_best_model_at_end eval_strategy `seed` dataset_split_seed cudnn.deterministic benchmark flash_attention_2 lora_r'.split(),
-        outputs=['checkpoints every 100 steps', 'best checkpoint', 'log of losses', 'table of losses'],
-    ),
-    'sublora': dict(
-        commands=[
-            'prepare.py',
-            'conda env create',
-            'conda activate',
-            'pip install -e .',
-            'run_adaptive_experiments.bat',
-            'EXPERIMENT_COMMANDS.md',
-            'torchrun --standalone --nproc_per_node=2',
-            'allocation_mode=learned',
-            'run_all_bounds.sh',
-            'eval_bounds.py',
-            'analyze_results.py',
-            'find out/adaptive_experiments',
-        ],
-        parameters='--standalone --nproc_per_node --config-file --data.dataset_dir --login.out_dir --login.wandb_run_name --sublora.intrinsic_dim --sublora.allocation_mode --model.best_checkpoint_path --bounds.bound_type '
-        '--data.openwebtext_train_eot_indices_file --data.empirical_document_length_distribution_file --results_dir --output_dir --budgets --seeds'.split(),
-        outputs='train.bin val.bin eot_indices.npy doc_lengths.npy best_ckpt.pt ckpt_at_random_initialization.pt forward_ckpt_at_random_initialization.pt trainable_initparams.pt names.pt bounds_metrics.pt kl_divergence empirical_bpd '
-        'bound_value compressed_size_bits pareto_frontier_d1000.png pareto_frontier_d2000.png compression_comparison_d1000.png compression_comparison_d2000.png allocation_comparison_grid.png learned_gating_heatmap_d1000.png '
-        'learned_gating_heatmap_d2000.png learned_gating_trend.png summary_table.csv summary_table.tex projectors.py config/sublora_train.yaml config/sublora_bounds.yaml'.split(),
-    ),
-    'pdfs': dict(
-        commands=[
-            'python -m venv llm_env',
-            'source llm_env',
-            'pip install torch==2.0.1',
-            'export CUDA_VISIBLE_DEVICES=0',
-            'llm_fine_tuning.py',
-        ],
-        parameters=[
-            'Rank (r) = 8',
-            'Alpha = 32',
-            'q_proj',
-            'Load in 4-bit',
-            'FP16',
-            'Double quantization',
-            'fp16=True',
-            'gradient_accumulation_steps',
-            'gradient_checkpointing_enable',
-            'paged_adamw_8bit',
-            'climate_text_dataset',
-        ],
-        outputs=[
-            'extracted_texts',
-            'training.log',
-            'training_stats.txt',
-            'Per Device Batch Size',
-            'Gradient Accumulation Steps',
-            'Effective Batch Size',
-            'GPU Memory Usage',
-            'Training Time',
-            'Perplexity on Test Set',
-            'Interpretation',
-            'Conclusion',
-        ],
-    ),
-}
-documents = {'forecasting': '000', 'finetuning': '001', 'instructions': '002', 'sublora': '003', 'pdfs': '004'}
+studies = json.loads((Path(__file__).parent / 'studies.json').read_text(encoding='utf-8'))
 
 
 def rows(page, *titles):
     "(reference, here) of the table rows below the headings that begin with one of `titles`."
-    sections = re.split(r'^## ', texts[f'nbs/studies/{page}.qmd'], flags=re.MULTILINE)[1:]
+    sections = re.split(r'^## ', texts[f'nbs/studies/{page}/index.qmd'], flags=re.MULTILINE)[1:]
     lines = [
         line
         for section in sections
@@ -540,7 +405,7 @@ def test_commands_of_a_study_lead_to_a_folder(page):
         for file in re.findall(r'llmft run (params/[\w/]+\.yaml)', row[1]):
             assert (root / file).exists(), f'{row[1]}: there is no {file}'
     assert any('llmft run' in row[1] for row in rows(page, 'Commands'))
-    text = texts[f'nbs/studies/{page}.qmd']
+    text = texts[f'nbs/studies/{page}/index.qmd']
     assert '**Hardware.**' in text and '**Time.**' in text and 'not measured' in text
 
 
@@ -551,10 +416,13 @@ def test_commands_of_a_study_lead_to_a_folder(page):
 @pytest.mark.parametrize('page', studies)
 def test_the_documents_name_nothing_else(page):
     "Every script, option and file that a document names is in the list above, and so has a row."
-    document = next(Path(os.environ['LLMFT_STUDIES']).glob(f'{documents[page]}*')).read_text(
+    document = next(Path(os.environ['LLMFT_STUDIES']).glob(studies[page]['document'] + '*')).read_text(
         encoding='utf-8', errors='replace'
     )
-    have = ' '.join(str(item) for items in studies[page].values() for item in items) + texts[f'nbs/studies/{page}.qmd']
+    have = (
+        ' '.join(str(item) for items in list(studies[page].values())[1:] for item in items)
+        + texts[f'nbs/studies/{page}/index.qmd']
+    )
     code = '\n'.join(
         re.findall(
             r'```(?:bash|python)?\n(.*?)```|code-block:: bash\n\n((?:      .*\n|\n)+)', document, flags=re.DOTALL
@@ -572,4 +440,4 @@ def test_the_documents_name_nothing_else(page):
         *(Path(found).name for found in re.findall(r'[\w./]+\.(?:png|csv|tex|npy|pt)\b', document)),
     }
     left = sorted(name for name in named if name not in have)
-    assert len(named) >= (0 if page in ('instructions',) else 1) and not left, left
+    assert len(named) >= (0 if page in ('code',) else 1) and not left, left
