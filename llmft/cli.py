@@ -18,7 +18,8 @@ from .core import LabError, find_path, read_json
 from .runs.execute import execute_run, row_text
 from .runs.params import find_notebook, read_parameters, read_yaml, resolve_params, shown
 from .runs.run import list_runs, read_run
-from .runs.sweeps import Point, expand, finished, outcome, run_stages, sweep_report, told
+from .runs.sweep_file import Point, expand
+from .runs.sweeps import finished, outcome, run_stages, sweep_report, told
 
 # %% ../nbs/cli.ipynb #a9c9be87
 def text_table(rows:list,    # one dict per row

@@ -1,17 +1,24 @@
 "A sweep on a cluster: a dead worker costs one run its unsaved steps, and no two runs meet on one GPU."
 
-import json, os, subprocess, sys, time
+import json
+import os
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import test_sweeps
+from test_sweeps import common, notebook, outcomes, start, sweep
 
-from llmft import clusters
 from llmft.core import LabError
+from llmft.runs import workers
 from llmft.runs.run import read_run
-from llmft.runs.sweeps import expand, run_stages
-from test_sweeps import common, finish, notebook, outcomes, project, start, sweep  # noqa: F401: `project` is a fixture
+from llmft.runs.sweep_file import expand
+from llmft.runs.sweeps import run_stages
 
+project = test_sweeps.project  # the fixture
 steps = '''
 import os, signal, time
 from pathlib import Path
@@ -33,31 +40,28 @@ run.finish(dict(gpu=os.environ.get("CUDA_VISIBLE_DEVICES", "")), "ok")
 '''
 
 
-def processes_of(folder, workers, *arguments, environment=None):
+def processes_of(folder, count, *arguments, environment=None):
     "A Dask scheduler and workers without nannies, as a user starts them on several machines."
-    command = lambda kind, *rest: subprocess.Popen(
-        [
-            sys.executable,
-            '-m',
-            f'distributed.cli.dask_{kind}',
-            '--scheduler-file',
-            str(folder / 'scheduler.json'),
-            '--no-dashboard',
-            *rest,
-        ],
-        env=os.environ | (environment or {}),
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    file = folder / 'scheduler.json'
+
+    def command(kind, *rest):
+        words = ['-m', f'distributed.cli.dask_{kind}', '--scheduler-file', str(file), '--no-dashboard', *rest]
+        return subprocess.Popen(
+            [sys.executable, *words],
+            env=os.environ | (environment or {}),
+            cwd=folder,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
     started = [command('scheduler', '--host', '127.0.0.1', '--port', '0')]
     until = time.monotonic() + 60
-    while not (folder / 'scheduler.json').exists() and time.monotonic() < until:
+    while not file.exists() and time.monotonic() < until:
         time.sleep(0.1)
     started += [
-        command('worker', '--nthreads', '1', '--no-nanny', '--host', '127.0.0.1', *arguments) for _ in range(workers)
+        command('worker', '--nthreads', '1', '--no-nanny', '--host', '127.0.0.1', *arguments) for _ in range(count)
     ]
-    return started, json.loads((folder / 'scheduler.json').read_text())['address']
+    return started, json.loads(file.read_text())['address']
 
 
 def end(processes):
@@ -117,26 +121,27 @@ def test_a_slot_is_held_until_its_process_is_gone(tmp_path, monkeypatch):
         [
             sys.executable,
             '-c',
-            f'from llmft.runs.workers import gpu_slots\nwith gpu_slots(1, {str(tmp_path)!r}) as e:\n print(e, flush=True)\n import time; time.sleep(60)',
+            'import time\nfrom llmft.runs.workers import gpu_slots\n'
+            f'with gpu_slots(1, {str(tmp_path)!r}) as e:\n print(e, flush=True)\n time.sleep(60)',
         ],
         stdout=subprocess.PIPE,
         text=True,
     )
     assert "'0'" in holder.stdout.readline()
-    with clusters.gpu_slots(1, tmp_path) as mine:
-        assert mine == dict(CUDA_VISIBLE_DEVICES='1')
+    with workers.gpu_slots(1, tmp_path) as second:
+        assert second == dict(CUDA_VISIBLE_DEVICES='1')
     holder.kill()
     holder.wait()
-    with clusters.gpu_slots(2, tmp_path) as both:
+    with workers.gpu_slots(2, tmp_path) as both:
         assert both == dict(CUDA_VISIBLE_DEVICES='0,1')
 
 
 def test_the_job_that_slurm_gets():
     job = pytest.importorskip('dask_jobqueue.slurm').SLURMJob
-    settings, left = clusters.cluster_settings(
+    settings, left = workers.cluster_settings(
         'slurm', ['queue=gpu', 'account=lab', 'cores=8', 'memory=64GB', 'walltime=12:00:00', 'learning_rate=1e-3']
     )
-    script = job(scheduler='tcp://10.0.0.1:8786', name='w0', **clusters.slurm_options(settings)).job_script()
+    script = job(scheduler='tcp://10.0.0.1:8786', name='w0', **workers.slurm_options(settings)).job_script()
     for line in (
         '#SBATCH -p gpu',
         '#SBATCH -A lab',
@@ -158,18 +163,18 @@ def test_the_job_that_slurm_gets():
     without = job(
         scheduler='tcp://10.0.0.1:8786',
         name='w0',
-        **clusters.slurm_options(clusters.cluster_settings('slurm', ['gpus=0'])[0]),
+        **workers.slurm_options(workers.cluster_settings('slurm', ['gpus=0'])[0]),
     ).job_script()
     assert 'gres' not in without and 'GPU' not in without and '#SBATCH -p' not in without
 
 
 def test_what_cannot_be_meant_is_said_before_work(project, monkeypatch):
-    monkeypatch.setattr(clusters, 'patience', 1)
+    monkeypatch.setattr(workers, 'patience', 1)
     stages = expand(sweep('name: s\nstages:\n  - notebook: act\n'))
     with pytest.raises(LabError, match='give slurm, or the address'):
         run_stages(stages, cluster='here')
     with pytest.raises(LabError, match='no Dask scheduler answers'):
         run_stages(stages, cluster='tcp://127.0.0.1:9')
     with pytest.raises(LabError, match='whole number'):
-        clusters.cluster_settings('slurm', ['cores=many'])
+        workers.cluster_settings('slurm', ['cores=many'])
     assert not Path('outputs').exists()

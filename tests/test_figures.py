@@ -1,15 +1,19 @@
 """What must be true of every figure, and cannot be seen from one example."""
 
-import io, itertools, subprocess, sys
+import io
+import itertools
+import subprocess
+import sys
 
 import matplotlib as mpl
 import numpy as np
 import pytest
-from hypothesis import Phase, given, settings, strategies as st
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from llmft import figures
 from llmft.core import LabError
+from llmft.runs import figures, tables
 
 GiB = 2**30
 log = [dict(step=step, loss=3 - step / 40) for step in range(1, 61)]
@@ -62,7 +66,7 @@ def test_every_axis_has_a_label_and_numbers_have_units():
         lambda: figures.memory_bars({}),
         lambda: figures.memory_bars(dict(a={})),
         lambda: figures.length_histogram([]),
-        lambda: figures.table([]),
+        lambda: tables.table([]),
     ],
 )
 def test_nothing_to_draw_is_said(empty):
@@ -133,19 +137,17 @@ def test_crowded_labels_of_a_frontier_do_not_overlap():
     "Thirteen methods of a real study, some of them almost on one spot: no label covers a label or a point."
     times = [37.77, 233.16, 316.09, 270.72, 313.94, 343.09, 411.29, 375.45, 379.33, 351.12, 503.26, 358.34, 495.78]
     memory = [28.45, 16.26, 9.34, 16.26, 16.29, 9.35, 9.37, 7.24, 7.24, 5.45, 5.48, 5.45, 5.48]
+    points = list(zip(times, memory, strict=True))
     plot = figures.frontier(
-        {f'method {index:02}': point for index, point in enumerate(zip(times, memory))}, 'time, seconds', 'memory, GB'
+        {f'method {index:02}': point for index, point in enumerate(points)}, 'time, seconds', 'memory, GB'
     )
     plot.draw_without_rendering()
     labels = [
         mpl.text.Text.get_window_extent(text) for text in plot.axes[0].texts if text.get_text().startswith('method')
     ]
-    points = [
-        mpl.transforms.Bbox.from_bounds(x - 2, y - 2, 4, 4)
-        for x, y in plot.axes[0].transData.transform(list(zip(times, memory)))
-    ]
+    spots = [mpl.transforms.Bbox.from_bounds(x - 2, y - 2, 4, 4) for x, y in plot.axes[0].transData.transform(points)]
     assert len(labels) == 13 and not overlapping(labels)
-    assert not [(label, point) for label in labels for point in points if label.overlaps(point)]
+    assert not [(label, spot) for label in labels for spot in spots if label.overlaps(spot)]
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
@@ -212,8 +214,10 @@ def test_colours_stay_apart(matrix):
 
 def test_nothing_is_left_open():
     text = (
-        "import sys, json; from llmft import figures; p = figures.bars(dict(a=1, b=2), 'Time', 's'); p._repr_png_(); "
-        "assert 'matplotlib.pyplot' not in sys.modules; import gc, weakref; w = weakref.ref(p); del p; gc.collect(); assert w() is None"
+        "import sys, json; from llmft.runs import figures; "
+        "p = figures.bars(dict(a=1, b=2), 'Time', 's'); p._repr_png_(); "
+        "assert 'matplotlib.pyplot' not in sys.modules; "
+        "import gc, weakref; w = weakref.ref(p); del p; gc.collect(); assert w() is None"
     )
     subprocess.run([sys.executable, '-c', text], check=True, timeout=60)
 
@@ -224,7 +228,7 @@ def test_tables_escape_mark_the_best_and_do_not_invent():
         dict(method='lora', loss=1.25, n=10),
         dict(method='qlora', loss=None, n=None),
     ]
-    shown = figures.table(rows, ['method', figures.column('loss', unit='nats', best='low', n='n')])
+    shown = tables.table(rows, ['method', tables.column('loss', unit='nats', best='low', n='n')])
     assert '<b>full' not in shown and '&lt;b&gt;full' in shown and '<b>1.25</b>' in shown and '<b>1.50</b>' not in shown
     assert (
         '<td>–<small>n = –</small></td>' in shown

@@ -288,7 +288,7 @@ def test_free_forecasts_are_counted_as_they_are(prepared, monkeypatch):
 
 
 def test_the_sweeps_are_the_studys():
-    from llmft.runs.sweeps import expand
+    from llmft.runs.sweep_file import expand
 
     for small in (False, True):
         data, search, page = expand(root / 'params/sweeps/forecast_search.yaml', small)

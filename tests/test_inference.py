@@ -31,7 +31,7 @@ from llmft.models.precisions import (
     use_int4,
     written_out,
 )
-from llmft.runs.sweeps import sweep_points
+from llmft.runs.sweep_file import sweep_points
 from llmft.data.tokens import load_tokenizer
 from llmft.training.fit import resident_bytes
 

@@ -1,18 +1,20 @@
-"""A plan against the study's figures, and against what runs really do: parameters, steps, tokens, operations, memory."""
+"""A plan against the study's figures and against what runs do: parameters, steps, tokens, operations, memory."""
 
 import json
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 
-from llmft.models.adapters import add_lora
-from llmft.data.batches import Plan, micro_batches
 from llmft.cli import call
 from llmft.core import LabError, project_root
+from llmft.data.batches import Plan, micro_batches
+from llmft.data.tokens import Examples
+from llmft.models.adapters import add_lora
 from llmft.models.cost import memory_breakdown
 from llmft.models.load import load_model, model_config
 from llmft.runs.params import resolve_params
 from llmft.runs.plan import (
-    count_memory,
     count_rows,
     count_steps,
     count_work,
@@ -24,9 +26,8 @@ from llmft.runs.plan import (
     settings_of,
     trains_a_model,
 )
-from llmft.training.recipe import Recipe
-from llmft.data.tokens import Examples
 from llmft.training.fit import fit
+from llmft.training.recipe import Recipe
 
 root = project_root()
 attention = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
@@ -235,9 +236,10 @@ def test_planned_work_is_the_work_done(layout, tmp_path):
         warmup_ratio=0.1,
         gradient_checkpointing=True,
     )
-    found, config = settings_of(values), model_config('preset:llama-tiny')
-    steps = count_steps(found, len(lengths))
-    work = count_work(config, found, steps, len(lengths), lengths)
+    settings = settings_of(values)
+    config = model_config('preset:llama-tiny')
+    steps = count_steps(settings, len(lengths))
+    work = count_work(config, settings, steps, len(lengths), lengths)
     net = add_lora(load_model('preset:llama-tiny'), 4, 8, 0.0, attention, 0)
     done = fit(
         net,
@@ -268,14 +270,15 @@ def test_planned_work_is_the_work_done(layout, tmp_path):
 @pytest.mark.parametrize('layout', ['bucketed', 'padded'])
 def test_padding_of_an_epoch_is_that_of_its_batches(layout):
     lengths = [5, 31, 8, 32, 17, 4, 29, 12, 9, 30, 3]
-    found, some = settings_of(dict(batch_size=2, gradient_accumulation=2, layout=layout, seed=7)), examples(lengths)
+    settings = settings_of(dict(batch_size=2, gradient_accumulation=2, layout=layout, seed=7))
+    some = examples(lengths)
     order = Plan(len(lengths), 4, 7)
     slots = sum(
         batch.slots
         for step in range(order.steps_per_epoch)
         for batch in micro_batches(some, order.step(step), 2, 32, layout)
     )
-    assert sum(padded_lengths(found, lengths)) == slots > sum(lengths)
+    assert sum(padded_lengths(settings, lengths)) == slots > sum(lengths)
 
 
 def test_rows_of_local_text_are_those_of_the_run():
@@ -329,7 +332,7 @@ def test_devices():
 @pytest.mark.parametrize('row', ['full', 'lora', 'lora_gc', 'qlora', 'qlora_gc'])
 def test_predicted_memory_is_within_15_percent_of_the_measured(row, tmp_path):
     "Every row of the small matrix: the shipped model, what its sweep says, three steps of real training."
-    from llmft.runs.sweeps import sweep_points
+    from llmft.runs.sweep_file import sweep_points
 
     params = next(
         point.params

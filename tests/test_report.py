@@ -2,9 +2,12 @@
 
 import re
 from pathlib import Path
-import nbformat, pytest
-from hypothesis import given, settings, strategies as st
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
 from llmft.runs.execute import execute_run
 from llmft.runs.report import ansi_html, last_state, markdown_html, math_html, render_report, safe_html
 

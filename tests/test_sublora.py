@@ -438,7 +438,8 @@ TEN = {
 
 
 def test_the_sweep_is_the_study():
-    from llmft.runs.sweeps import expand, needs
+    from llmft.runs.sweep_file import expand
+    from llmft.runs.sweeps import needs
 
     train_stage, bound_stage, summary = expand(root / 'params/sweeps/sublora_allocation.yaml', True)
     seen = {

@@ -1,18 +1,32 @@
 """Sweeps: refused before any work when anything is wrong, and finished whatever happens to single runs."""
 
-import json, os, signal, subprocess, sys, time
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
-import dask, pytest
+import dask
+import pytest
 
-from llmft import sweeps
 from llmft.core import LabError, write_json
+from llmft.runs import sweeps
+from llmft.runs.params import find_notebook
 from llmft.runs.run import read_run
-from llmft.runs.sweeps import Point, expand, local_workers, run_stages, sweep_points, sweep_report
+from llmft.runs.sweep_file import Point, expand, sweep_points
+from llmft.runs.sweeps import run_stages, sweep_report
+from llmft.runs.workers import local_workers
 
 common = 'name: str = "first"  # name of the run\noutputs: str = "outputs"  # folder of all runs\n'
 start = 'from llmft.runs.run import start_run\nrun = start_run("{0}", globals())'
-count = 'import os\nfrom pathlib import Path\nattempts = Path("attempts")/run.folder.name\nattempts.parent.mkdir(exist_ok=True)\nwith attempts.open("a") as file: file.write("x")\ntries = len(attempts.read_text())'
+count = '''import os
+from pathlib import Path
+attempts = Path("attempts")/run.folder.name
+attempts.parent.mkdir(exist_ok=True)
+with attempts.open("a") as file: file.write("x")
+tries = len(attempts.read_text())'''
 actions = '''
 import signal, time
 if action == "raise": raise ValueError("as asked")
@@ -28,7 +42,8 @@ if action == "meet":
     else: raise TimeoutError("nobody came")
 if action == "wait": print("waiting", flush=True); time.sleep(120)
 '''
-finish = 'run.finish(dict(tries=tries, kept=int((run.folder/"checkpoint").exists()), threads=os.environ.get("OMP_NUM_THREADS", "")), "ok")'
+finish = '''kept = int((run.folder/"checkpoint").exists())
+run.finish(dict(tries=tries, kept=kept, threads=os.environ.get("OMP_NUM_THREADS", "")), "ok")'''
 
 
 def write(path, text):
@@ -61,7 +76,8 @@ def project(tmp_path, monkeypatch):
     notebook(
         'act',
         common
-        + 'action: str = "none"  # what to do\nseed: int = 0  # which\nrate: float = 1e-3  # a number\nmodel: str = "base"  # where from',
+        + 'action: str = "none"  # what to do\nseed: int = 0  # which\n'
+        + 'rate: float = 1e-3  # a number\nmodel: str = "base"  # where from',
         start.format('act'),
         count,
         actions,
@@ -148,8 +164,10 @@ def test_mistakes_are_found_with_file_and_line(project, text, place, words):
 
 def test_points_are_complete_and_in_order(project):
     text = (
-        'name: s\nstages:\n  - notebook: act\n    name: a-{seed}-{rate}\n    params: {action: none}\n    matrix: {seed: [1, 2], rate: [1e-3, 2e-4]}\n'
-        '  - params: [params/act/one.yaml, params/act/two.yaml]\n    name: b-{config}\n    override: {action: x}\nsummary: {notebook: total}\n'
+        'name: s\nstages:\n  - notebook: act\n    name: a-{seed}-{rate}\n    params: {action: none}\n'
+        '    matrix: {seed: [1, 2], rate: [1e-3, 2e-4]}\n'
+        '  - params: [params/act/one.yaml, params/act/two.yaml]\n    name: b-{config}\n    override: {action: x}\n'
+        'summary: {notebook: total}\n'
         'small: {stages: [{matrix: {seed: [7]}}]}\n'
     )
     first, second, (last,) = expand(sweep(text))
@@ -225,7 +243,7 @@ def test_finished_points_are_skipped_and_the_summary_is_current(project, monkeyp
 
 def test_an_unfinished_point_begins_anew_when_what_it_reads_was_made_since(project):
     source, reader = [
-        Point(sweeps.find_notebook('act'), dict(name=name, outputs='outputs', start=start))
+        Point(find_notebook('act'), dict(name=name, outputs='outputs', start=start))
         for name, start in (('a', ''), ('b', str(Path('outputs/act/a/adapter').absolute())))
     ]
     for point, status, started, ended in ((source, 'done', 3, 4), (reader, 'interrupted', 1, None)):
@@ -324,7 +342,8 @@ def test_two_workers_run_at_the_same_time_and_share_the_cores(project, monkeypat
         monkeypatch.delenv(name, raising=False)
     text = (
         stage
-        + '    name: p-{seed}\n    params: {action: meet}\n    matrix: {seed: [1, 2]}\n  - params: [params/act/one.yaml]\n    name: alone\n'
+        + '    name: p-{seed}\n    params: {action: meet}\n    matrix: {seed: [1, 2]}\n'
+        + '  - params: [params/act/one.yaml]\n    name: alone\n'
     )
     assert set(outcomes(run_stages(expand(sweep(text)), workers=2)).values()) == {'done'}
     threads = {
