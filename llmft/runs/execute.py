@@ -9,8 +9,17 @@ __all__ = ['bootstrap', 'quiet_environment', 'lines_per_cell', 'row_seconds', 's
            'execute_run']
 
 # %% ../../nbs/runs/09_execute.ipynb #721fc4b3
-import contextlib, errno, json, os, signal, sys, tempfile, threading, time
+import contextlib
+import errno
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
+
 from ..core import project_root, read_json, write_atomic
 from .params import check_params, find_notebook
 from .report import render_report, warm_up

@@ -8,10 +8,17 @@ __all__ = ['kinds', 'types', 'english', 'number', 'Parameter', 'scalar_of', 'rem
            'read_yaml', 'check_params', 'parse_overrides', 'check_name', 'resolve_params']
 
 # %% ../../nbs/runs/01_params.ipynb #335e1522
-import ast, io, json, math, re, tokenize
+import ast
+import io
+import json
+import math
+import re
+import tokenize
 from dataclasses import dataclass
 from pathlib import Path
+
 import yaml
+
 from ..core import LabError, find_path, nearest, project_root
 
 # %% ../../nbs/runs/01_params.ipynb #d0657c0a

@@ -8,6 +8,7 @@ __all__ = ['gallery', 'read_result', 'finished_runs', 'model_card']
 # %% ../../nbs/runs/05_results.ipynb #6984e856
 import json
 from pathlib import Path
+
 from ..core import LabError, find_path, project_root, read_json, sha256_of, write_atomic
 from .run import list_runs, read_run
 

@@ -16,20 +16,11 @@ import time
 from datetime import datetime
 from pathlib import Path
 
-from llmft.runs.workers import (
-    gpu_slots,
-    local_workers,
-    remote_workers,
-    resources_of,
-    slots_of,
-    tries,
-    worker_environment,
-)
-
 from ..core import LabError, project_root
 from .execute import execute_run
 from .run import began_after, fingerprint, is_held, read_run, run_folder
 from .sweep_file import shown_folder
+from .workers import gpu_slots, local_workers, remote_workers, resources_of, slots_of, tries, worker_environment
 
 # %% ../../nbs/runs/12_sweeps.ipynb #1e30eeda
 def _paths_in(params):
