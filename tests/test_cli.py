@@ -1,10 +1,17 @@
 """The command line: one line for every mistake, the right exit status, and an end that says where to look."""
 
-import json, os, pty, signal, subprocess, sys, time
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from llmft import __version__
 from llmft.cli import call, exit_status, text_table
 from llmft.runs.run import read_run
 
@@ -218,6 +225,32 @@ def test_a_closed_pipe_is_no_error(project):
         text=True,
     )
     assert 'Traceback' not in done.stderr and 'BrokenPipe' not in done.stderr
+
+
+@pytest.mark.parametrize('arguments', [['-m', 'llmft'], ['-m', 'llmft.cli'], ['-c', command[2]]])
+def test_the_command_has_several_doors(project, arguments):
+    done = subprocess.run([sys.executable, *arguments, '--version'], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f'llmft {__version__}\n', '')
+    done = subprocess.run([sys.executable, *arguments, 'params', 'atc'], capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean 'act'" in done.stderr and not done.stdout
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0 and 'Usage: llmft [OPTIONS] COMMAND' in done.stdout and '--version' in done.stdout
+
+
+def test_importing_the_command_does_not_run_it(project):
+    done = subprocess.run(
+        [sys.executable, '-c', 'import llmft.cli, llmft.__main__; print("imported")', 'rnu'],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, 'imported\n', '')
+
+
+def test_a_run_through_the_module(project):
+    done = subprocess.run(
+        [sys.executable, '-m', 'llmft', 'run', 'params/act/one.yaml', '--json'], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])['status'] == 'done'
 
 
 @pytest.mark.serial

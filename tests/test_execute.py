@@ -1,11 +1,23 @@
 "The runner: fixture notebooks that end in every way, and what run.json, the notebook and the report say afterwards."
 
-import json, os, signal, subprocess, sys, time
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-import nbformat, psutil, pytest
+
+import nbformat
+import psutil
+import pytest
+
 from llmft.core import LabError
+from llmft.runs import execute as execute_module
+from llmft.runs import provenance
 from llmft.runs.execute import execute_run
-from llmft.runs.run import is_held, read_run
+from llmft.runs.locks import is_held
+from llmft.runs.run import read_run
 
 here = Path(__file__).parent / 'notebooks'
 runner = '''
@@ -20,7 +32,7 @@ print(json.dumps(record['run']))
 @pytest.fixture(autouse=True)
 def same_library(monkeypatch):
     "Edits of the library while the tests run do not make a second run another one."
-    monkeypatch.setattr('llmft.runs.run.library_hashes', lambda: {})
+    monkeypatch.setattr(provenance, 'library_hashes', lambda: {})
 
 
 def execute(name, tmp_path, lines=None, params=None, **kwargs):
@@ -117,8 +129,8 @@ def test_done_and_again(tmp_path):
 def test_failures(tmp_path, name, words, cell, states):
     record, folder = execute(name, tmp_path)
     assert record['run']['status'] == 'failed' and words in record['run']['error'] and record['run']['cell'] == cell
-    notebook, page, found = check_folder(folder, record)
-    assert ''.join(s[0].upper() for s in found) == states
+    notebook, page, stamped = check_folder(folder, record)
+    assert ''.join(state[0].upper() for state in stamped) == states
     assert words.split(':')[-1] in notebook.cells[0].source
 
 
@@ -250,7 +262,7 @@ def test_rows_of_the_log_reach_the_terminal(tmp_path):
 
 
 def test_a_report_that_cannot_be_made_is_a_failure(tmp_path, monkeypatch):
-    monkeypatch.setattr('llmft.runs.report.render_report', lambda *args: 1 / 0)
+    monkeypatch.setattr(execute_module, 'render_report', lambda *args: 1 / 0)
     record, folder = execute('ok', tmp_path)
     assert (
         record == read_run(folder)

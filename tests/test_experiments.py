@@ -1,9 +1,11 @@
 "The experiments themselves, end to end and as small as they go: run, report, comparison, and plain papermill."
 
-import json, subprocess, sys
-from pathlib import Path
+import json
+import subprocess
+import sys
 
-import pytest, yaml
+import pytest
+import yaml
 
 from llmft.core import project_root
 from llmft.runs.execute import execute_run
@@ -26,13 +28,13 @@ def outputs(tmp_path_factory):
 @pytest.fixture(scope='module')
 def runs(outputs):
     "One small run of each method, from the params file that a user would name."
-    found = {}
+    records = {}
     for method in ('full', 'lora', 'qlora'):
         notebook, params = resolve_params(
             [root / f'params/finetune/{method}.yaml'], overrides(outputs=str(outputs), **least), True
         )
-        found[method] = execute_run(notebook, params, on_line=lambda line: None)
-    return found
+        records[method] = execute_run(notebook, params, on_line=lambda line: None)
+    return records
 
 
 @pytest.mark.parametrize('method', ['full', 'lora', 'qlora'])

@@ -64,7 +64,7 @@ def test_concepts_show_and_explain_a_figure(path):
 # ---- the explorer
 
 
-def explorer(outputs, fallback='outputs/gallery'):
+def explorer(outputs, examples='outputs/gallery'):
     "The names that nbs/explore.ipynb defines when its runs are in `outputs`, and everything it displayed."
     shown, names = [], {}
     names['display'] = shown.append
@@ -72,10 +72,10 @@ def explorer(outputs, fallback='outputs/gallery'):
         source = ''.join(cell['source'])
         if cell['cell_type'] != 'code' or 'google.colab' in source:
             continue
-        source = source.replace("outputs = 'outputs'", f'outputs = {str(outputs)!r}').replace(
-            '(outputs, gallery)', f'(outputs, {fallback!r})'
-        )
         exec(compile(source, 'explore', 'exec'), names)
+        if 'parameters' in cell['metadata'].get('tags', []):
+            assert {'outputs', 'examples'} <= set(names)
+            names |= dict(outputs=str(outputs), examples=examples)
     return names, shown
 
 
@@ -158,8 +158,8 @@ def test_explorer_runs_headless(tmp_path):
     "In a real kernel, where the widgets live: no cell fails and the widgets hold a figure."
     nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
     notebook = nbformat.read(root / 'nbs/explore.ipynb', as_version=4)
-    (folder,) = [cell for cell in notebook.cells if cell.source.startswith("outputs = 'outputs'")]
-    folder.source = "outputs = 'outputs/gallery'"
+    (cell,) = [cell for cell in notebook.cells if 'parameters' in cell.metadata.get('tags', [])]
+    cell.source += "\noutputs = 'outputs/gallery'"
     nbclient.NotebookClient(
         notebook,
         timeout=20,  # nbclient can overlook the answer to a cell with widgets until this has passed

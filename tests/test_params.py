@@ -1,15 +1,24 @@
 "Strict YAML, typed parameters, and errors of one line that name file, line and the nearest valid name."
 
+import subprocess
+import sys
 from pathlib import Path
+
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from llmft.core import LabError
+from llmft.runs import params as params_module
 from llmft.runs.params import (
     as_type,
+    check_choice,
     check_name,
     check_params,
-    parse_overrides,
+    declared_choices,
+    declared_names,
     parse_mapping,
+    parse_overrides,
     parse_parameters,
     parse_yaml,
     read_parameters,
@@ -187,9 +196,9 @@ def test_a_value_has_its_declared_type_or_is_refused(value, kind):
 
 
 def test_parameters_cell():
-    found = read_parameters(here / 'ok.ipynb')
-    assert [(p.name, p.type, p.line) for p in found][2] == ('learning_rate', 'float', 3)
-    assert found[2].help == 'peak, per optimiser step' and found[2].default == 1e-3
+    parameters = read_parameters(here / 'ok.ipynb')
+    assert [(p.name, p.type, p.line) for p in parameters][2] == ('learning_rate', 'float', 3)
+    assert parameters[2].help == 'peak, per optimiser step' and parameters[2].default == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -237,6 +246,49 @@ def test_overrides():
     ]:
         with pytest.raises(LabError, match=words):
             check_params('demo', parse_overrides([text], declared), declared)
+
+
+def test_declared_choices_are_refused_with_their_place(monkeypatch):
+    monkeypatch.setitem(declared_choices, 'name', lambda: ['red', 'green'])
+    monkeypatch.setitem(declared_choices, 'targets', lambda: dict(q_proj='queries', v_proj='values'))
+    assert values('name: red\ntargets: [v_proj, q_proj]') == dict(name='red', targets=['v_proj', 'q_proj'])
+    for text, words in {
+        'rank: 1\nname: gren': "params/demo/x.yaml:2: name is 'gren' (did you mean 'green'?): choose from red, green",
+        'targets: [q_proj, q_porj]': "params/demo/x.yaml:1: targets is 'q_porj' (did you mean 'q_proj'?)",
+    }.items():
+        with pytest.raises(LabError) as caught:
+            values(text)
+        assert str(caught.value).startswith(words)
+    with pytest.raises(LabError, match='^-p name is'):
+        check_params('demo', parse_overrides(['name=blue'], declared), declared)
+    check_choice('rank', 8)
+
+
+def test_declarations_are_read_without_importing_their_module(tmp_path, monkeypatch):
+    source = """
+import a_package_that_is_not_there
+by_call = dict(cosine=min, linear=max)
+by_literal = {'adamw': 1, 'muon': 2}
+in_a_row = ('packed', 'bucketed')
+"""
+    (tmp_path / 'llmft/training').mkdir(parents=True)
+    (tmp_path / 'llmft/training/demo.py').write_text(source)
+    monkeypatch.setattr(params_module, 'assets', tmp_path / 'llmft/assets')
+    assert declared_names('training.demo', 'by_call') == ['cosine', 'linear']
+    assert declared_names('training.demo', 'by_literal') == ['adamw', 'muon']
+    assert declared_names('training.demo', 'in_a_row') == ['packed', 'bucketed']
+    with pytest.raises(LabError, match='declares no other'):
+        declared_names('training.demo', 'other')
+
+
+def test_every_declared_choice_lists_names_and_loads_nothing_heavy():
+    code = """
+import sys
+from llmft.runs.params import declared_choices
+assert all(list(names()) for names in declared_choices.values())
+print({'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules))"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout == 'set()\n', done.stderr
 
 
 def test_layers(tmp_path, monkeypatch):

@@ -1,33 +1,36 @@
 "The run's folder: locks, true status, fingerprint, what lies aside, and notebooks run without our runner."
 
-import errno, json, os, subprocess, sys, threading, time
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
+
 import pytest
-from llmft.core import LabError, read_json, write_atomic, write_json
-from llmft.runs.run import (
-    Run,
-    close_folder,
-    fingerprint,
-    hold,
-    is_held,
-    list_runs,
-    lock_path,
-    open_folder,
-    read_run,
-    release,
-    reserve_bytes,
-    start_run,
-)
+
+from llmft.core import LabError, assets, read_json, write_atomic, write_json
+from llmft.runs import provenance
+from llmft.runs import run as run_module
+from llmft.runs.locks import hold, is_held, release
+from llmft.runs.provenance import fingerprint, library_hashes
+from llmft.runs.run import close_folder, list_runs, open_folder, read_run, reserve_bytes, start_run
 
 here = Path(__file__).parent / 'notebooks'
+preamble = '''
+import os, sys, time
+from llmft.runs.locks import hold
+from llmft.runs.run import open_folder, update_record
+'''
 
 
 def child(code, *args):
     "A Python process that runs `code` and has printed its first line."
     process = subprocess.Popen(
-        [sys.executable, '-c', 'import os, sys, time\nfrom llmft.runs.run import *\n' + code, *map(str, args)],
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, '-c', preamble + code, *map(str, args)], stdout=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == 'ready\n'
     return process
@@ -64,11 +67,11 @@ def test_readers_never_turn_a_run_away(tmp_path):
     release(tmp_path / 'x')
     stop = threading.Event()
 
-    def look():
+    def ask():
         while not stop.is_set():
             is_held(tmp_path / 'x')
 
-    readers = [threading.Thread(target=look) for _ in range(2)]
+    readers = [threading.Thread(target=ask) for _ in range(2)]
     for reader in readers:
         reader.start()
     try:
@@ -86,9 +89,7 @@ def test_of_many_that_start_at_once_one_runs(tmp_path):
     code = 'import json\ntry: open_folder(sys.argv[1], dict(name="x")); print("won", flush=True)\nexcept Exception as error: print("lost", error.__class__.__name__, flush=True)\ntime.sleep(3)'
     processes = [
         subprocess.Popen(
-            [sys.executable, '-c', 'import sys, time\nfrom llmft.runs.run import *\n' + code, str(tmp_path / 'x')],
-            stdout=subprocess.PIPE,
-            text=True,
+            [sys.executable, '-c', preamble + code, str(tmp_path / 'x')], stdout=subprocess.PIPE, text=True
         )
         for _ in range(4)
     ]
@@ -161,10 +162,10 @@ def test_a_broken_record_is_moved_aside_not_deleted(tmp_path):
 def test_fingerprint_sees_code_and_parameters_and_nothing_else(tmp_path):
     notebook = json.loads((here / 'ok.ipynb').read_text())
 
-    def of(change=lambda nb: None, params=dict(lr=1.0)):
+    def of(change=lambda nb: None, params=None):
         copy = json.loads(json.dumps(notebook))
         change(copy)
-        return fingerprint(params, write_atomic(tmp_path / 'n.ipynb', json.dumps(copy)))
+        return fingerprint(params or dict(lr=1.0), write_atomic(tmp_path / 'n.ipynb', json.dumps(copy)))
 
     same = of()
     assert of(lambda nb: nb['cells'][0].update(source='# another title')) == same
@@ -185,18 +186,69 @@ def test_fingerprint_sees_code_and_parameters_and_nothing_else(tmp_path):
 
 def test_the_library_is_part_of_the_fingerprint(monkeypatch):
     same = fingerprint({})
-    monkeypatch.setattr('llmft.runs.run.library_hashes', lambda: {'run.py': 'other'})
+    monkeypatch.setattr(provenance, 'library_hashes', lambda: {'run.py': 'other'})
     assert fingerprint({}) != same
 
 
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    "A copy of the package's modules, with small assets, that the fingerprint reads instead of the package."
+    package = tmp_path / 'llmft'
+    shutil.copytree(assets.parent, package, ignore=shutil.ignore_patterns('assets', '__pycache__'))
+    write_atomic(package / 'assets/base/config.json', '{}')
+    write_atomic(package / 'assets/report/style.css', 'body {}')
+    monkeypatch.setattr(provenance, 'assets', package / 'assets')
+    return package
+
+
+def test_a_changed_byte_in_any_module_changes_the_fingerprint(library):
+    modules = sorted(library.rglob('*.py'))
+    folders = {path.parent.relative_to(library).as_posix() for path in modules}
+    assert {'.', 'data', 'models', 'training', 'runs', 'studies', 'studies/sublora'} <= folders
+    before = fingerprint({})
+    for path in modules:
+        content = path.read_bytes()
+        path.write_bytes(content + b'#')
+        assert fingerprint({}) != before, f'{path.relative_to(library)} is no part of the fingerprint'
+        path.write_bytes(content)
+    assert fingerprint({}) == before
+
+
+def test_a_new_or_missing_module_in_any_package_changes_the_fingerprint(library):
+    folders = {path.parent for path in library.rglob('*.py')}
+    assert len(folders) >= 10
+    before = fingerprint({})
+    for folder in folders:
+        new = write_atomic(folder / 'one_more.py', '')
+        assert fingerprint({}) != before, f'a new module in {folder.relative_to(library)} changes nothing'
+        new.unlink()
+    assert fingerprint({}) == before
+    (library / 'runs/run.py').unlink()
+    assert fingerprint({}) != before
+
+
+def test_of_the_assets_the_model_counts_and_the_style_of_reports_does_not(library):
+    before = fingerprint({})
+    write_atomic(library / 'assets/report/style.css', 'p {}')
+    assert fingerprint({}) == before
+    write_atomic(library / 'assets/base/config.json', '{"layers": 3}')
+    assert fingerprint({}) != before
+
+
+def test_the_installed_package_is_hashed_whole():
+    hashed = set(library_hashes())
+    assert {path.relative_to(assets.parent).as_posix() for path in assets.parent.rglob('*.py')} <= hashed
+    assert 'assets/base/model.safetensors' in hashed
+
+
 def test_what_a_run_exports_is_not_what_it_depends_on(monkeypatch):
-    found = {'run.py': 'code', 'assets/base/model.safetensors': 'before'}
-    monkeypatch.setattr('llmft.runs.run.library_hashes', lambda: found)
+    hashes = {'run.py': 'code', 'assets/base/model.safetensors': 'before'}
+    monkeypatch.setattr(provenance, 'library_hashes', lambda: hashes)
     pretrain, finetune = dict(export_to='llmft/assets/base'), dict(model='base', export_to='')
     before = fingerprint(pretrain), fingerprint(finetune)
-    found['assets/base/model.safetensors'] = 'after'
+    hashes['assets/base/model.safetensors'] = 'after'
     assert fingerprint(pretrain) == before[0] and fingerprint(finetune) != before[1]
-    found['run.py'] = 'other code'
+    hashes['run.py'] = 'other code'
     assert fingerprint(pretrain) != before[0]
 
 
@@ -204,13 +256,17 @@ def test_a_full_disk_leaves_room_for_the_status(tmp_path, monkeypatch):
     open_folder(tmp_path / 'x', dict(name='x'))
     assert (tmp_path / 'x' / '.reserve').stat().st_size == reserve_bytes
 
+    refused = []
+
     def full(path, value):
         if (tmp_path / 'x' / '.reserve').exists():
+            refused.append(path)
             raise OSError(errno.ENOSPC, 'No space left on device')
         return write_json(path, value)
 
-    monkeypatch.setattr('llmft.core.write_json', full)
+    monkeypatch.setattr(run_module, 'write_json', full)
     close_folder(tmp_path / 'x', 'failed', 'no space')
+    assert refused == [tmp_path / 'x' / 'run.json']
     assert read_run(tmp_path / 'x')['run']['status'] == 'failed'
 
 
@@ -334,7 +390,11 @@ def test_wandb_offline_stays_here(tmp_path, monkeypatch):
     assert list(run.folder.glob('wandb/offline-run-*/*.wandb'))
 
 
-@pytest.mark.parametrize('module', ['params', 'run', 'report', 'execute'])
+heavy = 'torch transformers papermill nbclient nbconvert nbformat IPython numpy matplotlib wandb'.split()
+
+
+@pytest.mark.parametrize('module', ['params', 'locks', 'provenance', 'run', 'results', 'report', 'verdict', 'execute'])
 def test_imports_stay_light(module):
-    code = f'import llmft.{module}, sys; print([m for m in ("torch", "transformers", "papermill", "nbclient", "nbconvert", "nbformat", "IPython", "numpy", "matplotlib", "wandb") if m in sys.modules])'
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout.strip() == '[]'
+    code = f'import llmft.runs.{module}, sys; print([m for m in {heavy!r} if m in sys.modules])'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.strip() == '[]', done.stderr

@@ -18,7 +18,9 @@ from pathlib import Path
 
 from ..core import LabError, project_root
 from .execute import execute_run
-from .run import began_after, fingerprint, is_held, read_run, run_folder
+from .locks import is_held
+from .provenance import fingerprint
+from .run import began_after, read_run, run_folder
 from .sweep_file import shown_folder
 from .workers import gpu_slots, local_workers, remote_workers, resources_of, slots_of, tries, worker_environment
 

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from ..core import LabError, nearest, require
-from .run import gpu_names
+from .provenance import gpu_names
 
 try:
     import fcntl
