@@ -2,14 +2,16 @@
 
 import math
 
-import pytest, torch
-from hypothesis import given, strategies as st
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from llmft import largest_batch as module
-from llmft.models.adapters import add_lora, weights_hash
 from llmft.core import LabError
-from llmft.training.largest_batch import Trial, bisect_batch, largest_batch, memory_limit, split_step, try_batch
+from llmft.models.adapters import add_lora, weights_hash
 from llmft.models.load import load_model
+from llmft.training import largest_batch as module
+from llmft.training.largest_batch import Trial, bisect_batch, largest_batch, memory_limit, split_step, try_batch
 from llmft.training.recipe import Recipe
 
 

@@ -1,8 +1,10 @@
 """The chunked loss against the plain one: values, gradients, precision, and peak memory measured on real allocations."""
 
-import subprocess, sys
+import subprocess
+import sys
 
-import pytest, torch
+import pytest
+import torch
 import torch.nn.functional as F
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
@@ -15,7 +17,10 @@ chunk_bytes = {'one row': 1, 'three rows': 3 * 4 * 53, 'more than all': 2**25}
 def example(rows=17, width=12, words=53, dtype=torch.float32, every=3, seed=0, scale=1.0):
     "hidden_ND, weight_VD, bias_V that need gradients, and targets_N of which each `every`-th is ignored."
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: (scale * torch.randn(*shape, generator=generator)).to(dtype).requires_grad_()
+
+    def draw(*shape):
+        return (scale * torch.randn(*shape, generator=generator)).to(dtype).requires_grad_()
+
     targets_N = torch.randint(words, (rows,), generator=generator)
     if every:
         targets_N[::every] = -100
@@ -56,7 +61,10 @@ def test_equals_plain_loss(size, frozen, every):
 @pytest.mark.parametrize('size', chunk_bytes.values(), ids=chunk_bytes.keys())
 def test_gradients_are_those_of_finite_differences(size):
     hidden_ND, weight_VD, bias_V, targets_N = example(rows=5, width=3, words=7, dtype=torch.float64)
-    loss = lambda *inputs: linear_cross_entropy(*inputs[:2], targets_N, inputs[2], chunk_bytes=size)[0]
+
+    def loss(hidden_ND, weight_VD, bias_V):
+        return linear_cross_entropy(hidden_ND, weight_VD, targets_N, bias_V, chunk_bytes=size)[0]
+
     ours = gradients(loss(hidden_ND, weight_VD, bias_V), hidden_ND, weight_VD, bias_V)
     for which, slope in enumerate(ours):
         for place in range(slope.numel()):

@@ -182,7 +182,7 @@ def test_full_scale_files_hold_the_studys_numbers(config, rows, per_epoch, total
     from llmft.models.cost import lora_parameter_count, parameter_count
     from llmft.models.load import model_config
     from llmft.training.recipe import Recipe, warmup_steps
-    from llmft.training.fit import planned_steps
+    from llmft.training.prepare import planned_steps
 
     _, params = resolve_params([root / f'params/instruct/{config}.yaml'], [], False)
     recipe, shape = Recipe.from_params(SimpleNamespace(**params)), model_config(params['model'])

@@ -1,22 +1,30 @@
 "The promises of the fit loop: exact resume after kill -9, damaged checkpoints found, steps that do not depend on their layout."
 
-import errno, json, math, shutil, signal, subprocess, sys
+import errno
+import json
+import math
+import shutil
+import signal
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
+import training_runs
 from safetensors.torch import load_file
 
-import training_runs
-from llmft.training import checkpoints, fit as training
-from llmft.models.adapters import add_lora
-from llmft.data.batches import micro_batches
 from llmft.core import LabError
-from llmft.models.load import load_model
-from llmft.training.recipe import Recipe, make_optimiser
+from llmft.data.batches import micro_batches
 from llmft.data.tokens import Examples
-from llmft.training.fit import LossModel, accumulate, evaluate_loss, fit, step_batches
+from llmft.models.adapters import add_lora
+from llmft.models.load import load_model
+from llmft.training import checkpoints
+from llmft.training import fit as training
+from llmft.training.fit import fit
+from llmft.training.recipe import Recipe, make_optimiser
+from llmft.training.step import LossModel, accumulate, evaluate_loss, set_gradient_checkpointing, step_batches
 
 examples = training_runs.examples
 timing = ('seconds', 'tokens_per_sec')
@@ -195,7 +203,8 @@ def test_a_mean_of_means_would_be_noticed(ragged):
         for batch in micro_batches(ragged, np.arange(8), 2, 60, 'padded')
     ]
     assert len(losses) == 4
-    honest, mean_of_means = sum(l for l, _ in losses) / sum(n for _, n in losses), np.mean([l / n for l, n in losses])
+    honest = sum(loss for loss, _ in losses) / sum(targets for _, targets in losses)
+    mean_of_means = np.mean([loss / targets for loss, targets in losses])
     assert abs(honest - mean_of_means) > 1e-4
 
 
@@ -210,7 +219,7 @@ def test_processes_share_a_step_without_changing_it(ragged, world):
     assert math.isclose(
         loss, float(accumulate(LossModel(alone), *step_batches(ragged, np.arange(7), recipe))), rel_tol=1e-5
     )
-    for p, q in zip(model.parameters(), alone.parameters()):
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6)
 
 
@@ -224,8 +233,8 @@ def test_gradient_checkpointing_changes_nothing_and_is_off_when_it_says_off(ragg
         for name, parameter in model.named_parameters():
             if 'lora_B' in name:
                 torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
-        training.set_gradient_checkpointing(model, not on)
-        training.set_gradient_checkpointing(model, on)
+        set_gradient_checkpointing(model, not on)
+        set_gradient_checkpointing(model, on)
         model.train()
         assert any(getattr(module, 'gradient_checkpointing', False) for module in model.modules()) == on
         accumulate(LossModel(model), *step_batches(ragged, np.arange(8), Recipe(batch_size=8, max_length=60)))
@@ -288,7 +297,9 @@ def test_a_flop_budget_is_never_overdrawn(tmp_path):
     bound = train_here(tmp_path / 'bound', max_flops=budget)
     assert bound.progress.stopped == 'FLOP budget' and free.progress.stopped == 'finished'
     flops = [row['flops'] for row in bound.log if 'flops' in row]
-    assert flops[-1] <= budget < flops[-1] + max(after - before for before, after in zip([0] + flops, flops))
+    assert (
+        flops[-1] <= budget < flops[-1] + max(after - before for before, after in zip([0, *flops], flops, strict=False))
+    )
     with pytest.raises(LabError, match='one optimiser step takes'):
         train_here(tmp_path / 'tiny', max_flops=1.0)
 
@@ -357,11 +368,10 @@ def test_the_schedule_reaches_the_weights(tmp_path, optimiser):
         model = load_model('preset:llama-tiny')
         before = {key: weight.detach().clone() for key, weight in model.named_parameters()}
 
-        def on_log(entry):
+        def on_log(entry, rise=rise, model=model, before=before):
             if entry['step'] == 1 and 'loss' in entry:
-                first[rise] = {
-                    key: float((weight.detach() - before[key]).norm()) for key, weight in model.named_parameters()
-                }
+                weights = model.named_parameters()
+                first[rise] = {key: float((weight.detach() - before[key]).norm()) for key, weight in weights}
 
         train_here(
             tmp_path / str(rise),

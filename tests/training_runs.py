@@ -1,6 +1,8 @@
 "Small training runs in processes of their own, which may be killed at a chosen moment."
 
-import multiprocessing, os, signal
+import multiprocessing
+import os
+import signal
 
 context = multiprocessing.get_context('forkserver')
 context.set_forkserver_preload(['llmft.training.fit', 'llmft.models.adapters'])
@@ -9,6 +11,7 @@ STEPS = 40  # four epochs of ten steps
 
 def examples(count=40, length=24, seed=0):
     import numpy as np
+
     from llmft.data.tokens import Examples
 
     rng = np.random.default_rng(seed)
@@ -23,7 +26,8 @@ def die():
 
 def kill_at(point):
     "Arrange that this process kills itself at `point`; an `on_log` callback comes back."
-    from llmft.training import checkpoints, fit as training
+    from llmft.training import checkpoints
+    from llmft.training import fit as training
 
     if point == 'between writing and renaming':
         rename, calls = os.replace, []
@@ -58,10 +62,11 @@ def kill_at(point):
 def train(folder, point=None, **settings):
     "Train a tiny LoRA with dropout in `folder`; kill the process at `point`."
     import torch
+
     from llmft.models.adapters import add_lora
     from llmft.models.load import load_model
-    from llmft.training.recipe import Recipe
     from llmft.training.fit import fit
+    from llmft.training.recipe import Recipe
 
     torch.set_num_threads(1)
     os.environ['LLMFT_MANAGED'] = '1'

@@ -17,7 +17,8 @@ from ..models.meter import Meter
 from ..models.load import load_model, model_config
 from ..training.recipe import Recipe
 from ..data.tokens import Examples
-from ..training.fit import LossModel, accumulate, evaluate_loss, fit, step_batches
+from ..training.step import LossModel, accumulate, evaluate_loss, step_batches
+from ..training.fit import fit
 
 # %% ../../nbs/bench/02_instruct.ipynb #2c23ce43
 linears = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']

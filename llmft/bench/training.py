@@ -17,7 +17,8 @@ from ..models.meter import Meter
 from ..models.load import load_model, presets
 from ..training.recipe import Recipe
 from ..data.tokens import Examples
-from ..training.fit import LossModel, accumulate, evaluate_loss, fit, step_batches
+from ..training.step import LossModel, accumulate, evaluate_loss, step_batches
+from ..training.fit import fit
 
 # %% ../../nbs/bench/01_training.ipynb #d2904411
 @dataclass

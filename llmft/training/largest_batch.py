@@ -7,44 +7,49 @@ __all__ = ['memory_limit', 'return_memory', 'Trial', 'worst_examples', 'out_of_m
            'largest_batch', 'split_step']
 
 # %% ../../nbs/training/09_largest_batch.ipynb #ce06090f
-import ctypes, gc, math, psutil, torch
+import contextlib
+import ctypes
+import gc
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
 import numpy as np
+import psutil
+import torch
+
 from ..core import LabError, read_json, write_json
+from ..data.tokens import Examples
 from ..models.cost import memory_breakdown
 from ..models.meter import Meter, TensorMemory
+from .fit import resident_bytes
 from .recipe import Recipe, make_optimiser
-from ..data.tokens import Examples
-from llmft.training.fit import (
-    LossModel,
-    accumulate,
-    resident_bytes,
-    set_gradient_checkpointing,
-    step_batches,
-    training_method,
-)
+from .step import LossModel, accumulate, set_gradient_checkpointing, step_batches, training_method
 
 # %% ../../nbs/training/09_largest_batch.ipynb #ac58d4a7
+_GIB = 2**30
+_USABLE = 0.9  # share of the free memory that a run may take
+
+
+def _free_memory():
+    "Bytes that this process can still take, on the GPU or else in main memory."
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved()
+    return psutil.virtual_memory().available
+
+
 def memory_limit(limit_gb:float=0.,  # what may be used, GiB; 0 for what there is
 )->int:                              # bytes
     "The memory that a run may use, in bytes; a `LabError` when the machine has less."
     if limit_gb < 0:
         raise LabError(f'memory_limit_gb is {limit_gb}: give a number of GiB, or 0 for all there is')
-    there = int(
-        0.9
-        * (
-            torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-            if torch.cuda.is_available()
-            else psutil.virtual_memory().available
-        )
-    )
-    if limit_gb * 2**30 > there:
-        raise LabError(
-            f'memory_limit_gb is {limit_gb:g} and this machine has {there / 2**30:.1f} GiB free: give less, or 0 for all there is'
-        )
-    return int(limit_gb * 2**30) or there
+
+    usable = int(_USABLE * _free_memory())
+    if limit_gb * _GIB > usable:
+        raise LabError(f'memory_limit_gb is {limit_gb:g} and this machine has {usable / _GIB:.1f} GiB free: '
+                       'give less, or 0 for all there is')
+    return int(limit_gb * _GIB) or usable
 
 # %% ../../nbs/training/09_largest_batch.ipynb #2a7948a5
 def return_memory():
@@ -53,10 +58,8 @@ def return_memory():
     if torch.cuda.is_available():
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # systems whose C library cannot trim
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        pass
 
 # %% ../../nbs/training/09_largest_batch.ipynb #80b7a8e9
 @dataclass
@@ -81,30 +84,35 @@ def worst_examples(rows:int,        # examples
     return Examples(ids, starts, starts + length + 1)
 
 # %% ../../nbs/training/09_largest_batch.ipynb #110c9a1c
+_MEMORY_MESSAGES = ("can't allocate memory", 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED')
+
+
 def out_of_memory(error) -> bool:
     "Whether `error` says that memory ran out, on a GPU or a CPU."
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError)
-        and any(text in str(error) for text in ("can't allocate memory", 'out of memory', 'CUBLAS_STATUS_ALLOC_FAILED'))
-    )
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _MEMORY_MESSAGES)
 
 # %% ../../nbs/training/09_largest_batch.ipynb #36a89a6a
+def _autocast(model, recipe):
+    "The context in which `fit` would multiply: 16 bits for fp16 weights or mixed precision."
+    first = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = torch.float16 if first == torch.float16 else torch.bfloat16
+    enabled = first == torch.float16 or recipe.mixed_precision == 'bf16'
+    return torch.autocast(next(model.parameters()).device.type, dtype, enabled=enabled)
+
+
 def _step(model, recipe, batch, accumulation):
-    "Forward, backward and optimiser step on `batch` rows of full length, with all that is allocated let go at the end."
+    "Forward, backward and optimiser step on `batch` rows of full length; all that was allocated is let go."
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = make_optimiser(parameters, replace(recipe, learning_rate=0.0))
-    device = next(model.parameters()).device
-    kind, dtype = (
-        device.type,
-        torch.float16
-        if next(p.dtype for p in model.parameters() if p.is_floating_point()) == torch.float16
-        else torch.bfloat16,
-    )
     examples = worst_examples(batch, recipe.max_length, model.config.vocab_size)
     batches, targets = step_batches(examples, np.arange(batch), replace(recipe, batch_size=batch))
+    device = next(model.parameters()).device
+
     try:
-        with torch.autocast(kind, dtype, enabled=dtype == torch.float16 or recipe.mixed_precision == 'bf16'):
-            if accumulation > 1:
+        with _autocast(model, recipe):
+            if accumulation > 1:  # the gradients of earlier micro-batches
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
             accumulate(LossModel(model), [each.to(device) for each in batches], targets)
@@ -116,7 +124,8 @@ def _step(model, recipe, batch, accumulation):
 
 def _predicted(model, recipe, batch, accumulation, **facts):
     "Bytes by the formulas, or `None` for an architecture they do not know."
-    dropout = getattr(getattr(model, 'peft_config', {}).get('default'), 'lora_dropout', 0.0)
+    adapter = getattr(model, 'peft_config', {}).get('default')
+
     try:
         return memory_breakdown(
             model.config,
@@ -126,7 +135,7 @@ def _predicted(model, recipe, batch, accumulation, **facts):
             gradient_checkpointing=recipe.gradient_checkpointing,
             accumulation=accumulation,
             device=next(model.parameters()).device.type,
-            lora_dropout=dropout,
+            lora_dropout=getattr(adapter, 'lora_dropout', 0.0),
             **training_method(model),
             **facts,
         )['total']
@@ -134,61 +143,75 @@ def _predicted(model, recipe, batch, accumulation, **facts):
         return None
 
 
-def try_batch(model,             # from `load_model`, with or without an adapter; it is left as it was
-              recipe:Recipe,     # max_length, optimiser, checkpointing, precision
-              batch:int,         # rows of full length
-              limit:int,         # bytes, from `memory_limit`
-              accumulation:int=1,  # micro-batches of a step: from the second on, gradients are there before the backward pass
-              **facts,           # precision and quantisation, for the prediction
+@contextlib.contextmanager
+def _allocator_limit(limit):
+    "Let PyTorch's GPU allocator refuse what exceeds `limit` bytes; nothing on a CPU."
+    if not torch.cuda.is_available():
+        yield
+        return
+    total = torch.cuda.get_device_properties(0).total_memory
+    try:
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _measured_step(model, recipe, batch, accumulation):
+    "(peak bytes, seconds) of one step."
+    resident = resident_bytes(model)
+    count_tensors = nullcontext() if torch.cuda.is_available() else TensorMemory()
+    with torch.random.fork_rng(), Meter() as meter, count_tensors as tensors:
+        _step(model, recipe, batch, accumulation)
+    return resident + (getattr(tensors, 'peak_bytes', None) or meter.growth_bytes), meter.seconds
+
+
+def try_batch(model,               # from `load_model`, with or without an adapter; it is left as it was
+              recipe:Recipe,       # max_length, optimiser, checkpointing, precision
+              batch:int,           # rows of full length
+              limit:int,           # bytes, from `memory_limit`
+              accumulation:int=1,  # micro-batches of a step: from the second on there are gradients before backward
+              **facts,             # precision and quantisation, for the prediction
 )->Trial:
     "Whether a training step on `batch` rows of full length stays within `limit`."
     return_memory()
-    trial, mode = (
-        Trial(batch, False, predicted_bytes=_predicted(model, recipe, batch, accumulation, **facts)),
-        model.training,
-    )
+    trial = Trial(batch, fits=False, predicted_bytes=_predicted(model, recipe, batch, accumulation, **facts))
+    was_training = model.training
     set_gradient_checkpointing(model, recipe.gradient_checkpointing)
     model.train()
-    enforce = torch.cuda.set_per_process_memory_fraction if torch.cuda.is_available() else lambda share: None
+
     try:
-        resident = resident_bytes(model)
-        enforce(
-            min(1.0, limit / torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 1.0
-        )
-        with (
-            torch.random.fork_rng(),
-            Meter() as meter,
-            nullcontext() if torch.cuda.is_available() else TensorMemory() as tensors,
-        ):
-            _step(model, recipe, batch, accumulation)
-        trial.peak_bytes, trial.seconds = (
-            resident + (getattr(tensors, 'peak_bytes', None) or meter.growth_bytes),
-            meter.seconds,
-        )
-        trial.fits, trial.why = (True, '') if trial.peak_bytes <= limit else (False, 'peak above the limit')
+        with _allocator_limit(limit):
+            trial.peak_bytes, trial.seconds = _measured_step(model, recipe, batch, accumulation)
+        trial.fits = trial.peak_bytes <= limit
+        trial.why = '' if trial.fits else 'peak above the limit'
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         trial.why = 'out of memory'
     finally:
-        enforce(1.0)
-        model.train(mode)
+        model.train(was_training)
         return_memory()
     return trial
 
 # %% ../../nbs/training/09_largest_batch.ipynb #a431740d
-def bisect_batch(fits,       # called with a batch, says whether it fits
-                 safe:int,   # tried first
-                 most:int,   # largest batch of interest
-)->int:                      # 0 when not even one row fits
+def bisect_batch(fits,      # called with a batch, says whether it fits
+                 safe:int,  # tried first
+                 most:int,  # largest batch of interest
+)->int:                     # 0 when not even one row fits
     "The largest batch up to `most` that fits, in at most 2 + log2 of the range trials."
     if not 1 <= safe <= most:
         raise LabError(f'the search begins at {safe} and ends at {most}: give 1 <= smallest <= largest')
-    low, high, best = (safe + 1, most, safe) if fits(safe) else (1, safe - 1, 0)
+
+    safe_fits = fits(safe)
+    best = safe if safe_fits else 0
+    low = best + 1
+    high = most if safe_fits else safe - 1
     while low <= high:
         middle = (low + high) // 2
         if fits(middle):
-            low, best = middle + 1, middle
+            best = middle
+            low = middle + 1
         else:
             high = middle - 1
     return best
@@ -196,50 +219,58 @@ def bisect_batch(fits,       # called with a batch, says whether it fits
 # %% ../../nbs/training/09_largest_batch.ipynb #53a575c7
 def _expected(trials, batch):
     "Peak bytes of `batch` rows by the line through the last two trials that were measured; 0 when there are not two."
-    known = sorted({trial.batch: trial.peak_bytes for trial in trials if trial.peak_bytes}.items())[-2:]
-    if len(known) < 2:
+    peaks = {trial.batch: trial.peak_bytes for trial in trials if trial.peak_bytes}
+    if len(peaks) < 2:
         return 0
-    (a, low), (b, high) = known
-    return high + (batch - b) * max(0, high - low) / (b - a)
+    (smaller, low), (larger, high) = sorted(peaks.items())[-2:]
+    return high + (batch - larger) * max(0, high - low) / (larger - smaller)
 
 
-def largest_batch(model,                  # from `load_model`, with or without an adapter; it is left as it was
-                  recipe:Recipe,          # max_length, optimiser, checkpointing, precision
-                  safe:int=2,             # tried first
-                  most:int=32,            # largest batch of interest
-                  limit_gb:float=0.,      # what may be used, GiB; 0 for what there is
-                  accumulation:int=1,     # micro-batches of a step
-                  say=print,              # told of every trial in one line
-                  folder=None,            # keeps the result in batch_search.json: a run that goes on does not search again
-                  **facts,                # precision and quantisation, for the prediction
-)->tuple:                                 # (batch, list of `Trial`)
+def _not_to_be_run(trials, batch):
+    "A failed trial when the machine has not the memory that `batch` rows would need by extrapolation, else `None`."
+    need = _expected(trials, batch)
+    free = psutil.virtual_memory().available
+    if torch.cuda.is_available() or need <= free:
+        return None
+    return Trial(batch, fits=False, why=f'not run: it would need {need / _GIB:.1f} GiB of {free / _GIB:.1f} free')
+
+
+def _in_words(trial, limit):
+    "One line about a trial."
+    peak = f', {trial.peak_bytes / 2**20:,.0f} of {limit / 2**20:,.0f} MiB' if trial.peak_bytes else ''
+    return f"batch {trial.batch}: {'fits' if trial.fits else trial.why}{peak}"
+
+
+def largest_batch(model,               # from `load_model`, with or without an adapter; it is left as it was
+                  recipe:Recipe,       # max_length, optimiser, checkpointing, precision
+                  safe:int=2,          # tried first
+                  most:int=32,         # largest batch of interest
+                  limit_gb:float=0.,   # what may be used, GiB; 0 for what there is
+                  accumulation:int=1,  # micro-batches of a step
+                  say=print,           # called with one line per trial
+                  folder=None,         # keeps the result in batch_search.json: a resumed run does not search again
+                  **facts,             # precision and quantisation, for the prediction
+)->tuple:                              # (batch, list of `Trial`)
     "The largest batch whose training step stays within the limit. `LabError` when one row does not."
     kept = Path(folder) / 'batch_search.json' if folder else None
     if kept and kept.exists():
-        found = read_json(kept)
-        return found['batch'], [Trial(**trial) for trial in found['trials']]
-    limit, trials = memory_limit(limit_gb), []
+        search = read_json(kept)
+        return search['batch'], [Trial(**trial) for trial in search['trials']]
+
+    limit = memory_limit(limit_gb)
+    trials = []
 
     def fits(batch):
-        need, free = _expected(trials, batch), psutil.virtual_memory().available
-        if not torch.cuda.is_available() and need > free:
-            trials.append(
-                Trial(batch, False, why=f'not run: it would need {need / 2**30:.1f} GiB of {free / 2**30:.1f} free')
-            )
-        else:
-            trials.append(try_batch(model, recipe, batch, limit, accumulation, **facts))
-        trial = trials[-1]
-        say(
-            f"batch {batch}: {'fits' if trial.fits else trial.why}"
-            + (f', {trial.peak_bytes / 2**20:,.0f} of {limit / 2**20:,.0f} MiB' if trial.peak_bytes else '')
-        )
+        refused = _not_to_be_run(trials, batch)
+        trial = refused or try_batch(model, recipe, batch, limit, accumulation, **facts)
+        trials.append(trial)
+        say(_in_words(trial, limit))
         return trial.fits
 
     best = bisect_batch(fits, safe, most)
     if not best:
-        raise LabError(
-            f'not one row of {recipe.max_length} positions fits {limit / 2**30:.2f} GiB: lower max_length, turn on gradient_checkpointing, quantise the model, or raise memory_limit_gb'
-        )
+        raise LabError(f'not one row of {recipe.max_length} positions fits {limit / _GIB:.2f} GiB: lower max_length, '
+                       'turn on gradient_checkpointing, quantise the model, or raise memory_limit_gb')
     if kept:
         write_json(kept, dict(batch=best, limit_bytes=limit, trials=[asdict(trial) for trial in trials]))
     return best, trials

@@ -8,17 +8,27 @@ __all__ = ['mark', 'rank_code', 'agent_code', 'broken_lines', 'write_order', 'di
            'launch']
 
 # %% ../../nbs/training/07_launch.ipynb #e256dddc
-import contextlib, inspect, json, os, signal, subprocess, sys, traceback
+import contextlib
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-import torch, torch.distributed as dist
-from .checkpoints import load_checkpoint
+
+import torch
+import torch.distributed as dist
+
 from ..core import LabError, assets, project_root, read_json, shows_bar, write_json
-from .progress import Progress
+from .checkpoints import Progress, load_checkpoint
+from .fit import FitResult, fit
+from .prepare import planned_steps
 from .recipe import Recipe
 from .strategies import Processes, check_processes
-from .fit import FitResult, fit, planned_steps
 
 # %% ../../nbs/training/07_launch.ipynb #b1af93d3
 def write_order(build,                # a function of a module: `build(params)` gives (model, training examples, held-out examples or None)

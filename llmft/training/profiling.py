@@ -7,11 +7,15 @@ __all__ = ['mark', 'part_of', 'named_parts', 'Profile', 'profile_fit', 'kind_of'
            'save_trace']
 
 # %% ../../nbs/training/10_profiling.ipynb #de8d29fa
-import contextlib, os, tempfile
+import contextlib
+import os
+import tempfile
 from dataclasses import dataclass, replace
+
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
+
 from ..core import LabError
 from ..models.meter import synchronise
 from .fit import WARMUP_TIMED, fit

@@ -7,16 +7,23 @@ __all__ = ['strategies', 'Processes', 'check_subspace', 'check_processes', 'Team
            'quiet_deepspeed', 'zero_config', 'ZeroTeam', 'make_team']
 
 # %% ../../nbs/training/04_strategies.ipynb #a3b6b787
-import contextlib, importlib, importlib.util, logging, math, os
+import contextlib
+import importlib
+import importlib.util
+import logging
+import math
+import os
 from dataclasses import dataclass
-import torch, torch.distributed as dist
+
+import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
-from .checkpoints import counter_device, optimiser_state, restore_optimiser
+
 from ..core import LabError, nearest, require
 from ..models.load import causal_model, output_head
+from .checkpoints import Piece, counter_device, optimiser_state, restore_optimiser
 from .recipe import Recipe, make_optimiser
-from .shards import Piece
 
 # %% ../../nbs/training/04_strategies.ipynb #31b496e3
 strategies = ('none', 'ddp', 'fsdp2', 'zero2', 'zero3')
