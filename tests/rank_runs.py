@@ -1,6 +1,9 @@
 "Small trainings, in this process or in the ranks of one torchrun job; started as a script they read what to do from a JSON file."
 
-import copy, json, os, shutil, sys
+import json
+import os
+import shutil
+import sys
 from pathlib import Path
 
 quantised = ('nf4', 'lora')
@@ -21,6 +24,7 @@ BASE = dict(
 
 def examples(count=40, length=24, seed=0):
     import numpy as np
+
     from llmft.data.tokens import Examples
 
     rng = np.random.default_rng(seed)
@@ -59,8 +63,10 @@ def in_subspace(model, mode):
 def arrange_death(how):
     "Have rank 1 end in its third step."
     import signal
-    from llmft import training
 
+    from llmft.training import fit
+
+    training = sys.modules[fit.watched_step.__module__]  # the module that looks `train_step` up
     step = training.train_step
 
     def dying(run, batches, targets):
@@ -76,9 +82,10 @@ def arrange_death(how):
 def train(folder, model, method, strategy=None, dropout=0.0, **settings):
     "Train in `folder`; strategy None is this process alone."
     from types import SimpleNamespace
+
+    from llmft.training.fit import fit
     from llmft.training.recipe import Recipe
     from llmft.training.strategies import Processes
-    from llmft.training.fit import fit
 
     net, *data = build(SimpleNamespace(model=str(model), method=method, dropout=dropout))
     result = fit(
@@ -94,7 +101,8 @@ def drop_last(folder):
 
 def job(file):
     "All cases of a job, in the ranks of one torchrun."
-    import torch, torch.distributed as dist
+    import torch
+    import torch.distributed as dist
 
     torch.set_num_threads(1)
     os.environ['LLMFT_MANAGED'] = '1'

@@ -2,15 +2,17 @@
 
 import math
 
-import pytest, torch
-from hypothesis import given, settings, strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llmft.models.adapters import add_lora
 from llmft.core import LabError
+from llmft.data.tokens import load_tokenizer
 from llmft.inference.decoder import LeanDecoder, ModelDecoder, is_lean, linear_map
 from llmft.inference.generation import choose, complete, generate
+from llmft.models.adapters import add_lora
 from llmft.models.load import load_model, presets
-from llmft.data.tokens import load_tokenizer
 
 scaled = dict(
     rope_type='llama3',
@@ -79,12 +81,12 @@ def test_logits_of_ragged_batches_are_those_of_single_rows(shape):
     model, rows = model_of(shape), [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
     more = torch.randint(1, 511, (12, 3), generator=torch.Generator().manual_seed(0))
     ids = torch.tensor([[0] * (7 - len(row)) + row for row in rows])
-    ways = [lambda: ModelDecoder(model, 19)] + [
-        lambda: LeanDecoder(model, 19, 3, steps) for steps in (0, 16) if is_lean(model)
+    decoders = [lambda: ModelDecoder(model, 19)] + [
+        lambda steps=steps: LeanDecoder(model, 19, 3, steps) for steps in (0, 16) if is_lean(model)
     ]
-    for way in ways:
+    for make_decoder in decoders:
         with torch.no_grad():
-            decoder = way()
+            decoder = make_decoder()
             logits = [
                 decoder.begin(ids, torch.tensor([7 - len(row) for row in rows])),
                 *(decoder.step(step) for step in more),
@@ -122,10 +124,10 @@ def test_adapters_and_quantised_layers_decode_as_in_the_model(shape, quantisatio
 def test_special_products_are_the_usual_one(rows, bias):
     layer, inputs = torch.nn.Linear(1024, 4096, bias=bias), torch.randn(rows, 1024)
     with torch.no_grad():
-        ways = [linear_map(layer, rows, packs) for packs in (False, True)]
-        for way in ways:
-            torch.testing.assert_close(way(inputs), layer(inputs), atol=1e-4, rtol=0)
-    assert (ways[1].__qualname__ if rows > 2 else ways[0].__qualname__).split('.')[0] == (
+        products = [linear_map(layer, rows, packs) for packs in (False, True)]
+        for product in products:
+            torch.testing.assert_close(product(inputs), layer(inputs), atol=1e-4, rtol=0)
+    assert (products[1].__qualname__ if rows > 2 else products[0].__qualname__).split('.')[0] == (
         '_packed' if rows > 2 else '_in_stripes'
     )
 
@@ -150,7 +152,7 @@ def test_rows_that_stop_leave_the_batch_and_the_others_do_not_notice(shape):
     free = generate(model, prompts, 24).ids
     stops = [free[0][2], free[5][9]]
     made = generate(model, prompts, 24, stop_ids=stops)
-    for row, (ids, full) in enumerate(zip(made.ids, free)):
+    for row, (ids, full) in enumerate(zip(made.ids, free, strict=True)):
         first = next((place for place, token in enumerate(full) if token in stops), None)
         assert ids == full[:first] and made.stopped[row] == ('length' if first is None else 'stop')
     assert (
@@ -171,7 +173,7 @@ def test_compaction_happens_and_keeps_each_row_its_own(monkeypatch):
     made = generate(model, prompts, 12, stop_ids=stops)
     assert sizes[0] == 9 and sizes[-1] <= 4 and len({tuple(ids) for ids in made.ids[1::2]}) == 4
     assert [made.ids[row] for row in (1, 3, 5, 7)] == free[1::2] and all(
-        ids == full[: len(ids)] for ids, full in zip(made.ids, free)
+        ids == full[: len(ids)] for ids, full in zip(made.ids, free, strict=True)
     )
 
 
@@ -285,8 +287,7 @@ def test_the_clock_waits_for_the_device(monkeypatch):
     clock = module.time.perf_counter
     monkeypatch.setattr(module.time, 'perf_counter', lambda: looks.append('look') or clock())
     generate(model_of('llama-tiny'), [[5]], 3)
-    mine = [look for look in looks]
-    assert mine == ['wait', 'look'] * 5
+    assert looks == ['wait', 'look'] * 5
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,18 @@
 "Answers, forms of the weights and their times: what is counted, what is judged, what is refused, and the experiments end to end."
 
-import json, os
+import json
+import os
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 
-from llmft import latency
-from llmft.studies.inference.word_problems import (
-    ask,
-    final_answer,
-    read_problems,
-    reference_answer,
-    score,
-    word_problems,
-    wrong_calculations,
-)
 from llmft.core import LabError, project_root
-from llmft.runs.execute import execute_run
+from llmft.data.tokens import load_tokenizer
+from llmft.inference import latency
 from llmft.inference.generation import Generated, generate
 from llmft.inference.latency import answer_all, rates
 from llmft.models.load import load_model
-from llmft.runs.params import resolve_params
 from llmft.models.precisions import (
     Int4Linear,
     bytes_a_step,
@@ -31,8 +23,18 @@ from llmft.models.precisions import (
     use_int4,
     written_out,
 )
+from llmft.runs.execute import execute_run
+from llmft.runs.params import resolve_params
 from llmft.runs.sweep_file import sweep_points
-from llmft.data.tokens import load_tokenizer
+from llmft.studies.inference.word_problems import (
+    ask,
+    final_answer,
+    read_problems,
+    reference_answer,
+    score,
+    word_problems,
+    wrong_calculations,
+)
 from llmft.training.fit import resident_bytes
 
 root = project_root()
@@ -51,7 +53,7 @@ def test_every_built_in_problem_is_right_and_only_its_own_answer_is():
     assert all(answer.isdigit() and int(answer) < 1000 for answer in answers) and len(set(answers)) > 50
     assert all(
         wrong_calculations(problem['answer'].replace(f'={answer}>>', f'={int(answer) + 1}>>'))
-        for problem, answer in zip(problems, answers)
+        for problem, answer in zip(problems, answers, strict=True)
     )
     assert score([f'so it is {int(answer) + 1}' for answer in answers], problems)['accuracy'] == 0
     assert score([f'#### {answer}.00' for answer in answers], problems)['accuracy'] == 1

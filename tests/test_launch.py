@@ -1,31 +1,39 @@
 "Several processes train what one trains, save what any number of them can go on with, and end together."
 
-import json, math, os, shutil, subprocess, sys
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest, torch
-
+import pytest
 import rank_runs
-from llmft import launch as launching, strategies
-from llmft.models.adapters import check_adapter, save_adapter
-from llmft.training.checkpoints import checkpoints, load_checkpoint
+import torch
+
 from llmft.core import LabError, project_root
-from llmft.training.launch import launch, take_weights
+from llmft.models.adapters import check_adapter, save_adapter
 from llmft.models.load import load_model
+from llmft.training import launch as launching
+from llmft.training import strategies
+from llmft.training.checkpoints import checkpoints, load_checkpoint
+from llmft.training.fit import fit
+from llmft.training.launch import launch, take_weights
+from llmft.training.ledger import Account, Ledger
 from llmft.training.recipe import Recipe
 from llmft.training.strategies import Processes, check_processes
-from llmft.training.fit import fit
 
 with_deepspeed = strategies.importlib.util.find_spec('deepspeed') is not None
-ways = (
-    [('full', way) for way in ('ddp', 'fsdp2', 'zero2', 'zero3')]
-    + [('lora', way) for way in ('ddp', 'fsdp2', 'zero2', 'zero3')]
-    + [('nf4', way) for way in ('ddp', 'zero2', 'zero3')]
+pairs = (
+    [('full', strategy) for strategy in ('ddp', 'fsdp2', 'zero2', 'zero3')]
+    + [('lora', strategy) for strategy in ('ddp', 'fsdp2', 'zero2', 'zero3')]
+    + [('nf4', strategy) for strategy in ('ddp', 'zero2', 'zero3')]
 )
-ways += [('uniform', 'ddp'), ('learned', 'ddp')]  # subspaces
-ways = [pair for pair in ways if with_deepspeed or not pair[1].startswith('zero')]
-each_way = pytest.mark.parametrize('method,strategy', ways)
+pairs += [('uniform', 'ddp'), ('learned', 'ddp')]  # subspaces
+pairs = [pair for pair in pairs if with_deepspeed or not pair[1].startswith('zero')]
+each_pair = pytest.mark.parametrize('method,strategy', pairs)
 
 
 def two_ranks(script, *arguments, timeout=400):
@@ -50,10 +58,10 @@ def runs(tmp_path_factory):
     "One process trains; two ranks train alike, resume their own run, and resume the one of a single process. All in one job."
     folder = tmp_path_factory.mktemp('runs')
     load_model('preset:llama-tiny', seed=3).save_pretrained(folder / 'model')
-    for method in dict.fromkeys(method for method, _ in ways):
+    for method in dict.fromkeys(method for method, _ in pairs):
         rank_runs.train(folder / f'{method}-alone', folder / 'model', method)
     cases = []
-    for method, strategy in ways:
+    for method, strategy in pairs:
         cases.append(
             dict(
                 folder=str(folder / f'{method}-{strategy}'),
@@ -103,12 +111,12 @@ def final(folder):
 
 def close(one, other, relative):
     assert len(one) == len(other) > 0
-    for mine, theirs in zip(one, other):
-        for a, b in zip(mine, theirs):
-            assert a == b if a is None or isinstance(a, int) else math.isclose(a, b, rel_tol=relative), (mine, theirs)
+    for left, right in zip(one, other, strict=True):
+        for a, b in zip(left, right, strict=True):
+            assert a == b if a is None or isinstance(a, int) else math.isclose(a, b, rel_tol=relative), (left, right)
 
 
-@each_way
+@each_pair
 def test_two_ranks_lose_what_one_process_loses(runs, method, strategy):
     keys = 'step', 'loss', 'grad_norm', 'learning_rate', 'tokens', 'targets', 'flops', 'valid_loss', 'valid_targets'
     close(log_of(runs / f'{method}-alone', *keys), log_of(runs / f'{method}-{strategy}', *keys), 2e-5)
@@ -121,7 +129,7 @@ def test_a_subspace_is_not_cut():
     assert not Path('never').exists()
 
 
-@each_way
+@each_pair
 def test_weights_put_together_are_those_of_one_process(runs, method, strategy):
     alone, found = final(runs / f'{method}-alone')['weights'], final(runs / f'{method}-{strategy}')['weights']
     assert set(alone) == set(found) and len(alone) > 0
@@ -135,7 +143,7 @@ def test_weights_put_together_are_those_of_one_process(runs, method, strategy):
     assert ('weights.part00001.safetensors' in files) == (strategy != 'ddp')
 
 
-@each_way
+@each_pair
 def test_resumed_with_as_many_ranks_is_the_same_run(runs, method, strategy):
     one, again = runs / f'{method}-{strategy}', runs / f'{method}-{strategy}-again'
     assert log_of(one, 'step', 'loss', 'valid_loss') == log_of(again, 'step', 'loss', 'valid_loss')
@@ -157,7 +165,7 @@ def test_each_rank_draws_its_own_dropout_and_draws_it_again_after_a_resume(runs)
             assert torch.equal(tensor, again[stem][name]), (stem, name)
 
 
-@each_way
+@each_pair
 def test_two_ranks_go_on_with_the_run_of_one(runs, method, strategy):
     close(
         log_of(runs / f'{method}-alone', 'step', 'loss', 'valid_loss'),
@@ -166,7 +174,7 @@ def test_two_ranks_go_on_with_the_run_of_one(runs, method, strategy):
     )
 
 
-@each_way
+@each_pair
 def test_one_process_goes_on_with_the_run_of_two(runs, tmp_path, method, strategy):
     shutil.copytree(runs / f'{method}-{strategy}', tmp_path / 'run')
     rank_runs.drop_last(tmp_path / 'run')
@@ -232,6 +240,71 @@ def test_launched_ranks_give_what_one_process_gives_and_a_death_is_told(runs, tm
         check_adapter(net, tmp_path / 'adapter', lambda: load_model(str(runs / 'model')), torch.arange(2, 12)[None])
         < 1e-4
     )
+
+
+def ledgered(folder, budget=0.0, **params):
+    "A launched run that books its operations: (its result, its account)."
+    params = SimpleNamespace(**dict(tiny, model='preset:llama-tiny') | params)
+    net, train, valid = rank_runs.build(params)
+    account = Account(folder / 'ledger.jsonl', budget)
+    ledger = Ledger(account, 'run', 'mark', net.config, 4, ['q_proj', 'v_proj', 'down_proj'])
+    recipe = Recipe(**rank_runs.BASE)
+    return launch(rank_runs.build, params, net, train, valid, folder, recipe, ledger=ledger), account
+
+
+def booked(account):
+    "The lines of an account, as often as they were written."
+    return [json.loads(line) for line in account.path.read_text().splitlines()]
+
+
+def test_ranks_book_in_one_ledger_what_one_process_books(tmp_path, monkeypatch):
+    "Without a limit, and with a budget that refuses the third step: all ranks stop there together."
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]))
+    monkeypatch.setenv('LLMFT_MANAGED', '1')
+    two = dict(nproc=2, strategy='ddp')
+    _, account = ledgered(tmp_path / 'free', nproc=1, strategy='none')
+    study = [account.steps['run']['train', step]['study'] for step in (1, 2, 3, 4)]
+    budget = sum(study[:3]) - 1
+
+    results = {}
+    for name, limit, params in (
+        ('free-two', 0.0, two),
+        ('short', budget, dict(nproc=1, strategy='none')),
+        ('short-two', budget, two),
+    ):
+        results[name] = ledgered(tmp_path / name, limit, **params)
+
+    keys = 'step', 'loss', 'grad_norm', 'tokens', 'flops', 'valid_loss'
+    for alone, together in (('free', 'free-two'), ('short', 'short-two')):
+        close(log_of(tmp_path / alone, *keys), log_of(tmp_path / together, *keys), 2e-5)
+        assert booked(Account(tmp_path / alone / 'ledger.jsonl')) == booked(
+            Account(tmp_path / together / 'ledger.jsonl')
+        )
+    result, account = results['short-two']
+    assert result.progress.stopped == 'FLOP budget' and result.progress.step == 2
+    assert account.spent == sum(study[:2]), 'the notebook sees what its ranks booked'
+    assert [line['kind'] for line in booked(account)] == ['begin'] + ['reserved', 'booked'] * 2
+
+
+def test_a_budget_below_one_step_is_refused_by_all_ranks_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]))
+    monkeypatch.setenv('LLMFT_MANAGED', '1')
+    with pytest.raises(LabError, match='max_flops is 10 for the whole study and one step takes'):
+        ledgered(tmp_path, 10.0, nproc=2, strategy='ddp')
+    errors = [json.loads(file.read_text()) for file in sorted((tmp_path / 'launch').glob('error-*.json'))]
+    assert {error['kind'] for error in errors} == {'LabError'}, 'no rank was left waiting'
+    assert not alive(str(tmp_path))
+
+
+def test_a_build_that_depends_on_more_than_its_params_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(Path(__file__).parent), os.environ.get('PYTHONPATH', '')]))
+    params = SimpleNamespace(**dict(tiny, model='preset:llama-tiny', nproc=2, strategy='ddp'))
+    net, train, valid = rank_runs.build(params)
+    with torch.no_grad():
+        next(p for p in net.parameters() if p.requires_grad).add_(1)
+    with pytest.raises(LabError, match='a rank built other held-out data and trained weights than the notebook'):
+        launch(rank_runs.build, params, net, train, train, tmp_path, Recipe(**rank_runs.BASE))
+    assert not (tmp_path / 'checkpoints').exists()
 
 
 def failing(*codes):

@@ -1,18 +1,20 @@
 """The profile experiment end to end: its table, its trace, its chart, and training that is none the different for being watched."""
 
-import gzip, json
+import gzip
+import json
 
-import numpy as np, torch
+import numpy as np
+import torch
 
-from llmft.models.adapters import add_lora, trainable_parameters, weights_hash
 from llmft.core import project_root
-from llmft.runs.execute import execute_run
+from llmft.data.tokens import Examples
+from llmft.models.adapters import add_lora, trainable_parameters, weights_hash
 from llmft.models.load import load_model
+from llmft.runs.execute import execute_run
 from llmft.runs.params import resolve_params
+from llmft.training.fit import fit
 from llmft.training.profiling import named_parts, profile_fit
 from llmft.training.recipe import Recipe
-from llmft.data.tokens import Examples
-from llmft.training.fit import fit
 
 
 def test_the_experiment_leaves_table_trace_and_chart(tmp_path):
@@ -52,7 +54,10 @@ def test_watching_changes_no_bit(tmp_path):
         Examples(ids, np.arange(8) * 33, np.arange(8) * 33 + 33),
         Recipe(batch_size=4, max_length=32, gradient_checkpointing=True),
     )
-    build = lambda: add_lora(load_model('preset:llama-tiny'), 4, 8, 0.1, ['q_proj', 'v_proj'], seed=0)
+
+    def build():
+        return add_lora(load_model('preset:llama-tiny'), 4, 8, 0.1, ['q_proj', 'v_proj'], seed=0)
+
     watched, plain = build(), build()
     seen = profile_fit(watched, some, recipe, steps=2)
     with torch.random.fork_rng():

@@ -7,15 +7,28 @@ __all__ = ['lean_classes', 'steady_ropes', 'most_packed', 'linear_map', 'is_lean
            'ModelDecoder', 'CompiledDecoder', 'decoder_for']
 
 # %% ../../nbs/inference/01_decoder.ipynb #c1a51e55
-import contextlib, functools, inspect, torch
+import contextlib
+import functools
+import inspect
 from types import SimpleNamespace
-from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention as sdpa, silu
+
+import torch
+from fastcore.basics import patch
+from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import StaticCache
 from transformers.masking_utils import create_masks_for_generate
+
 from ..core import LabError
 from ..models.load import causal_model, shared_heads
 
 # %% ../../nbs/inference/01_decoder.ipynb #d1f1b8b4
+_few_rows = 2  # rows for which stripes are faster than the usual product
+_stripe_count = 16
+_least_striped = 2**15  # weights below which stripes do not pay
+_least_packed = 2**17  # weights below which a copy in oneDNN's order does not pay
+
+
 def _is_plain(module):
     "Whether `module` is a linear layer whose weight is an ordinary matrix, with nothing hooked to it."
     return (
@@ -26,60 +39,58 @@ def _is_plain(module):
     )
 
 
-def _is_plain_lora(module):
-    "Whether `module` is a LoRA on a plain layer that adds plain products in the layer's own dtype."
-    if type(module).__name__ != 'Linear' or not hasattr(module, 'lora_A') or not _is_plain(module.base_layer):
-        return False
-    parts = [part[name] for part in (module.lora_A, module.lora_B) for name in module.active_adapters if name in part]
-    return (
-        not module.merged
-        and not module.disable_adapters
-        and not module.lora_variant
-        and all(part.bias is None and part.weight.dtype == module.base_layer.weight.dtype for part in parts)
-    )
+def _on_cpu_in_fp32(weight):
+    "Whether the special products are for this weight."
+    return weight.device.type == 'cpu' and weight.dtype == torch.float32
 
 
 def _packed(weight, bias):
     "A product with a copy of `weight` in the order that oneDNN multiplies a few rows with."
-    copy, multiply = (
-        torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16),
-        torch.ops.mkldnn._linear_pointwise.default,
-    )
+    copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 16)
+    multiply = torch.ops.mkldnn._linear_pointwise.default
     return lambda inputs_RI: multiply(inputs_RI, copy, bias, 'none', [], '')
 
 
-def _in_stripes(weight, bias, stripes=16):
-    "A product with `weight` for one or two rows at a time, a stripe of outputs after the other; more rows go the usual way."
-    striped = weight.unflatten(0, (stripes, -1))
+def _in_stripes(weight, bias):
+    "A product for one or two rows at a time, a stripe of outputs after the other; more rows go the usual way."
+    striped = weight.unflatten(0, (_stripe_count, -1))
 
     def few(inputs_RI):
-        if len(inputs_RI) > 2:
+        if len(inputs_RI) > _few_rows:
             return linear(inputs_RI, weight, bias)
-        outputs_RO = torch.bmm(striped, inputs_RI.t().expand(stripes, -1, -1)).flatten(0, 1).t()
+        outputs_RO = torch.bmm(striped, inputs_RI.t().expand(_stripe_count, -1, -1)).flatten(0, 1).t()
         return outputs_RO if bias is None else outputs_RO + bias
 
     return few
 
 
-def linear_map(module,        # of a model: a linear layer, quantised or with an adapter, as it may be
-               rows:int=1,    # rows of a decoding step
-               packs:bool=False, # whether a copy in another order may be made
-):                            # a function (rows, inputs) -> (rows, outputs)
-    "What `module` does in evaluation, with no more Python than it needs."
-    if _is_plain(module):
-        weight, bias = module.weight, module.bias
-        if weight.device.type == 'cpu' and weight.dtype == torch.float32:
-            if packs and rows > 2 and weight.numel() >= 2**17 and torch.backends.mkldnn.is_available():
-                return _packed(weight, bias)
-            if rows <= 2 and weight.numel() >= 2**15 and len(weight) % 16 == 0:
-                return _in_stripes(weight, bias)
-        return functools.partial(linear, weight=weight, bias=bias)
-    if not _is_plain_lora(module):
-        return module
-    base, names = (
-        linear_map(module.base_layer, rows, packs),
-        [name for name in module.active_adapters if name in module.lora_A],
-    )
+def _plain_map(module, rows, packs):
+    "The fastest product with the weight of a plain linear layer."
+    weight = module.weight
+    bias = module.bias
+    if _on_cpu_in_fp32(weight):
+        packable = weight.numel() >= _least_packed and torch.backends.mkldnn.is_available()
+        if packs and rows > _few_rows and packable:
+            return _packed(weight, bias)
+        if rows <= _few_rows and weight.numel() >= _least_striped and len(weight) % _stripe_count == 0:
+            return _in_stripes(weight, bias)
+    return functools.partial(linear, weight=weight, bias=bias)
+
+# %% ../../nbs/inference/01_decoder.ipynb #62e969b2
+def _is_plain_lora(module):
+    "Whether `module` is a LoRA on a plain layer that adds plain products in the layer's own dtype."
+    if type(module).__name__ != 'Linear' or not hasattr(module, 'lora_A') or not _is_plain(module.base_layer):
+        return False
+    if module.merged or module.disable_adapters or module.lora_variant:
+        return False
+    parts = [part[name] for part in (module.lora_A, module.lora_B) for name in module.active_adapters if name in part]
+    return all(part.bias is None and part.weight.dtype == module.base_layer.weight.dtype for part in parts)
+
+
+def _lora_map(module, rows, packs):
+    "The product with the weight of a linear layer and those of its adapters."
+    base = linear_map(module.base_layer, rows, packs)
+    names = [name for name in module.active_adapters if name in module.lora_A]
     pairs = [(module.lora_A[name].weight, module.lora_B[name].weight.t(), module.scaling[name]) for name in names]
 
     def adapted(inputs_RI):
@@ -90,41 +101,55 @@ def linear_map(module,        # of a model: a linear layer, quantised or with an
 
     return adapted
 
+
+def linear_map(
+    module,  # of a model: a linear layer, quantised or with an adapter, as it may be
+    rows: int = 1,  # rows of a decoding step
+    packs: bool = False,  # whether a copy in another order may be made
+):  # a function (rows, inputs) -> (rows, outputs)
+    "What `module` does in evaluation, with no more Python than it needs."
+    if _is_plain(module):
+        return _plain_map(module, rows, packs)
+    return _lora_map(module, rows, packs) if _is_plain_lora(module) else module
+
+# %% ../../nbs/inference/01_decoder.ipynb #36eebf7d
+lean_classes = ('LlamaForCausalLM', 'Qwen2ForCausalLM')  # models whose step is written out here
+steady_ropes = ('default', 'linear', 'llama3', 'yarn')  # rotary positions whose angles do not change with the length
+
 # %% ../../nbs/inference/01_decoder.ipynb #a8e3c8fb
-lean_classes = ('LlamaForCausalLM', 'Qwen2ForCausalLM')
-steady_ropes = ('default', 'linear', 'llama3', 'yarn')
-
-
-def is_lean(model) -> bool:
+def is_lean(
+    model,  # a causal language model, with or without an adapter
+) -> bool:
     "Whether the steps of `model` can be taken by `LeanDecoder`."
     net = causal_model(model)
     if type(net).__name__ not in lean_classes or net.config.hidden_act != 'silu':
         return False
-    if (
-        set(getattr(net.config, 'layer_types', None) or []) - {'full_attention'}
-        or net.model.rotary_emb.rope_type not in steady_ropes
-    ):
+    if set(getattr(net.config, 'layer_types', None) or []) - {'full_attention'}:
+        return False
+    if net.model.rotary_emb.rope_type not in steady_ropes:
         return False
     if len({weight.device for weight in net.parameters()}) > 1:
         return False
+
     return not any(
         module._forward_hooks or module._forward_pre_hooks or hasattr(module, '_hf_hook') for module in net.modules()
     )
 
 # %% ../../nbs/inference/01_decoder.ipynb #5b005221
-def rotate(heads_BTHD,  # queries or keys
-           cos_BTD,     # cosine of each angle
-           sin_BTD,     # sine of each angle, the first half with the sign turned
-):                      # the same shape
+def rotate(
+    heads_BTHD,  # queries or keys
+    cos_BTD,  # cosine of each angle
+    sin_BTD,  # sine of each angle, the first half with the sign turned
+):  # the same shape
     "Turn each pair of numbers by the angle of its position."
-    return torch.addcmul(
-        heads_BTHD * cos_BTD[:, :, None], heads_BTHD.roll(heads_BTHD.shape[-1] // 2, -1), sin_BTD[:, :, None]
-    )
+    swapped_BTHD = heads_BTHD.roll(heads_BTHD.shape[-1] // 2, -1)
+    return torch.addcmul(heads_BTHD * cos_BTD[:, :, None], swapped_BTHD, sin_BTD[:, :, None])
 
 # %% ../../nbs/inference/01_decoder.ipynb #848fba29
-def prefill_mask(starts_B,  # first real slot of each row
-                 slots:int, # of the padded prompts
-):                          # bool (rows, 1, slots, slots): True where a slot sees another; `None` when no row is padded
+def prefill_mask(
+    starts_B,  # first real slot of each row
+    slots: int,  # of the padded prompts
+):  # bool (rows, 1, slots, slots): True where a slot sees another; `None` when no row is padded
     "Causal attention that does not look at padding; a padding slot sees itself, so that no softmax is empty."
     if not starts_B.any():
         return None
@@ -132,78 +157,98 @@ def prefill_mask(starts_B,  # first real slot of each row
     sees = (slot[None, :] <= slot[:, None])[None] & (slot[None, None, :] >= starts_B[:, None, None])
     return (sees | torch.eye(slots, dtype=torch.bool, device=starts_B.device))[:, None]
 
-# %% ../../nbs/inference/01_decoder.ipynb #949030a5
+# %% ../../nbs/inference/01_decoder.ipynb #31963471
 most_packed = 2**30  # bytes of weights that are copied into another order, at most
+_least_joined = 2**16  # weights below which joining maps does not pay
+_least_steps = 16  # steps that repay the copy
 
 
 def _joined(modules, norm, rows, packs):
-    "What linear layers with one input do, as one function that gives their outputs side by side, and the weights of the norm before them, `None` where they are multiplied in."
-    plain = all(
-        _is_plain(module) and module.weight.device.type == 'cpu' and module.weight.dtype == torch.float32
-        for module in modules
-    )
-    if not (
-        packs
-        and rows > 2
-        and plain
-        and sum(module.weight.numel() for module in modules) >= 2**16
-        and torch.backends.mkldnn.is_available()
-    ):
+    "Layers that read one input, as one function with outputs side by side; and the norm's weights, None if joined in."
+    plain = all(_is_plain(module) and _on_cpu_in_fp32(module.weight) for module in modules)
+    size = sum(module.weight.numel() for module in modules) if plain else 0
+    if not (packs and rows > _few_rows and size >= _least_joined and torch.backends.mkldnn.is_available()):
         maps = [linear_map(module, rows, packs) for module in modules]
-        return lambda inputs_RI: torch.cat([one(inputs_RI) for one in maps], -1), norm
-    biases = [torch.zeros(module.out_features) if module.bias is None else module.bias for module in modules]
-    bias = None if all(module.bias is None for module in modules) else torch.cat(biases)
-    return _packed(torch.cat([module.weight for module in modules]) * (norm * len(norm) ** 0.5), bias), None
+        return lambda inputs_RI: torch.cat([product(inputs_RI) for product in maps], -1), norm
+
+    bias = None
+    if any(module.bias is not None for module in modules):
+        biases = [torch.zeros(module.out_features) if module.bias is None else module.bias for module in modules]
+        bias = torch.cat(biases)
+    weight = torch.cat([module.weight for module in modules]) * (norm * len(norm) ** 0.5)
+    return _packed(weight, bias), None
 
 
-def _parts(layer, rows, packs):
+def _layer_maps(layer, rows, packs):
     "The linear maps and norm weights of one layer."
-    attention, mlp = layer.self_attn, layer.mlp
-    qkv, before = _joined(
-        [attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm.weight, rows, packs
-    )
-    gate_up, after = _joined([mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm.weight, rows, packs)
-    return SimpleNamespace(
-        before=before,
-        qkv=qkv,
-        o=linear_map(attention.o_proj, rows, packs),
-        after=after,
-        gate_up=gate_up,
-        down=linear_map(mlp.down_proj, rows, packs),
-    )
+    attention = layer.self_attn
+    qkv_modules = [attention.q_proj, attention.k_proj, attention.v_proj]
+    gate_up_modules = [layer.mlp.gate_proj, layer.mlp.up_proj]
+    qkv, before = _joined(qkv_modules, layer.input_layernorm.weight, rows, packs)
+    gate_up, after = _joined(gate_up_modules, layer.post_attention_layernorm.weight, rows, packs)
 
+    o = linear_map(attention.o_proj, rows, packs)
+    down = linear_map(layer.mlp.down_proj, rows, packs)
+    return SimpleNamespace(before=before, qkv=qkv, o=o, after=after, gate_up=gate_up, down=down)
 
+# %% ../../nbs/inference/01_decoder.ipynb #949030a5
 class LeanDecoder:
     "Prefill and single steps of a Llama or Qwen2 on its own weights, with a cache reserved for `slots` positions."
 
-    def __init__(self, model, slots, rows=1, steps=0):
-        self.net, self.slots, self.used = causal_model(model), slots, 0
-        self.calls_modules = any(
-            linear_map(module) is module for module in self.net.modules() if hasattr(module, 'in_features')
-        )
-        packs = steps >= 16 and sum(weight.numel() * 4 for weight in self.net.parameters()) <= most_packed
-        config, attention = self.net.config, self.net.model.layers[0].self_attn
-        self.head_width, self.scale, self.epsilon = attention.head_dim, attention.scaling, config.rms_norm_eps
-        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
-        self.embed, self.norm = self.net.get_input_embeddings(), self.net.model.norm.weight
-        self.layers = [_parts(layer, rows, packs) for layer in self.net.model.layers]
-        self.head, self.last = _joined([self.net.get_output_embeddings()], self.norm, rows, packs)
+    def __init__(
+        self,
+        model,  # one that `is_lean`
+        slots: int,  # prompt and new tokens of the longest row
+        rows: int = 1,  # of the batch
+        steps: int = 0,  # that will be taken; many repay a copy of the weights
+    ):
+        self.net = causal_model(model)
+        self.slots = slots
+        self.used = 0  # slots that are filled
+        linears = [module for module in self.net.modules() if hasattr(module, 'in_features')]
+        self.calls_modules = any(linear_map(module) is module for module in linears)
+        size = sum(weight.numel() * 4 for weight in self.net.parameters())
+        self._read_weights(rows, packs=steps >= _least_steps and size <= most_packed)
+        self._read_positions()
+
+    def _read_weights(self, rows, packs):
+        "The maps and norms of every layer, of embedding and head."
+        config = self.net.config
+        attention = self.net.model.layers[0].self_attn
+        self.head_width = attention.head_dim
+        self.scale = attention.scaling
+        self.heads = config.num_attention_heads
+        self.groups = config.num_key_value_heads
+
+        self.embed = self.net.get_input_embeddings()
+        self.norm = self.net.model.norm.weight
+        self.epsilon = config.rms_norm_eps
         self.floor = self.norm.new_tensor(self.epsilon * len(self.norm)).sqrt()
-        cos, sin = self.net.model.rotary_emb(self.norm, torch.arange(slots, device=self.norm.device)[None])
-        self.cos_SD, self.sin_SD = cos[0], torch.cat(sin[0].neg().chunk(2, -1)[:1] + sin[0].chunk(2, -1)[1:], -1)
+        self.layers = [_layer_maps(layer, rows, packs) for layer in self.net.model.layers]
+        self.head, self.last = _joined([self.net.get_output_embeddings()], self.norm, rows, packs)
+
+    def _read_positions(self):
+        "Cosines and sines of every position, (slots, head width); the sines with the sign that `rotate` wants."
+        cos_1SD, sin_1SD = self.net.model.rotary_emb(
+            self.norm, torch.arange(self.slots, device=self.norm.device)[None]
+        )
+        first_half, second_half = sin_1SD[0].chunk(2, -1)
+        self.cos_SD = cos_1SD[0]
+        self.sin_SD = torch.cat([-first_half, second_half], -1)
 
     def begin(self, ids_BT, starts_B):
         "Read the padded prompts; the logits after the last slot, (rows, vocabulary)."
         rows, length = ids_BT.shape
         shape = (rows, self.groups, self.slots, self.head_width)
         self.cache = [(self.norm.new_zeros(shape), self.norm.new_zeros(shape)) for _ in self.layers]
-        self.starts_B, mask = starts_B, prefill_mask(starts_B, length)
-        hidden = torch.arange(self.slots, device=starts_B.device)[None] < starts_B[:, None]
-        self.mask = (
-            None
-            if mask is None
-            else torch.zeros_like(hidden, dtype=self.norm.dtype).masked_fill_(hidden, float('-inf'))[:, None, None]
-        )
+        self.starts_B = starts_B
+
+        mask = prefill_mask(starts_B, length)
+        self.mask = None
+        if mask is not None:
+            hidden_BS = torch.arange(self.slots, device=starts_B.device)[None] < starts_B[:, None]
+            zeros_BS = torch.zeros_like(hidden_BS, dtype=self.norm.dtype)
+            self.mask = zeros_BS.masked_fill_(hidden_BS, float('-inf'))[:, None, None]
         return self._forward(ids_BT, mask)
 
     def step(self, ids_B):
@@ -213,72 +258,88 @@ class LeanDecoder:
     def select(self, rows):
         "Keep these rows of the batch, in this order; a row may be taken more than once."
         self.cache = [(keys[rows], values[rows]) for keys, values in self.cache]
-        self.starts_B, self.mask = self.starts_B[rows], None if self.mask is None else self.mask[rows]
+        self.starts_B = self.starts_B[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
 
-    def _forward(self, ids_BT, mask):
-        with contextlib.nullcontext() if self.calls_modules else torch.inference_mode():
-            return self._logits(ids_BT, mask)
+# %% ../../nbs/inference/01_decoder.ipynb #468c6c6c
+@patch
+def _forward(self: LeanDecoder, ids_BT, mask):
+    "Logits after the last slot, (rows, vocabulary)."
+    with contextlib.nullcontext() if self.calls_modules else torch.inference_mode():
+        return self._logits(ids_BT, mask)
 
-    def _logits(self, ids_BT, mask):
-        places_BT = (
-            torch.arange(self.used, self.used + ids_BT.shape[1], device=ids_BT.device) - self.starts_B[:, None]
-        ).clamp_(min=0)
-        angles = self.cos_SD[places_BT], self.sin_SD[places_BT]
-        stream_RW = self.embed(ids_BT).flatten(0, 1)
-        for layer, cache in zip(self.layers, self.cache):
-            stream_RW = stream_RW + layer.o(
-                self._attend(layer, self._normed(stream_RW, layer.before), ids_BT.shape, cache, angles, mask)
-            )
-            gate_RM, up_RM = layer.gate_up(self._normed(stream_RW, layer.after)).chunk(2, -1)
-            stream_RW = stream_RW + layer.down(silu(gate_RM).mul_(up_RM))
-        self.used += ids_BT.shape[1]
-        last_BW = stream_RW.unflatten(0, ids_BT.shape)[:, -1]
-        return self.head(self._normed(last_BW, self.last))
 
-    def _normed(self, stream_RW, weight):
-        "Each row over its root mean square, times `weight`; over its length where there is none."
-        if weight is not None:
-            return rms_norm(stream_RW, stream_RW.shape[1:], weight, self.epsilon)
-        return stream_RW / torch.hypot(torch.linalg.vector_norm(stream_RW, dim=-1, keepdim=True), self.floor)
+@patch
+def _logits(self: LeanDecoder, ids_BT, mask):
+    "The layers written out; rows and tokens are one axis except in attention."
+    new_slots = torch.arange(self.used, self.used + ids_BT.shape[1], device=ids_BT.device)
+    positions_BT = (new_slots - self.starts_B[:, None]).clamp_(min=0)
+    angles = (self.cos_SD[positions_BT], self.sin_SD[positions_BT])
 
-    def _attend(self, layer, normed_RW, shape, cache, angles, mask):
-        "What the new tokens read from the cache, after their own keys and values were written to it: (rows x tokens, heads x head width)."
-        heads_BTED = layer.qkv(normed_RW).view(*shape, -1, self.head_width)
-        turned_BTED, value_BTGD = rotate(heads_BTED[:, :, : -self.groups], *angles), heads_BTED[:, :, -self.groups :]
-        query_BTHD, key_BTGD = turned_BTED[:, :, : self.heads], turned_BTED[:, :, self.heads :]
-        now, end = self.used, self.used + shape[1]
-        cache[0][:, :, now:end] = key_BTGD.transpose(1, 2)
-        cache[1][:, :, now:end] = value_BTGD.transpose(1, 2)
-        keys, values = (tensor[:, :, :end] for tensor in cache)
-        if shape[1] == 1:  # the heads that share a key are the queries of one attention
-            out = sdpa(
-                query_BTHD.reshape(shape[0], self.groups, -1, self.head_width),
-                keys,
-                values,
-                attn_mask=mask,
-                scale=self.scale,
-            )
-        else:
-            keys, values, grouped = shared_heads(query_BTHD.transpose(1, 2), keys, values, mask is not None)
-            out = sdpa(
-                query_BTHD.transpose(1, 2),
-                keys,
-                values,
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=self.scale,
-                enable_gqa=grouped,
-            ).transpose(1, 2)
-        return out.reshape(len(normed_RW), -1)
+    stream_RW = self.embed(ids_BT).flatten(0, 1)
+    for layer, cache in zip(self.layers, self.cache, strict=True):
+        normed_RW = self._normed(stream_RW, layer.before)
+        stream_RW = stream_RW + layer.o(self._attend(layer, normed_RW, ids_BT.shape, cache, angles, mask))
+        gate_RM, up_RM = layer.gate_up(self._normed(stream_RW, layer.after)).chunk(2, -1)
+        stream_RW = stream_RW + layer.down(silu(gate_RM).mul_(up_RM))
+
+    self.used += ids_BT.shape[1]
+    last_BW = stream_RW.unflatten(0, ids_BT.shape)[:, -1]
+    return self.head(self._normed(last_BW, self.last))
+
+
+@patch
+def _normed(self: LeanDecoder, stream_RW, weight):
+    "Each row over its root mean square, times `weight`; over its length where there is none."
+    if weight is not None:
+        return rms_norm(stream_RW, stream_RW.shape[1:], weight, self.epsilon)
+    return stream_RW / torch.hypot(torch.linalg.vector_norm(stream_RW, dim=-1, keepdim=True), self.floor)
+
+# %% ../../nbs/inference/01_decoder.ipynb #c9c7444a
+@patch
+def _attend(self: LeanDecoder, layer, normed_RW, shape, cache, angles, mask):
+    "What the new tokens read from the cache, their own keys and values included: (rows x tokens, heads x width)."
+    heads_BTED = layer.qkv(normed_RW).view(*shape, -1, self.head_width)
+    value_BTGD = heads_BTED[:, :, -self.groups :]
+    turned_BTED = rotate(heads_BTED[:, :, : -self.groups], *angles)
+    query_BTHD = turned_BTED[:, :, : self.heads]
+    key_BTGD = turned_BTED[:, :, self.heads :]
+
+    now = self.used
+    end = now + shape[1]
+    cache[0][:, :, now:end] = key_BTGD.transpose(1, 2)
+    cache[1][:, :, now:end] = value_BTGD.transpose(1, 2)
+    keys, values = (tensor[:, :, :end] for tensor in cache)
+
+    if shape[1] == 1:
+        query = query_BTHD.reshape(shape[0], self.groups, -1, self.head_width)
+        out = sdpa(query, keys, values, attn_mask=mask, scale=self.scale)
+    else:
+        out = self._attend_prompt(query_BTHD.transpose(1, 2), keys, values, mask)
+    return out.reshape(len(normed_RW), -1)
+
+
+@patch
+def _attend_prompt(self: LeanDecoder, query_BHTD, keys, values, mask):
+    "Attention of whole prompts, (rows, tokens, heads, head width)."
+    keys, values, grouped = shared_heads(query_BHTD, keys, values, mask is not None)
+    options = dict(attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=grouped)
+    return sdpa(query_BHTD, keys, values, **options).transpose(1, 2)
 
 # %% ../../nbs/inference/01_decoder.ipynb #513e83b0
 class ModelDecoder:
     "Prefill and single steps by a model's own forward and cache."
 
-    def __init__(self, model, slots):
-        self.model, known = model, inspect.signature(causal_model(model).forward).parameters
-        self.extra = dict(use_cache=True) | (dict(logits_to_keep=1) if 'logits_to_keep' in known else {})
-        self.positions, self.cache = 'position_ids' in known, None
+    def __init__(
+        self,
+        model,  # a causal language model, with or without an adapter
+        slots: int,  # prompt and new tokens of the longest row
+    ):
+        arguments = inspect.signature(causal_model(model).forward).parameters
+        self.model = model
+        self.extra = dict(use_cache=True) | (dict(logits_to_keep=1) if 'logits_to_keep' in arguments else {})
+        self.positions = 'position_ids' in arguments
+        self.cache = None
 
     def begin(self, ids_BT, starts_B):
         "Read the padded prompts; the logits after the last slot, (rows, vocabulary)."
@@ -297,9 +358,11 @@ class ModelDecoder:
         self.mask_BT = self.mask_BT[rows]
 
     def _places(self, slots):
+        "The argument with positions of the last `slots` slots, for a model that takes positions."
         return dict(position_ids=(self.mask_BT.cumsum(1) - 1).clamp_(min=0)[:, -slots:]) if self.positions else {}
 
     def _forward(self, ids_BT):
+        "Logits after the last slot, (rows, vocabulary)."
         out = self.model(
             input_ids=ids_BT,
             attention_mask=self.mask_BT,
@@ -308,40 +371,46 @@ class ModelDecoder:
             **self.extra,
         )
         if getattr(out, 'past_key_values', None) is None:
-            raise LabError(
-                f'{causal_model(self.model).config.model_type} gives no cache of keys and values: it cannot generate here'
-            )
+            model_type = causal_model(self.model).config.model_type
+            raise LabError(f'{model_type} gives no cache of keys and values: it cannot generate here')
         self.cache = out.past_key_values
         return out.logits[:, -1]
 
     def _single(self, ids_B1):
+        "One step."
         return self._forward(ids_B1)
 
 # %% ../../nbs/inference/01_decoder.ipynb #f627571b
+_cache_block = 128  # slots: cache sizes are multiples, so that prompts of similar length share one compiled step
+
+
 class CompiledDecoder(ModelDecoder):
-    "Prefill by a model's own forward, single steps by that forward compiled, over a cache whose size is a multiple of 128 slots."
+    "Prefill by a model's own forward, single steps by that forward compiled, over a cache of fixed size."
 
     def __init__(self, model, slots):
         super().__init__(model, slots)
         self.net = causal_model(model)
-        self.cache = StaticCache(config=self.net.config, max_cache_len=-(-slots // 128) * 128)
+        blocks = -(-slots // _cache_block)
+        self.cache = StaticCache(config=self.net.config, max_cache_len=blocks * _cache_block)
 
     def _single(self, ids_B1):
-        places, like = self._places(1), torch.empty((len(ids_B1), 1, 0), dtype=self.net.dtype, device=ids_B1.device)
+        "One compiled step; its mask is made outside."
+        places = self._places(1)
+        like = torch.empty((len(ids_B1), 1, 0), dtype=self.net.dtype, device=ids_B1.device)
         mask = create_masks_for_generate(self.net.config, like, self.mask_BT, self.cache, **places)
-        out = self.net.get_compiled_call(None)(
-            input_ids=ids_B1, attention_mask=mask, past_key_values=self.cache, **places, **self.extra
-        )
+        compiled = self.net.get_compiled_call(None)
+        out = compiled(input_ids=ids_B1, attention_mask=mask, past_key_values=self.cache, **places, **self.extra)
         return out.logits[:, -1].clone()  # the next step writes into the same memory where steps are CUDA graphs
 
 # %% ../../nbs/inference/01_decoder.ipynb #40e0d571
-def decoder_for(model,      # a causal language model, with or without an adapter
-                slots:int,  # prompt and new tokens of the longest row
-                rows:int=1, # of the batch
-                steps:int=0,# that will be taken
-                compiled:bool=False, # by `torch.compile`
-):                          # an object with begin, step and select
-    "The way to take single steps of `model`: compiled where that is asked for, written out where that is known to be the same, else its own forward."
+def decoder_for(
+    model,  # a causal language model, with or without an adapter
+    slots: int,  # prompt and new tokens of the longest row
+    rows: int = 1,  # of the batch
+    steps: int = 0,  # that will be taken
+    compiled: bool = False,  # by `torch.compile`
+):  # an object with begin, step and select
+    "What takes the steps of `model`: compiled if asked for, written out where that is the same, else its own forward."
     if compiled:
         return CompiledDecoder(model, slots)
     return LeanDecoder(model, slots, rows, steps) if is_lean(model) else ModelDecoder(model, slots)

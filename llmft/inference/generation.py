@@ -6,12 +6,17 @@
 __all__ = ['Generated', 'check_request', 'choose', 'generate', 'end_tokens', 'complete']
 
 # %% ../../nbs/inference/02_generation.ipynb #499a46c1
-import math, time, numpy as np, torch
+import math
+import time
 from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
 from ..core import LabError, purpose_rng
-from .decoder import decoder_for
-from ..models.meter import synchronise
 from ..models.load import causal_model
+from ..models.meter import synchronise
+from .decoder import decoder_for
 
 # %% ../../nbs/inference/02_generation.ipynb #459775e3
 @dataclass
@@ -27,88 +32,102 @@ class Generated:
     step_seconds: list = field(default_factory=list)  # of each decoding step after a first token
 
 # %% ../../nbs/inference/02_generation.ipynb #b625713c
-def check_request(config,             # of the model, as `model_config` gives it without loading weights
-                  prompts:list,       # lists of token ids
-                  max_new_tokens:int, # longest continuation, tokens
-                  temperature:float=0.,  # 0, or what the logits are divided by
-                  top_p:float=1.,     # probability of the tokens that may be drawn
-                  samples:int=1,      # continuations of each prompt
-                  batch_size:int=0,   # rows at a time, 0 for all
+def _check_prompts(prompts, words):
+    "Refuse a prompt without tokens, or with a token that is not below `words`."
+    for number, row in enumerate(prompts):
+        if not len(row):
+            raise LabError(
+                f'prompt {number} has no tokens: a model continues something; begin with the beginning-of-text token'
+            )
+        if not 0 <= min(row) <= max(row) < words:
+            raise LabError(
+                f'prompt {number} has a token outside 0 to {words - 1}: encode it with the tokenizer of this model'
+            )
+
+
+def check_request(
+    config,  # of the model, as `model_config` gives it without loading weights
+    prompts: list,  # lists of token ids
+    max_new_tokens: int,  # longest continuation, tokens
+    temperature: float = 0.0,  # 0, or what the logits are divided by
+    top_p: float = 1.0,  # probability of the tokens that may be drawn
+    samples: int = 1,  # continuations of each prompt
+    batch_size: int = 0,  # rows at a time, 0 for all
 ):
-    "A `LabError` for a request that cannot be met, told without the model."
+    "A `LabError` for a request that cannot be met, raised without the model."
     if not len(prompts):
         raise LabError('there is no prompt to continue: give at least one')
-    for name, value, least in (
-        ('max_new_tokens', max_new_tokens, 1),
-        ('samples', samples, 1),
-        ('batch_size', batch_size, 0),
-    ):
+
+    counts = (('max_new_tokens', max_new_tokens, 1), ('samples', samples, 1), ('batch_size', batch_size, 0))
+    for name, value, least in counts:
         if value < least:
             raise LabError(f'{name} is {value}: give at least {least}')
     if not 0 <= temperature < math.inf:
         raise LabError(f'temperature is {temperature}: give 0 for the most probable token, or a positive number')
     if not 0 < top_p <= 1:
         raise LabError(f'top_p is {top_p}: give a probability above 0 and at most 1')
-    for number, row in enumerate(prompts):
-        if not len(row):
-            raise LabError(
-                f'prompt {number} has no tokens: a model continues something; begin with the beginning-of-text token'
-            )
-        if not 0 <= min(row) <= max(row) < config.vocab_size:
-            raise LabError(
-                f'prompt {number} has a token outside 0 to {config.vocab_size - 1}: encode it with the tokenizer of this model'
-            )
-    longest, room = max(map(len, prompts)), getattr(config, 'max_position_embeddings', None)
+
+    _check_prompts(prompts, config.vocab_size)
+    longest = max(map(len, prompts))
+    room = getattr(config, 'max_position_embeddings', None)
     if room and longest + max_new_tokens > room:
         raise LabError(
-            f'a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the {room} positions of this model: shorten the prompt or lower max_new_tokens'
+            f'a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the {room} positions '
+            'of this model: shorten the prompt or lower max_new_tokens'
         )
 
 # %% ../../nbs/inference/02_generation.ipynb #baa21677
-def choose(logits_BV,    # logits of the next token; -inf forbids one
-           draws_B=None, # uniform numbers from 0 to below 1, one a row; None is greedy
-           temperature:float=1.,  # the logits are divided by it
-           top_p:float=1.,        # probability that the kept tokens reach together
-):                       # ids (rows,)
+def _draw(chances_BV, draws_B):
+    "The place where the running sum of chances passes each draw, (rows,)."
+    sums_BV = chances_BV.cumsum(-1)
+    spots_B1 = torch.searchsorted(sums_BV, draws_B.double()[:, None] * sums_BV[:, -1:], right=True)
+    return spots_B1
+
+
+def choose(
+    logits_BV,  # logits of the next token; -inf forbids one
+    draws_B=None,  # uniform numbers from 0 to below 1, one per row; None is greedy
+    temperature: float = 1.0,  # the logits are divided by it
+    top_p: float = 1.0,  # probability that the kept tokens reach together
+):  # ids (rows,)
     "The next token of each row; a `LabError` when no token is possible."
     best_B, ids_B = logits_BV.max(-1)
     if not all(map(math.isfinite, best_B.tolist())):
         raise LabError(
-            'no next token is possible: the logits are not finite, or `allowed` forbids every token; check the weights and the mask'
+            'no next token is possible: the logits are not finite, or `allowed` forbids every token; '
+            'check the weights and the mask'
         )
     if draws_B is None:
         return ids_B
+
     chances_BV = ((logits_BV.double() - best_B.double()[:, None]) / temperature).softmax(-1)
-    order_BV = None
-    if top_p < 1:
-        chances_BV, order_BV = chances_BV.sort(stable=True, dim=-1, descending=True)
-        chances_BV = chances_BV.masked_fill(chances_BV.cumsum(-1) - chances_BV >= top_p, 0.0)
-    sums_BV = chances_BV.cumsum(-1)
-    spots_B1 = torch.searchsorted(sums_BV, draws_B.double()[:, None] * sums_BV[:, -1:], right=True)
-    return (spots_B1 if order_BV is None else order_BV.gather(-1, spots_B1))[:, 0]
+    if top_p == 1:
+        return _draw(chances_BV, draws_B)[:, 0]
+    sorted_BV, order_BV = chances_BV.sort(stable=True, dim=-1, descending=True)
+    before_BV = sorted_BV.cumsum(-1) - sorted_BV
+    kept_BV = sorted_BV.masked_fill(before_BV >= top_p, 0.0)
+    return order_BV.gather(-1, _draw(kept_BV, draws_B))[:, 0]
+
+# %% ../../nbs/inference/02_generation.ipynb #2d0cbf7d
+def _choose_among(logits_RV, may_RV, draws_R, temperature, top_p):
+    "`choose` among the tokens that each row may take."
+    columns_K = may_RV.any(0).nonzero()[:, 0]
+    if not len(columns_K):
+        columns_K = torch.arange(may_RV.shape[1], device=may_RV.device)  # `choose` says what is wrong
+    logits_RK = logits_RV[:, columns_K].masked_fill(~may_RV[:, columns_K], -math.inf)
+    return columns_K[choose(logits_RK, draws_R, temperature, top_p)]
 
 # %% ../../nbs/inference/02_generation.ipynb #27667515
 def _pad_left(prompts, pad_id, device):
     "Prompts as one tensor (rows, slots), and the slot where each begins."
     longest = max(map(len, prompts))
     starts = [longest - len(row) for row in prompts]
-    return torch.tensor(
-        [[pad_id] * start + list(row) for start, row in zip(starts, prompts)], device=device
-    ), torch.tensor(starts, device=device)
-
-
-def _choose_among(logits_RV, may_RV, draws_R, temperature, top_p):
-    "`choose` among the tokens each row may take; columns that no row may take are left out before anything is sorted."
-    columns_K = may_RV.any(0).nonzero()[:, 0]
-    if not len(columns_K):
-        columns_K = torch.arange(may_RV.shape[1], device=may_RV.device)  # `choose` says what is wrong
-    return columns_K[
-        choose(logits_RV[:, columns_K].masked_fill(~may_RV[:, columns_K], -math.inf), draws_R, temperature, top_p)
-    ]
+    padded = [[pad_id] * start + list(row) for start, row in zip(starts, prompts, strict=True)]
+    return torch.tensor(padded, device=device), torch.tensor(starts, device=device)
 
 
 class _Clock:
-    "Seconds since the last look, once the device has done its work."
+    "Seconds since the last lap, once the device has done its work."
 
     def __init__(self):
         synchronise()
@@ -116,174 +135,201 @@ class _Clock:
 
     def lap(self):
         synchronise()
-        now, before = time.perf_counter(), self.last
-        self.last = now
-        return now - before
+        before = self.last
+        self.last = time.perf_counter()
+        return self.last - before
+
+# %% ../../nbs/inference/02_generation.ipynb #084268fd
+@dataclass(frozen=True)
+class _Request:
+    "What `generate` was asked for, the same for all batches."
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    stop_ids: frozenset
+    samples: int
+    allowed: object  # None, or a function (step, new ids) -> mask
+    on_token: object  # None, or a function (step, ids)
+    pad_id: int
+    compiled: bool
 
 
-def _batch(
-    model,
-    prompts,
-    rows,
-    max_new_tokens,
-    temperature,
-    top_p,
-    seed,
-    stop_ids,
-    samples,
-    allowed,
-    on_token,
-    pad_id,
-    compiled,
-):
-    "`Generated` for the consecutive `rows` of the whole request."
-    device, first = next(model.parameters()).device, rows[0] // samples
-    wanted, clock, laps = prompts[first : rows[-1] // samples + 1], _Clock(), []
-    ids_PT, starts_P = _pad_left(wanted, pad_id, device)
-    decoder, copies = (
-        decoder_for(model, ids_PT.shape[1] + max_new_tokens, len(rows), max_new_tokens, compiled),
-        [row // samples - first for row in rows],
-    )
-    if compiled:
-        ids_PT, starts_P = ids_PT[copies], starts_P[copies]  # its cache keeps its shape
-    logits_RV = decoder.begin(ids_PT, starts_P)
-    if samples > 1 and not compiled:
-        decoder.select(copies)
-        logits_RV = logits_RV[copies]
-    draws_BN = (
-        torch.tensor(
-            np.array([purpose_rng(seed, 'generation', row).random(max_new_tokens) for row in rows]), device=device
-        )
-        if temperature
-        else None
-    )
-    new_BN = torch.full((len(rows), max_new_tokens), pad_id, device=device)
-    out, held, live = (
-        [[] for _ in rows],
-        list(range(len(rows))),
-        set(range(len(rows))),
-    )  # held: rows in the decoder; live: those that go on
-    stopped = ['length' for _ in rows]
-    for step in range(max_new_tokens):
-        draws_R = None if draws_BN is None else draws_BN[held, step]
-        if allowed is None:
-            ids_R = choose(logits_RV, draws_R, temperature, top_p)
-        else:
-            ids_R = _choose_among(
-                logits_RV,
-                torch.as_tensor(allowed(step, new_BN[:, :step]), device=device).expand(len(rows), -1)[held],
-                draws_R,
-                temperature,
-                top_p,
-            )
-        tokens, shown = ids_R.tolist(), [pad_id] * len(rows)
-        laps.append(clock.lap())
-        for row, token in zip(held, tokens):
-            if row not in live:
+class _Batch:
+    "Consecutive rows of a request, from their prompts to `Generated`."
+
+    def __init__(self, model, rows, request):
+        self.model = model
+        self.rows = rows  # their numbers in the whole request
+        self.request = request
+        self.device = next(model.parameters()).device
+        self.clock = _Clock()
+        self.laps = []
+        self.ids = [[] for _ in rows]
+        self.stopped = ['length'] * len(rows)
+        self.held = list(range(len(rows)))  # rows in the decoder
+        self.live = set(self.held)  # rows that go on
+        self.new_BN = torch.full((len(rows), request.max_new_tokens), request.pad_id, device=self.device)
+
+    def run(self, prompts) -> Generated:
+        "Read the prompts, then choose token after token until all rows have ended."
+        logits_RV = self.read(prompts)
+        self.draws_BN = self.uniform_numbers()
+        last = self.request.max_new_tokens - 1
+        for step in range(self.request.max_new_tokens):
+            ids_R = self.next_tokens(step, logits_RV)
+            self.record(step, ids_R)
+            if not self.live or step == last:
+                break
+            logits_RV = self.decoder.step(self.without_ended(ids_R))
+        return self.result()
+
+    def read(self, prompts):
+        "Read the prompts of these rows, each once; logits of the first new token, (rows, vocabulary)."
+        samples = self.request.samples
+        first = self.rows[0] // samples
+        wanted = prompts[first : self.rows[-1] // samples + 1]
+        copies = [row // samples - first for row in self.rows]
+
+        ids_PT, starts_P = _pad_left(wanted, self.request.pad_id, self.device)
+        steps = self.request.max_new_tokens
+        compiled = self.request.compiled
+        self.decoder = decoder_for(self.model, ids_PT.shape[1] + steps, len(self.rows), steps, compiled)
+        if compiled:  # its cache keeps its shape
+            return self.decoder.begin(ids_PT[copies], starts_P[copies])
+        logits_PV = self.decoder.begin(ids_PT, starts_P)
+        if samples == 1:
+            return logits_PV
+        self.decoder.select(copies)
+        return logits_PV[copies]
+
+    def uniform_numbers(self):
+        "One number per row and step, (rows, steps); None for greedy choice."
+        if not self.request.temperature:
+            return None
+        steps = self.request.max_new_tokens
+        draws = [purpose_rng(self.request.seed, 'generation', row).random(steps) for row in self.rows]
+        return torch.tensor(np.array(draws), device=self.device)
+
+    def next_tokens(self, step, logits_RV):
+        "The token that each row in the decoder takes, (rows,)."
+        request = self.request
+        draws_R = None if self.draws_BN is None else self.draws_BN[self.held, step]
+        if request.allowed is None:
+            return choose(logits_RV, draws_R, request.temperature, request.top_p)
+        may = torch.as_tensor(request.allowed(step, self.new_BN[:, :step]), device=self.device)
+        may_RV = may.expand(len(self.rows), -1)[self.held]
+        return _choose_among(logits_RV, may_RV, draws_R, request.temperature, request.top_p)
+
+    def record(self, step, ids_R):
+        "Note the tokens of rows that go on, and end those that took a stop token."
+        tokens = ids_R.tolist()
+        self.laps.append(self.clock.lap())
+        shown = [self.request.pad_id] * len(self.rows)
+        for row, token in zip(self.held, tokens, strict=True):
+            if row not in self.live:
                 continue
             shown[row] = token
-            if token in stop_ids:
-                stopped[row] = 'stop'
-                live.discard(row)
+            if token in self.request.stop_ids:
+                self.stopped[row] = 'stop'
+                self.live.discard(row)
             else:
-                out[row].append(token)
-        new_BN[:, step] = torch.tensor(shown, device=device)
-        if on_token is not None:
-            on_token(step, new_BN[:, step])
-        if not live or step + 1 == max_new_tokens:
-            break
-        if 2 * len(live) <= len(held) and not compiled:
-            kept = [place for place, row in enumerate(held) if row in live]
-            decoder.select(kept)
-            ids_R, held = ids_R[kept], [held[place] for place in kept]
-        logits_RV = decoder.step(ids_R)
-    return Generated(
-        out, stopped, 0, sum(map(len, out)) + stopped.count('stop'), sum(laps) + clock.lap(), laps[0], laps[1:]
-    )
+                self.ids[row].append(token)
+
+        self.new_BN[:, step] = torch.tensor(shown, device=self.device)
+        if self.request.on_token is not None:
+            self.request.on_token(step, self.new_BN[:, step])
+
+    def without_ended(self, ids_R):
+        "The tokens to go on with; rows that have ended leave the decoder once they are half of it."
+        if self.request.compiled or 2 * len(self.live) > len(self.held):
+            return ids_R
+        kept = [place for place, row in enumerate(self.held) if row in self.live]
+        self.decoder.select(kept)
+        self.held = [self.held[place] for place in kept]
+        return ids_R[kept]
+
+    def result(self) -> Generated:
+        "What these rows made; prompt tokens are counted for the whole request."
+        new_tokens = sum(map(len, self.ids)) + self.stopped.count('stop')
+        seconds = sum(self.laps) + self.clock.lap()
+        return Generated(self.ids, self.stopped, 0, new_tokens, seconds, self.laps[0], self.laps[1:])
 
 # %% ../../nbs/inference/02_generation.ipynb #00801a95
+def _joined(parts, prompts):
+    "`Generated` of a whole request, from those of its batches."
+    return Generated(
+        ids=[row for part in parts for row in part.ids],
+        stopped=[reason for part in parts for reason in part.stopped],
+        prompt_tokens=sum(map(len, prompts)),
+        new_tokens=sum(part.new_tokens for part in parts),
+        seconds=sum(part.seconds for part in parts),
+        first_token_seconds=sum(part.first_token_seconds for part in parts) / len(parts),
+        step_seconds=[seconds for part in parts for seconds in part.step_seconds],
+    )
+
+
 @torch.no_grad()
-def generate(model,              # a causal language model, with or without an adapter
-             prompts:list,       # lists of token ids, of any lengths
-             max_new_tokens:int=64,  # longest continuation, tokens
-             temperature:float=0.,   # 0 takes the most probable token each time
-             top_p:float=1.,     # draws are among the most probable tokens that together reach this probability
-             seed:int=0,         # of the draws; those of a row depend on it and on the number of the row alone
-             stop_ids=(),        # tokens that end a row
-             samples:int=1,      # continuations of each prompt; row p * samples + s is the s-th of prompt p
-             allowed=None,       # allowed(step, new ids (rows, step)) -> bool mask (rows, vocabulary) of permitted tokens
-             on_token=None,      # called with (step, ids (rows,)) as tokens come; rows that have ended give `pad_id`
-             batch_size:int=0,   # rows at a time, 0 for all at once; `allowed` and `on_token` see the rows of one batch
-             pad_id:int=0,       # fills short prompts and ended rows
-             compiled:bool=False,# steps go through `torch.compile`: tens of seconds once for each batch size, worth it for long work on a GPU
-)->Generated:
-    "Continue each of `prompts`. A `LabError` when there is none, when one does not fit the model, or when an option is out of range."
+def generate(
+    model,  # a causal language model, with or without an adapter
+    prompts: list,  # lists of token ids, of any lengths
+    max_new_tokens: int = 64,  # longest continuation, tokens
+    temperature: float = 0.0,  # 0 takes the most probable token each time
+    top_p: float = 1.0,  # draws are among the most probable tokens that together reach this probability
+    seed: int = 0,  # of the draws; those of a row depend on it and on the number of the row alone
+    stop_ids=(),  # tokens that end a row
+    samples: int = 1,  # continuations of each prompt; row p * samples + s is the s-th of prompt p
+    allowed=None,  # allowed(step, new ids (rows, step)) -> bool mask (rows, vocabulary) of permitted tokens
+    on_token=None,  # called with (step, ids (rows,)) as tokens come; rows that have ended give `pad_id`
+    batch_size: int = 0,  # rows at a time, 0 for all; `allowed` and `on_token` see the rows of one batch
+    pad_id: int = 0,  # fills short prompts and ended rows
+    compiled: bool = False,  # steps go through `torch.compile`: tens of seconds per batch size, for long work on a GPU
+) -> Generated:
+    "Continue each of `prompts`; a `LabError` for no prompt, one that does not fit, or an option out of range."
     check_request(causal_model(model).config, prompts, max_new_tokens, temperature, top_p, samples, batch_size)
-    modes, rows = [(module, module.training) for module in model.modules()], range(len(prompts) * samples)
-    size, stop_ids = batch_size or len(rows), frozenset(stop_ids)
+    stops = frozenset(stop_ids)
+    request = _Request(
+        max_new_tokens, temperature, top_p, seed, stops, samples, allowed, on_token, pad_id, compiled
+    )
+    rows = range(len(prompts) * samples)
+    size = batch_size or len(rows)
+
+    modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        parts = [
-            _batch(
-                model,
-                prompts,
-                rows[at : at + size],
-                max_new_tokens,
-                temperature,
-                top_p,
-                seed,
-                stop_ids,
-                samples,
-                allowed,
-                on_token,
-                pad_id,
-                compiled,
-            )
-            for at in range(0, len(rows), size)
-        ]
+        parts = [_Batch(model, rows[i : i + size], request).run(prompts) for i in range(0, len(rows), size)]
     finally:
         for module, mode in modes:
             module.training = mode
-    joined = lambda name: [value for part in parts for value in getattr(part, name)]
-    total = lambda name: sum(getattr(part, name) for part in parts)
-    return Generated(
-        joined('ids'),
-        joined('stopped'),
-        sum(map(len, prompts)),
-        total('new_tokens'),
-        total('seconds'),
-        total('first_token_seconds') / len(parts),
-        joined('step_seconds'),
-    )
+    return _joined(parts, prompts)
 
 # %% ../../nbs/inference/02_generation.ipynb #8bd10a73
-def end_tokens(model,      # a causal language model
-               tokenizer,  # the model's
-)->set:                    # ids
-    "The tokens that end a text: the tokenizer's end of text and whatever the model's generation settings add, as the end of a turn."
-    told = getattr(getattr(causal_model(model), 'generation_config', None), 'eos_token_id', None)
-    return {tokenizer.eos_token_id} | set(told if isinstance(told, (list, tuple)) else [] if told is None else [told])
+def end_tokens(
+    model,  # a causal language model
+    tokenizer,  # the model's
+) -> set:  # ids
+    "The tokens that end a text: the tokenizer's end of text and those of the model's generation settings."
+    settings = getattr(causal_model(model), 'generation_config', None)
+    configured = getattr(settings, 'eos_token_id', None)
+    if configured is None:
+        return {tokenizer.eos_token_id}
+    return {tokenizer.eos_token_id} | set(configured if isinstance(configured, (list, tuple)) else [configured])
 
 # %% ../../nbs/inference/02_generation.ipynb #b139b50c
-def complete(model,                      # a causal language model, with or without an adapter
-             tokenizer,                  # the model's, with an end-of-text and a padding token
-             prompts:list,               # texts to continue
-             max_new_tokens:int=64,      # longest continuation, tokens
-             temperature:float=0.,       # 0 takes the most probable token each time
-             seed:int=0,                 # of the draws, when temperature is above 0
-             top_p:float=1.,             # draws are among the most probable tokens that together reach this probability
-)->list:                                 # the continuations, without the prompts
+def complete(
+    model,  # a causal language model, with or without an adapter
+    tokenizer,  # the model's, with an end-of-text and a padding token
+    prompts: list,  # texts to continue
+    max_new_tokens: int = 64,  # longest continuation, tokens
+    temperature: float = 0.0,  # 0 takes the most probable token each time
+    seed: int = 0,  # of the draws, when temperature is above 0
+    top_p: float = 1.0,  # draws are among the most probable tokens that together reach this probability
+) -> list:  # the continuations, without the prompts
     "Continue each of the texts in `prompts`; generation ends at the end-of-text token."
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     rows = [begin + tokenizer(prompt, add_special_tokens=False)['input_ids'] for prompt in prompts]
-    made = generate(
-        model,
-        rows,
-        max_new_tokens,
-        temperature,
-        top_p,
-        seed,
-        end_tokens(model, tokenizer),
-        pad_id=tokenizer.pad_token_id,
-    )
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in made.ids]
+
+    options = dict(stop_ids=end_tokens(model, tokenizer), pad_id=tokenizer.pad_token_id)
+    generated = generate(model, rows, max_new_tokens, temperature, top_p, seed, **options)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in generated.ids]

@@ -6,65 +6,103 @@
 __all__ = ['answer_all', 'percentile', 'rates', 'peer_greedy', 'timed']
 
 # %% ../../nbs/inference/03_latency.ipynb #878712cb
-import gc, statistics, torch
+import gc
+import statistics
+
+import torch
+
 from ..core import LabError
-from .generation import Generated, generate
-from ..models.meter import Meter, TensorMemory, per_second
 from ..models.load import causal_model
-from ..models.precisions import bytes_a_step
+from ..models.meter import Meter, TensorMemory, per_second
 from ..training.fit import resident_bytes
+from .generation import generate
 
 # %% ../../nbs/inference/03_latency.ipynb #ba9bfe13
-def answer_all(model,               # a causal language model
-               rows:list,           # prompts, lists of token ids
-               batch_size:int,      # prompts at a time, in their order
-               max_new_tokens:int,  # longest answer, tokens
-               stop_ids=(),         # tokens that end an answer
-               pad_id:int=0,        # fills short prompts
-               warmup_tokens:int=4, # tokens of a first call on the first batch, which is not counted; 0 for none
-               say=lambda done: None,  # told the number of prompts done, ten times at most
-               compiled:bool=False, # as for `generate`; the warm-up is then the whole first batch, so that nothing is compiled later
-):                                  # (list of `Generated`, one a batch; peak memory in bytes: the weights and what answering added)
+_reports = 10  # how often `say` is called, at most
+
+
+def _timed_batches(model, batches, max_new_tokens, options, say):
+    "`Generated` of every batch, and the meter that watched them."
+    total = sum(map(len, batches))
+    done = 0
+    parts = []
+    with Meter() as meter:
+        for batch in batches:
+            parts.append(generate(model, batch, max_new_tokens, **options))
+            before = done
+            done += len(batch)
+            if _reports * done // total > _reports * before // total:
+                say(done)
+    return parts, meter
+
+
+def answer_all(
+    model,  # a causal language model
+    rows: list,  # prompts, lists of token ids
+    batch_size: int,  # prompts at a time, in their order
+    max_new_tokens: int,  # longest answer, tokens
+    stop_ids=(),  # tokens that end an answer
+    pad_id: int = 0,  # fills short prompts
+    warmup_tokens: int = 4,  # tokens of a first call on the first batch, which is not counted; 0 for none
+    say=lambda done: None,  # called with the number of prompts done, ten times at most
+    compiled: bool = False,  # as for `generate`; the warm-up is then the whole first batch, so that all is compiled
+) -> tuple:  # (list of `Generated`, one per batch; peak memory in bytes: the weights and what answering added)
     "Greedy answers to all of `rows`, after a warm-up that does not count."
     if batch_size < 1:
         raise LabError(f'batch_size is {batch_size}: give at least 1')
-    options, parts = dict(stop_ids=stop_ids, pad_id=pad_id, compiled=compiled), []
+    options = dict(stop_ids=stop_ids, pad_id=pad_id, compiled=compiled)
+    batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+
     if warmup_tokens:
-        generate(
-            model, rows[:batch_size], max_new_tokens if compiled else min(warmup_tokens, max_new_tokens), **options
-        )
+        tokens = max_new_tokens if compiled else min(warmup_tokens, max_new_tokens)
+        generate(model, rows[:batch_size], tokens, **options)
     gc.collect()
-    with Meter() as meter:
-        for at in range(0, len(rows), batch_size):
-            parts.append(generate(model, rows[at : at + batch_size], max_new_tokens, **options))
-            done = min(at + batch_size, len(rows))
-            if 10 * done // len(rows) > 10 * at // len(rows):
-                say(done)
+    parts, meter = _timed_batches(model, batches, max_new_tokens, options, say)
     if next(model.parameters()).is_cuda:
         return parts, meter.peak_bytes
-    longest = max(range(0, len(rows), batch_size), key=lambda at: max(map(len, rows[at : at + batch_size])))
+
+    longest = max(batches, key=lambda batch: max(map(len, batch)))
     with TensorMemory() as tensors:
-        generate(model, rows[longest : longest + batch_size], max_new_tokens, **options)
+        generate(model, longest, max_new_tokens, **options)
     return parts, resident_bytes(model) + (tensors.peak_bytes or meter.growth_bytes)
 
 # %% ../../nbs/inference/03_latency.ipynb #b9469c49
-def percentile(values,  # numbers, at least one
-               share:float,  # from 0 to 1
-)->float:               # the value, between neighbours where it falls there
+def percentile(
+    values,  # numbers, at least one
+    share: float,  # from 0 to 1
+) -> float:  # the value, between neighbours where it falls there
     "The value that a `share` of `values` does not exceed."
     return torch.tensor(list(values), dtype=torch.float64).quantile(share).item()
 
 # %% ../../nbs/inference/03_latency.ipynb #77225420
-def rates(parts:list,   # `Generated`, one a batch, of one batch size
-          weights:int=None,    # bytes that a step reads, from `bytes_a_step`
-          copy_rate:float=None,# bytes per second of a copy in memory, from `machine_peaks`
-)->dict:                # flat metrics; a value that is not known is None
-    "Counts, rates and times of all batches."
-    queries, seconds = sum(len(part.ids) for part in parts), sum(part.seconds for part in parts)
-    new, prompt = sum(part.new_tokens for part in parts), sum(part.prompt_tokens for part in parts)
+def _step_times(parts, weights, copy_rate):
+    "Times of the first token and of decoding steps, and the memory traffic that they mean."
     steps = [second for part in parts for second in part.step_seconds]
     middle = statistics.median(steps) if steps else None
     traffic = per_second(weights, middle)
+    firsts = [part.first_token_seconds for part in parts]
+    return dict(
+        time_to_first_token=statistics.median(firsts),
+        time_to_first_token_p95=percentile(firsts, 0.95),
+        time_per_output_token=middle,
+        time_per_output_token_p95=percentile(steps, 0.95) if steps else None,
+        decoding_steps=len(steps),
+        weight_bytes_per_sec=traffic,
+        bandwidth_share=traffic / copy_rate if traffic and copy_rate else None,
+    )
+
+
+def rates(
+    parts: list,  # `Generated`, one per batch, of one batch size
+    weights: int = None,  # bytes that a step reads, from `bytes_a_step`
+    copy_rate: float = None,  # bytes per second of a copy in memory, from `machine_peaks`
+) -> dict:  # flat metrics; a value that is not known is None
+    "Counts, rates and times of all batches."
+    queries = sum(len(part.ids) for part in parts)
+    seconds = sum(part.seconds for part in parts)
+    new = sum(part.new_tokens for part in parts)
+    prompt = sum(part.prompt_tokens for part in parts)
+
     return dict(
         total_queries=queries,
         total_time=seconds,
@@ -74,42 +112,30 @@ def rates(parts:list,   # `Generated`, one a batch, of one batch size
         throughput_tokens_per_sec=per_second(new, seconds),
         throughput_with_prompt_tokens_per_sec=per_second(new + prompt, seconds),
         throughput_queries_per_sec=per_second(queries, seconds),
-        time_to_first_token=statistics.median(part.first_token_seconds for part in parts),
-        time_to_first_token_p95=percentile([part.first_token_seconds for part in parts], 0.95),
-        time_per_output_token=middle,
-        time_per_output_token_p95=percentile(steps, 0.95) if steps else None,
-        decoding_steps=len(steps),
-        weight_bytes_per_sec=traffic,
-        bandwidth_share=traffic / copy_rate if traffic and copy_rate else None,
+        **_step_times(parts, weights, copy_rate),
     )
 
 # %% ../../nbs/inference/03_latency.ipynb #477c2277
 @torch.no_grad()
-def peer_greedy(model,      # a causal language model in evaluation mode, without an adapter
-                rows:list,  # prompts of one length, lists of token ids
-                new:int,    # tokens of each continuation; no token ends one
-)->list:                    # new ids of each row
+def peer_greedy(
+    model,  # a causal language model in evaluation mode, without an adapter
+    rows: list,  # prompts of one length, lists of token ids
+    new: int,  # tokens of each continuation; no token ends one
+) -> list:  # new ids of each row
     "Greedy continuation by the `generate` of transformers."
     if len({len(row) for row in rows}) != 1:
         raise LabError('the peer is measured on prompts of one length: cut them')
+
     ids_BT = torch.tensor(rows, device=causal_model(model).device)
-    out_BT = model.generate(
-        input_ids=ids_BT,
-        attention_mask=torch.ones_like(ids_BT),
-        max_new_tokens=new,
-        min_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-    )
+    greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    endless = dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None)
+    out_BT = model.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), **greedy, **endless)
     return out_BT[:, ids_BT.shape[1] :].tolist()
 
 # %% ../../nbs/inference/03_latency.ipynb #15dab643
-def timed(work,  # a function without arguments
-):               # (seconds, what it gave)
+def timed(
+    work,  # a function without arguments
+) -> tuple:  # (seconds, what it gave)
     "Call `work` once, on a clock that waits for the device."
     with Meter() as meter:
         result = work()
