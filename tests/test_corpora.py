@@ -1,12 +1,12 @@
 "No evaluation text was ever trained on, and splits do not leak."
 
-import numpy as np, pytest
-from hypothesis import given, settings, strategies as st
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llmft.data import corpora
 from llmft.core import LabError
+from llmft.data import corpora
 from llmft.data.corpora import (
-    Documents,
     builtin_part,
     builtin_parts,
     content_key,
@@ -15,6 +15,7 @@ from llmft.data.corpora import (
     paragraph_keys,
     split_documents,
 )
+from llmft.data.tables import Documents
 
 training_parts = ('base', 'topics', 'functions')
 evaluation_parts = tuple(f'{part}_eval' for part in training_parts)
@@ -68,7 +69,7 @@ def test_sides_of_a_data_set_are_kept_apart():
 def test_a_data_set_with_one_split_is_split_here(monkeypatch):
     rows = Documents([f'text number {i}' for i in range(40)], [str(i) for i in range(40)])
     for split in ('validation', 'test', 'train'):
-        monkeypatch.setattr(corpora, 'read_hub', lambda *args: {split: rows})
+        monkeypatch.setattr(corpora, 'document_splits', lambda *args, split=split, **options: {split: iter(rows)})
         corpus = load_corpus('someone/rows')
         assert len(corpus.train) + len(corpus.valid) == 40 and len(corpus.valid) > 0
 
@@ -94,7 +95,7 @@ def test_an_empty_corpus_and_bad_files_are_one_line(tmp_path):
     (tmp_path / 'binary.txt').write_bytes(b'\xff\xfe\x00')
     for name, words in {
         'empty.jsonl': 'no training document',
-        'broken.jsonl': "can't be read as jsonl",
+        'broken.jsonl': 'broken.jsonl:1 is not JSON',
         'binary.txt': 'not UTF-8',
     }.items():
         with pytest.raises(LabError, match=words) as error:

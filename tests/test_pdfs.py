@@ -1,12 +1,14 @@
 "PDFs: every file is read or named, the split is by file, no word is lost, and a reader that dies costs one file."
 
-import json, os, time
+import json
+import os
+import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llmft import pdfs
 from llmft.core import LabError
 from llmft.data.pdfs import (
     PdfFile,

@@ -34,7 +34,8 @@ from llmft.models.projections import make_projection, projections
 from llmft.training.recipe import Recipe
 from llmft.bounds.scoring import Scores, summarise
 from llmft.models.subspace import SubspaceConfig
-from llmft.data.token_files import TokenFile, boundaries, prepare_tokens, read_token_file
+from llmft.data.token_files import TokenFile, prepare_tokens, read_token_file
+from llmft.data.tokens import boundaries
 from llmft.training.fit import fit
 
 root = project_root()

@@ -1,12 +1,26 @@
 "Tokens are accounted for, whatever the text, the policy or the layout."
 
-import numpy as np, pytest, torch
-from hypothesis import given, settings, strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from llmft.core import LabError, read_json
 from llmft.data.batches import IGNORED, Plan, best_fit, evaluation_batches, layouts, micro_batches
-from llmft.core import LabError
 from llmft.data.corpora import builtin_part
-from llmft.data.tokens import Examples, cut, encode, policies, read_tokens, train_tokenizer
+from llmft.data.token_files import read_token_file
+from llmft.data.tokens import (
+    Examples,
+    TokenWriter,
+    cut,
+    encode,
+    policies,
+    read_side,
+    read_tokens,
+    side_facts,
+    tokenizer_hash,
+    train_tokenizer,
+)
 
 
 @pytest.fixture(scope='module')
@@ -46,8 +60,10 @@ def examples(lengths, mask=False):
 def test_splitting_loses_no_target(lengths, length, mask):
     whole = examples(lengths, mask)
     pieces, notes = cut(whole, length)
-    targets = np.sort(np.concatenate([np.arange(s + 1, e) for s, e in zip(pieces.starts, pieces.ends)] or [[]]))
-    wanted = np.sort(np.concatenate([np.arange(s + 1, e) for s, e in zip(whole.starts, whole.ends)]))
+    targets = np.sort(
+        np.concatenate([np.arange(s + 1, e) for s, e in zip(pieces.starts, pieces.ends, strict=True)] or [[]])
+    )
+    wanted = np.sort(np.concatenate([np.arange(s + 1, e) for s, e in zip(whole.starts, whole.ends, strict=True)]))
     assert notes['targets_lost'] == 0 and notes['targets'] == whole.supervised().sum()
     if not mask:
         assert np.array_equal(targets, wanted)
@@ -63,7 +79,7 @@ def test_what_is_cut_is_counted(lengths, length, policy):
         notes['targets'] + notes['targets_lost'] == whole.supervised().sum()
         and kept.supervised().sum() == notes['targets']
     )
-    assert notes['too_long'] == sum(l - 1 > length for l in lengths)
+    assert notes['too_long'] == sum(size - 1 > length for size in lengths)
 
 
 def test_error_policy_refuses_and_unknown_policy_is_named():
@@ -71,18 +87,21 @@ def test_error_policy_refuses_and_unknown_policy_is_named():
         cut(examples([30]), 10, 'error')
     with pytest.raises(LabError, match='choose from split'):
         cut(examples([30]), 10, 'cut')
-    assert policies == ('split', 'truncate', 'drop', 'error')
+    assert tuple(policies) == ('split', 'truncate', 'drop', 'error')
 
 
 @settings(max_examples=60, deadline=None)
-@given(ragged, st.integers(1, 5), st.sampled_from(layouts), st.booleans())
+@given(ragged, st.integers(1, 5), st.sampled_from(list(layouts)), st.booleans())
 def test_layouts_hold_the_same_targets_inside_their_documents(lengths, size, layout, mask):
     whole, _ = cut(examples(lengths, mask), 70)
     if not len(whole):
         return
     batches = micro_batches(whole, np.arange(len(whole)), size, 70, layout)
     pairs = {
-        (int(i), int(l)) for b in batches for i, l in zip(b.ids_BT.flatten(), b.labels_BT.flatten()) if l != IGNORED
+        (int(i), int(t))
+        for b in batches
+        for i, t in zip(b.ids_BT.flatten(), b.labels_BT.flatten(), strict=True)
+        if t != IGNORED
     }
     assert pairs == {
         (int(t - 1), int(t)) for t in (label for b in batches for label in b.labels_BT.flatten()) if t != IGNORED
@@ -96,6 +115,15 @@ def test_layouts_hold_the_same_targets_inside_their_documents(lengths, size, lay
             assert batch.positions_BT[0].tolist() == [
                 position for length in batch.lengths for position in range(length)
             ]
+
+
+@pytest.mark.parametrize('layout', layouts)
+def test_evaluation_sees_every_example_once(layout):
+    whole = examples(np.array([2, 30, 7, 71, 50, 3, 3, 12]))
+    batches = list(evaluation_batches(whole, 2, 70, layout))
+    seen = sorted(int(label) for batch in batches for label in batch.labels_BT.flatten() if label != IGNORED)
+    assert seen == sorted(int(label) for row in range(len(whole)) for label in whole[row][1:])
+    assert all(batch.slots <= 2 * 70 for batch in batches)
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,7 +148,38 @@ def test_token_files_are_mapped_and_a_cut_one_is_found(tokenizer, tmp_path):
     texts = builtin_part('topics_eval').texts[:4]
     stored = encode(texts, tokenizer, tmp_path, batch=2)
     assert isinstance(stored.ids, np.memmap) and np.array_equal(stored.ids, encode(texts, tokenizer).ids)
+    facts = read_json(tmp_path / 'tokens.json')
+    assert facts['tokenizer'] == tokenizer_hash(tokenizer) and facts['dtype'] == 'uint16'
+    assert facts['tokens'] == side_facts(tmp_path, 'tokens') and facts['tokens']['documents'] == 4
     data = (tmp_path / 'tokens.bin').read_bytes()
     (tmp_path / 'tokens.bin').write_bytes(data[:-2])
     with pytest.raises(LabError, match='was cut'):
         read_tokens(tmp_path)
+
+
+@pytest.mark.parametrize('dtype', [np.uint16, np.uint32])
+def test_one_writer_goes_on_where_it_stopped_and_one_reader_reads(tmp_path, dtype):
+    with TokenWriter(tmp_path, 'train', dtype) as writer:
+        writer.write([5, 6, 7, 9], [4])
+        writer.flush()
+        writer.write([1, 1, 1, 9], [4])  # after the last note of how far it was
+    assert not (tmp_path / 'train.bin').exists()
+    with TokenWriter(tmp_path, 'train', dtype, tokens=4, documents=1) as writer:
+        writer.write([8, 9, 2, 9], [2, 2])
+        assert writer.finish().tolist() == [0, 4, 6, 8]
+    (tmp_path / 'tokens.json').write_text(f'{{"dtype": "{np.dtype(dtype).name}"}}')
+    ids, offsets = read_side(tmp_path, 'train')
+    assert ids.dtype == dtype and ids.tolist() == [5, 6, 7, 9, 8, 9, 2, 9] and offsets.tolist() == [0, 4, 6, 8]
+    file = read_token_file(tmp_path)
+    assert np.array_equal(file.ids, ids) and np.array_equal(file.offsets, offsets)
+    assert [path.name for path in tmp_path.glob('.*')] == []
+    (tmp_path / 'train_offsets.npy').unlink()
+    assert read_side(tmp_path, 'train')[1].tolist() == [0, 4, 6, 8]
+    (tmp_path / 'train.bin').write_bytes((tmp_path / 'train.bin').read_bytes()[:-1])
+    with pytest.raises(LabError, match='was cut'):
+        read_side(tmp_path, 'train')
+
+
+def test_a_refused_document_is_counted_and_named():
+    with pytest.raises(LabError, match='document 1 has 29 positions and max_length is 10'):
+        cut(examples([5, 30, 20]), 10, 'error')

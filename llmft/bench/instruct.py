@@ -7,34 +7,39 @@ __all__ = ['linears', 'ways', 'InstructSetting', 'instruct_model', 'instruct_rec
            'instruct_step', 'instruct_block', 'instruct_memory', 'measured', 'reading_time']
 
 # %% ../../nbs/bench/02_instruct.ipynb #60d5c390
-import gc, json, tempfile, torch
+import json
+import tempfile
 from dataclasses import asdict, dataclass, replace
-import numpy as np
-from ..models.adapters import add_lora
-from .training import Block, peer_data, run_python, watch
-from ..core import LabError, nearest, require
-from ..models.meter import Meter
-from ..models.load import load_model, model_config
-from ..training.recipe import Recipe
-from ..data.tokens import Examples
-from ..training.step import LossModel, accumulate, evaluate_loss, step_batches
-from ..training.fit import fit
 
-# %% ../../nbs/bench/02_instruct.ipynb #2c23ce43
+import numpy as np
+import torch
+
+from ..core import LabError, nearest, require
+from ..data.batches import IGNORED
+from ..data.tokens import Examples
+from ..models.adapters import add_lora
+from ..models.load import load_model, model_config
+from ..models.meter import Meter
+from ..training.fit import fit
+from ..training.recipe import Recipe
+from ..training.step import LossModel, accumulate, evaluate_loss, step_batches
+from .training import Block, log_normal_documents, peer_data, run_python, watch
+
+# %% ../../nbs/bench/02_instruct.ipynb #ab117206
 linears = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 
-
+# %% ../../nbs/bench/02_instruct.ipynb #2c23ce43
 @dataclass
 class InstructSetting:
-    "What is equal for every way of training on instruction rows."
+    "What is equal for all trainers on instruction rows."
 
     model: str  # a preset, as in 'preset:llama-6x256'
     rank: int = 32  # of the LoRA on all linear layers
     learning_rate: float = 2e-4  # constant
     max_length: int = 1024  # the reference pads every row to it, positions
-    batch_size: int = 4  # rows a micro-batch
-    accumulation: int = 4  # micro-batches an optimiser step
-    packed_rows: int = 4  # rows of max_length positions a step of TRL
+    batch_size: int = 4  # rows per micro-batch
+    accumulation: int = 4  # micro-batches per optimiser step
+    packed_rows: int = 4  # rows of max_length positions per step of TRL
     seed: int = 42  # weights, adapter, order
 
 # %% ../../nbs/bench/02_instruct.ipynb #04fdc410
@@ -42,143 +47,124 @@ def instruct_model(setting:InstructSetting, # model, rank, seed
                    attention:str,           # 'documents' for ours, 'sdpa' for the peers
 ):                                          # a `PeftModel` with fp32 weights
     "The model of `setting` with a fresh adapter on all linear layers."
-    return add_lora(
-        load_model(setting.model, seed=setting.seed, attention=attention),
-        setting.rank,
-        2.0 * setting.rank,
-        0.0,
-        linears,
-        setting.seed,
-    )
+    model = load_model(setting.model, seed=setting.seed, attention=attention)
+    return add_lora(model, setting.rank, 2.0 * setting.rank, 0.0, linears, setting.seed)
 
 # %% ../../nbs/bench/02_instruct.ipynb #c9f72905
+_weight_decay = 0.01  # of the study
+_never = 10**9  # optimiser steps
+
+
 def instruct_recipe(setting:InstructSetting, # learning rate, rows, length
-                    layout:str='packed',     # packed | bucketed | padded
+                    layout:str='packed',     # one of `layouts`
 )->Recipe:
     "Ours, for one epoch."
-    return Recipe(
-        learning_rate=setting.learning_rate,
-        num_epochs=1,
-        batch_size=setting.batch_size,
-        gradient_accumulation=setting.accumulation,
-        max_length=setting.max_length,
-        layout=layout,
-        weight_decay=0.01,
-        schedule='constant',
-        warmup_ratio=0.0,
-        gradient_checkpointing=True,
-        save_every=10**9,
-        seed=setting.seed,
-    )
+    return Recipe(learning_rate=setting.learning_rate, schedule='constant', warmup_ratio=0.0,
+                  weight_decay=_weight_decay, num_epochs=1, batch_size=setting.batch_size,
+                  gradient_accumulation=setting.accumulation, max_length=setting.max_length, layout=layout,
+                  gradient_checkpointing=True, save_every=_never, seed=setting.seed)
 
-# %% ../../nbs/bench/02_instruct.ipynb #bfa718f7
+# %% ../../nbs/bench/02_instruct.ipynb #66010395
 ways = ('ours', 'ours_padded', 'hf_padded_full', 'trl_packed')
 
-
+# %% ../../nbs/bench/02_instruct.ipynb #bfa718f7
 def pad_fully(collate,    # a collator of transformers
               length:int, # positions of every row afterwards
 ):                        # a collator
     "`collate` with every row padded to `length`."
-    fills = dict(labels=-100)
+    fills = dict(labels=IGNORED)
+
+    def widened(name, tensor):
+        missing = length - tensor.shape[1]
+        return torch.nn.functional.pad(tensor, (0, missing), value=fills.get(name, 0))
 
     def padded(rows):
         batch = collate(rows)
-        return type(batch)(
-            {
-                key: torch.nn.functional.pad(value, (0, length - value.shape[1]), value=fills.get(key, 0))
-                for key, value in batch.items()
-            }
-        )
+        return type(batch)({name: widened(name, tensor) for name, tensor in batch.items()})
 
     return padded
 
 # %% ../../nbs/bench/02_instruct.ipynb #3c33a2f9
-def instruct_trainer(way:str,                  # hf_padded_full or trl_packed
+def _peer_settings(setting, folder):
+    "Arguments of transformers' `TrainingArguments` that make a peer do what `setting` says."
+    return dict(
+        output_dir=str(folder), num_train_epochs=1, seed=setting.seed, learning_rate=setting.learning_rate,
+        lr_scheduler_type='constant', weight_decay=_weight_decay, max_grad_norm=1.0, optim='adamw_torch_fused',
+        bf16=False, fp16=False, gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=False),
+        logging_steps=1, save_strategy='no', report_to='none', disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=False)
+
+
+def instruct_trainer(name:str,                 # hf_padded_full or trl_packed
                      setting:InstructSetting,  # what is equal for all
                      train:Examples,           # rows of the epoch
                      folder,                   # where the peer may write
 ):                                             # a `transformers.Trainer`, ready to train
-    "The trainer of a peer; a `LabError` when it is not installed or there is no such peer."
+    "The trainer of a peer. `LabError` when it is not installed or there is no such peer."
     import transformers
 
-    if way not in ways[2:]:
-        raise LabError(f"there is no peer called '{way}'{nearest(way, ways)}: choose from {', '.join(ways[2:])}")
-    model, (data, tokenizer) = instruct_model(setting, 'sdpa'), peer_data(train)
-    told = dict(
-        output_dir=str(folder),
-        num_train_epochs=1,
-        seed=setting.seed,
-        learning_rate=setting.learning_rate,
-        lr_scheduler_type='constant',
-        weight_decay=0.01,
-        max_grad_norm=1.0,
-        optim='adamw_torch_fused',
-        bf16=False,
-        fp16=False,
-        gradient_checkpointing=True,
-        gradient_checkpointing_kwargs=dict(use_reentrant=False),
-        logging_steps=1,
-        save_strategy='no',
-        report_to='none',
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-    )
-    if way == 'trl_packed':
+    peers = ways[2:]
+    if name not in peers:
+        raise LabError(f"there is no peer called '{name}'{nearest(name, ways)}: choose from {', '.join(peers)}")
+
+    model = instruct_model(setting, 'sdpa')
+    data, tokenizer = peer_data(train)
+    settings = _peer_settings(setting, folder)
+    if name == 'trl_packed':
         trl = require('trl', 'bench')
-        trainer = trl.SFTTrainer(
-            model,
-            trl.SFTConfig(
-                packing=True, max_length=setting.max_length, per_device_train_batch_size=setting.packed_rows, **told
-            ),
-            train_dataset=data,
-            processing_class=tokenizer,
-        )
+        arguments = trl.SFTConfig(packing=True, max_length=setting.max_length,
+                                  per_device_train_batch_size=setting.packed_rows, **settings)
+        trainer = trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
     else:
-        arguments = transformers.TrainingArguments(
-            per_device_train_batch_size=setting.batch_size, gradient_accumulation_steps=setting.accumulation, **told
-        )
+        arguments = transformers.TrainingArguments(per_device_train_batch_size=setting.batch_size,
+                                                   gradient_accumulation_steps=setting.accumulation, **settings)
         collator = pad_fully(transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False), setting.max_length)
         trainer = transformers.Trainer(model, arguments, collator, data, processing_class=tokenizer)
+
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 # %% ../../nbs/bench/02_instruct.ipynb #341bacf3
+def _to_length(batch, length):
+    "A padded micro-batch with every row of `length` slots."
+    rows, slots = batch.ids_BT.shape
+    missing = (0, length - slots)
+    return replace(batch,
+                   ids_BT=torch.nn.functional.pad(batch.ids_BT, missing, value=0),
+                   labels_BT=torch.nn.functional.pad(batch.labels_BT, missing, value=IGNORED),
+                   positions_BT=torch.arange(length).expand(rows, length))
+
+
 def instruct_step(layout:str,              # packed, or padded to max_length
                   setting:InstructSetting, # what is equal for all
                   rows:Examples,           # of one optimiser step
-)->dict:                                   # loss (nats a target), gradient (flat tensor), slots processed
+)->dict:                                   # loss (nats per target), gradient (flat tensor), slots processed
     "Loss and gradient of one optimiser step on `rows`."
-    model, recipe = instruct_model(setting, 'documents').train(), instruct_recipe(setting, layout)
-    batches, targets = step_batches(rows, np.arange(len(rows)), recipe)
+    model = instruct_model(setting, 'documents').train()
+    batches, targets = step_batches(rows, np.arange(len(rows)), instruct_recipe(setting, layout))
     if layout == 'padded':
         batches = [_to_length(batch, setting.max_length) for batch in batches]
     loss = accumulate(LossModel(model), [batch.to(model.device) for batch in batches], targets)
-    return dict(
-        loss=loss.item(),
-        gradient=torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
-        slots=sum(batch.slots for batch in batches),
-    )
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return dict(loss=loss.item(), gradient=gradient, slots=sum(batch.slots for batch in batches))
+
+# %% ../../nbs/bench/02_instruct.ipynb #8d07ffff
+def _our_layout(name):
+    "The layout of one of our two ways."
+    return 'padded' if name == 'ours_padded' else 'packed'
 
 
-def _to_length(batch, length):
-    "A padded micro-batch with every row of `length` slots."
-    more = length - batch.ids_BT.shape[1]
-    pad = lambda tensor, value: torch.nn.functional.pad(tensor, (0, more), value=value)
-    return replace(
-        batch,
-        ids_BT=pad(batch.ids_BT, 0),
-        labels_BT=pad(batch.labels_BT, -100),
-        positions_BT=torch.arange(length).expand(len(batch.ids_BT), length),
-    )
+def _by_step(tokens, accumulation):
+    "Tokens per optimiser step from tokens per micro-batch."
+    return [sum(tokens[first:first + accumulation]) for first in range(0, len(tokens), accumulation)]
 
-# %% ../../nbs/bench/02_instruct.ipynb #062ba647
-def instruct_block(way:str,                 # one of `ways`
+
+def instruct_block(name:str,                # one of `ways`
                    setting:InstructSetting, # what is equal for all
                    train:Examples,          # rows of the epoch
                    valid:Examples,          # held-out rows
 )->Block:
-    "An epoch by one way of training, with the time and the tokens of each step."
+    "An epoch by one trainer, with the time and the tokens of each step. `LabError` as from `instruct_trainer`."
     block = Block()
 
     def on_log(entry):
@@ -186,86 +172,96 @@ def instruct_block(way:str,                 # one of `ways`
         block.tokens.append(entry['targets'] - sum(block.tokens))
 
     with tempfile.TemporaryDirectory() as folder:
-        if way.startswith('ours'):
+        if name.startswith('ours'):
             model = instruct_model(setting, 'documents')
-            block.flops = fit(
-                model,
-                train,
-                None,
-                folder,
-                instruct_recipe(setting, 'padded' if way == 'ours_padded' else 'packed'),
-                on_log,
-            ).progress.flops
+            recipe = instruct_recipe(setting, _our_layout(name))
+            block.flops = fit(model, train, None, folder, recipe, on_log).progress.flops
         else:
-            trainer = watch(instruct_trainer(way, setting, train, folder), block)
+            trainer = watch(instruct_trainer(name, setting, train, folder), block)
             trainer.train()
             model = trainer.model
-    if way == 'hf_padded_full':
-        block.tokens = [
-            sum(block.tokens[first : first + setting.accumulation])
-            for first in range(0, len(block.tokens), setting.accumulation)
-        ]
+
+    if name == 'hf_padded_full':
+        block.tokens = _by_step(block.tokens, setting.accumulation)
     block.valid_loss = evaluate_loss(model, valid, setting.batch_size, setting.max_length, 'padded')['loss']
     return block
 
 # %% ../../nbs/bench/02_instruct.ipynb #ae78b3dd
-def instruct_memory(way:str,                 # one of `ways`
+def _memory_rows(setting):
+    "Documents for two optimiser steps, as ragged as instruction data."
+    return log_normal_documents(2 * setting.batch_size * setting.accumulation, model_config(setting.model).vocab_size,
+                                setting.seed, median=setting.max_length / 4, spread=0.6, high=setting.max_length)
+
+
+def _memory_work(name, setting, rows, folder):
+    "A function without arguments that trains on `rows`; model and trainer are built before it is called."
+    if not name.startswith('ours'):
+        return instruct_trainer(name, setting, rows, folder).train
+
+    model = instruct_model(setting, 'documents')
+    recipe = instruct_recipe(setting, _our_layout(name))
+    return lambda: fit(model, rows, None, folder, recipe)
+
+
+def instruct_memory(name:str,                # one of `ways`
                     setting:InstructSetting, # what is equal for all
-                    rows:Examples=None,      # of the steps; two steps of full rows when `None`
+                    rows:Examples=None,      # of the steps; two steps of ragged rows when `None`
 )->dict:                                     # peak_bytes above what the process held with the model loaded
     "Peak memory of training in this process. For a process of its own, as `measured` makes it."
-    from llmft.bench.training import log_normal_documents
-
-    rows = rows or log_normal_documents(
-        2 * setting.batch_size * setting.accumulation,
-        model_config(setting.model).vocab_size,
-        setting.seed,
-        median=setting.max_length / 4,
-        spread=0.6,
-        high=setting.max_length,
-    )
+    rows = rows or _memory_rows(setting)
     with tempfile.TemporaryDirectory() as folder:
-        if way.startswith('ours'):
-            model = instruct_model(setting, 'documents')
-            work = lambda: fit(
-                model, rows, None, folder, instruct_recipe(setting, 'padded' if way == 'ours_padded' else 'packed')
-            )
-        else:
-            work = instruct_trainer(way, setting, rows, folder).train
+        work = _memory_work(name, setting, rows, folder)
         with Meter() as meter:
             work()
     return dict(peak_bytes=meter.growth_bytes, kind=meter.memory_kind)
 
 # %% ../../nbs/bench/02_instruct.ipynb #ec16463b
-def measured(way:str,                  # one of `ways`
+_measure_memory = """
+import json, sys
+from llmft.bench.instruct import InstructSetting, instruct_memory
+print('\\n' + json.dumps(instruct_memory(sys.argv[1], InstructSetting(**json.loads(sys.argv[2])))))
+"""
+
+
+def measured(name:str,                 # one of `ways`
              setting:InstructSetting,  # what is equal for all
 )->dict:                               # as from `instruct_memory`
     "`instruct_memory` in a process of its own."
-    code = 'import json, sys; from llmft.bench.instruct import *; found = instruct_memory(sys.argv[1], InstructSetting(**json.loads(sys.argv[2]))); print(); print(json.dumps(found))'
-    return json.loads(run_python(code, way, json.dumps(asdict(setting)))[1])
+    return json.loads(run_python(_measure_memory, name, json.dumps(asdict(setting)))[1])
 
 # %% ../../nbs/bench/02_instruct.ipynb #1f035cbe
 _reading = dict(
-    ours='import sys; from llmft.data.pdfs import read_pdfs; print(sum(file.characters for file in read_pdfs(sys.argv[1])))',
+    ours="""
+import sys
+from llmft.data.pdfs import read_pdfs
+print(sum(file.characters for file in read_pdfs(sys.argv[1])))
+""",
     pypdf="""
-import os, sys, logging
+import logging, os, sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
 logging.disable(logging.CRITICAL)
+
 def characters(path):
     import pypdf
-    try: return sum(len(page.extract_text()) for page in pypdf.PdfReader(path).pages[:30])
-    except Exception: return 0
+    try:
+        return sum(len(page.extract_text()) for page in pypdf.PdfReader(path).pages[:30])
+    except Exception:
+        return 0
+
 if __name__ == '__main__':
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool: print(sum(pool.map(characters, sorted(Path(sys.argv[1]).rglob('*.pdf')))))""",
-)
+    paths = sorted(Path(sys.argv[1]).rglob('*.pdf'))
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        print(sum(pool.map(characters, paths)))
+""")
 
 
 def reading_time(library:str,  # ours | pypdf
                  folder,       # of PDFs
 )->dict:                       # seconds of a fresh process, characters it found
-    "Time to extract the text of all PDFs below `folder` across all cores."
+    "Time to extract the text of all PDFs below `folder` across all cores. `LabError` when the process fails."
     if library == 'pypdf':
         require('pypdf', 'bench')
-    seconds, last = run_python(_reading[library], folder)
-    return dict(seconds=seconds, characters=int(last))
+    seconds, last_line = run_python(_reading[library], folder)
+    return dict(seconds=seconds, characters=int(last_line))

@@ -4,36 +4,51 @@
 
 # %% auto #0
 __all__ = ['ours', 'peers', 'Setting', 'log_normal_documents', 'adapted_model', 'Block', 'recipe_of', 'peer_data', 'peer_trainer',
-           'watch', 'train_block', 'available', 'same_step', 'take_turns', 'ratios', 'summary', 'step_memory',
-           'run_python', 'measured_memory']
+           'watch', 'train_block', 'available', 'same_step', 'take_turns', 'ratios', 'summary', 'run_python',
+           'step_memory', 'measured_memory']
 
 # %% ../../nbs/bench/01_training.ipynb #febd3816
-import gc, json, os, statistics, subprocess, sys, tempfile, time
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
 from dataclasses import asdict, dataclass, field, replace
-import numpy as np, torch
-from ..models.adapters import add_lora
+
+import numpy as np
+import torch
+from fastcore.basics import patch
+
 from ..core import LabError, nearest, purpose_rng, require
-from ..models.meter import Meter
-from ..models.load import load_model, presets
-from ..training.recipe import Recipe
+from ..data.batches import IGNORED
 from ..data.tokens import Examples
-from ..training.step import LossModel, accumulate, evaluate_loss, step_batches
+from ..models.adapters import add_lora
+from ..models.load import load_model, presets
+from ..models.meter import Meter
 from ..training.fit import fit
+from ..training.recipe import Recipe
+from ..training.step import LossModel, accumulate, evaluate_loss, step_batches
 
 # %% ../../nbs/bench/01_training.ipynb #d2904411
 @dataclass
 class Setting:
-    "What every way of training has in common."
+    "What all trainers have in common."
 
     model: str  # a preset, as in 'preset:llama-6x256'
     rank: int = 8  # of the LoRA on all linear layers
     learning_rate: float = 1e-3  # constant
     max_length: int = 512  # longest example, positions
-    rows: int = 16  # examples an optimiser step
-    packed_rows: int = 4  # rows of max_length positions an optimiser step, for peers that pack ahead
+    rows: int = 16  # examples per optimiser step
+    packed_rows: int = 4  # rows of max_length positions per optimiser step, for peers that pack ahead
     seed: int = 42  # of weights, adapter and order
 
 # %% ../../nbs/bench/01_training.ipynb #3c156d9c
+_zipf_shift = 10.0  # flattens the head of the distribution, as in Mandelbrot's form of the law
+
+
 def log_normal_documents(count:int,       # documents
                          vocabulary:int,  # number of different tokens
                          seed:int,        # of lengths and tokens
@@ -43,11 +58,14 @@ def log_normal_documents(count:int,       # documents
                          high:int=500,    # longest document, tokens
 )->Examples:                              # one example a document
     "Documents of log-normal lengths whose tokens follow Zipf's law."
+    special = 2  # padding and end of text
     rng = purpose_rng(seed, 'bench documents')
     lengths = np.clip(rng.lognormal(np.log(median), spread, count), low, high).astype(np.int64)
-    weights = 1 / (10.0 + np.arange(vocabulary - 2))
-    words = purpose_rng(0, 'bench words').permutation(vocabulary - 2)
-    ids = 2 + words[rng.choice(vocabulary - 2, int(lengths.sum()), p=weights / weights.sum())]
+
+    ranks = np.arange(vocabulary - special)
+    weights = 1 / (_zipf_shift + ranks)
+    words = purpose_rng(0, 'bench words').permutation(len(ranks))
+    ids = special + words[rng.choice(len(ranks), int(lengths.sum()), p=weights / weights.sum())]
     ends = np.cumsum(lengths)
     return Examples(ids.astype(np.uint32), ends - lengths, ends)
 
@@ -56,24 +74,18 @@ def adapted_model(setting:Setting,  # names the model, the rank and the seed
                   attention:str,    # 'documents' for ours, 'sdpa' for the peers
 ):                                  # a `PeftModel` with fp32 weights
     "The model of `setting` with a fresh adapter on all linear layers."
-    return add_lora(
-        load_model(setting.model, seed=setting.seed, attention=attention),
-        setting.rank,
-        2.0 * setting.rank,
-        0.0,
-        ['all-linear'],
-        setting.seed,
-    )
+    model = load_model(setting.model, seed=setting.seed, attention=attention)
+    return add_lora(model, setting.rank, 2.0 * setting.rank, 0.0, ['all-linear'], setting.seed)
 
 # %% ../../nbs/bench/01_training.ipynb #142a51fa
 @dataclass
 class Block:
-    "One epoch by one way of training."
+    "One epoch by one trainer."
 
     ended: list = field(default_factory=list)  # clock at the end of each step, seconds
     tokens: list = field(default_factory=list)  # targets of each step
-    losses: list = field(default_factory=list)  # training loss of each step, nats a target
-    valid_loss: float = None  # on the held-out documents, nats a target
+    losses: list = field(default_factory=list)  # training loss of each step, nats per target
+    valid_loss: float = None  # on the held-out documents, nats per target
     flops: float = 0.0  # hardware FLOPs of the epoch, where they are known
 
     def note(self, loss):
@@ -81,40 +93,38 @@ class Block:
         self.ended.append(time.perf_counter())
         self.losses.append(float(loss))
 
-    def timed(self,
-              skip:int=2,  # first steps that do not count
-    )->tuple:              # (seconds of each step that counts, their tokens)
-        "Steps that count: neither the first ones nor the last, which may be smaller."
-        steps = range(max(1, skip), len(self.ended) - 1)
-        if not steps:
-            raise LabError(f'a block has {len(self.ended)} steps and none is left to be timed: give more documents')
-        return [self.ended[step] - self.ended[step - 1] for step in steps], [self.tokens[step] for step in steps]
+# %% ../../nbs/bench/01_training.ipynb #909a6b77
+@patch
+def timed(self:Block,
+          skip:int=2,  # first steps that do not count
+)->tuple:              # (seconds of each step that counts, their tokens)
+    "Steps that count: neither the first ones nor the last, which may be smaller. `LabError` when none is left."
+    steps = range(max(1, skip), len(self.ended) - 1)
+    if not steps:
+        raise LabError(f'a block has {len(self.ended)} steps and none is left to be timed: give more documents')
+    return [self.ended[step] - self.ended[step - 1] for step in steps], [self.tokens[step] for step in steps]
 
-    def rate(self,
-             skip:int=2,  # first steps that do not count
-    )->float:             # targets per second
-        "Throughput over the steps that count."
-        seconds, tokens = self.timed(skip)
-        return sum(tokens) / sum(seconds)
+# %% ../../nbs/bench/01_training.ipynb #654bf528
+@patch
+def rate(self:Block,
+         skip:int=2,  # first steps that do not count
+)->float:             # targets per second
+    "Throughput over the steps that count."
+    seconds, tokens = self.timed(skip)
+    return sum(tokens) / sum(seconds)
 
 # %% ../../nbs/bench/01_training.ipynb #e3b61f3e
+_never = 10**9  # optimiser steps
+
+
 def recipe_of(setting:Setting,  # what is equal for all
-              layout:str,       # packed | padded | bucketed
-              rows:int=None,    # documents an optimiser step, other than the setting's
+              layout:str,       # one of `layouts`
+              rows:int=None,    # documents per optimiser step, other than the setting's
 )->Recipe:
     "The recipe for an epoch of `setting`."
-    return Recipe(
-        learning_rate=setting.learning_rate,
-        num_epochs=1,
-        batch_size=rows or setting.rows,
-        max_length=setting.max_length,
-        layout=layout,
-        weight_decay=0.0,
-        schedule='constant',
-        warmup_ratio=0.0,
-        save_every=10**9,
-        seed=setting.seed,
-    )
+    return Recipe(learning_rate=setting.learning_rate, schedule='constant', warmup_ratio=0.0, weight_decay=0.0,
+                  num_epochs=1, batch_size=rows or setting.rows, max_length=setting.max_length, layout=layout,
+                  save_every=_never, seed=setting.seed)
 
 # %% ../../nbs/bench/01_training.ipynb #055dc9a8
 def peer_data(examples:Examples,
@@ -123,70 +133,53 @@ def peer_data(examples:Examples,
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    datasets, vocabulary = require('datasets', 'bench'), {'<pad>': 0, '<eos>': 1}
+    datasets = require('datasets', 'bench')
     datasets.disable_progress_bars()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token='<eos>')),
-        pad_token='<pad>',
-        eos_token='<eos>',
-        unk_token='<eos>',
-    )
-    return datasets.Dataset.from_dict(
-        dict(input_ids=[examples[row].tolist() for row in range(len(examples))])
-    ), tokenizer
+    words = Tokenizer(models.WordLevel({'<pad>': 0, '<eos>': 1}, unk_token='<eos>'))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token='<pad>', eos_token='<eos>', unk_token='<eos>')
+    rows = [examples[row].tolist() for row in range(len(examples))]
+    return datasets.Dataset.from_dict(dict(input_ids=rows)), tokenizer
 
-# %% ../../nbs/bench/01_training.ipynb #167da87f
+# %% ../../nbs/bench/01_training.ipynb #d9036e71
 ours = dict(ours='packed', ours_padded='padded')
 peers = ('trl_packed', 'trl_padded', 'hf_trainer')
 
+# %% ../../nbs/bench/01_training.ipynb #167da87f
+def _peer_settings(setting, folder):
+    "Arguments of transformers' `TrainingArguments` that make a peer do what `setting` says."
+    return dict(
+        output_dir=str(folder), num_train_epochs=1, seed=setting.seed, learning_rate=setting.learning_rate,
+        lr_scheduler_type='constant', weight_decay=0.0, max_grad_norm=1.0, optim='adamw_torch_fused',
+        bf16=False, fp16=False, gradient_checkpointing=False, use_cpu=not torch.cuda.is_available(),
+        logging_steps=1, save_strategy='no', report_to='none', disable_tqdm=True, dataloader_pin_memory=False)
 
-def peer_trainer(way:str,          # one of `peers`
+
+def peer_trainer(name:str,         # one of `peers`
                  setting:Setting,  # what is equal for all
                  train:Examples,   # documents of the epoch
                  folder,           # where the peer may write
-                 rows:int=None,    # rows an optimiser step, other than the setting's
+                 rows:int=None,    # rows per optimiser step, other than the setting's
 ):                                 # a `transformers.Trainer`, ready to train
-    "The trainer of a peer; a `LabError` when it is not installed or there is no such peer."
+    "The trainer of a peer. `LabError` when it is not installed or there is no such peer."
     import transformers
 
-    if way not in peers:
-        raise LabError(
-            f"there is no way of training called '{way}'{nearest(way, [*ours, *peers])}: choose from {', '.join([*ours, *peers])}"
-        )
-    model, (data, tokenizer) = adapted_model(setting, 'sdpa'), peer_data(train)
-    told = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=rows or (setting.packed_rows if way == 'trl_packed' else setting.rows),
-        num_train_epochs=1,
-        seed=setting.seed,
-        learning_rate=setting.learning_rate,
-        lr_scheduler_type='constant',
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        optim='adamw_torch_fused',
-        bf16=False,
-        fp16=False,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy='no',
-        report_to='none',
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=False,
-    )
-    if way == 'hf_trainer':
+    if name not in peers:
+        names = [*ours, *peers]
+        raise LabError(f"there is no trainer called '{name}'{nearest(name, names)}: choose from {', '.join(names)}")
+
+    model = adapted_model(setting, 'sdpa')
+    data, tokenizer = peer_data(train)
+    rows = rows or (setting.packed_rows if name == 'trl_packed' else setting.rows)
+    settings = dict(_peer_settings(setting, folder), per_device_train_batch_size=rows)
+    if name == 'hf_trainer':
+        arguments = transformers.TrainingArguments(**settings)
         collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        trainer = transformers.Trainer(
-            model, transformers.TrainingArguments(**told), collator, data, processing_class=tokenizer
-        )
+        trainer = transformers.Trainer(model, arguments, collator, data, processing_class=tokenizer)
     else:
         trl = require('trl', 'bench')
-        trainer = trl.SFTTrainer(
-            model,
-            trl.SFTConfig(packing=way == 'trl_packed', max_length=setting.max_length, **told),
-            train_dataset=data,
-            processing_class=tokenizer,
-        )
+        arguments = trl.SFTConfig(packing=name == 'trl_packed', max_length=setting.max_length, **settings)
+        trainer = trl.SFTTrainer(model, arguments, train_dataset=data, processing_class=tokenizer)
+
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -194,14 +187,14 @@ def peer_trainer(way:str,          # one of `peers`
 def watch(trainer,      # of a peer
           block:Block,  # gets times, tokens and losses
 ):                      # `trainer`
-    "Have `trainer` report its steps to `block`."
+    "Make `trainer` report its steps to `block`."
     from transformers import TrainerCallback
 
     collate = trainer.data_collator
 
     def counted(rows):
         batch = collate(rows)
-        block.tokens.append(int((batch['labels'][:, 1:] != -100).sum()))
+        block.tokens.append(int((batch['labels'][:, 1:] != IGNORED).sum()))
         return batch
 
     class Watch(TrainerCallback):
@@ -214,12 +207,12 @@ def watch(trainer,      # of a peer
     return trainer
 
 # %% ../../nbs/bench/01_training.ipynb #728ebd40
-def train_block(way:str,          # ours, ours_padded, or one of `peers`
+def train_block(name:str,         # one of `ours` or of `peers`
                 setting:Setting,  # what is equal for all
                 train:Examples,   # documents of the epoch
                 valid:Examples,   # held-out documents
 )->Block:
-    "An epoch by one way of training, and the held-out loss of the model it leaves, measured in the same way for all."
+    "An epoch by one trainer, and the held-out loss of the model. `LabError` as from `peer_trainer`."
     block = Block()
 
     def on_log(entry):
@@ -227,55 +220,64 @@ def train_block(way:str,          # ours, ours_padded, or one of `peers`
         block.tokens.append(entry['targets'] - sum(block.tokens))
 
     with tempfile.TemporaryDirectory() as folder:
-        if way in ours:
+        if name in ours:
             model = adapted_model(setting, 'documents')
-            block.flops = fit(model, train, None, folder, recipe_of(setting, ours[way]), on_log).progress.flops
+            block.flops = fit(model, train, None, folder, recipe_of(setting, ours[name]), on_log).progress.flops
         else:
-            trainer = watch(peer_trainer(way, setting, train, folder), block)
+            trainer = watch(peer_trainer(name, setting, train, folder), block)
             trainer.train()
             model = trainer.model
+
     block.valid_loss = evaluate_loss(model, valid, setting.rows, setting.max_length, 'padded')['loss']
     return block
 
 # %% ../../nbs/bench/01_training.ipynb #3ed1879c
-def available(ways,       # names of ways of training
-              say=print,  # told what is left out, and how to get it
+def available(names,      # of trainers
+              say=print,  # called with a line about what is left out, and how to get it
 )->list:                  # those whose libraries are installed
-    "The `ways` that can be compared here."
-    wanting = [way for way in ways if way.startswith('trl')]
+    "The trainers among `names` that can be compared here."
+    of_trl = [name for name in names if name.startswith('trl')]
     try:
-        require('trl' if wanting else 'datasets', 'bench')
+        require('trl' if of_trl else 'datasets', 'bench')
     except LabError as error:
-        say(f"{', '.join(wanting)} left out: {error}")
-    else:
-        return list(ways)
-    return [way for way in ways if way not in wanting]
+        say(f"{', '.join(of_trl)} left out: {error}")
+        return [name for name in names if name not in of_trl]
+    return list(names)
 
 # %% ../../nbs/bench/01_training.ipynb #d0bab7b2
-def same_step(way:str,            # 'ours', or one of `peers`
+def _our_loss(setting, examples):
+    "(model with gradients, loss) of one step of ours on all of `examples`."
+    model = adapted_model(setting, 'documents').train()
+    recipe = recipe_of(setting, 'packed', len(examples))
+    batches, targets = step_batches(examples, np.arange(len(examples)), recipe)
+    return model, accumulate(LossModel(model), [batch.to(model.device) for batch in batches], targets)
+
+
+def _peer_loss(name, setting, examples):
+    "(model with gradients, loss) of one step of a peer on all of `examples`."
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = peer_trainer(name, setting, examples, folder, len(examples))
+        model = trainer.model.train()
+        loss = trainer.compute_loss(model, next(iter(trainer.get_train_dataloader())))
+        loss.backward()
+    return model, loss
+
+
+def same_step(name:str,           # 'ours', or one of `peers`
               setting:Setting,    # what is equal for all
               examples:Examples,  # documents of the step
-)->dict:                          # loss (nats a target) and gradient_norm
-    "Loss and gradient of one step on all of `examples`, computed by `way`."
-    if way == 'ours':
-        model = adapted_model(setting, 'documents').train()
-        batches, targets = step_batches(examples, np.arange(len(examples)), recipe_of(setting, 'packed', len(examples)))
-        loss = accumulate(LossModel(model), [batch.to(model.device) for batch in batches], targets)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = peer_trainer(way, setting, examples, folder, len(examples))
-            model = trainer.model.train()
-            loss = trainer.compute_loss(model, next(iter(trainer.get_train_dataloader())))
-            loss.backward()
+)->dict:                          # loss (nats per target) and gradient_norm
+    "Loss and gradient of one step on all of `examples`, computed by one trainer."
+    model, loss = _our_loss(setting, examples) if name == 'ours' else _peer_loss(name, setting, examples)
     norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     return dict(loss=loss.item(), gradient_norm=norm.item())
 
 # %% ../../nbs/bench/01_training.ipynb #464b8a19
 def take_turns(jobs:dict,         # name -> function without arguments
                rounds:int,        # times each is called
-               say=lambda name, result: None,  # told of every result
-)->dict:                          # name -> list of results, one a round
-    "Call every job once a round, in the same order."
+               say=lambda name, result: None,  # called with every result
+)->dict:                          # name -> list of results, one per round
+    "Call every job once per round, in the same order."
     results = {name: [] for name in jobs}
     for _ in range(rounds):
         for name, job in jobs.items():
@@ -285,72 +287,84 @@ def take_turns(jobs:dict,         # name -> function without arguments
     return results
 
 # %% ../../nbs/bench/01_training.ipynb #3ff23599
-def ratios(values:dict,    # name -> one number a round
+def ratios(values:dict,    # name -> one number per round
            reference:str,  # name of the one that is divided
 )->dict:                   # name -> median over the rounds of reference/value
     "How many times as much as each other one the `reference` has, round by round."
-    return {
-        name: statistics.median(a / b for a, b in zip(values[reference], value))
-        for name, value in values.items()
-        if name != reference
-    }
+    return {name: statistics.median(own / other for own, other in zip(values[reference], value, strict=True))
+            for name, value in values.items() if name != reference}
 
 # %% ../../nbs/bench/01_training.ipynb #b5376385
-def summary(blocks:list,    # of one way of training
+def summary(blocks:list,    # of one trainer
             skip:int=2,     # first steps of each block that do not count
 )->dict:                    # medians over rounds and steps
-    "What the blocks of one way of training have in common."
-    steps, first = [block.timed(skip) for block in blocks], blocks[0]
+    "What the blocks of one trainer have in common."
+    steps = [block.timed(skip) for block in blocks]
+    first = blocks[0]
     return dict(
         tokens_per_sec=statistics.median(block.rate(skip) for block in blocks),
         step_seconds=statistics.median(second for seconds, _ in steps for second in seconds),
         tokens_per_step=statistics.fmean(token for _, tokens in steps for token in tokens),
         steps=len(first.ended),
         epoch_tokens=sum(first.tokens),
-        valid_loss=first.valid_loss,
-    )
-
-# %% ../../nbs/bench/01_training.ipynb #df0c0614
-def step_memory(way:str,         # 'ours', or one of `peers`
-                setting:dict,    # fields of `Setting`
-                vocabulary:int,  # number of different tokens, instead of the preset's
-                steps:int=2,     # optimiser steps
-)->dict:                         # peak_bytes above start_bytes, and what measured it
-    "Peak memory of training steps on documents of half of max_length, above what the process held with the model loaded. For a process of its own."
-    setting = Setting(**setting)
-    presets['wide'] = presets[setting.model.removeprefix('preset:')] | dict(vocab_size=vocabulary)
-    setting, half = replace(setting, model='preset:wide'), setting.max_length // 2
-    examples = log_normal_documents(steps * setting.rows, vocabulary, setting.seed, low=half, high=half)
-    with tempfile.TemporaryDirectory() as folder:
-        if way == 'ours':
-            model = adapted_model(setting, 'documents')
-            work = lambda: fit(model, examples, None, folder, recipe_of(setting, 'packed'))
-        else:
-            work = peer_trainer(way, setting, examples, folder).train
-        with Meter() as meter:
-            work()
-    return dict(peak_bytes=meter.growth_bytes, start_bytes=meter.start_bytes, kind=meter.memory_kind)
+        valid_loss=first.valid_loss)
 
 # %% ../../nbs/bench/01_training.ipynb #be4eb574
 def run_python(code:str,    # Python source
                *arguments,  # its sys.argv[1:]
 )->tuple:                   # (wall time of the process in seconds, the last line it printed)
-    "Run `code` in a fresh Python that does not know of the run it is started from; a `LabError` with its last words when it fails."
+    "Run `code` in a fresh Python that knows nothing of this run. `LabError` with its last words when it fails."
     environment = {name: value for name, value in os.environ.items() if not name.startswith('LLMFT_')}
+    command = [sys.executable, '-c', code, *map(str, arguments)]
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, '-c', code, *map(str, arguments)], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     seconds = time.perf_counter() - start
+
     if done.returncode:
         raise LabError(f'a measured program failed: {(done.stderr.strip() or "no message").splitlines()[-1]}')
     return seconds, (done.stdout.strip().splitlines() or [''])[-1]
 
+# %% ../../nbs/bench/01_training.ipynb #df0c0614
+def _memory_work(name, setting, examples, folder):
+    "A function without arguments that trains on `examples`; model and trainer are built before it is called."
+    if name != 'ours':
+        return peer_trainer(name, setting, examples, folder).train
+
+    model = adapted_model(setting, 'documents')
+    recipe = recipe_of(setting, 'packed')
+    return lambda: fit(model, examples, None, folder, recipe)
+
+
+def step_memory(name:str,        # 'ours', or one of `peers`
+                setting:dict,    # fields of `Setting`
+                vocabulary:int,  # number of different tokens, instead of the preset's
+                steps:int=2,     # optimiser steps
+)->dict:                         # peak_bytes above start_bytes, and what measured it
+    "Peak memory of training on documents of half of max_length, above the loaded model. For a process of its own."
+    setting = Setting(**setting)
+    presets['wide'] = presets[setting.model.removeprefix('preset:')] | dict(vocab_size=vocabulary)
+    setting = replace(setting, model='preset:wide')
+    half = setting.max_length // 2
+    examples = log_normal_documents(steps * setting.rows, vocabulary, setting.seed, low=half, high=half)
+
+    with tempfile.TemporaryDirectory() as folder:
+        work = _memory_work(name, setting, examples, folder)
+        with Meter() as meter:
+            work()
+    return dict(peak_bytes=meter.growth_bytes, start_bytes=meter.start_bytes, kind=meter.memory_kind)
+
 # %% ../../nbs/bench/01_training.ipynb #824ab658
-def measured_memory(way:str,          # as in `step_memory`
+_measure_memory = """
+import json, sys
+from llmft.bench.training import step_memory
+print('\\n' + json.dumps(step_memory(**json.loads(sys.argv[1]))))
+"""
+
+
+def measured_memory(name:str,         # as in `step_memory`
                     setting:Setting,  # what is equal for all
                     vocabulary:int,   # as in `step_memory`
 )->dict:                              # as from `step_memory`
     "`step_memory` in a process of its own."
-    code = 'import json, sys; from llmft.bench.training import step_memory; found = step_memory(**json.loads(sys.argv[1])); print(); print(json.dumps(found))'
-    return json.loads(run_python(code, json.dumps(dict(way=way, setting=asdict(setting), vocabulary=vocabulary)))[1])
+    arguments = dict(name=name, setting=asdict(setting), vocabulary=vocabulary)
+    return json.loads(run_python(_measure_memory, json.dumps(arguments))[1])

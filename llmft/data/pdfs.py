@@ -7,11 +7,25 @@ __all__ = ['PdfFile', 'read_pdf', 'write_pdf', 'write_bad_pdfs', 'read_pdfs', 'p
            'split_files', 'pdf_corpus', 'builtin_pdfs']
 
 # %% ../../nbs/data/03_pdfs.ipynb #6a427d66
-import collections, contextlib, datetime, itertools, json, os, queue, re, signal, subprocess, sys, textwrap, threading
+import collections
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
 from ..core import LabError, find_path, purpose_rng, shows_bar, write_atomic, write_json
-from .corpora import Corpus, Documents, builtin_part, content_key
+from .corpora import Corpus, builtin_part, content_key
+from .tables import Documents
 
 # %% ../../nbs/data/03_pdfs.ipynb #8f06925c
 @dataclass
@@ -27,13 +41,49 @@ class PdfFile:
     text: str = ''  # of the pages read, with a form feed between two
 
 # %% ../../nbs/data/03_pdfs.ipynb #987bde9c
+_break_marks = '[\x02\ufffe\xad]\\s*'  # where PDFium says that a word goes on in the next line
+_longest_reason = 80  # characters of a message of PDFium
+
+
 def _page_text(page):
-    "The text of a page, words broken by hyphens mended, and whether it holds an image."
+    "The text of a page, words broken by hyphens joined, and whether it holds an image and no text."
     from pypdfium2 import raw
 
     text = page.get_textpage().get_text_range().replace('\r\n', '\n').replace('\r', '\n')
-    text = re.sub('[\x02\ufffe\xad]\\s*', '', text).replace('\x00', '').encode('utf-8', 'ignore').decode()
-    return text, not text.strip() and any(True for _ in page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE]))
+    text = re.sub(_break_marks, '', text).replace('\x00', '').encode('utf-8', 'ignore').decode()
+    if text.strip():
+        return text, False
+    images = page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE])
+    return text, next(iter(images), None) is not None
+
+
+def _one_line(error):
+    return ' '.join(str(error).split())[:_longest_reason]
+
+
+def _why_closed(error):
+    "The reason why PDFium did not open a file."
+    if 'password' in str(error).lower():
+        return 'encrypted: it asks for a password'
+    return f'broken: {str(error).removeprefix("Failed to load document ").strip("().")}'
+
+
+def _take_text(file, document, max_pages, min_characters):
+    "Fill `file` with the text of the open `document`, or with the reason why it is skipped."
+    file.pages = len(document)
+    file.read = min(file.pages, max_pages or file.pages)
+    try:
+        pages = [_page_text(document[number]) for number in range(file.read)]
+    except Exception as error:
+        file.skipped = f'broken: {_one_line(error)}'
+        return
+
+    file.text = '\f'.join(text.strip() for text, _ in pages)
+    file.characters = len(file.text.strip())
+    if not file.characters and any(has_image for _, has_image in pages):
+        file.skipped = 'scanned: its pages hold images and no text'
+    elif file.characters < min_characters:
+        file.skipped = f'too short: under {min_characters} characters'
 
 
 def read_pdf(path:Path,                # the file
@@ -41,39 +91,37 @@ def read_pdf(path:Path,                # the file
              min_characters:int=500,   # files with fewer are skipped
              name:str='',              # how it is called; its own name by default
 )->PdfFile:                            # with the text, or the reason why there is none
-    "Extract the text of one PDF; whatever is wrong with it is told, not raised."
+    "Extract the text of one PDF. What is wrong with the file stands in `skipped`; nothing is raised."
     import pypdfium2
 
-    found = PdfFile(name or Path(path).name, Path(path).stat().st_size)
-    if not found.bytes:
-        found.skipped = 'zero bytes'
-        return found
+    file = PdfFile(name or Path(path).name, Path(path).stat().st_size)
+    if not file.bytes:
+        file.skipped = 'zero bytes'
+        return file
     try:
         document = pypdfium2.PdfDocument(path)
     except pypdfium2.PdfiumError as error:
-        found.skipped = (
-            'encrypted: it asks for a password'
-            if 'password' in str(error).lower()
-            else f'broken: {str(error).removeprefix("Failed to load document ").strip("().")}'
-        )
-        return found
+        file.skipped = _why_closed(error)
+        return file
+
     with contextlib.closing(document):
-        found.pages = len(document)
-        found.read = min(found.pages, max_pages or found.pages)
-        try:
-            pages = [_page_text(document[number]) for number in range(found.read)]
-        except Exception as error:
-            found.skipped = f'broken: {" ".join(str(error).split())[:80]}'
-            return found
-    found.text = '\f'.join(text.strip() for text, _ in pages)
-    found.characters = len(found.text.strip())
-    if not found.characters and any(image for _, image in pages):
-        found.skipped = 'scanned: its pages hold images and no text'
-    elif found.characters < min_characters:
-        found.skipped = f'too short: under {min_characters} characters'
-    return found
+        _take_text(file, document, max_pages, min_characters)
+    return file
 
 # %% ../../nbs/data/03_pdfs.ipynb #b295d2ac
+_line_width = 90  # characters
+_page_lines = 64
+_margin = 50  # points
+
+
+def _wrapped(text):
+    "The lines of `text`, none longer than a page is wide."
+    lines = []
+    for line in text.splitlines():
+        lines.extend(textwrap.wrap(line, _line_width, drop_whitespace=False, replace_whitespace=False) or [''])
+    return lines
+
+
 def write_pdf(path,                # where the file shall stand
               text:str,            # lines; a long one is wrapped
               password:str='',     # asked for by readers; none by default
@@ -82,20 +130,14 @@ def write_pdf(path,                # where the file shall stand
     from reportlab.lib.pagesizes import A4
     from reportlab.pdfgen.canvas import Canvas
 
-    path, lines = (
-        Path(path),
-        [
-            piece
-            for line in text.splitlines()
-            for piece in (textwrap.wrap(line, 90, drop_whitespace=False, replace_whitespace=False) or [''])
-        ],
-    )
+    lines = _wrapped(text)
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas = Canvas(str(path), pagesize=A4, invariant=1, encrypt=password or None)
-    for first in range(0, max(1, len(lines)), 64):
-        page = canvas.beginText(50, A4[1] - 50)
+    for first in range(0, max(1, len(lines)), _page_lines):
+        page = canvas.beginText(_margin, A4[1] - _margin)
         page.setFont('Courier', 9, leading=11.5)
-        for line in lines[first : first + 64]:
+        for line in lines[first:first + _page_lines]:
             page.textLine(line.encode('latin-1', 'replace').decode('latin-1'))
         canvas.drawText(page)
         canvas.showPage()
@@ -109,125 +151,160 @@ def write_bad_pdfs(folder) -> list:
     from reportlab.lib.utils import ImageReader
     from reportlab.pdfgen.canvas import Canvas
 
-    folder, text = Path(folder), 'Nobody will read this. ' * 60
+    folder = Path(folder)
+    text = 'Nobody will read this. ' * 60
     write_pdf(folder / 'encrypted.pdf', text, 'secret')
     whole = write_pdf(folder / 'broken.pdf', text).read_bytes()
-    (folder / 'broken.pdf').write_bytes(whole[40 : len(whole) // 3])
+    (folder / 'broken.pdf').write_bytes(whole[40:len(whole) // 3])
+
     canvas = Canvas(str(folder / 'scanned.pdf'), invariant=1)
     canvas.drawImage(ImageReader(Image.effect_noise((120, 160), 40)), 50, 50, 480, 640)
     canvas.save()
+
     (folder / 'empty.pdf').write_bytes(b'')
     write_pdf(folder / 'short.pdf', 'One line only.')
     return ['broken.pdf', 'empty.pdf', 'encrypted.pdf', 'scanned.pdf', 'short.pdf']
 
 # %% ../../nbs/data/03_pdfs.ipynb #131c0ac4
+_most_memory = 2**32  # bytes of address space of a worker
+
+
 def _serve():
     "A worker: paths in, one a line, and `PdfFile`s out as JSON; it dies rather than take too long or too much memory."
     import resource
 
-    seconds, max_pages, min_characters = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    seconds, max_pages, min_characters = map(int, sys.argv[1:4])
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (2**32, 2**32))
+        resource.setrlimit(resource.RLIMIT_AS, (_most_memory, _most_memory))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
     for line in sys.stdin:
         signal.alarm(seconds)
         path, name = json.loads(line)
         try:
-            found = read_pdf(path, max_pages, min_characters, name)
+            file = read_pdf(path, max_pages, min_characters, name)
         except Exception as error:
-            found = PdfFile(name, 0, skipped=f'broken: {error.__class__.__name__} {" ".join(str(error).split())[:80]}')
+            file = PdfFile(name, 0, skipped=f'broken: {error.__class__.__name__} {_one_line(error)}')
         signal.alarm(0)
-        print(json.dumps(asdict(found)), flush=True)
+        print(json.dumps(asdict(file)), flush=True)
 
 
-def _worker(jobs, results, settings):
-    "Feed the files in the queue `jobs` to a worker process, and to another one when it dies."
-    process = None
+class _Worker:
+    "A process that reads one PDF at a time; another one is started after it has died."
+
+    def __init__(self, seconds, max_pages, min_characters):
+        self.seconds = seconds
+        self.settings = [str(seconds), str(max_pages), str(min_characters)]
+        self.process = None
+
+    def start(self):
+        code = 'from llmft.data.pdfs import _serve; _serve()'
+        self.process = subprocess.Popen([sys.executable, '-c', code, *self.settings],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                        text=True, encoding='utf-8')
+
+    def read(self, path, name):
+        "The `PdfFile` of one path, whatever becomes of the process."
+        if self.process is None:
+            self.start()
+        try:
+            self.process.stdin.write(json.dumps([str(path), name]) + '\n')
+            self.process.stdin.flush()
+            return PdfFile(**json.loads(self.process.stdout.readline()))
+        except (OSError, ValueError):
+            self.process.kill()
+            too_late = self.process.wait() == -signal.SIGALRM
+            self.process = None
+            reason = f'took more than {self.seconds} s' if too_late else 'made the reader crash'
+            return PdfFile(name, path.stat().st_size, skipped=reason)
+
+    def close(self):
+        if self.process:
+            self.process.stdin.close()
+            self.process.stdout.close()
+            self.process.wait()
+
+
+def _work(jobs, results, settings):
+    "Read the files in the queue `jobs` until it is empty."
+    worker = _Worker(*settings)
     while True:
         try:
             path, name = jobs.get_nowait()
         except queue.Empty:
             break
-        if process is None:
-            process = subprocess.Popen(
-                [sys.executable, '-c', 'from llmft.data.pdfs import _serve; _serve()', *map(str, settings)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                encoding='utf-8',
-            )
-        try:
-            process.stdin.write(json.dumps([str(path), name]) + '\n')
-            process.stdin.flush()
-            results.put(PdfFile(**json.loads(process.stdout.readline())))
-        except (OSError, ValueError):
-            process.kill()
-            late = process.wait() == -signal.SIGALRM
-            results.put(
-                PdfFile(
-                    name,
-                    path.stat().st_size,
-                    skipped=f'took more than {settings[0]} s' if late else 'made the reader crash',
-                )
-            )
-            process = None
-    if process:
-        process.stdin.close()
-        process.stdout.close()
-        process.wait()
+        results.put(worker.read(path, name))
+    worker.close()
+
+
+def _pdf_paths(folder):
+    "All PDFs below `folder`, sorted; a `LabError` when there is none."
+    if not folder.is_dir():
+        raise LabError(f'there is no folder {folder}: give one that holds PDFs')
+    paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() == '.pdf' and path.is_file())
+    if not paths:
+        raise LabError(f'{folder} holds no file that ends in .pdf: give a folder of PDFs')
+    return paths
+
+
+def _cores():
+    "Cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
 def read_pdfs(folder,                   # searched with all folders below it
               max_pages:int=30,         # pages to read of each file, 0 for all
               min_characters:int=500,   # files with fewer are skipped
-              workers:int=0,            # processes, 0 for one a core
+              workers:int=0,            # processes, 0 for one per core
               seconds:int=60,           # longest time for one file
 )->list:                                # a `PdfFile` for every file, in the order of their names
     "Extract the text of all PDFs below `folder` in parallel. `LabError` when there is none."
     from tqdm.auto import tqdm
 
     folder = find_path(folder)
-    if not folder.is_dir():
-        raise LabError(f'there is no folder {folder}: give one that holds PDFs')
-    paths = sorted(path for path in folder.rglob('*') if path.suffix.lower() == '.pdf' and path.is_file())
-    if not paths:
-        raise LabError(f'{folder} holds no file that ends in .pdf: give a folder of PDFs')
-    jobs, results = queue.SimpleQueue(), queue.SimpleQueue()
+    paths = _pdf_paths(folder)
+    jobs = queue.SimpleQueue()
+    results = queue.SimpleQueue()
     for path in sorted(paths, key=lambda path: -path.stat().st_size):
         jobs.put((path, path.relative_to(folder).as_posix()))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    threads = [
-        threading.Thread(target=_worker, args=(jobs, results, (seconds, max_pages, min_characters)), daemon=True)
-        for _ in range(min(workers or cores, len(paths)))
-    ]
+
+    arguments = jobs, results, (seconds, max_pages, min_characters)
+    threads = [threading.Thread(target=_work, args=arguments, daemon=True)
+               for _ in range(min(workers or _cores(), len(paths)))]
     for thread in threads:
         thread.start()
-    shown = shows_bar()
-    files = [results.get() for _ in tqdm(paths, unit='file', desc='PDFs', disable=not shown)]
+
+    files = [results.get() for _ in tqdm(paths, unit='file', desc='PDFs', disable=not shows_bar())]
     for thread in threads:
         thread.join()
     return sorted(files, key=lambda file: file.name)
 
 # %% ../../nbs/data/03_pdfs.ipynb #25feb0f0
+_full_line = 0.75  # of the width that nine lines in ten do not exceed: a shorter line may end a paragraph
+
+
+def _page_paragraphs(page):
+    "The paragraphs of one page."
+    lines = [' '.join(line.split()) for line in page.split('\n')]
+    widths = sorted(len(line) for line in lines if line)
+    full = _full_line * widths[int(0.9 * (len(widths) - 1))] if widths else 0
+
+    current = []
+    for line in lines:
+        if line:
+            current.append(line)
+        ends_sentence = len(line) < full and line.endswith(('.', '!', '?', ':'))
+        if current and (not line or ends_sentence):
+            yield ' '.join(current)
+            current = []
+    if current:
+        yield ' '.join(current)
+
+
 def pdf_paragraphs(text:str,  # of a `PdfFile`
 )->list:                      # of texts without line breaks
     "The paragraphs of extracted text, each on one line."
-    found = []
-    for page in text.split('\f'):
-        lines = [' '.join(line.split()) for line in page.split('\n')]
-        widths = sorted(len(line) for line in lines if line)
-        full = 0.75 * widths[int(0.9 * (len(widths) - 1))] if widths else 0
-        current = []
-        for line in lines:
-            if line:
-                current.append(line)
-            if current and (not line or (len(line) < full and line.endswith(('.', '!', '?', ':')))):
-                found.append(' '.join(current))
-                current = []
-        if current:
-            found.append(' '.join(current))
-    return found
+    return [paragraph for page in text.split('\f') for paragraph in _page_paragraphs(page)]
 
 # %% ../../nbs/data/03_pdfs.ipynb #48a7482d
 def pack_paragraphs(paragraphs:list,  # texts without line breaks
@@ -235,8 +312,8 @@ def pack_paragraphs(paragraphs:list,  # texts without line breaks
 )->list:                              # chunks, paragraphs in them on lines of their own
     "Whole paragraphs packed into chunks of at most `most` characters; longer ones are divided between words."
     pieces = itertools.chain.from_iterable(
-        textwrap.wrap(p, most, break_on_hyphens=False) if len(p) > most else [p] for p in paragraphs
-    )
+        textwrap.wrap(paragraph, most, break_on_hyphens=False) if len(paragraph) > most else [paragraph]
+        for paragraph in paragraphs)
     chunks = ['']
     for piece in pieces:
         if chunks[-1] and len(chunks[-1]) + 1 + len(piece) > most:
@@ -248,14 +325,15 @@ def pack_paragraphs(paragraphs:list,  # texts without line breaks
 def mark_copies(files:list,  # of `PdfFile`; copies among them are marked as skipped
 )->list:                     # `files`
     "Skip every file that has the text of an earlier one."
-    first = {}
+    first_names = {}
     for file in files:
         if file.skipped:
             continue
-        key = content_key(file.text)
-        if key in first:
-            file.skipped = f'the same text as {first[key]}'
-        first.setdefault(key, file.name)
+        content = content_key(file.text)
+        if content in first_names:
+            file.skipped = f'the same text as {first_names[content]}'
+        else:
+            first_names[content] = file.name
     return files
 
 # %% ../../nbs/data/03_pdfs.ipynb #1951412e
@@ -267,21 +345,25 @@ def split_files(names:list,           # of usable files
     if not 0 < test_share < 1:
         raise LabError(f'test_share is {test_share}: give a number between 0 and 1')
     if len(names) < 2:
-        raise LabError(
-            f'{len(names)} usable PDF: a split by file needs two at least; add files, or see why others were skipped'
-        )
+        raise LabError(f'{len(names)} usable PDF: a split by file needs two at least; '
+                       'add files, or see why others were skipped')
+
     order = purpose_rng(seed, 'pdf files').permutation(len(names))
     held_out = min(len(names) - 1, -int(-test_share * len(names) // 1))
-    test, train = ([sorted(names)[row] for row in sorted(part)] for part in (order[:held_out], order[held_out:]))
-    return dict(
-        train_files=train,
-        test_files=test,
-        train_size=len(train),
-        test_size=len(test),
-        created_at=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds'),
-    )
+    in_order = sorted(names)
+    test = [in_order[row] for row in sorted(order[:held_out])]
+    train = [in_order[row] for row in sorted(order[held_out:])]
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
+    return dict(train_files=train, test_files=test, train_size=len(train), test_size=len(test), created_at=now)
 
 # %% ../../nbs/data/03_pdfs.ipynb #7009839f
+def _chunks(names, texts, most):
+    "Documents of the chunks of some files."
+    return Documents.collect((f'{name}#{number}', chunk)
+                             for name in names
+                             for number, chunk in enumerate(pack_paragraphs(pdf_paragraphs(texts[name]), most)))
+
+
 def pdf_corpus(files:list,                  # from `read_pdfs`
                test_share:float=.1,         # of the usable files
                seed:int=42,                 # of the split
@@ -294,20 +376,11 @@ def pdf_corpus(files:list,                  # from `read_pdfs`
     if split_file:
         write_json(split_file, split)
 
-    def side(names):
-        chunks = [
-            (chunk, f'{name}#{number}')
-            for name in names
-            for number, chunk in enumerate(pack_paragraphs(pdf_paragraphs(texts[name]), chunk_characters))
-        ]
-        return Documents([chunk for chunk, _ in chunks], [name for _, name in chunks])
-
     reasons = collections.Counter(re.split('[:,]', file.skipped)[0] for file in files if file.skipped)
-    return Corpus(
-        side(split['train_files']),
-        side(split['test_files']),
-        dict(files=len(files), used=len(texts), skipped=dict(reasons)),
-    ), split
+    notes = dict(files=len(files), used=len(texts), skipped=dict(reasons))
+    train = _chunks(split['train_files'], texts, chunk_characters)
+    test = _chunks(split['test_files'], texts, chunk_characters)
+    return Corpus(train, test, notes), split
 
 # %% ../../nbs/data/03_pdfs.ipynb #a97ad45f
 def builtin_pdfs(folder) -> Path:

@@ -4,77 +4,89 @@
 
 # %% auto #0
 __all__ = ['special_tokens', 'chat_template', 'policies', 'train_tokenizer', 'load_tokenizer', 'tokenizer_hash', 'Examples',
-           'encode', 'read_tokens', 'cut', 'Html', 'show_tokens']
+           'token_type', 'TokenWriter', 'side_facts', 'boundaries', 'read_side', 'encode', 'read_tokens', 'Policy',
+           'cut', 'Html', 'show_tokens']
 
 # %% ../../nbs/data/04_tokens.ipynb #8116180d
-import html, json, os
+import html
+import itertools
+import os
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
-from ..core import LabError, assets, find_path, hub_answers, sha256_of, write_json
+from fastcore.basics import patch
+
+from ..core import LabError, assets, choose, find_path, hub_answers, read_json, sha256_of, write_json
 
 # %% ../../nbs/data/04_tokens.ipynb #f7947650
 special_tokens = ('<|endoftext|>', '<|system|>', '<|user|>', '<|assistant|>')
 chat_template = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}<|endoftext|>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+# %% ../../nbs/data/04_tokens.ipynb #25e4d294
+_bytes = 256  # entries that spell any text
 
 
-def train_tokenizer(texts,              # iterable of training texts
-                    vocabulary:int=4096,  # number of entries, special tokens and the 256 bytes included
-):                                      # a PreTrainedTokenizerFast
-    "Train byte-level BPE on `texts`: digits one by one, special tokens first, a chat template."
+def _byte_level_bpe(texts, vocabulary):
+    "A trained `tokenizers.Tokenizer`."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(special_tokens),
+                                  initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def train_tokenizer(texts,                # iterable of training texts
+                    vocabulary:int=4096,  # number of entries, special tokens and the 256 bytes included
+):                                        # a PreTrainedTokenizerFast
+    "Train byte-level BPE: digits one by one, special tokens first, a chat template. `LabError` for a tiny vocabulary."
     from transformers import PreTrainedTokenizerFast
 
-    if vocabulary < 256 + len(special_tokens):
-        raise LabError(
-            f'vocabulary is {vocabulary}: the bytes and special tokens alone are {256 + len(special_tokens)}'
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(special_tokens),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    end = special_tokens[0]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=end,
-        eos_token=end,
-        pad_token=end,
-        chat_template=chat_template,
-        additional_special_tokens=list(special_tokens[1:]),
-        clean_up_tokenization_spaces=False,
-    )
+    least = _bytes + len(special_tokens)
+    if vocabulary < least:
+        raise LabError(f'vocabulary is {vocabulary}: the bytes and special tokens alone are {least}')
+
+    end, *turns = special_tokens
+    return PreTrainedTokenizerFast(tokenizer_object=_byte_level_bpe(texts, vocabulary),
+                                   bos_token=end, eos_token=end, pad_token=end, chat_template=chat_template,
+                                   additional_special_tokens=turns, clean_up_tokenization_spaces=False)
 
 # %% ../../nbs/data/04_tokens.ipynb #cf2cc225
+def _tokenizer_place(name):
+    "The folder of the tokenizer called `name`, or `name` itself for one from the hub."
+    if name == 'base':
+        return assets / 'base'
+    path = find_path(name)
+    return path if path.exists() else name
+
+
 def load_tokenizer(name:str,  # "base", a folder, or a hub name
 ):                            # a fast tokenizer with an end-of-text and a padding token
-    "The tokenizer of a model; a `LabError` in one line when there is none."
+    "The tokenizer of a model. `LabError` when there is none, or it has no end-of-text token."
     from transformers import AutoTokenizer
 
-    where = assets / 'base' if name == 'base' else find_path(name) if find_path(name).exists() else name
+    place = _tokenizer_place(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            where, clean_up_tokenization_spaces=False, local_files_only=isinstance(where, Path) or not hub_answers()
-        )
+        offline = isinstance(place, Path) or not hub_answers()
+        tokenizer = AutoTokenizer.from_pretrained(place, clean_up_tokenization_spaces=False, local_files_only=offline)
     except Exception as error:
-        raise LabError(
-            f"no tokenizer for '{name}' ({type(error).__name__}): give a folder that holds tokenizer.json, a hub name in the cache or reachable, or use --small"
-        ) from None
+        raise LabError(f"no tokenizer for '{name}' ({type(error).__name__}): give a folder that holds tokenizer.json, "
+                       "a hub name in the cache or reachable, or use --small") from None
+
     if tokenizer.eos_token_id is None:
-        raise LabError(
-            f"the tokenizer of '{name}' has no end-of-text token: generation would never stop; choose another"
-        )
+        raise LabError(f"the tokenizer of '{name}' has no end-of-text token: "
+                       "generation would never stop; choose another")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -87,7 +99,7 @@ def tokenizer_hash(tokenizer) -> str:
 # %% ../../nbs/data/04_tokens.ipynb #374a3dca
 @dataclass
 class Examples:
-    "Stretches of tokens in one flat array, which may be memory-mapped."
+    "Ranges of tokens in one flat array, which may be memory-mapped."
 
     ids: np.ndarray  # uint16 or uint32, (tokens,)
     starts: np.ndarray  # int64, (n,): first token of each example
@@ -98,122 +110,249 @@ class Examples:
         return len(self.starts)
 
     def __getitem__(self, row):
-        return self.ids[self.starts[row] : self.ends[row]]
+        return self.ids[self.starts[row]:self.ends[row]]
 
     @property
     def slots(self):
         return self.ends - self.starts - 1
 
-    def supervised(self) -> np.ndarray:
-        "Number of trained targets of each example, (n,)."
-        if self.loss is None:
-            return self.slots
-        total = np.concatenate([[0], np.cumsum(self.loss, dtype=np.int64)])
-        return total[self.ends] - total[self.starts + 1]
+# %% ../../nbs/data/04_tokens.ipynb #53823612
+@patch
+def supervised(self:Examples) -> np.ndarray:
+    "Number of trained targets of each example, (n,)."
+    if self.loss is None:
+        return self.slots
+    total = np.concatenate([[0], np.cumsum(self.loss, dtype=np.int64)])
+    return total[self.ends] - total[self.starts + 1]
 
-    def select(self, rows) -> 'Examples':
-        "The examples at `rows`, on the same tokens."
-        return Examples(self.ids, self.starts[rows], self.ends[rows], self.loss)
+# %% ../../nbs/data/04_tokens.ipynb #23992188
+@patch
+def select(self:Examples, rows) -> Examples:
+    "The examples at `rows` (numbers, a slice or a mask), on the same tokens."
+    return Examples(self.ids, self.starts[rows], self.ends[rows], self.loss)
+
+# %% ../../nbs/data/04_tokens.ipynb #0d46c717
+def token_type(vocabulary:int, # entries of the tokenizer
+):                             # np.uint16 or np.uint32
+    "The smallest type that holds every token."
+    return np.uint16 if vocabulary <= 2**16 else np.uint32
+
+# %% ../../nbs/data/04_tokens.ipynb #b42cb2b5
+_size_type = np.dtype(np.int64)
+
+
+class TokenWriter:
+    "Writes one side of a token folder; until `finish`, its files end in .partial."
+
+    def __init__(self,
+                 folder,     # a `Path`; made when missing
+                 side:str,   # name of the side, as in train.bin
+                 dtype=np.uint16,  # from `token_type`
+                 tokens:int=0,     # tokens of an earlier writer to keep
+                 documents:int=0,  # documents of an earlier writer to keep
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.side = side
+        self.dtype = np.dtype(dtype)
+        self.ids = (folder / f'.{side}.bin.partial').open('ab')
+        self.sizes = (folder / f'.{side}.sizes.partial').open('ab')
+        self.ids.truncate(self.dtype.itemsize * tokens)
+        self.sizes.truncate(_size_type.itemsize * documents)
+
+    def write(self,
+              ids,      # tokens of a batch of documents, end to end
+              lengths,  # tokens of each document
+    ):
+        "Append a batch of documents."
+        self.ids.write(np.asarray(ids, dtype=self.dtype).tobytes())
+        self.sizes.write(np.asarray(lengths, dtype=_size_type).tobytes())
+
+    def flush(self):
+        "Hand all that was written to the operating system."
+        self.ids.flush()
+        self.sizes.flush()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.ids.close()
+        self.sizes.close()
+
+# %% ../../nbs/data/04_tokens.ipynb #e320e29e
+@patch
+def finish(self:TokenWriter) -> np.ndarray:
+    "Give the files their names. Returns the offsets, int64, (documents + 1,)."
+    self.flush()
+    sizes = np.fromfile(self.sizes.name, dtype=_size_type)
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+    np.save(self.folder / f'{self.side}_offsets.npy', offsets)
+    os.replace(self.ids.name, self.folder / f'{self.side}.bin')
+    os.unlink(self.sizes.name)
+    return offsets
+
+# %% ../../nbs/data/04_tokens.ipynb #1f823e42
+def side_facts(folder:Path, # a token folder
+               side:str,    # name of a finished side
+)->dict:                    # documents, tokens, sha256 of the tokens
+    "What tokens.json says about one side."
+    offsets = np.load(folder / f'{side}_offsets.npy')
+    return dict(documents=len(offsets) - 1, tokens=int(offsets[-1]), sha256=sha256_of(folder / f'{side}.bin'))
+
+# %% ../../nbs/data/04_tokens.ipynb #daf5764c
+def boundaries(ids,      # tokens of a whole file
+               eot:int,  # the end-of-text token
+):                       # offsets, int64, (n + 1,): document i is ids[offsets[i]:offsets[i + 1]], its EOT included
+    "Where documents begin. `LabError` when one is empty or the file does not end with an EOT."
+    ends = np.flatnonzero(np.asarray(ids) == eot)
+    if not len(ends) or ends[-1] != len(ids) - 1:
+        raise LabError('the token file does not end with the end-of-text token: '
+                       'it was cut, or made with another tokenizer')
+
+    offsets = np.concatenate([[0], ends + 1]).astype(np.int64)
+    empty = np.flatnonzero(np.diff(offsets) < 2)
+    if empty.size:
+        raise LabError(f'document {empty[0]} is empty: drop empty documents before preparing tokens')
+    return offsets
+
+# %% ../../nbs/data/04_tokens.ipynb #ca153cfa
+def _mapped(path, dtype, tokens):
+    "The file at `path` as an array; a `LabError` when it does not hold so many `tokens`."
+    size = path.stat().st_size
+    if size != tokens * dtype.itemsize:
+        raise LabError(f'{path} holds {size:,} bytes and not {tokens:,} tokens of {dtype.itemsize}: '
+                       'it was cut; delete the folder and prepare it again')
+    return np.memmap(path, dtype=dtype, mode='r') if size else np.zeros(0, dtype)
+
+
+def read_side(folder,   # a token folder, or any with the file side.bin
+              side:str, # such as train
+)->tuple:               # (tokens, memory-mapped; offsets, int64, (n + 1,))
+    "The tokens of one side and where its documents begin. `LabError` when the file is missing or was cut."
+    folder = Path(folder)
+    path = folder / f'{side}.bin'
+    if not path.exists():
+        raise LabError(f'there is no {path}: prepare the tokens first')
+    facts = read_json(folder / 'tokens.json') if (folder / 'tokens.json').exists() else {}
+    dtype = np.dtype(facts.get('dtype', 'uint16'))
+
+    if (folder / f'{side}_offsets.npy').exists():
+        offsets = np.load(folder / f'{side}_offsets.npy')
+        return _mapped(path, dtype, int(offsets[-1])), offsets
+    ids = _mapped(path, dtype, path.stat().st_size // dtype.itemsize)
+    return ids, boundaries(ids, facts.get('eot', ids[-1] if len(ids) else None))
 
 # %% ../../nbs/data/04_tokens.ipynb #f64c50e4
-def _wrap(ids, tokenizer, dtype) -> np.ndarray:
+def _encoded(texts, tokenizer, batch):
+    "The tokens of `batch` documents at a time, as a list of arrays."
+    dtype = token_type(len(tokenizer))
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return np.array([*begin, *ids, tokenizer.eos_token_id], dtype=dtype)
+    for first in range(0, len(texts), batch):
+        rows = tokenizer(texts[first:first + batch], add_special_tokens=False, verbose=False)['input_ids']
+        yield [np.array([*begin, *row, tokenizer.eos_token_id], dtype=dtype) for row in rows]
+
+
+def _in_memory(rows, dtype):
+    "The documents in `rows`, an iterable of arrays, as examples."
+    rows = list(rows)
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    ends = np.cumsum(lengths)
+    return Examples(np.concatenate(rows) if rows else np.zeros(0, dtype), ends - lengths, ends)
 
 
 def encode(texts,          # list of documents
            tokenizer,      # as `load_tokenizer` gives it
-           folder=None,    # where to keep tokens.bin, offsets.npy and tokens.json; None keeps all in memory
+           folder=None,    # where to keep tokens.bin, tokens_offsets.npy and tokens.json; None keeps all in memory
            batch:int=512,  # documents tokenised at a time
-)->Examples:               # one example a document
+)->Examples:               # one example per document
     "Tokenise documents into one flat array, a beginning and an end of text around each."
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    sizes, pieces = [], []
-    partial = Path(folder) / '.tokens.partial' if folder else None
-    if folder:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open('wb') if folder else open(os.devnull, 'wb') as file:
-        for first in range(0, len(texts), batch):
-            rows = [
-                _wrap(ids, tokenizer, dtype)
-                for ids in tokenizer(texts[first : first + batch], add_special_tokens=False, verbose=False)['input_ids']
-            ]
-            sizes += map(len, rows)
-            if folder:
-                file.write(b''.join(row.tobytes() for row in rows))
-            else:
-                pieces += rows
-    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    dtype = token_type(len(tokenizer))
+    batches = _encoded(texts, tokenizer, batch)
     if not folder:
-        return Examples(np.concatenate(pieces) if pieces else np.zeros(0, dtype), offsets[:-1], offsets[1:])
-    np.save(Path(folder) / 'offsets.npy', offsets)
-    os.replace(partial, Path(folder) / 'tokens.bin')
-    write_json(
-        Path(folder) / 'tokens.json',
-        dict(
-            dtype=np.dtype(dtype).name,
-            tokens=int(offsets[-1]),
-            documents=len(sizes),
-            tokenizer=tokenizer_hash(tokenizer),
-            sha256=sha256_of(Path(folder) / 'tokens.bin'),
-        ),
-    )
+        return _in_memory(itertools.chain.from_iterable(batches), dtype)
+
+    folder = Path(folder)
+    with TokenWriter(folder, 'tokens', dtype) as writer:
+        for rows in batches:
+            writer.write(np.concatenate(rows), [len(row) for row in rows])
+        writer.finish()
+    facts = dict(dtype=np.dtype(dtype).name, tokenizer=tokenizer_hash(tokenizer), tokens=side_facts(folder, 'tokens'))
+    write_json(folder / 'tokens.json', facts)
     return read_tokens(folder)
 
 # %% ../../nbs/data/04_tokens.ipynb #37b7739c
 def read_tokens(folder) -> Examples:
-    "The documents in a folder that `encode` wrote, memory-mapped; a `LabError` when the file was cut."
-    facts = json.loads((Path(folder) / 'tokens.json').read_text())
-    offsets, file = np.load(Path(folder) / 'offsets.npy'), Path(folder) / 'tokens.bin'
-    if file.stat().st_size != facts['tokens'] * np.dtype(facts['dtype']).itemsize or offsets[-1] != facts['tokens']:
-        raise LabError(
-            f"{file} holds {file.stat().st_size} bytes and tokens.json says {facts['tokens']} tokens: the file was cut; delete the folder and prepare it again"
-        )
-    return Examples(np.memmap(file, dtype=facts['dtype'], mode='r'), offsets[:-1], offsets[1:])
+    "The documents in a folder that `encode` wrote, memory-mapped. `LabError` when the file was cut."
+    ids, offsets = read_side(folder, 'tokens')
+    return Examples(ids, offsets[:-1], offsets[1:])
 
 # %% ../../nbs/data/04_tokens.ipynb #26fd92a5
-policies = ('split', 'truncate', 'drop', 'error')
+@dataclass(frozen=True)
+class Policy:
+    "What happens to documents that are too long."
+
+    says: str  # in one line
+    apply: object  # (examples, length) -> examples of at most `length` positions
 
 
-def cut(examples:Examples,        # one example a document
-        length:int,               # longest example in positions, so length + 1 tokens
-        too_long:str='split',     # split | truncate | drop | error
-)->tuple:                         # (Examples, notes with counts)
-    "Bring every example to at most `length` positions by the policy `too_long`, and count what that costs."
-    if too_long not in policies:
-        raise LabError(f"too_long is '{too_long}': choose from {', '.join(policies)}")
+def _split(examples, length):
+    "Pieces of at most `length` positions that overlap by one token."
+    pieces = -(-examples.slots // length)
+    row = np.repeat(np.arange(len(examples)), pieces)
+    piece = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    starts = examples.starts[row] + piece * length
+    ends = np.minimum(starts + length + 1, examples.ends[row])
+    return Examples(examples.ids, starts, ends, examples.loss)
+
+
+def _truncate(examples, length):
+    ends = np.minimum(examples.ends, examples.starts + length + 1)
+    return Examples(examples.ids, examples.starts, ends, examples.loss)
+
+
+def _drop(examples, length):
+    return examples.select(examples.slots <= length)
+
+
+def _refuse(examples, length):
+    long = examples.slots > length
+    if long.any():
+        raise LabError(f'document {int(np.argmax(long))} has {int(examples.slots.max())} positions and max_length is '
+                       f'{length}: raise max_length or set too_long to split, truncate or drop')
+    return _split(examples, length)
+
+
+policies = dict(
+    split=Policy('cut into pieces that overlap by one token, so that nothing is lost', _split),
+    truncate=Policy('keep the beginning', _truncate),
+    drop=Policy('leave the document out', _drop),
+    error=Policy('refuse the data', _refuse),
+)
+
+# %% ../../nbs/data/04_tokens.ipynb #e6867d3c
+def cut(examples:Examples,     # one example per document
+        length:int,            # longest example in positions, so length + 1 tokens
+        too_long:str='split',  # one of `policies`
+)->tuple:                      # (Examples, notes with counts)
+    "Bring every example to at most `length` positions. `LabError` for a policy or a length that makes no sense."
+    policy = choose('too_long', too_long, policies)
     if length < 1:
         raise LabError(f'max_length is {length}: give at least 1')
-    slots, before = examples.slots, int(examples.supervised().sum())
-    long = slots > length
-    notes = dict(documents=len(examples), too_long=int(long.sum()), too_long_policy=too_long)
-    if too_long == 'error' and long.any():
-        raise LabError(
-            f'document {int(np.argmax(long))} has {int(slots.max())} positions and max_length is {length}: raise max_length or set too_long to split, truncate or drop'
-        )
-    if too_long == 'drop':
-        cut_examples = examples.select(~long)
-    elif too_long == 'truncate':
-        cut_examples = Examples(
-            examples.ids, examples.starts, np.minimum(examples.ends, examples.starts + length + 1), examples.loss
-        )
-    else:
-        pieces = -(-slots // length)
-        row = np.repeat(np.arange(len(examples)), pieces)
-        nth = np.arange(len(row)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-        starts = examples.starts[row] + nth * length
-        cut_examples = Examples(
-            examples.ids, starts, np.minimum(starts + length + 1, examples.ends[row]), examples.loss
-        )
-    supervised = cut_examples.supervised()
-    kept = cut_examples.select(supervised > 0)
-    notes.update(
+
+    pieces = policy.apply(examples, length)
+    targets_before = int(examples.supervised().sum())
+    targets = pieces.supervised()
+    kept = pieces.select(targets > 0)
+    return kept, dict(
+        documents=len(examples),
+        too_long=int((examples.slots > length).sum()),
+        too_long_policy=too_long,
         examples=len(kept),
-        targets=int(supervised.sum()),
-        targets_lost=before - int(supervised.sum()),
-        without_target=int((supervised == 0).sum()),
-    )
-    return kept, notes
+        targets=int(targets.sum()),
+        targets_lost=targets_before - int(targets.sum()),
+        without_target=int((targets == 0).sum()))
 
 # %% ../../nbs/data/04_tokens.ipynb #4cd77f62
 class Html(str):
@@ -223,26 +362,39 @@ class Html(str):
         return str(self)
 
 # %% ../../nbs/data/04_tokens.ipynb #7e41e8c3
+_longest_spelling = 4  # tokens of one character that is spelled in bytes
+
+
+def _readable(ids, tokenizer):
+    "(text, number of its last token) for each token of `ids`, or for the few that spell one character."
+    pieces = []
+    for number, token in enumerate(ids):
+        pieces.append(int(token))
+        text = tokenizer.decode(pieces)
+        incomplete = text.endswith('\ufffd') and len(pieces) < _longest_spelling
+        if incomplete and number + 1 < len(ids):
+            continue
+        yield text, number
+        pieces = []
+
+
 def show_tokens(examples:Examples,  # where the example is taken from
                 row:int,            # which example
                 tokenizer,          # the one that made the ids
                 most:int=160,       # tokens to show
 )->Html:                            # a line of tokens that a notebook shows in colour
     "One example with its tokens set apart; those trained on as targets are shaded."
-    start, end = examples.starts[row], min(examples.ends[row], examples.starts[row] + most)
-    shades, pieces = [], []
-    for position in range(start, end):
-        pieces.append(int(examples.ids[position]))
-        text = tokenizer.decode(pieces)
-        if text.endswith('\ufffd') and len(pieces) < 4 and position + 1 < end:
-            continue  # a character spelled in bytes
-        trained, pieces = position > start and (examples.loss is None or examples.loss[position]), []
+    start = examples.starts[row]
+    end = min(examples.ends[row], start + most)
+
+    shades = []
+    for text, number in _readable(examples.ids[start:end], tokenizer):
+        trained = number > 0 and (examples.loss is None or examples.loss[start + number])
+        style = 'background:#0072b233' if trained else 'opacity:.6'
         text = html.escape(text).replace('\n', '⏎<br>')
-        shades.append(
-            f'<span style="border-radius:3px;margin-right:1px;{"background:#0072b233" if trained else "opacity:.6"}">{text}</span>'
-        )
+        shades.append(f'<span style="border-radius:3px;margin-right:1px;{style}">{text}</span>')
+
     rest = examples.ends[row] - end
     more = f' <i>and {rest:,} more tokens</i>' if rest else ''
-    return Html(
-        f'<div style="font-family:monospace;line-height:1.5;white-space:pre-wrap">{"".join(shades)}{more}</div>'
-    )
+    line = 'font-family:monospace;line-height:1.5;white-space:pre-wrap'
+    return Html(f'<div style="{line}">{"".join(shades)}{more}</div>')

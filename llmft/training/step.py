@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core import LabError
 from ..data.batches import IGNORED, MicroBatch, evaluation_batches, micro_batches
-from ..data.corpora import Documents
+from ..data.tables import Documents
 from ..data.tokens import Examples, cut, encode
 from ..models.cost import flops_step
 from ..models.load import hidden_states, output_head
