@@ -1,19 +1,24 @@
 """Adapters: one seed is one start in every process, what is saved is what was trained, and merging changes no logit."""
 
-import os, subprocess, sys
+import os
+import subprocess
+import sys
 
-import pytest, torch
+import pytest
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+
+from llmft.core import LabError
 from llmft.models.adapters import (
     add_lora,
     check_adapter,
     merge_adapter,
     save_adapter,
+    save_and_check,
     trainable_parameters,
     weights_hash,
 )
-from llmft.core import LabError
 from llmft.models.load import hidden_states, load_model, output_head, quantised_share
 
 targets = {'llama-tiny': ['q_proj', 'down_proj'], 'gpt2-tiny': ['c_attn', 'c_fc'], 'qwen2-tiny': ['q_proj', 'v_proj']}
@@ -39,7 +44,7 @@ def logits(model):
 
 
 def test_two_processes_with_one_seed_start_alike_and_ask_no_network(tmp_path):
-    code = f"""
+    code = """
 import sys, torch
 from llmft.models.adapters import *
 from llmft.models.load import load_model
@@ -139,7 +144,7 @@ def test_nf4_adapter_gradients_after_an_evaluation(shape):
     plain = add_lora(
         load_model(f'preset:{shape}', quantisation='nf4').dequantize(), 4, 8, 0.0, targets[shape], seed=0
     ).eval()
-    for a, b in zip(trainable_parameters(plain).values(), trainable_parameters(model).values()):
+    for a, b in zip(trainable_parameters(plain).values(), trainable_parameters(model).values(), strict=True):
         a.data.copy_(b.data)
     for each in (model, plain):
         logits(each), each.train()
@@ -223,6 +228,37 @@ def test_a_failed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == old and [
         path.name for path in tmp_path.iterdir()
     ] == ['adapter']
+
+
+# ---- what a run leaves
+
+
+class Tokenizer:
+    "Writes one file, as a tokenizer does."
+
+    def save_pretrained(self, folder):
+        (folder / 'tokenizer.json').write_text('{}')
+
+
+@pytest.mark.parametrize('merge', [False, True])
+def test_an_adapter_is_saved_read_back_and_merged_where_asked(merge, tmp_path):
+    model = trained()
+    assert save_and_check(model, tmp_path, lambda: load_model('preset:llama-tiny'), ids, merge=merge) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['adapter', 'merged'][: 1 + merge]
+    if merge:
+        assert (logits(load_model(str(tmp_path / 'merged')).eval()) - logits(model)).abs().max() < 1e-4
+
+
+def test_all_weights_are_saved_with_their_tokenizer(tmp_path):
+    model = load_model('preset:llama-tiny', seed=3).eval()
+    assert save_and_check(model, tmp_path, None, ids, tokenizer=Tokenizer()) is None
+    assert (tmp_path / 'model/tokenizer.json').exists() and not (tmp_path / 'adapter').exists()
+    assert torch.equal(logits(load_model(str(tmp_path / 'model')).eval()), logits(model))
+
+
+def test_an_adapter_of_another_base_is_not_saved_silently(tmp_path):
+    with pytest.raises(LabError, match='is not the one'):
+        save_and_check(trained(), tmp_path, lambda: load_model('preset:llama-tiny', seed=1), ids)
 
 
 # ---- merging

@@ -1,14 +1,19 @@
 """The formulas of llmft.models.cost against real models: their parameters, PyTorch's count of operations, the tensors autograd keeps, bytes of quantised weights and optimisers, measured peaks."""
 
-import json, platform, subprocess, sys
+import json
+import platform
+import subprocess
+import sys
+from types import SimpleNamespace
 
-import pytest, torch
+import pytest
+import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import flop_counter
 from transformers import AutoModelForCausalLM
 
-from llmft.models.adapters import add_lora
 from llmft.core import LabError
+from llmft.models.adapters import add_lora
 from llmft.models.cost import (
     flops_forward,
     flops_step,
@@ -19,8 +24,9 @@ from llmft.models.cost import (
     trained_tensors,
     weight_bytes,
 )
-from llmft.training.losses import head_cross_entropy
 from llmft.models.load import hidden_states, load_model, model_config, output_head, presets
+from llmft.models.methods import Method
+from llmft.training.losses import head_cross_entropy
 from llmft.training.recipe import Recipe, make_optimiser
 
 aten = torch.ops.aten
@@ -32,6 +38,13 @@ fused = {
         flop_counter.sdpa_backward_flop_count(g, q, (*q[:2], *k[2:]), (*q[:2], *v[2:]))
     ),
 }
+
+
+class AdamW:
+    "Two moments for each number, in its width."
+
+    def moment_bytes(self, size, hidden, word):
+        return 2 * word * size
 
 
 def configuration(name):
@@ -69,7 +82,7 @@ def test_parameters_are_those_of_the_real_model(name):
     with torch.device('meta'):
         model = AutoModelForCausalLM.from_config(config)
     assert parameter_count(config)['total'] == sum(parameter.numel() for parameter in model.parameters())
-    full = trained_tensors(config)
+    full = trained_tensors(config, Method())
     assert sorted(size for size, count, _ in full for _ in range(count)) == sorted(
         parameter.numel() for parameter in model.parameters()
     )
@@ -94,7 +107,9 @@ def test_adapter_parameters_are_those_of_peft(name, targets):
     trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     assert lora_parameter_count(config, 8, targets) == sum(trained)
     assert sorted(
-        size for size, count, _ in trained_tensors(config, 'lora', 8, targets) for _ in range(count)
+        size
+        for size, count, _ in trained_tensors(config, Method('lora', 8, targets=tuple(targets)))
+        for _ in range(count)
     ) == sorted(trained)
 
 
@@ -109,7 +124,7 @@ def test_figures_of_the_specification():
         round(weight_bytes(llama, 'fp16') / 2**30, 2) == 5.98
         and round(weight_bytes(llama, 'fp16', 'nf4') / 2**30, 2) == 2.09
     )
-    full = memory_breakdown(llama, tokens=2048, longest=512, precision='fp16')
+    full = memory_breakdown(llama, Method(precision='fp16'), tokens=2048, longest=512, optimiser=AdamW())
     assert round((full['weights'] + full['gradients'] + full['optimiser']) / 2**30, 1) == 23.9
 
 
@@ -141,7 +156,7 @@ def test_operations_of_a_step(name, adapter, again):
     quiet = dict(attn_pdrop=0.0) if name == 'gpt2-tiny' else {}
     model, lengths = build(name, **quiet), [61, 100, 33]
     targets = {'full': (), 'query': query_value[name], 'all-linear': ['all-linear'], 'behind': behind[name]}[adapter]
-    method = dict(method='full') if adapter == 'full' else dict(method='lora', rank=4, targets=targets)
+    method = Method() if adapter == 'full' else Method('lora', 4, targets=tuple(targets))
     if targets:
         model = add_lora(model, 4, 8, 0.0, targets, seed=0)
     if again:
@@ -150,7 +165,7 @@ def test_operations_of_a_step(name, adapter, again):
     labels = torch.randint(5, 300, (1, 194))
     labels[0, ::2] = -100
     expected = counted(lambda: step(model, lengths, labels))
-    predicted = flops_step(model.config, lengths, targets_tokens=97, gradient_checkpointing=again, **method)
+    predicted = flops_step(model.config, lengths, method, targets_tokens=97, gradient_checkpointing=again)
     assert abs(predicted / expected - 1) < 0.01, f'{predicted / expected:.4f}'
 
 
@@ -165,7 +180,7 @@ def test_operations_of_a_forward_pass(name, attention):
     model = add_lora(model, 4, 8, 0.0, ['all-linear'], seed=0).eval()
     with torch.no_grad():
         expected = counted(lambda: model(ids, use_cache=False))
-    assert abs(flops_forward(model.config, [70] * 3, 4, ['all-linear']) / expected - 1) < 0.01
+    assert abs(flops_forward(model.config, [70] * 3, Method('lora', 4, targets=('all-linear',))) / expected - 1) < 0.01
 
 
 def test_documents_cost_their_own_squares():
@@ -210,13 +225,12 @@ def test_activations_are_what_autograd_keeps(name, method, precision):
     lengths = [96, 96] if method == 'packed' else [192]
     predicted = memory_breakdown(
         model.config,
+        Method('lora', 8, 16, dropout, tuple(targets), precision=precision)
+        if 'lora' in method
+        else Method(precision=precision),
         tokens=192,
         longest=lengths[0],
-        method='lora' if 'lora' in method else 'full',
-        precision=precision,
-        rank=8,
-        targets=targets,
-        lora_dropout=dropout,
+        optimiser=AdamW(),
         gradient_checkpointing='checkpointing' in method,
         device='cpu',
     )['activations']
@@ -235,12 +249,10 @@ def test_activations_of_mixed_precision(name, method):
     lengths = [96, 96] if method == 'packed' else [192]
     parts = memory_breakdown(
         model.config,
+        Method('lora', 8, 16, dropout, tuple(targets)) if 'lora' in method else Method(),
         tokens=192,
         longest=lengths[0],
-        method='lora' if 'lora' in method else 'full',
-        rank=8,
-        targets=targets,
-        lora_dropout=dropout,
+        optimiser=AdamW(),
         mixed=True,
         device='cpu',
     )
@@ -283,14 +295,56 @@ def test_bytes_of_an_optimiser(name, kind):
         for key, value in state.items()
         if torch.is_tensor(value) and key != 'step' and not key.startswith('qmap')
     )
-    assert abs(optimiser_bytes(trained_tensors(model.config), kind) / held - 1) < 0.01
+    assert abs(optimiser_bytes(trained_tensors(model.config, Method()), kind) / held - 1) < 0.01
 
 
 def test_planning_needs_no_pytorch():
-    code = 'import sys, llmft.models.cost; print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])'
+    code = 'import sys, llmft.models.cost, llmft.models.methods; print([name for name in ("torch", "transformers", "numpy") if name in sys.modules])'
     assert (
         subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
     )
+
+
+named_strategies = dict(
+    ddp=SimpleNamespace(cuts=frozenset(), gathers_model=False),
+    zero2=SimpleNamespace(cuts=frozenset(('gradients', 'optimiser')), gathers_model=False),
+    zero3=SimpleNamespace(cuts=frozenset(('weights', 'gradients', 'optimiser')), gathers_model=True),
+    fsdp2=SimpleNamespace(cuts=frozenset(('weights', 'gradients', 'optimiser')), gathers_model=False),
+)
+
+
+@pytest.mark.parametrize('strategy', [None, *named_strategies])
+@pytest.mark.parametrize('kind', ['full', 'lora', 'qlora'])
+@pytest.mark.parametrize('name', ['llama-3.2-3b', 'qwen2-tiny', 'gpt2'])
+def test_a_method_is_the_same_as_its_settings_one_by_one(name, kind, strategy):
+    config, targets = configuration(name), ('c_attn',) if name == 'gpt2' else ('q_proj', 'down_proj')
+    shape = dict(tokens=1024, longest=256, accumulation=2, nproc=4 if strategy else 1, gradient_checkpointing=True)
+    adapter = {} if kind == 'full' else dict(rank=8, targets=targets, lora_dropout=0.1)
+    one_by_one = memory_breakdown(
+        config, method=kind, precision='bf16', strategy=strategy or 'none', **adapter, **shape
+    )
+    method = Method(precision='bf16')
+    if kind != 'full':
+        method = Method(kind, 8, 16, 0.1, targets, 'nf4' if kind == 'qlora' else 'none', 'bf16')
+    sharing = named_strategies.get(strategy)
+    assert memory_breakdown(config, method, optimiser=AdamW(), sharing=sharing, **shape) == one_by_one
+    assert flops_step(config, [7, 9], method) == flops_step(config, [7, 9], method=kind, precision='bf16', **adapter)
+
+
+def test_what_is_cut_is_smaller_and_what_is_gathered_is_counted():
+    config, shape = configuration('llama-3.2-3b'), dict(tokens=1024, longest=256, optimiser=AdamW())
+    alone = memory_breakdown(config, Method(), **shape)
+    for name, sharing in named_strategies.items():
+        parts = memory_breakdown(config, Method(), sharing=sharing, nproc=4, **shape)
+        for part in ('weights', 'gradients', 'optimiser'):
+            assert parts[part] == (-(-alone[part] // 4) if part in sharing.cuts else alone[part]), (name, part)
+        assert ('gathered' in parts) == (name != 'zero2')
+    assert memory_breakdown(config, Method(), sharing=named_strategies['fsdp2'], nproc=1, **shape) == alone
+
+
+def test_unknown_arguments_are_not_swallowed():
+    with pytest.raises(TypeError, match='unexpected arguments: longset'):
+        memory_breakdown(configuration('llama-tiny'), Method(), tokens=1, longest=1, longset=2)
 
 
 def test_wrong_words_are_named():
@@ -310,6 +364,7 @@ measure = '''
 import json, sys, torch
 from llmft.models.adapters import add_lora
 from llmft.models.cost import memory_breakdown
+from llmft.models.methods import Method
 from llmft.training.losses import head_cross_entropy
 from llmft.models.meter import Meter, return_freed_memory
 from llmft.models.load import hidden_states, load_model, output_head
@@ -328,7 +383,8 @@ def train(name, rows, slots, steps):
     return model.config
 train('preset:llama-tiny', 2, 64, 2)
 with Meter() as meter: config = train(name, rows, slots, 2)
-plan = memory_breakdown(config, tokens=rows*slots, longest=slots, method=method, rank=8, targets=['q_proj', 'v_proj'], lora_dropout=.05, gradient_checkpointing=again, device='cpu')
+how = Method('lora', 8, 16, .05, ('q_proj', 'v_proj')) if method == 'lora' else Method()
+plan = memory_breakdown(config, how, tokens=rows*slots, longest=slots, gradient_checkpointing=again, device='cpu')
 print(json.dumps(dict(measured=meter.growth_bytes, **plan)))
 '''
 

@@ -1,20 +1,36 @@
 """Models: packed documents stay apart, quantised gradients are right, weights depend on the seed alone, and nothing asks the network."""
 
-import os, shutil, subprocess, sys, time
+import os
+import shutil
+import subprocess
+import sys
+import time
 
-import huggingface_hub, pytest, torch
+import huggingface_hub
+import pytest
+import torch
 from transformers import AutoModelForCausalLM
-from llmft.models import load as models
+
 from llmft.core import LabError, assets
-from llmft.models.load import hidden_states, load_model, model_config, output_head, presets, quantised_share
 from llmft.data.tokens import load_tokenizer
+from llmft.models import load as models
+from llmft.models.load import (
+    check_model_settings,
+    hidden_states,
+    load_model,
+    model_config,
+    output_head,
+    presets,
+    quantised_share,
+)
 
 shapes = ['llama-tiny', 'gpt2-tiny', 'qwen2-tiny']
 each_shape = pytest.mark.parametrize('shape', shapes)
 lengths = [7, 12, 12, 1, 30, 5]
+packed_slots = sum(lengths)
 
 
-def tokens(rows=1, slots=sum(lengths), seed=0):
+def tokens(rows=1, slots=packed_slots, seed=0):
     return torch.randint(512, (rows, slots), generator=torch.Generator().manual_seed(seed))
 
 
@@ -224,6 +240,88 @@ def test_quantised_share_counts_layers(shape, quantisation):
     assert share['share'] == share['quantised'] / share['total']
 
 
+# ---- what cannot work is refused before anything is loaded
+
+
+class Gpu:
+    "PyTorch's answers on a machine with a GPU that has bf16, or only emulates it."
+
+    def __init__(self, monkeypatch, emulates):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+        monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *_: 'pretended')
+        monkeypatch.setattr(
+            torch.cuda, 'is_bf16_supported', lambda including_emulation=True: including_emulation or not emulates
+        )
+
+
+def no_model(*_, **__):
+    raise AssertionError('a model was loaded')
+
+
+@pytest.mark.parametrize(
+    'settings, words',
+    [
+        (dict(precision='fp15'), 'fp16'),
+        (dict(quantisation='nf5'), 'nf4'),
+        (dict(attention='flash_attention'), "did you mean 'flash_attention_2'"),
+        (dict(attention='flex_attention'), 'choose from documents'),
+        (
+            dict(attention='flash_attention_2'),
+            'needs the package flash-attn.*precision bf16 or fp16: use attention=doc',
+        ),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line_before_loading(monkeypatch, settings, words):
+    monkeypatch.setattr(models.importlib.util, 'find_spec', lambda name: None)
+    for name in ('_random', '_pretrained', 'model_config'):
+        monkeypatch.setattr(models, name, no_model)
+    with pytest.raises(LabError, match=words) as caught:
+        load_model('preset:llama-tiny', **settings)
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('missing', ['package', 'gpu', 'precision', None])
+def test_flash_attention_needs_all_of_three(monkeypatch, missing):
+    Gpu(monkeypatch, emulates=False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: missing != 'gpu')
+    monkeypatch.setattr(models.importlib.util, 'find_spec', lambda name: None if missing == 'package' else object())
+    settings = dict(precision='fp32' if missing == 'precision' else 'fp16', attention='flash_attention_2')
+    if missing is None:
+        return check_model_settings(**settings)
+    words = dict(package='the package flash-attn', gpu='a CUDA device', precision='precision bf16 or fp16')[missing]
+    with pytest.raises(LabError, match=f'^attention flash_attention_2 needs {words}: use attention=documents$'):
+        check_model_settings(**settings)
+
+
+@pytest.mark.parametrize('precision, mixed', [('bf16', 'no'), ('fp32', 'bf16'), ('bf16', None)])
+def test_emulated_bf16_is_refused(monkeypatch, precision, mixed):
+    Gpu(monkeypatch, emulates=True)
+    with pytest.raises(LabError, match='pretended.* has no bf16'):
+        check_model_settings(precision, mixed)
+    Gpu(monkeypatch, emulates=False)
+    check_model_settings(precision, mixed)
+
+
+def test_a_cpu_answers_in_fp16_and_does_not_train_in_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    check_model_settings('fp16')
+    for mixed, words in (('no', 'there is no GPU'), ('bf16', 'a run uses one of them')):
+        with pytest.raises(LabError, match=words):
+            check_model_settings('fp16', mixed)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'bitsandbytes', None)
+    with pytest.raises(LabError, match='bitsandbytes is not installed'):
+        check_model_settings(quantisation='nf4')
+    check_model_settings()
+
+
+def test_every_choice_says_what_it_is():
+    for declared in (models.precisions, models.quantisations, models.attentions):
+        assert all(choice.says and isinstance(choice.needs, tuple) for choice in declared.values())
+
+
 # ---- loading
 
 
@@ -249,8 +347,8 @@ def test_a_folder_is_read_back(shape, precision, tmp_path):
     model = load_model(f'preset:{shape}', precision)
     model.save_pretrained(tmp_path)
     again = load_model(str(tmp_path), precision)
-    assert again.dtype == model.dtype == models.precisions[precision]
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    assert again.dtype == model.dtype == models.precisions[precision].dtype
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert again.get_input_embeddings().weight is output_head(again).weight
     assert again.config._attn_implementation == 'documents' and again.name_or_path == str(tmp_path)
 

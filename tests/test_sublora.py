@@ -294,7 +294,7 @@ def test_a_resumed_subspace_ends_with_the_same_bits(data, tmp_path):
 
 def test_identity_is_plain_training_of_the_factors(data, tmp_path):
     "Full-dimensional and subspace training go through the same gradient: P = I moves the factors as plain AdamW on them does."
-    from llmft.models.subspace import add_low_rank, frozen_gpt2
+    from llmft.models.low_rank import add_low_rank, frozen_gpt2
 
     given = spec()
     model, subspace = build_model(

@@ -26,7 +26,8 @@ from .coding import charged_bits, decode_message
 from ..core import LabError, find_path, jsonable, read_json, sha256_of, write_atomic
 from ..models.load import load_model, placed
 from .scoring import draw_sample, score_documents, score_tokens
-from ..models.subspace import Subspace, SubspaceConfig, add_low_rank, attach, describe, frozen_gpt2
+from ..models.subspace import Subspace, SubspaceConfig, attach, describe
+from ..models.low_rank import add_low_rank, frozen_gpt2
 from ..data.token_files import read_token_file
 from ..data.tokens import cut
 

@@ -19,7 +19,7 @@ from ..data.tables import Documents
 from ..data.tokens import Examples, cut, encode
 from ..models.cost import flops_step
 from ..models.load import hidden_states, output_head
-from ..models.subspace import LowRank
+from ..models.low_rank import LowRank
 from .losses import head_cross_entropy
 from .recipe import Recipe
 from .strategies import Team
