@@ -1,5 +1,6 @@
 "Strict YAML, typed parameters, and errors of one line that name file, line and the nearest valid name."
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmft.core import LabError
+from llmft.core import LabError, project_root
 from llmft.runs import params as params_module
 from llmft.runs.params import (
     as_type,
