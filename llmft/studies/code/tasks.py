@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ...core import LabError, choose, find_path, nearest, sha256_of
+from ...core import LabError, choose, nearest, sha256_of
 from ...data.corpora import builtin_part, content_key
+from ...data.tables import check_fields, read_splits
 from ...data.tokens import Examples, cut
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #716b4011
@@ -97,10 +98,8 @@ def as_task(row:dict,                  # one object of a table
     if {'code', 'test_list'} <= row.keys() and input_field not in row:
         return _mbpp(row, name)
 
-    for setting, wanted in (('input_field', input_field), ('training_field', training_field)):
-        if wanted not in row:
-            raise LabError(f"{name} has no field '{wanted}'{nearest(wanted, row)}: its fields are {', '.join(row)}; "
-                           f'set {setting}')
+    check_fields(row, [input_field], name, 'input_field')
+    check_fields(row, [training_field], name, 'training_field')
     return _plain(row, name, input_field, training_field, split_field)
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #3f648f90
@@ -166,48 +165,12 @@ def function_tasks() -> tuple:
     return tasks, dict(rows=rows, empty=rows - len(tasks))
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #50842b71
-def _json_rows(path):
-    "The objects of a JSONL file; a `LabError` names the line that is none."
-    for number, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):  # a string may hold other line ends
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise LabError(f'{path.name} line {number} is not JSON ({error.msg}): write one object a line') from None
-        if not isinstance(row, dict):
-            raise LabError(f'{path.name} line {number} is no JSON object: write one object a line')
-        yield row
-
-
-def _load_dataset(data, config, path):
-    "Split -> table of a parquet file or of a hub data set."
-    import datasets
-
-    try:
-        if path.exists():
-            return {'': datasets.Dataset.from_parquet(str(path))}
-        loaded = datasets.load_dataset(data, config or None)
-    except Exception as error:
-        raise LabError(f"data '{data}' is no .jsonl or .parquet file here, and the hub gave nothing "
-                       f'({type(error).__name__}): check the name and the network, or use data=builtin:functions or '
-                       '--small') from None
-    return loaded if isinstance(loaded, dict) else {'': loaded}
-
-
 def read_table(data:str,       # a .jsonl or .parquet file, or a hub name
                config:str='',  # a hub data set's configuration
 )->list:                       # (row, name, split of the data set or '')
     "All rows of a table with all their fields; a `LabError` when there is no such table, or a line is no object."
-    path = find_path(data)
-    if path.suffix == '.jsonl' and path.exists():
-        return [(row, f'{path.name}:{number}', '') for number, row in enumerate(_json_rows(path))]
-
-    rows = []
-    for split, rows_of_split in _load_dataset(data, config, path).items():
-        place = f'{path.name}/{split}' if split else path.name
-        rows += [(row, f'{place}:{number}', split) for number, row in enumerate(rows_of_split)]
-    return rows
+    splits = read_splits(data, config, instead='data=builtin:functions or --small')
+    return [(row.values, row.name, split) for split, rows in splits.items() for row in rows]
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #d1be7ff8
 def _hashed_split(task, valid_share, seed):

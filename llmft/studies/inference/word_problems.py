@@ -8,12 +8,13 @@ __all__ = ['operators', 'names', 'things', 'kinds', 'value_of', 'wrong_calculati
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #41947027
 import ast
-import json
+import itertools
 import operator
 import re
 from decimal import Decimal
 
-from ...core import LabError, find_path, nearest, purpose_rng
+from ...core import LabError, choose, purpose_rng
+from ...data.tables import read_splits
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #fa629853
 operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -160,47 +161,14 @@ def score(texts:list,     # what was answered, one text a problem
                 questions=len(right), right=right)
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #6e91330e
-def _hub_rows(name, config, split):
-    "The rows of a split of a hub data set."
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name, config or None)
-    except Exception as error:
-        raise LabError(f"data '{name}' is no file here, and the hub gave nothing ({type(error).__name__}): "
-                       'check the name and the network, or use data=builtin:arithmetic or --small') from None
-    if split not in loaded:
-        raise LabError(f"data '{name}' has no split '{split}'{nearest(split, loaded)}: "
-                       f"choose one of {', '.join(loaded)}")
-    return loaded[split].to_list()
+def _checked(row):
+    "A `Row` as a problem; a `LabError` unless it has a question and an answer with a number."
+    problem = dict(question=row.text('question', required=True), answer=row.text('answer', required=True))
+    reference_answer(problem, row.where)
+    return problem
 
 
-def _file_rows(path):
-    "The rows of a .jsonl file, one JSON object a line."
-    if path.suffix != '.jsonl':
-        raise LabError(f"{path} ends in '{path.suffix}': give a .jsonl file with question and answer")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):  # a string may hold other line ends
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise LabError(f'{path}:{number} is not JSON ({error.msg}): one object a line') from None
-    return rows
-
-
-def _check_problem(row, number, data):
-    "A `LabError` unless a row has a question and an answer with a number."
-    fields = list(row) if isinstance(row, dict) else []
-    for field in ('question', 'answer'):
-        if field not in fields or not isinstance(row[field], str):
-            raise LabError(f"row {number} of {data} has no field '{field}'{nearest(field, fields)}: "
-                           f"its fields are {', '.join(fields) or 'none'}")
-    reference_answer(row, f'row {number} of {data}')
-
-
-def read_problems(data:str,        # 'builtin:arithmetic', a .jsonl file, or a hub name such as 'openai/gsm8k'
+def read_problems(data:str,        # 'builtin:arithmetic', a file or folder of tables, or a hub name such as 'openai/gsm8k'
                   config:str='',   # a hub data set's configuration, for GSM8K 'main'
                   split:str='test',# of a hub data set
                   count:int=0,     # the first so many; 0 takes all (500 of the built-in ones)
@@ -212,18 +180,13 @@ def read_problems(data:str,        # 'builtin:arithmetic', a .jsonl file, or a h
     if data.startswith('builtin:'):
         raise LabError(f"there are no built-in problems '{data}': use builtin:arithmetic, a .jsonl file or a hub name")
 
-    path = find_path(data)
-    if not path.is_file() and (path.suffix == '.jsonl' or data.startswith(('.', '/', '~'))):
-        raise LabError(f'data {data}: there is no such file')
-    rows = _file_rows(path) if path.is_file() else _hub_rows(data, config, split)
-    if len(rows) < max(count, 1):
-        raise LabError(f'data {data} has {len(rows)} rows and {max(count, 1)} are asked for: '
+    splits = read_splits(data, config, ('question', 'answer'), instead='data=builtin:arithmetic or --small')
+    rows = splits[''] if '' in splits else choose(f"the split of data '{data}'", split, splits)
+    problems = [_checked(row) for row in itertools.islice(rows, count or None)]
+    if len(problems) < max(count, 1):
+        raise LabError(f'data {data} has {len(problems)} rows and {max(count, 1)} are asked for: '
                        'lower num_questions, or 0 for all')
-
-    rows = rows[:count or None]
-    for number, row in enumerate(rows):
-        _check_problem(row, number, data)
-    return [dict(question=row['question'], answer=row['answer']) for row in rows]
+    return problems
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #0c4dec4b
 def ask(problems:list,    # rows with a question
