@@ -29,8 +29,8 @@ from llmft.bounds.certificates import build_model, make_claims, prove, read_cert
 from llmft.bounds.coding import decode_message, encode_message, entropy, make_codebook, prefixed_bits, reference_bits
 from llmft.bounds.scoring import Scores, summarise
 from llmft.core import LabError, project_root
-from llmft.data.tokens import boundaries
 from llmft.data.token_files import prepare_tokens, read_token_file
+from llmft.data.tokens import boundaries
 from llmft.models.projections import make_projection, projections
 from llmft.models.subspace import SubspaceConfig
 from llmft.training.fit import fit
