@@ -50,8 +50,8 @@ def build(params):
 
 def in_subspace(model, mode):
     "The model with its adapters as a function of 40 numbers."
-    from llmft.models.subspace import SubspaceConfig, attach
     from llmft.models.low_rank import add_low_rank
+    from llmft.models.subspace import SubspaceConfig, attach
 
     subspace = attach(
         model, add_low_rank(model, ['q_proj', 'v_proj'], 4, dropout=0.0), SubspaceConfig(40, mode, anneal_steps=4)

@@ -1,14 +1,15 @@
 "The forecasting study end to end, as small as it goes: data, training with an account that ends inside a run, evaluation, summary."
 
-import csv, json
+import csv
+import json
 
 import pytest
 
 from llmft.core import project_root
-from llmft.runs.execute import execute_run
-from llmft.training.ledger import Account, statement, study_step
 from llmft.models.load import model_config
+from llmft.runs.execute import execute_run
 from llmft.runs.params import resolve_params
+from llmft.training.ledger import Account, statement, study_step
 
 root = project_root()
 step = study_step(model_config('preset:llama-base'), [32] * 2, 2, ['q_proj', 'v_proj'])

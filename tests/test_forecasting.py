@@ -1,16 +1,28 @@
 """The account of operations under kills and crowds, the grammar, and the study's sweeps."""
 
-import contextlib, io, itertools, json, os, re, signal, subprocess, sys, textwrap, time
+import contextlib
+import io
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
-import numpy as np, pytest, torch
+import numpy as np
+import pytest
+import torch
 
 from llmft.core import LabError
-from llmft.studies.forecasting.forecast import Grammar, evaluate_forecasts, forecast
-from llmft.training.ledger import Account, Ledger, statement, study_forward, study_step
-from llmft.models.load import load_model, model_config
-from llmft.studies.forecasting.codec import decode, prepare_series, probe, read_split
 from llmft.data.tokens import load_tokenizer
+from llmft.models.load import load_model, model_config
+from llmft.studies.forecasting.codec import decode, probe
+from llmft.studies.forecasting.forecast import Grammar, evaluate_forecasts, forecast
+from llmft.studies.forecasting.prepared import prepare_series, read_split
+from llmft.training.ledger import Account, Ledger, statement, study_forward, study_step
 
 root = Path(__file__).parent.parent
 tiny = model_config('preset:llama-tiny')

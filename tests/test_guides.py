@@ -1,4 +1,6 @@
-"""Guides keep what they say: concept pages run, the explorer works on any outputs, commands are real, and the reproduction guide leaves nothing of the studies out."""
+"""Guides keep what they say: concept pages run, the explorer works on any outputs, commands are real.
+
+The pages of the studies leave nothing of their references out."""
 
 import ast
 import json
@@ -33,7 +35,11 @@ concepts = sorted(root.glob('nbs/concepts/*.ipynb'))
 def test_concepts_run():
     "All concept pages, in one process: each is a lesson with assertions."
     assert len(concepts) >= 6
-    run = 'import sys; from nbdev.test import nbdev_test; nbdev_test.__wrapped__(path=sys.argv[1], n_workers=0, do_print=True)'
+    run = """
+import sys
+from nbdev.test import nbdev_test
+nbdev_test.__wrapped__(path=sys.argv[1], n_workers=0, do_print=True)
+"""
     done = subprocess.run(
         [sys.executable, '-c', run, str(root / 'nbs/concepts')],
         cwd=root,
@@ -49,16 +55,16 @@ def test_concepts_run():
 @pytest.mark.parametrize('path', concepts, ids=lambda path: path.stem)
 def test_concepts_show_and_explain_a_figure(path):
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    figures = [output for cell in cells for output in cell.get('outputs', []) if 'image/png' in output.get('data', {})]
-    said = ''.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown').count('*What to see:')
-    asserted = sum(
-        len(re.findall(r'test_\w+\(|expect_fail', ''.join(cell['source'])))
-        for cell in cells
-        if cell['cell_type'] == 'code'
-    )
-    assert figures and said >= len(figures) - 1 and said >= 1 and asserted >= 2, (
-        f'{len(figures)} figures, {said} of them explained, {asserted} assertions'
-    )
+
+    def text(kind):
+        return '\n'.join(''.join(cell['source']) for cell in cells if cell['cell_type'] == kind)
+
+    figures = sum('image/png' in output.get('data', {}) for cell in cells for output in cell.get('outputs', []))
+    explained = text('markdown').count('*What to see:')
+    asserted = len(re.findall(r'test_\w+\(|expect_fail', text('code')))
+    counted = f'{figures} figures, {explained} of them explained, {asserted} assertions'
+    assert figures >= 1 and explained >= max(1, figures - 1), counted
+    assert asserted >= 2, counted
 
 
 # ---- the explorer
@@ -66,8 +72,8 @@ def test_concepts_show_and_explain_a_figure(path):
 
 def explorer(outputs, examples='outputs/gallery'):
     "The names that nbs/explore.ipynb defines when its runs are in `outputs`, and everything it displayed."
-    shown, names = [], {}
-    names['display'] = shown.append
+    shown = []
+    names = dict(display=shown.append)
     for cell in json.loads((root / 'nbs/explore.ipynb').read_text(encoding='utf-8'))['cells']:
         source = ''.join(cell['source'])
         if cell['cell_type'] != 'code' or 'google.colab' in source:
@@ -91,12 +97,10 @@ def test_explorer_compares_runs(tmp_path):
         copied(tmp_path, 'finetune/quickstart-full', 'finetune/quickstart-lora', 'compare/quickstart')
     )
     runs = list(names['runs'])
-    assert (
-        len(runs) == 3
-        and set(names['chosen'].value) == {run for run in runs if run.startswith('finetune/')}
-        and names['curve'].value == 'loss'
-    )
     both = [run for run in runs if run.startswith('finetune/')]
+    assert len(runs) == 3
+    assert set(names['chosen'].value) == set(both)
+    assert names['curve'].value == 'loss'
 
     def displayed(function, *arguments):
         shown.clear()
@@ -104,22 +108,26 @@ def test_explorer_compares_runs(tmp_path):
         return shown
 
     figure = displayed(names['curves'], both, 'loss')[0]
-    assert len(figure.axes[0].lines) >= 4 and figure._repr_png_()[:4] == b'\x89PNG'
+    assert len(figure.axes[0].lines) >= 4
+    assert figure._repr_png_()[:4] == b'\x89PNG'
     assert displayed(names['curves'], both, 'learning_rate')[0].axes[0].get_ylabel() == 'learning_rate'
+
     numbers = displayed(names['numbers'], runs)[0]
     after = [
         json.loads((root / 'outputs/gallery' / run / 'metrics.json').read_text())['perplexity_after']
         for run in ('finetune/quickstart-full', 'finetune/quickstart-lora')
     ]
-    assert 'perplexity_after' in numbers and all(f'{value:.1f}' in numbers for value in after)
+    assert 'perplexity_after' in numbers
+    assert all(f'{value:.1f}' in numbers for value in after)
+
     differing = displayed(names['parameters'], both, True)[0]
-    assert (
-        'method' in differing
-        and 'weight_decay' not in differing
-        and 'weight_decay' in displayed(names['parameters'], both, False)[0]
-    )
+    assert 'method' in differing
+    assert 'weight_decay' not in differing
+    assert 'weight_decay' in displayed(names['parameters'], both, False)[0]
+
     links = displayed(names['reports'], runs)
-    assert len(links) == 3 and all('report.html' in link and 'done' in link for link in links)
+    assert len(links) == 3
+    assert all('report.html' in link and 'done' in link for link in links)
 
 
 def test_explorer_takes_runs_as_they_are(tmp_path, capsys):
@@ -136,18 +144,24 @@ def test_explorer_takes_runs_as_they_are(tmp_path, capsys):
     (tmp_path / 'finetune/quickstart-full/log.jsonl').unlink()
     names, shown = explorer(tmp_path)
     runs = list(names['runs'])
-    assert any('failed' in run for run in runs) and any('interrupted' in run for run in runs)
+    assert any('failed' in run for run in runs)
+    assert any('interrupted' in run for run in runs)
     for function in ('numbers', 'reports'):
         names[function](runs)
     names['curves'](runs, 'loss')
-    assert any('ValueError: broken' in str(one) for one in shown) and 'nothing to compare' in capsys.readouterr().out
+    assert any('ValueError: broken' in str(one) for one in shown)
+    assert 'nothing to compare' in capsys.readouterr().out
 
 
 def test_explorer_without_any_run(tmp_path, capsys):
     names, shown = explorer(tmp_path / 'none', str(tmp_path / 'nothing'))
-    names['curves']((), 'loss'), names['numbers'](()), names['parameters']((), True), names['reports'](())
+    names['curves']((), 'loss')
+    names['numbers'](())
+    names['parameters']((), True)
+    names['reports'](())
     said = capsys.readouterr().out
-    assert not names['runs'] and 'no runs in' in said and 'choose runs' in said and not shown
+    assert not names['runs'] and not shown
+    assert 'no runs in' in said and 'choose runs' in said
 
 
 def test_explorer_falls_back_to_the_gallery(tmp_path):
@@ -156,7 +170,8 @@ def test_explorer_falls_back_to_the_gallery(tmp_path):
 
 def test_explorer_runs_headless(tmp_path):
     "In a real kernel, where the widgets live: no cell fails and the widgets hold a figure."
-    nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
+    nbformat = pytest.importorskip('nbformat')
+    nbclient = pytest.importorskip('nbclient')
     notebook = nbformat.read(root / 'nbs/explore.ipynb', as_version=4)
     (cell,) = [cell for cell in notebook.cells if 'parameters' in cell.metadata.get('tags', [])]
     cell.source += "\noutputs = 'outputs/gallery'"
@@ -173,11 +188,9 @@ def test_explorer_runs_headless(tmp_path):
         for output in state['state'].get('outputs', [])
     ]
     kinds = [kind for output in outputs for kind in output.get('data', {})]
-    assert (
-        not [output for output in outputs if output['output_type'] == 'error']
-        and 'image/png' in kinds
-        and kinds.count('text/html') >= 3
-    )
+    assert not [output for output in outputs if output['output_type'] == 'error']
+    assert 'image/png' in kinds
+    assert kinds.count('text/html') >= 3
 
 
 # ---- commands
@@ -186,12 +199,10 @@ examples = {'params/finetune/mine.yaml', 'params/sweeps/ranks.yaml'}  # files th
 
 
 def commands(text):
-    "The commands of the ```sh blocks and those in backticks that begin with llmft, make or papermill; (command, whether it needs other hardware)."
+    "(command, whether it needs other hardware) of ```sh blocks and of backticks that begin with a program of ours."
     blocks = '\n'.join(re.findall(r'```sh\n(.*?)```', text, flags=re.DOTALL)).splitlines()
-    inline = [
-        found.replace('&#124;', '|')
-        for found in re.findall(r'`((?:llmft|make|papermill) [^`]+)`', re.sub(r'```.*?```', '', text, flags=re.DOTALL))
-    ]
+    prose = re.sub(r'```.*?```', '', text, flags=re.DOTALL)
+    inline = [command.replace('&#124;', '|') for command in re.findall(r'`((?:llmft|make|papermill) [^`]+)`', prose)]
     for line in [*blocks, *inline]:
         command, _, note = line.partition('#')
         if command.strip():
@@ -202,12 +213,13 @@ every = [(page, command, marked) for page, text in texts.items() for command, ma
 
 
 def test_commands_were_found():
-    assert len(every) >= 90 and sum('llmft run' in command for _, command, _ in every) >= 60
+    assert len(every) >= 90
+    assert sum('llmft run' in command for _, command, _ in every) >= 60
 
 
 @pytest.mark.parametrize('page', sorted({page for page, _, _ in every}))
 def test_commands_are_real(page, tmp_path, monkeypatch):
-    "Every command of a page is checked as far as it goes without running: its files, its parameters with their types, its target, its options."
+    "Every command of a page is checked as far as it goes without running: files, parameters, targets, options."
     monkeypatch.chdir(root)
     targets = re.findall(r'^([\w-]+):', (root / 'Makefile').read_text(), flags=re.MULTILINE)
     for command in [command for where, command, _ in every if where == page]:
@@ -261,20 +273,14 @@ def test_files_that_pages_name_exist():
 
 def test_commands_of_other_hardware_say_so():
     "Full-scale commands in blocks carry the mark that they need a GPU; everything unmarked runs on two cores."
+    allowed = ('--small', 'needs', 'quickstart', 'mine.yaml', '_small.yaml')
     bare = []
     for page, text in texts.items():
-        for block in re.findall(r'```sh\n(.*?)```', text, flags=re.DOTALL):
-            for line in block.splitlines():
-                if (
-                    'llmft run' in line
-                    and '--small' not in line
-                    and 'needs' not in line
-                    and 'quickstart' not in line
-                    and page != 'README.md'
-                    and 'mine.yaml' not in line
-                    and '_small.yaml' not in line
-                ):
-                    bare.append(f'{page}: {line}')
+        if page == 'README.md':
+            continue
+        lines = '\n'.join(re.findall(r'```sh\n(.*?)```', text, flags=re.DOTALL)).splitlines()
+        full_scale = [line for line in lines if 'llmft run' in line and not any(word in line for word in allowed)]
+        bare += [f'{page}: {line}' for line in full_scale]
     assert not bare, bare
 
 
@@ -301,11 +307,9 @@ def test_cheap_commands_run(tmp_path, monkeypatch, capsys):
     ]
     assert call([*arguments, *extra]) == 0, capsys.readouterr()
     record = json.loads((tmp_path / 'outputs/finetune/mine/run.json').read_text())
-    assert (
-        record['run']['status'] == 'done'
-        and record['meta']['notes']['train']['documents'] >= 15
-        and (tmp_path / 'outputs/finetune/mine/adapter').exists()
-    )
+    assert record['run']['status'] == 'done'
+    assert record['meta']['notes']['train']['documents'] >= 15
+    assert (tmp_path / 'outputs/finetune/mine/adapter').exists()
 
 
 def test_python_blocks_are_python():
@@ -356,12 +360,11 @@ def rows(page, *titles):
 )
 @pytest.mark.parametrize('page', studies)
 def test_every_item_of_a_study_has_its_row(page, kind, titles):
-    found, wanted = rows(page, *titles), studies[page][kind]
-    lost = [item for item in wanted if not any(item in row[0] for row in found)]
+    table = rows(page, *titles)
+    lost = [item for item in studies[page][kind] if not any(item in row[0] for row in table)]
+    unanswered = [row for row in table if len(row) < 2 or not row[1].strip(' |')]
     assert not lost, f'{page} has no row for {lost}'
-    assert all(len(row) >= 2 and row[1].strip(' |') for row in found), (
-        f'rows without an answer: {[row for row in found if len(row) < 2 or not row[1].strip(" |")]}'
-    )
+    assert not unanswered, f'rows without an answer: {unanswered}'
 
 
 def test_answers_name_parameters_that_exist():
@@ -380,23 +383,9 @@ def test_answers_name_parameters_that_exist():
 
 def test_counts_of_the_reproduction_guide():
     "How many rows there are at least, so that no table can vanish."
-    counted = {
-        kind: sum(len(rows(page, title)) for page in studies)
-        for kind, title in (
-            ('commands', 'Commands'),
-            ('parameters', 'Parameters'),
-            ('outputs', 'Outputs'),
-            ('results', 'Results'),
-            ('wrong', 'What the reference got wrong'),
-        )
-    }
-    assert (
-        counted['commands'] >= 44
-        and counted['parameters'] >= 108
-        and counted['outputs'] >= 52
-        and counted['results'] >= 38
-        and counted['wrong'] >= 20
-    ), counted
+    least = {'Commands': 44, 'Parameters': 108, 'Outputs': 52, 'Results': 38, 'What the reference got wrong': 20}
+    counted = {title: sum(len(rows(page, title)) for page in studies) for title in least}
+    assert all(counted[title] >= count for title, count in least.items()), counted
 
 
 @pytest.mark.parametrize('page', studies)
@@ -416,28 +405,19 @@ def test_commands_of_a_study_lead_to_a_folder(page):
 @pytest.mark.parametrize('page', studies)
 def test_the_documents_name_nothing_else(page):
     "Every script, option and file that a document names is in the list above, and so has a row."
-    document = next(Path(os.environ['LLMFT_STUDIES']).glob(studies[page]['document'] + '*')).read_text(
-        encoding='utf-8', errors='replace'
-    )
-    have = (
-        ' '.join(str(item) for items in list(studies[page].values())[1:] for item in items)
-        + texts[f'nbs/studies/{page}/index.qmd']
-    )
-    code = '\n'.join(
-        re.findall(
-            r'```(?:bash|python)?\n(.*?)```|code-block:: bash\n\n((?:      .*\n|\n)+)', document, flags=re.DOTALL
-        )
-        and [
-            a or b
-            for a, b in re.findall(
-                r'```(?:bash|python)?\n(.*?)```|code-block:: bash\n\n((?:      .*\n|\n)+)', document, flags=re.DOTALL
-            )
-        ]
-    )
-    named = {
-        *re.findall(r'(?<![\w-])--[a-z][\w.-]*\w', code),
-        *(Path(found).name for found in re.findall(r'[\w./]+\.(?:py|sh|bat)\b', code)),
-        *(Path(found).name for found in re.findall(r'[\w./]+\.(?:png|csv|tex|npy|pt)\b', document)),
-    }
-    left = sorted(name for name in named if name not in have)
-    assert len(named) >= (0 if page in ('code',) else 1) and not left, left
+    folder = Path(os.environ['LLMFT_STUDIES'])
+    document = next(folder.glob(studies[page]['document'] + '*')).read_text(encoding='utf-8', errors='replace')
+    listed = ' '.join(item for kind in ('commands', 'parameters', 'outputs') for item in studies[page][kind])
+    known = listed + texts[f'nbs/studies/{page}/index.qmd']
+
+    block = re.compile(r'```(?:bash|python)?\n(.*?)```|code-block:: bash\n\n((?:      .*\n|\n)+)', flags=re.DOTALL)
+    code = '\n'.join(fenced or indented for fenced, indented in block.findall(document))
+    options = re.findall(r'(?<![\w-])--[a-z][\w.-]*\w', code)
+    scripts = re.findall(r'[\w./]+\.(?:py|sh|bat)\b', code)
+    files = re.findall(r'[\w./]+\.(?:png|csv|tex|npy|pt)\b', document)
+
+    named = {*options, *(Path(file).name for file in [*scripts, *files])}
+    left = sorted(name for name in named if name not in known)
+    assert not left, left
+    if page != 'code':  # a document without commands
+        assert named

@@ -88,9 +88,9 @@ def test_answers_are_read(text, number):
     'lines, message',
     [
         (['{"question": "a"}'], "no field 'answer'"),
-        (['{"question": "a", "answer": "5"}'], "row 0 of .* has no line '#### n'"),
+        (['{"question": "a", "answer": "5"}'], ":1 has no line '#### n'"),
         (['{"question": "a", "answer": "#### x"}'], 'no line'),
-        (['[1]'], "no field 'question'"),
+        (['[1]'], 'no JSON object'),
         (['{"question": "a", "answer": "#### 1"}', '{'], ':2 is not JSON'),
         ([], '0 rows and 1 are asked'),
     ],

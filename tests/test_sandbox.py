@@ -1,9 +1,10 @@
 "Hostile programs: each is counted, none harms the machine or outlives its time."
 
-import os, signal, sys, time
+import time
 from pathlib import Path
 
-import psutil, pytest
+import psutil
+import pytest
 
 from llmft.studies.code import sandbox
 from llmft.studies.code.sandbox import guards, run_program, same_output
@@ -73,7 +74,7 @@ def test_what_it_has_no_business_with_is_refused(guarded, program):
         'import ctypes; assert ctypes.CDLL(None).prctl(22, 0, 0, 0, 0) == 0',
         'import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0',
         'import os; os.execv("/bin/true", ["true"])',
-        f'import ctypes; assert ctypes.CDLL(None).syscall(425, 8, b"\\0" * 120) >= 0',
+        'import ctypes; assert ctypes.CDLL(None).syscall(425, 8, b"\\0" * 120) >= 0',
     ],
 )
 def test_going_past_python_leads_nowhere(program):

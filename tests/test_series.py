@@ -2,10 +2,14 @@
 
 import time
 
-import h5py, numpy as np, pytest
-from hypothesis import given, settings, strategies as st
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmft.core import LabError
+from llmft.studies.forecasting.codec import decode, encode, probe
 from llmft.studies.forecasting.metrics import (
     baselines,
     choose_regression,
@@ -15,21 +19,8 @@ from llmft.studies.forecasting.metrics import (
     point_forecast,
     spread_scores,
 )
-from llmft.studies.forecasting.codec import (
-    check_series,
-    decode,
-    encode,
-    load_series,
-    prepare_series,
-    probe,
-    read_split,
-    round_series,
-    scale_factors,
-    simulate,
-    split_rows,
-    unscale,
-    windows,
-)
+from llmft.studies.forecasting.prepared import prepare_series, read_split, windows
+from llmft.studies.forecasting.series import load_series, round_series, scale_factors, simulate, split_rows, unscale
 
 
 def plain(values, precision):
@@ -303,7 +294,9 @@ def test_windows_stay_inside_their_trajectory_and_cover_it(lengths, length, stri
     if keep_tail:
         seen = {token for i in range(len(pieces)) for token in pieces[i].tolist()[1:]}
         assert seen == {
-            token for start, end in zip(documents.starts, documents.ends) for token in range(start + 1, end)
+            token
+            for start, end in zip(documents.starts, documents.ends, strict=True)
+            for token in range(start + 1, end)
         }
     else:
         assert (pieces.slots == length).all()

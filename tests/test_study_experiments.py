@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from llmft.core import LabError, project_root
+from llmft.core import project_root
 from llmft.runs.execute import execute_run
 from llmft.runs.params import resolve_params
 
@@ -179,10 +179,11 @@ def test_the_comparison_reads_it(pdfs, outputs):
 )
 def test_full_scale_files_hold_the_studys_numbers(config, rows, per_epoch, total, warmup, trainable):
     from types import SimpleNamespace
+
     from llmft.models.cost import lora_parameter_count, parameter_count
     from llmft.models.load import model_config
-    from llmft.training.recipe import Recipe, warmup_steps
     from llmft.training.prepare import planned_steps
+    from llmft.training.recipe import Recipe, warmup_steps
 
     _, params = resolve_params([root / f'params/instruct/{config}.yaml'], [], False)
     recipe, shape = Recipe.from_params(SimpleNamespace(**params)), model_config(params['model'])
@@ -238,3 +239,23 @@ def test_the_pdf_files_hold_the_studys_numbers():
             largest_batch=32,
         )
         assert {key: params[key] for key in expected} == expected | changed, config
+
+
+least = dict(nproc=2, strategy='ddp', max_steps=1, seed=7)
+
+
+@pytest.mark.parametrize(
+    'config, settings',
+    [
+        ('pretrain/base', dict(num_samples=4, num_eval_samples=1, max_length=64)),
+        ('instruct/diverse', dict(num_samples=16, max_length=128, num_problems=1, sample_tokens=4)),
+        ('pdf_finetune/all', dict(max_pages=1, max_length=64, chunk_characters=300, largest_batch=2)),
+    ],
+)
+def test_every_study_trains_in_two_processes(config, settings, tmp_path):
+    record, folder = execute(f'params/{config}.yaml', tmp_path, **least, **settings)
+    assert record['run']['status'] == 'done', record['run']['error']
+    order = json.loads((folder / 'launch' / 'order.json').read_text())
+    assert order['processes']['nproc'] == 2 and (folder / 'launch' / 'result.json').exists()
+    log = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    assert log[0]['step'] == 1 and 'valid_loss' in log[-1]

@@ -1,14 +1,20 @@
 "Subspaces, coding, bounds and certificates: the properties that a proof hangs on."
 
-import json, math, os, shutil, signal, subprocess, sys, time
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
-import numpy as np, pytest, torch, yaml
-from hypothesis import given, settings, strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmft.bounds.bounds import (
-    full_bound,
     kl_bound,
     kl_coins,
     kl_inverse,
@@ -20,23 +26,15 @@ from llmft.bounds.bounds import (
     topk_bound,
 )
 from llmft.bounds.certificates import build_model, make_claims, prove, read_certificate, verify, write_certificate
-from llmft.bounds.coding import (
-    charged_bits,
-    decode_message,
-    encode_message,
-    entropy,
-    make_codebook,
-    prefixed_bits,
-    reference_bits,
-)
-from llmft.core import LabError, project_root
-from llmft.models.projections import make_projection, projections
-from llmft.training.recipe import Recipe
+from llmft.bounds.coding import decode_message, encode_message, entropy, make_codebook, prefixed_bits, reference_bits
 from llmft.bounds.scoring import Scores, summarise
-from llmft.models.subspace import SubspaceConfig
-from llmft.data.token_files import TokenFile, prepare_tokens, read_token_file
+from llmft.core import LabError, project_root
+from llmft.data.token_files import prepare_tokens, read_token_file
 from llmft.data.tokens import boundaries
+from llmft.models.projections import make_projection, projections
+from llmft.models.subspace import SubspaceConfig
 from llmft.training.fit import fit
+from llmft.training.recipe import Recipe
 
 root = project_root()
 quick = settings(max_examples=60, deadline=None)
@@ -97,9 +95,9 @@ def both(risk, bits, n, share, delta, choices):
 @quick
 @given(situation, st.floats(1, 10))
 def test_bounds_are_monotone_and_never_below_the_risk(given, factor):
-    for before, after in zip(both(**given), both(**{**given, 'bits': given['bits'] * factor})):
+    for before, after in zip(both(**given), both(**{**given, 'bits': given['bits'] * factor}), strict=True):
         assert given['risk'] <= before <= after + 1e-12
-    for before, after in zip(both(**given), both(**{**given, 'delta': given['delta'] / factor})):
+    for before, after in zip(both(**given), both(**{**given, 'delta': given['delta'] / factor}), strict=True):
         assert before <= after + 1e-12
     m = max(1, int(given['n'] * given['share']))
     rest = {key: value for key, value in given.items() if key not in ('n', 'share')}
@@ -199,10 +197,13 @@ def test_what_is_decoded_is_what_was_coded(values, levels, kind, gates):
 @quick
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=60), st.sampled_from([3, 5]))
 def test_no_codebook_beats_the_optimal_one(values, levels):
-    from llmft.bounds.coding import _optimal, _kmeans, _uniform, assign
+    from llmft.bounds.coding import _kmeans, _optimal, _uniform, assign
 
     values = np.array(values)
-    error = lambda codebook: ((values - codebook[assign(values, codebook)]) ** 2).sum()
+
+    def error(codebook):
+        return ((values - codebook[assign(values, codebook)]) ** 2).sum()
+
     best = error(np.unique(_optimal(values, levels)))
     assert all(best <= error(np.unique(other(values, levels))) + 1e-9 for other in (_kmeans, _uniform))
 
@@ -525,6 +526,7 @@ def test_train_bound_and_analysis_notebooks(tmp_path):
 
 def test_two_processes_train_the_same_subspace(tmp_path):
     from safetensors.torch import load_file
+
     from llmft.runs.execute import execute_run
     from llmft.runs.params import resolve_params
 
@@ -560,15 +562,15 @@ def test_two_processes_train_the_same_subspace(tmp_path):
 
 
 def test_a_tie_is_no_hit():
-    from llmft.bounds.scoring import _targets
+    from llmft.bounds.scoring import _score_targets
 
     head = torch.nn.Linear(4, 6, bias=False)
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[1.0, 0, 0, 0]] * 3 + [[2.0, 0, 0, 0]] + [[0.0] * 4] * 2))
-    _, ranks = _targets(torch.ones(4, 4), head, torch.tensor([0, 3, 4, 2]), 2**20)
+    _, ranks = _score_targets(torch.ones(4, 4), head, torch.tensor([0, 3, 4, 2]), 2**20)
     assert ranks.tolist() == [3, 0, 5, 3]
     head.weight.data.zero_()
-    assert _targets(torch.ones(2, 4), head, torch.tensor([0, 5]), 2**20)[1].tolist() == [5, 5]
+    assert _score_targets(torch.ones(2, 4), head, torch.tensor([0, 5]), 2**20)[1].tolist() == [5, 5]
 
 
 def test_two_runs_of_one_seed_are_not_averaged_in_silence():

@@ -1,13 +1,16 @@
 "Instruction rows: masks, ends, what is too long, leaks; and the score of programs."
 
-import json, os
+import json
+import os
 from pathlib import Path
 
-import numpy as np, pytest
-from hypothesis import given, settings, strategies as st
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from llmft.studies.code.pass_at_k import Attempt, check_all, check_references, pass_at_k, program_of, score
 from llmft.core import LabError
+from llmft.data.tokens import load_tokenizer
+from llmft.studies.code.pass_at_k import Attempt, check_all, check_references, pass_at_k, score
 from llmft.studies.code.tasks import (
     Task,
     as_task,
@@ -19,7 +22,6 @@ from llmft.studies.code.tasks import (
     problem_template,
     prompt_rows,
 )
-from llmft.data.tokens import load_tokenizer
 
 tokenizer = load_tokenizer('base')
 shared = os.environ.get('LLMFT_SHARED_DATA')

@@ -1,6 +1,7 @@
 """Make the docs site in _docs from the notebooks as nbdev processes them, with MkDocs Material.
 
-nbdev_docs would build it with Quarto, and tries to install a missing one with administrator's rights: it is never called here."""
+nbdev_docs would build it with Quarto, and tries to install a missing one with administrator's rights: it is never
+called here."""
 
 import argparse
 import base64
@@ -15,58 +16,52 @@ from pathlib import Path
 
 import nbdev.doclinks
 import nbdev.quarto
+import nbdev.serve
+import pages
+import sidebar
 import yaml
 from nbdev.config import get_config
-from nbdev.serve import proc_nbs
 
 root = Path(__file__).resolve().parent.parent
 site = root / 'tools' / 'site'
 
 
+# ---- build
+
+
 def prepare():
-    "Process every notebook into _proc, as nbdev_docs does before it calls Quarto; the pages that came out."
+    "Process every notebook into _proc, as nbdev_docs does before it calls Quarto."
     nbdev.quarto.refresh_quarto_yml()
     nbdev.doclinks._build_modidx()
-    return sorted(proc_nbs(n_workers=2, force=True).rglob('*.ipynb'))
+    nbdev.serve.FilterDefaults = pages.Unexecuted
+    return nbdev.serve.proc_nbs(n_workers=2, force=True)
 
 
 def palette_css():
-    "The colours and the type scale of the figures as CSS variables, so that pages and figures are of one kind."
+    "The colours of the figures as CSS variables, so that pages and figures match."
     from llmft.runs.figures import faint, ink, muted, palette
 
-    names = dict(ink=ink, soft=muted, line=faint) | {f'c{number}': colour for number, colour in enumerate(palette, 1)}
-    return ':root{' + ';'.join(f'--figure-{name}:{colour}' for name, colour in names.items()) + '}\n'
+    colours = dict(ink=ink, soft=muted, line=faint)
+    colours |= {f'c{number}': colour for number, colour in enumerate(palette, 1)}
+    return ':root{' + ';'.join(f'--figure-{name}:{colour}' for name, colour in colours.items()) + '}\n'
 
 
-def copy_reports(folder):
-    "Put the reports of the gallery, and the richest figure of each, where the gallery page looks for them; how many."
-    reports = sorted((root / 'outputs/gallery').glob('*/*/report.html'))
-    for report in reports:
-        target = folder / 'gallery' / report.parent.parent.name / f'{report.parent.name}.html'
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(report, target)
-        figures = re.findall(r'src="data:image/png;base64,([^"]+)', report.read_text(encoding='utf-8'))
-        if figures:
-            target.with_suffix('.png').write_bytes(base64.b64decode(max(figures, key=len)))
-    return len(reports)
-
-
-def render(processed, target):
-    "The site in `target` from the notebooks that nbdev `processed`; how many pages."
-    import mkdocs.commands.build
-    import mkdocs.config
-    import mkdocs.exceptions
-    import pages
-
-    source = processed / '_pages'
+def write_source(processed, source):
+    "Everything that MkDocs reads, in the folder `source`; name of the notebook -> (page, title)."
     shutil.rmtree(source, ignore_errors=True)
-    made = pages.write_pages(processed, source)
+    written = pages.write_pages(processed, source)
     shutil.copytree(processed / 'images', source / 'images')
     shutil.copytree(site / 'assets', source / 'assets')
     (source / 'assets/palette.css').write_text(palette_css())
-    project, nav = get_config(path=root), pages.navigation(yaml.safe_load((root / 'nbs/sidebar.yml').read_text()), made)
-    logging.basicConfig(level=logging.WARNING, format='%(message)s')
-    settings = mkdocs.config.load_config(
+    return written
+
+
+def site_settings(source, target, nav):
+    "The settings of MkDocs: tools/site/mkdocs.yml with what settings.ini knows."
+    import mkdocs.config
+
+    project = get_config(path=root)
+    return mkdocs.config.load_config(
         str(site / 'mkdocs.yml'),
         docs_dir=str(source),
         site_dir=str(target),
@@ -77,23 +72,48 @@ def render(processed, target):
         site_description=project.description,
         copyright=f'{project.copyright} · Apache License 2.0',
     )
+
+
+def copy_reports(folder):
+    "Put the reports of the gallery, and the richest figure of each, where the gallery page looks for them."
+    for report in sorted((root / 'outputs/gallery').glob('*/*/report.html')):
+        notebook, name = report.parent.parts[-2:]
+        target = folder / 'gallery' / notebook / f'{name}.html'
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(report, target)
+        figures = re.findall(r'src="data:image/png;base64,([^"]+)', report.read_text(encoding='utf-8'))
+        if figures:
+            target.with_suffix('.png').write_bytes(base64.b64decode(max(figures, key=len)))
+
+
+def render(processed, target):
+    "The site in `target` from the notebooks that nbdev `processed`; how many pages."
+    import mkdocs.commands.build
+    import mkdocs.exceptions
+
+    source = processed / '_pages'
+    written = write_source(processed, source)
+    contents = yaml.safe_load((root / 'nbs/sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    nav = sidebar.navigation(contents, written)
+
+    logging.basicConfig(level=logging.WARNING, format='%(message)s')
     try:
-        mkdocs.commands.build.build(settings)
+        mkdocs.commands.build.build(site_settings(source, target, nav))
     except mkdocs.exceptions.Abort as error:
         raise SystemExit(f'the site is not whole: {error}') from None
     copy_reports(target)
-    return len(made)
+    return len(written)
 
 
 def build(target):
-    "Build the site into the folder `target`; the exit status."
+    "Build the site into the folder `target`."
     started = time.time()
-    prepare()
-    count = render(root / '_proc', target)
-    print(
-        f'{count} pages in {time.time() - started:.0f} s: open {target / "index.html"}, or see them with make docs-serve'
-    )
-    return 0
+    count = render(prepare(), target)
+    seconds = time.time() - started
+    print(f'{count} pages in {seconds:.0f} s: open {target / "index.html"}, or see them with make docs-serve')
+
+
+# ---- command line
 
 
 def serve(target, port):
@@ -111,14 +131,16 @@ def main():
     "Read the command line: build, and serve when asked to."
     command = argparse.ArgumentParser(description='Make the docs site.')
     command.add_argument(
-        '--serve', action='store_true', help='show it on localhost afterwards; an existing site is not built again'
+        '--serve', action='store_true', help='show it on localhost; an existing site is not built again'
     )
     command.add_argument('--port', type=int, default=8000)
-    given, target = command.parse_args(), get_config(path=root).doc_path
-    status = 0 if given.serve and (target / 'index.html').exists() else build(target)
-    if given.serve and not status:
+    given = command.parse_args()
+
+    target = get_config(path=root).doc_path
+    if not given.serve or not (target / 'index.html').exists():
+        build(target)
+    if given.serve:
         serve(target, given.port)
-    return status
 
 
 if __name__ == '__main__':

@@ -18,7 +18,7 @@ link = re.compile(r'(\]\(|\bsrc="|\bhref=")([^)"\s]+)')
 
 
 class Plain(FilterDefaults):
-    "nbdev's processing without links from backticked names to the docs site: README.md must not change with the library."
+    "nbdev's processing without links to the docs site: README.md must not change with the library."
 
     def procs(self):
         return [proc for proc in super().procs() if proc.__name__ != 'add_links']
@@ -47,7 +47,8 @@ def readme(notebook):
 
 def main(check):
     "Write the file, or with `check` leave it alone and return 1 when it is out of date."
-    target, text = root / 'README.md', readme(get_config(path=root).nbs_path / 'index.ipynb')
+    target = root / 'README.md'
+    text = readme(get_config(path=root).nbs_path / 'index.ipynb')
     if not check:
         target.write_text(text, encoding='utf-8')
     elif target.read_text(encoding='utf-8') != text:

@@ -8,7 +8,9 @@ __all__ = ['check_share', 'smoothing_width', 'lowest_loss', 'smoothed_bits', 'kl
 
 # %% ../../nbs/bounds/02_bounds.ipynb #58b064b5
 import math
+
 import numpy as np
+
 from ..core import LabError
 
 # %% ../../nbs/bounds/02_bounds.ipynb #96e087a2
@@ -46,12 +48,18 @@ def smoothed_bits(probabilities,   # of the true tokens, any shape, in [0, 1]
     return -np.log2(np.asarray(probabilities, dtype=np.float64)[..., None] * (1 - a) + a / vocabulary)
 
 # %% ../../nbs/bounds/02_bounds.ipynb #866ae2df
+def _kl_side(observed, supposed):
+    "What one side of the coin adds."
+    if observed == 0:
+        return 0.
+    return math.inf if supposed <= 0 else observed * math.log(observed / supposed)
+
+
 def kl_coins(q:float,  # observed mean, in [0, 1]
              p:float,  # supposed mean, in [0, 1]
 )->float:              # nats; infinite where p rules q out
     "The relative entropy of a coin of mean `q` to one of mean `p`."
-    part = lambda x, y: 0.0 if x == 0 else math.inf if y <= 0 else x * math.log(x / y)
-    return part(q, p) + part(1 - q, 1 - p)
+    return _kl_side(q, p) + _kl_side(1 - q, 1 - p)
 
 # %% ../../nbs/bounds/02_bounds.ipynb #918ccf1c
 def kl_inverse(q:float,  # observed mean of losses, in [0, 1]
@@ -60,12 +68,17 @@ def kl_inverse(q:float,  # observed mean of losses, in [0, 1]
     "The largest p with `kl_coins(q, p) <= c`, from above."
     if not (0 <= q <= 1 and c >= 0):
         raise LabError(f'kl_inverse of q = {q}, c = {c}: q must lie in [0, 1] and c must not be negative')
-    low, high = q, 1.0
+
+    low = q
+    high = 1.
     for _ in range(100):
         middle = (low + high) / 2
         if middle in (low, high):
             break
-        low, high = (low, middle) if kl_coins(q, middle) > c else (middle, high)
+        if kl_coins(q, middle) > c:
+            high = middle
+        else:
+            low = middle
     return high
 
 # %% ../../nbs/bounds/02_bounds.ipynb #f0854563
@@ -94,7 +107,7 @@ def subsampling_bound(risk:float,       # mean loss of the sampled documents
                       delta:float=.05,  # probability that the bound may fail with
                       choices:int=1,    # S: values chosen on the same sample
 )->float:                               # in the unit of `risk`
-    "Hoeffding's form of the bound; a `LabError` for numbers that make none."
+    "Hoeffding's bound; a `LabError` for numbers that make none."
     _check(bits, n, m, delta, choices)
     sample, complexity = _nats(bits, n, m, delta, choices)
     return risk + width * (math.sqrt(complexity / (2 * n)) + math.sqrt(sample / (2 * m)))
@@ -109,15 +122,16 @@ def kl_bound(risk:float,        # mean loss of the sampled documents
              choices:int=1,     # S: values chosen on the same sample
              lowest:float=0.,   # where the interval begins, in the unit of `risk`
 )->float:                       # in the unit of `risk`
-    "The kl form of the bound, tighter than Hoeffding's; a `LabError` for numbers that make none."
+    "The kl bound, tighter than Hoeffding's; a `LabError` for numbers that make none."
     _check(bits, n, m, delta, choices)
     share = (risk - lowest) / width
     if not -1e-9 <= share <= 1 + 1e-9:
-        raise LabError(
-            f'a risk of {risk:g} does not lie in the interval from {lowest:g} to {lowest + width:g}: give its width and lowest loss'
-        )
+        raise LabError(f'a risk of {risk:g} does not lie in the interval from {lowest:g} to {lowest + width:g}: '
+                       'give its width and lowest loss')
+
     sample, complexity = _nats(bits, n, m, delta, choices)
-    return lowest + width * kl_inverse(kl_inverse(min(max(share, 0.0), 1.0), sample / m), complexity / n)
+    of_all = kl_inverse(min(max(share, 0.), 1.), sample / m)
+    return lowest + width * kl_inverse(of_all, complexity / n)
 
 # %% ../../nbs/bounds/02_bounds.ipynb #d614d582
 def full_bound(risk:float,       # mean loss of all documents
@@ -125,12 +139,13 @@ def full_bound(risk:float,       # mean loss of all documents
                n:int,            # documents
                width:float,      # of the interval the losses lie in
                delta:float=.05,  # probability that the bound may fail with
-               kl:bool=False,    # the kl form
+               kl:bool=False,    # the kl bound
                lowest:float=0.,  # where the interval begins
 )->float:                        # in the unit of `risk`
     "The bound when every training document was scored."
     _check(bits, n, n, delta, 1)
     nats = (bits * math.log(2) + math.log(1 / delta)) / n
+
     if kl:
         return lowest + width * kl_inverse(min(max((risk - lowest) / width, 0.0), 1.0), nats)
     return risk + width * math.sqrt(nats / 2)
@@ -142,10 +157,11 @@ def topk_bound(error:float,      # mean over the sampled documents of the share 
                m:int,            # documents in the sample
                delta:float=.05,  # probability that the bound may fail with
                choices:int=1,    # S: values chosen on the same sample
-               kl:bool=True,     # the kl form, or Hoeffding's
+               kl:bool=True,     # the kl bound, or Hoeffding's
 )->float:                        # a share of tokens; 1 and above says nothing
     "The bound of a top-k error."
-    return (kl_bound if kl else subsampling_bound)(error, bits, n, m, 1.0, delta, choices)
+    bound = kl_bound if kl else subsampling_bound
+    return bound(error, bits, n, m, 1., delta, choices)
 
 # %% ../../nbs/bounds/02_bounds.ipynb #b6502bb1
 def token_bound(risk:float,       # mean loss of the sampled tokens
@@ -169,6 +185,15 @@ def shared_delta(delta:float,  # probability that any of the claims may fail wit
     return check_share('delta', delta) / claims
 
 # %% ../../nbs/bounds/02_bounds.ipynb #7e5e7126
+def _game(losses_HN, truth_H, rng, lowest, settings):
+    "One game: (true risk of the predictor that looks best, its risk on the sample, Hoeffding's bound, the kl bound)."
+    drawn = rng.integers(0, losses_HN.shape[1], settings['n'])
+    risks_H = losses_HN[:, drawn[:settings['m']]].mean(1)
+    best = int(np.argmin(risks_H))
+    return (truth_H[best], risks_H[best], subsampling_bound(risks_H[best], **settings),
+            kl_bound(risks_H[best], **settings, lowest=lowest))
+
+
 def coverage(losses_HN,         # loss of every document of the population under every predictor
              width:float,       # of the interval the losses lie in
              lowest:float,      # where it begins
@@ -177,33 +202,16 @@ def coverage(losses_HN,         # loss of every document of the population under
              games:int=1000,    # how many
              delta:float=.05,   # probability that a bound may fail with
              seed:int=0,        # of the draws
-)->dict:                        # for each form: share of games in which it held, mean slack; and the mean gap between truth and sample
+)->dict:                        # for each bound: share of games in which it held, mean slack; the sample's gap
     "How often, and by how much, the bound of the predictor that looks best lies above its true risk."
-    losses, rng = np.asarray(losses_HN), np.random.default_rng(seed)
-    truth, bits, rows = losses.mean(1), math.log2(len(losses)), []
-    for _ in range(games):
-        drawn = rng.integers(0, losses.shape[1], n)
-        risks = losses[:, drawn[:m]].mean(1)
-        best = int(np.argmin(risks))
-        settings = dict(bits=bits, n=n, m=m, width=width, delta=delta, choices=len(losses))
-        rows.append(
-            (
-                truth[best],
-                risks[best],
-                subsampling_bound(risks[best], **settings),
-                kl_bound(risks[best], **settings, lowest=lowest),
-            )
-        )
-    true, risk, loose, tight = np.array(rows).T
-    return dict(
-        hoeffding=float((loose >= true).mean()),
-        kl=float((tight >= true).mean()),
-        hoeffding_slack=float((loose - true).mean()),
-        kl_slack=float((tight - true).mean()),
-        sample_gap=float((true - risk).mean()),
-        games=games,
-        n=n,
-        m=m,
-        predictors=len(losses),
-        delta=delta,
-    )
+    losses_HN = np.asarray(losses_HN)
+    predictors = len(losses_HN)
+    truth_H = losses_HN.mean(1)
+    rng = np.random.default_rng(seed)
+    settings = dict(bits=math.log2(predictors), n=n, m=m, width=width, delta=delta, choices=predictors)
+
+    played = np.array([_game(losses_HN, truth_H, rng, lowest, settings) for _ in range(games)])
+    true, risk, hoeffding, kl = played.T
+    return dict(hoeffding=float((hoeffding >= true).mean()), kl=float((kl >= true).mean()),
+                hoeffding_slack=float((hoeffding - true).mean()), kl_slack=float((kl - true).mean()),
+                sample_gap=float((true - risk).mean()), games=games, n=n, m=m, predictors=predictors, delta=delta)

@@ -7,14 +7,16 @@ __all__ = ['SLIDE', 'ALPHAS', 'TOP_K', 'Windows', 'make_windows', 'score_windows
            'draw_sample', 'score_tokens']
 
 # %% ../../nbs/bounds/03_scoring.ipynb #a5c7c251
-import torch
-import numpy as np
 from dataclasses import dataclass
-from .bounds import smoothed_bits
+
+import numpy as np
+import torch
+
 from ..core import LabError, purpose_rng
-from ..training.losses import row_chunks
-from ..models.load import hidden_states, output_head
 from ..data.token_files import TokenFile
+from ..models.load import hidden_states, output_head
+from ..training.losses import row_chunks
+from .bounds import smoothed_bits
 
 # %% ../../nbs/bounds/03_scoring.ipynb #b8e3436f
 SLIDE = 100  # tokens a window is shifted by
@@ -22,7 +24,7 @@ SLIDE = 100  # tokens a window is shifted by
 
 @dataclass
 class Windows:
-    "Stretches of tokens and which of their predictions count; arrays of one entry a window."
+    "Windows over documents and which of their predictions count; arrays of one entry per window."
 
     document: np.ndarray  # place in the list of documents
     start: np.ndarray  # first input token, in the file
@@ -32,6 +34,10 @@ class Windows:
     def __len__(self):
         return len(self.start)
 
+    def select(self, kept):
+        "The windows at some places, or those of a mask."
+        return Windows(self.document[kept], self.start[kept], self.inputs[kept], self.skip[kept])
+
 # %% ../../nbs/bounds/03_scoring.ipynb #afaed9b6
 def make_windows(starts,       # first input token of each document, in the file
                  predicted,    # tokens of each document that are predicted
@@ -39,27 +45,52 @@ def make_windows(starts,       # first input token of each document, in the file
                  slide:int=SLIDE,  # tokens a window is shifted by
 )->Windows:
     "Windows that score every predicted token of every document once."
-    starts, predicted, slide = np.asarray(starts), np.asarray(predicted), min(slide, block)
-    extra = np.maximum(0, -(-(predicted - block) // slide))
-    document = np.repeat(np.arange(len(starts)), extra + 1)
-    turn = np.arange(len(document)) - np.repeat(np.cumsum(extra + 1) - extra - 1, extra + 1)
-    end = np.minimum(block + turn * slide, predicted[document])
+    starts = np.asarray(starts)
+    predicted = np.asarray(predicted)
+    slide = min(slide, block)
+
+    count = 1 + np.maximum(0, -(-(predicted - block) // slide))
+    document = np.repeat(np.arange(len(starts)), count)
+    number = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
+
+    end = np.minimum(block + number * slide, predicted[document])
     first = np.maximum(0, end - block)
-    done = np.where(turn == 0, 0, block + (turn - 1) * slide)
-    return Windows(document, starts[document] + first, end - first, done - first)
+    scored_before = np.where(number == 0, 0, block + (number - 1) * slide)
+    return Windows(document, starts[document] + first, end - first, scored_before - first)
 
 # %% ../../nbs/bounds/03_scoring.ipynb #679298b3
-def _targets(hidden_RD, head, targets_R, chunk_bytes):
+def _score_targets(hidden_RD, head, targets_R, chunk_bytes):
     "(log-probability of each target in nats, number of other logits that are not smaller), float32 and int64."
-    logs, ranks, size = [], [], getattr(head, 'out_features', None) or head.weight.shape[0]
-    for rows in row_chunks(len(targets_R), size, 8, chunk_bytes):
-        logits = head(hidden_RD[rows]).float()
-        truth = logits.gather(1, targets_R[rows, None])
-        logs.append(-torch.nn.functional.cross_entropy(logits, targets_R[rows], reduction='none'))
-        ranks.append(
-            torch.ge(logits, truth, out=logits).sum(1).long() - 1
-        )  # in the place of the logits: whole numbers below 2**24 are exact
+    vocabulary = getattr(head, 'out_features', None) or head.weight.shape[0]
+    logs = []
+    ranks = []
+    for rows in row_chunks(len(targets_R), vocabulary, 8, chunk_bytes):
+        logits_RV = head(hidden_RD[rows]).float()
+        truth_R1 = logits_RV.gather(1, targets_R[rows, None])
+        logs.append(-torch.nn.functional.cross_entropy(logits_RV, targets_R[rows], reduction='none'))
+        # written over the logits, which saves a tensor of their size: whole numbers below 2**24 are exact
+        not_smaller_RV = torch.ge(logits_RV, truth_R1, out=logits_RV)
+        ranks.append(not_smaller_RV.sum(1).long() - 1)
     return torch.cat(logs), torch.cat(ranks)
+
+
+def _window_batches(windows, batch_tokens):
+    "Numbers of the windows of each batch, longest first, padded to at most `batch_tokens` tokens."
+    longest_first = np.argsort(-windows.inputs, kind='stable')
+    begin = 0
+    while begin < len(longest_first):
+        count = max(1, batch_tokens // int(windows.inputs[longest_first[begin]]))
+        yield longest_first[begin:begin + count]
+        begin += count
+
+
+def _token_grid(windows, rows):
+    "(place in the file of every input, whether its prediction counts), both (B, T); padding repeats the last input."
+    steps = np.arange(windows.inputs[rows[0]])
+    inputs = windows.inputs[rows, None]
+    place_BT = windows.start[rows, None] + np.minimum(steps, inputs - 1)
+    counts_BT = (steps >= windows.skip[rows, None]) & (steps < inputs)
+    return place_BT, counts_BT
 
 
 @torch.no_grad()
@@ -68,30 +99,28 @@ def score_windows(model,                  # a causal language model
                   windows:Windows,        # from `make_windows`
                   batch_tokens:int=8192,  # tokens that go through the model at once
                   chunk_bytes:int=2**25,  # most bytes of logits held at once
-):                                        # iterator of (numbers of the windows of each token, its place in the file, log-probability, rank)
+):                                        # iterator of (window, place in the file, log-probability, rank) arrays
     "Probability and rank of every token that a window scores, batch by batch."
-    mode, device = model.training, next(model.parameters()).device
+    was_training = model.training
+    device = next(model.parameters()).device
     model.eval()
-    order, at = np.argsort(-windows.inputs, kind='stable'), 0
-    while at < len(order):
-        rows = order[at : at + max(1, batch_tokens // int(windows.inputs[order[at]]))]
-        at += len(rows)
-        steps, inputs = np.arange(windows.inputs[rows[0]]), windows.inputs[rows, None]
-        place = windows.start[rows, None] + np.minimum(steps, inputs - 1)
-        counts = (steps >= windows.skip[rows, None]) & (steps < inputs)
-        hidden = hidden_states(model, torch.from_numpy(np.asarray(ids[place], dtype=np.int64)).to(device))
-        truth = torch.from_numpy(np.asarray(ids[place[counts] + 1], dtype=np.int64)).to(device)
-        logs, ranks = _targets(hidden[torch.from_numpy(counts).to(device)], output_head(model), truth, chunk_bytes)
-        yield (
-            np.broadcast_to(rows[:, None], place.shape)[counts],
-            place[counts] + 1,
-            logs.double().cpu().numpy(),
-            ranks.cpu().numpy(),
-        )
-    model.train(mode)
+
+    def as_tensor(ids):
+        return torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(device)
+
+    for rows in _window_batches(windows, batch_tokens):
+        place_BT, counts_BT = _token_grid(windows, rows)
+        scored = place_BT[counts_BT] + 1
+        hidden_BTD = hidden_states(model, as_tensor(ids[place_BT]))
+        hidden_RD = hidden_BTD[torch.from_numpy(counts_BT).to(device)]
+        logs, ranks = _score_targets(hidden_RD, output_head(model), as_tensor(ids[scored]), chunk_bytes)
+        window = np.broadcast_to(rows[:, None], place_BT.shape)[counts_BT]
+        yield window, scored, logs.double().cpu().numpy(), ranks.cpu().numpy()
+
+    model.train(was_training)
 
 # %% ../../nbs/bounds/03_scoring.ipynb #03b03152
-ALPHAS = (1e-4, 1e-3, 5e-3, 0.01, 0.05, 0.1, 0.25, 0.5)
+ALPHAS = (1e-4, 1e-3, 5e-3, 0.01, 0.05, 0.1, 0.25, 0.5)  # smoothing weights
 TOP_K = (1, 5, 10, 50, 100)
 
 
@@ -119,17 +148,23 @@ def summarise(document,        # which document each token belongs to, (tokens,)
 )->Scores:
     "Per-document means of the smoothed losses and of the top-k errors."
     tokens = np.bincount(document, minlength=documents)
-    mean = lambda column: np.bincount(document, column, minlength=documents) / np.maximum(tokens, 1)
+
+    def mean(column):
+        return np.bincount(document, column, minlength=documents) / np.maximum(tokens, 1)
+
     bits = smoothed_bits(probabilities, alphas, vocabulary)
-    return Scores(
-        np.stack([mean(column) for column in bits.T], 1),
-        np.stack([mean(np.asarray(ranks) >= k) for k in ks], 1),
-        tokens,
-        tuple(alphas),
-        tuple(ks),
-    )
+    mean_bits = np.stack([mean(column) for column in bits.T], 1)
+    errors = np.stack([mean(np.asarray(ranks) >= k) for k in ks], 1)
+    return Scores(mean_bits, errors, tokens, tuple(alphas), tuple(ks))
 
 # %% ../../nbs/bounds/03_scoring.ipynb #32ca628d
+def _score_all(model, file, windows, batch_tokens):
+    "(window, place, probability, rank) of every token that the windows score."
+    batches = list(score_windows(model, file.ids, windows, batch_tokens))
+    window, place, logs, ranks = (np.concatenate(column) for column in zip(*batches, strict=True))
+    return window, place, np.exp(logs), ranks
+
+
 def score_documents(model,                  # a causal language model
                     file:TokenFile,         # the documents
                     rows,                   # which of them to score
@@ -143,11 +178,8 @@ def score_documents(model,                  # a causal language model
     "All losses and errors of some documents, in one pass."
     examples = file.examples()
     windows = make_windows(examples.starts[rows], examples.slots[rows], block, slide)
-    parts = [
-        (windows.document[window], np.exp(logs), ranks)
-        for window, _, logs, ranks in score_windows(model, file.ids, windows, batch_tokens)
-    ]
-    return summarise(*map(np.concatenate, zip(*parts)), len(rows), vocabulary, alphas, ks)
+    window, _, probabilities, ranks = _score_all(model, file, windows, batch_tokens)
+    return summarise(windows.document[window], probabilities, ranks, len(rows), vocabulary, alphas, ks)
 
 # %% ../../nbs/bounds/03_scoring.ipynb #f14c4e9a
 def draw_sample(n:int,     # documents, or tokens, there are
@@ -160,11 +192,27 @@ def draw_sample(n:int,     # documents, or tokens, there are
         raise LabError(f'{m} samples of {n} documents: draw at least 1 and at most as many as there are')
     rng = purpose_rng(seed, 'sample', *purpose)
     if m < n // 2:
-        found = np.unique(rng.integers(0, n, 2 * m))
-        return np.sort(rng.permutation(found)[:m]) if len(found) >= m else np.sort(rng.permutation(n)[:m])
+        different = np.unique(rng.integers(0, n, 2 * m))  # much less to permute than n numbers
+        if len(different) >= m:
+            return np.sort(rng.permutation(different)[:m])
     return np.sort(rng.permutation(n)[:m])
 
 # %% ../../nbs/bounds/03_scoring.ipynb #3a1effb2
+def _locate(examples, picked):
+    "(document, place in the file) of predicted tokens, from their numbers in the order of the file."
+    ends = np.cumsum(examples.slots)
+    document = np.searchsorted(ends, picked, side='right')
+    place = examples.starts[document] + 1 + (np.asarray(picked) - (ends - examples.slots)[document])
+    return document, place
+
+
+def _scoring_any_of(windows, place):
+    "The windows that score at least one token at the ascending places `place`."
+    first = windows.start + windows.skip + 1
+    last = windows.start + windows.inputs
+    return windows.select(np.searchsorted(place, last, side='right') > np.searchsorted(place, first, side='left'))
+
+
 def score_tokens(model,                  # a causal language model
                  file:TokenFile,         # the documents
                  picked,                 # numbers of predicted tokens, in the order of the file, ascending
@@ -174,21 +222,16 @@ def score_tokens(model,                  # a causal language model
                  ks=TOP_K,               # ranks
                  batch_tokens:int=8192,  # tokens that go through the model at once
                  slide:int=SLIDE,        # tokens a window is shifted by
-)->Scores:                               # one entry a token
+)->Scores:                               # one entry per token
     "Losses and errors of single tokens."
     examples = file.examples()
-    ends = np.cumsum(examples.slots)
-    row = np.searchsorted(ends, picked, side='right')
-    place = examples.starts[row] + 1 + (np.asarray(picked) - (ends - examples.slots)[row])
-    rows = np.unique(row)
+    document, place = _locate(examples, picked)
+    rows = np.unique(document)
     windows = make_windows(examples.starts[rows], examples.slots[rows], block, slide)
-    last = windows.start + windows.inputs  # place of the last token each window predicts
-    first = windows.start + windows.skip + 1
-    wanted = np.searchsorted(place, last, side='right') > np.searchsorted(place, first, side='left')
-    windows = Windows(windows.document[wanted], windows.start[wanted], windows.inputs[wanted], windows.skip[wanted])
-    where, logs, ranks = map(np.concatenate, list(zip(*score_windows(model, file.ids, windows, batch_tokens)))[1:])
-    mine = np.isin(where, place)
-    order = np.argsort(where[mine])
-    return summarise(
-        np.arange(len(place)), np.exp(logs[mine][order]), ranks[mine][order], len(place), vocabulary, alphas, ks
-    )
+    _, scored, probabilities, ranks = _score_all(model, file, _scoring_any_of(windows, place), batch_tokens)
+
+    wanted = np.isin(scored, place)
+    order = np.argsort(scored[wanted])
+    probabilities = probabilities[wanted][order]
+    ranks = ranks[wanted][order]
+    return summarise(np.arange(len(place)), probabilities, ranks, len(place), vocabulary, alphas, ks)

@@ -1,10 +1,10 @@
 """
 ---
 title: Changelog
-description: What changed for those who use llmft.
+description: What changed for users of llmft.
 ---
 """
 from nbdev.config import get_config
 
-text = (get_config().config_path/'CHANGELOG.md').read_text(encoding='utf-8')
+text = (get_config().config_path / 'CHANGELOG.md').read_text(encoding='utf-8')
 print(text.split('\n', 1)[1].strip())

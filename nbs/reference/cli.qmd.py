@@ -5,22 +5,51 @@ description: Every command of llmft with its options, read from the program whil
 ---
 """
 import html
+
 import typer
+
 from llmft.cli import app
 
-print("""A run that is done is not done twice. The exit status is 0 when all is done, 1 when a run failed, 2 when something in the call must be mended, and 130 after Ctrl-C.
+
+def code_span(text):
+    return f'<code>{html.escape(text).replace("|", "&#124;")}</code>'
+
+
+def plain_text(text):
+    return html.escape(text or '').replace('*', '&#42;').replace('_', '&#95;')
+
+
+def is_argument(option):
+    return option.param_type_name == 'argument'
+
+
+def usage_of(name, options):
+    "How a command is called, its arguments in capitals."
+    named = [option for option in options if is_argument(option)]
+    arguments = [option.name.upper() + ('...' if option.nargs == -1 else '') for option in named]
+    return ' '.join([f'llmft {name}', '[OPTIONS]', *arguments])
+
+
+def value_of(option):
+    "What stands for an option's value."
+    if getattr(option, 'is_flag', False):
+        return ''
+    return option.metavar or ('NUMBER' if isinstance(option.default, int) else 'TEXT')
+
+
+def row(option):
+    "An option as a row of the table."
+    words = option.name.upper() if is_argument(option) else f'{", ".join(option.opts)} {value_of(option)}'.strip()
+    shown = isinstance(option.default, (str, int, float)) and not isinstance(option.default, bool)
+    default = code_span(str(option.default)) if shown else ''
+    return f'| {code_span(words)} | {default} | {plain_text(getattr(option, "help", ""))} |'
+
+
+print("""Finished runs are skipped; `--fresh` repeats them. The exit status is 0 when all runs are done, 1 when a run failed, 2 for a usage error, and 130 after Ctrl-C.
 With `--json` the last line of the output is one JSON object, `{"status": ..., "runs": [...]}`, for scripts.
 """)
-group = typer.main.get_command(app)
-span = lambda text: f'<code>{html.escape(text).replace("|", "&#124;")}</code>'
-is_argument = lambda option: option.param_type_name == 'argument'
-for name, command in group.commands.items():
-    shown = [option for option in command.params if option.name != 'help']
-    usage = ' '.join([f'llmft {name}', '[OPTIONS]', *(option.name.upper() + ('...' if option.nargs == -1 else '') for option in shown if is_argument(option))])
-    print(f'## llmft {name}\n\n{command.help}\n\n```text\n{usage}\n```\n\n| option | default | meaning |\n| --- | --- | --- |')
-    for option in shown:
-        value = '' if getattr(option, 'is_flag', False) else option.metavar or ('NUMBER' if isinstance(option.default, int) else 'TEXT')
-        words = option.name.upper() if is_argument(option) else f'{", ".join(option.opts)} {value}'.strip()
-        default = span(str(option.default)) if isinstance(option.default, (str, int, float)) and not isinstance(option.default, bool) else ''
-        print(f'| {span(words)} | {default} | {html.escape(getattr(option, "help", "") or "").replace("*", "&#42;").replace("_", "&#95;")} |')
-    print()
+for name, command in typer.main.get_command(app).commands.items():
+    options = [option for option in command.params if option.name != 'help']
+    print(f'## llmft {name}\n\n{command.help}\n\n```text\n{usage_of(name, options)}\n```\n')
+    print('| option | default | meaning |\n| --- | --- | --- |')
+    print('\n'.join(map(row, options)) + '\n')

@@ -1,53 +1,120 @@
 """
 ---
 title: Errors and what to do
-description: What llmft says when something must be mended. Every message was raised while this page was built.
+description: Usage errors and their fixes. Every message was raised while this page was built.
 ---
 """
-import contextlib, html, io, os, tempfile
+import contextlib
+import html
+import io
+import os
+import tempfile
 from pathlib import Path
+
 from nbdev.config import get_config
+
 from llmft.cli import call
 
 root = get_config().config_path
-cases = [
-    ('A mistyped parameter', ['run', 'params/finetune/lora.yaml', '-p', 'lora_rnak=2'], None, 'Take the name it proposes, or look it up with `llmft params finetune`.'),
-    ('A value of another type', ['run', 'params/finetune/lora.yaml', '-p', 'lora_rank=eight'], None, 'Give a value of the type that `llmft params finetune` shows.'),
-    ('A key that stands twice', ['run', 'FILE'], 'name: twice\nseed: 1\nseed: 2\n', 'Keep one of the two lines.'),
-    ('Not YAML', ['run', 'FILE'], 'name: broken\nlora_targets: [q_proj\n', 'Close what the line opens.'),
-    ('A file that is not there', ['run', 'params/finetune/lroa.yaml'], None, 'Take the nearest name, or look into `params`.'),
-    ('Nothing but an overlay', ['run', 'params/finetune/_small.yaml'], None, 'Give the file that it goes over as well.'),
-    ('A name that cannot be a folder', ['run', 'params/finetune/lora.yaml', '-p', 'name=../x'], None, 'Use letters, digits and `-_.+=@`.'),
-    ('No such notebook', ['params', 'finetuning'], None, 'Take the nearest name; the notebooks are in `nbs/experiments`.'),
-    ('A typo in a sweep', ['run', 'SWEEP'], 'name: ranks\nstages:\n  - notebook: finetune\n    nmae: ranks-{lora_rank}\n    matrix: {lora_rank: [2, 4]}\n', 'The keys of a sweep are listed in [Parameter files](yaml.qmd).'),
-    ('Two runs of one name', ['run', 'SWEEP'], 'name: ranks\nstages:\n  - notebook: finetune\n    name: rank\n    matrix: {lora_rank: [2, 4]}\n', 'Put what differs into the name: `rank-{lora_rank}`.')]
+cases = [  # title, arguments of llmft, content of the file they name, remedy
+    (
+        'A mistyped parameter',
+        ['run', 'params/finetune/lora.yaml', '-p', 'lora_rnak=2'],
+        None,
+        'Take the name it proposes, or look it up with `llmft params finetune`.',
+    ),
+    (
+        'A value of another type',
+        ['run', 'params/finetune/lora.yaml', '-p', 'lora_rank=eight'],
+        None,
+        'Give a value of the type that `llmft params finetune` shows.',
+    ),
+    (
+        'A duplicate key',
+        ['run', 'FILE'],
+        'name: twice\nseed: 1\nseed: 2\n',
+        'Keep one of the two lines.',
+    ),
+    (
+        'Not YAML',
+        ['run', 'FILE'],
+        'name: broken\nlora_targets: [q_proj\n',
+        'Close what the line opens.',
+    ),
+    (
+        'A file that is not there',
+        ['run', 'params/finetune/lroa.yaml'],
+        None,
+        'Take the nearest name, or look into `params`.',
+    ),
+    (
+        'Nothing but an overlay',
+        ['run', 'params/finetune/_small.yaml'],
+        None,
+        'Give the file that it overrides as well.',
+    ),
+    (
+        'A name that cannot be a folder',
+        ['run', 'params/finetune/lora.yaml', '-p', 'name=../x'],
+        None,
+        'Use letters, digits and `-_.+=@`.',
+    ),
+    (
+        'No such notebook',
+        ['params', 'finetuning'],
+        None,
+        'Take the nearest name; the notebooks are in `nbs/experiments`.',
+    ),
+    (
+        'A typo in a sweep',
+        ['run', 'SWEEP'],
+        'name: ranks\n'
+        'stages:\n'
+        '  - notebook: finetune\n'
+        '    nmae: ranks-{lora_rank}\n'
+        '    matrix: {lora_rank: [2, 4]}\n',
+        'The keys of a sweep are listed in [Parameter files](yaml.qmd).',
+    ),
+    (
+        'Two runs of one name',
+        ['run', 'SWEEP'],
+        'name: ranks\n'
+        'stages:\n'
+        '  - notebook: finetune\n'
+        '    name: rank\n'
+        '    matrix: {lora_rank: [2, 4]}\n',
+        'Put what differs into the name: `rank-{lora_rank}`.',
+    ),
+]
 
 
 def message(arguments, text):
     "What the command line says to the call, and its exit status; `text` is the content of the file it names."
     with tempfile.TemporaryDirectory() as folder:
         for word, place in (('FILE', 'finetune/mine.yaml'), ('SWEEP', 'sweeps/mine.yaml')):
-            file = Path(folder)/'params'/place
+            file = Path(folder) / 'params' / place
             if word in arguments:
                 file.parent.mkdir(parents=True)
                 file.write_text(text)
                 arguments = [str(file) if argument == word else argument for argument in arguments]
         said = io.StringIO()
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()): status = call(arguments)
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            status = call(arguments)
         return said.getvalue().strip().replace(f'{folder}/', ''), status
 
 
 os.chdir(root)
-print("""An error that you can mend is one line: what is wrong, where, and what to do. The exit status is then 2 and nothing has run. A run that fails on the way has the status `failed`, keeps its
-folder, and its report shows the cell and the traceback; mend the cause and give the same command again.
+print("""A usage error is one line: what is wrong, where, and how to fix it. The exit status is 2, and nothing has run. A run that fails later has the status `failed` and keeps its folder; its report shows
+the cell and the traceback. Fix the cause and give the same command again.
 """)
 for title, arguments, text, remedy in cases:
     said, status = message(arguments, text)
-    if status != 2: raise SystemExit(f'llmft {" ".join(arguments)} should have been refused')
-    if text: print(f'## {title}\n\n```yaml\n{text.rstrip()}\n```\n')
-    else: print(f'## {title}\n\n```text\nllmft {" ".join(arguments)}\n```\n')
+    if status != 2:
+        raise SystemExit(f'llmft {" ".join(arguments)} should have been refused')
+    example = f'```yaml\n{text.rstrip()}\n```' if text else f'```text\nllmft {" ".join(arguments)}\n```'
+    print(f'## {title}\n\n{example}\n')
     print(f'<div class="said"><code>{html.escape(said)}</code></div>\n\n{remedy}\n')
-print("""## While a run goes
+print("""## While a run trains
 
 | what you see | why | what to do |
 | --- | --- | --- |
@@ -56,5 +123,5 @@ print("""## While a run goes
 | `the loss is nan` | the learning rate is too high, or fp16 overflowed | lower `learning_rate`, or use `precision: bf16` |
 | `max_flops is ... and one optimiser step takes ...` | the budget is smaller than one step | raise `max_flops`, or make the step smaller |
 | `has no field 'text'` | a table without that column | set `text_field` to one of the names it lists |
-| status `interrupted` | the process ended without a word | the same command goes on from the last checkpoint |
+| status `interrupted` | the process was killed | the same command resumes from the last checkpoint |
 """)

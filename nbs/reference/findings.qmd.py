@@ -1,10 +1,10 @@
 """
 ---
 title: Findings
-description: What was tried, on what, with which command, and what came out, failures included. The newest stand first.
+description: What was tried, on which data, with which command, and the result, failures included; newest first.
 ---
 """
 from nbdev.config import get_config
 
-text = (get_config().config_path/'LOG.md').read_text(encoding='utf-8')
-print(text[text.index('\n## ') + 1:].strip())
+text = (get_config().config_path / 'LOG.md').read_text(encoding='utf-8')
+print(text[text.index('\n## ') + 1 :].strip())

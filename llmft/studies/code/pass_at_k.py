@@ -7,16 +7,35 @@ __all__ = ['program_of', 'Attempt', 'check_answer', 'check_all', 'check_referenc
            'load_weights']
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #d48d2d1b
-import collections, math, os, re, torch
+import collections
+import math
+import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from ...training.checkpoints import load_checkpoint
+
+import torch
+
 from ...core import LabError
 from ...inference.generation import generate
+from ...training.checkpoints import load_checkpoint
 from .sandbox import run_program, same_output
 from .tasks import Task, prompt_rows
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #aec81af9
+def _body(code):
+    "The indented lines at the start of `code`; a first line without its indentation gets it."
+    lines = code.strip('\n').split('\n')
+    if lines[0] and not lines[0][0].isspace():
+        lines[0] = '    ' + lines[0]
+
+    closing = (')', ']', '}', '#')  # at the margin, these still belong to the body
+    for row, line in enumerate(lines):
+        if line.strip() and not line[0].isspace() and not line.startswith(closing):
+            return '\n'.join(lines[:row])
+    return '\n'.join(lines)
+
+
 def program_of(task:Task,    # its `setup`, `lead`
                answer:str,   # what the model wrote
 )->str:                      # Python source without tests
@@ -28,32 +47,15 @@ def program_of(task:Task,    # its `setup`, `lead`
         code = _body(code)
     return '\n'.join(part.rstrip('\n') for part in (task.setup, task.lead, code) if part) + '\n'
 
-
-def _body(code):
-    "The indented lines at the start of `code`; a first line without its indentation gets it."
-    lines = code.strip('\n').split('\n')
-    if lines[0] and not lines[0][0].isspace():
-        lines[0] = '    ' + lines[0]
-    rest = next(
-        (
-            row
-            for row, line in enumerate(lines)
-            if line.strip() and not line[0].isspace() and not line.startswith((')', ']', '}', '#'))
-        ),
-        len(lines),
-    )
-    return '\n'.join(lines[:rest])
-
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #534eae4c
 @dataclass
 class Attempt:
     "One answer to one problem and what became of it."
-
-    name: str  # of the task
-    sample: int  # which of the answers to it
-    answer: str  # what the model wrote
-    status: str  # passed | wrong | failed | timeout | memory | output | killed | too long
-    reason: str  # one line
+    name: str       # of the task
+    sample: int     # which of the answers to it
+    answer: str     # what the model wrote
+    status: str     # passed | wrong | failed | timeout | memory | output | killed | too long
+    reason: str     # one line
     seconds: float  # spent on its programs
 
     @property
@@ -61,43 +63,41 @@ class Attempt:
         return self.status == 'passed'
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #6623a93c
+def _run_tests(program, tests, seconds, memory_mb):
+    "(status, reason, seconds) of a program and the statements that test it, in one process."
+    outcome = run_program('\n'.join([program, *tests]) + '\n', seconds=seconds, memory_mb=memory_mb, may_exit=False)
+    status = 'wrong' if outcome.reason.startswith('AssertionError') else outcome.status
+    return status, outcome.reason, outcome.seconds
+
+
+def _run_cases(program, cases, seconds, memory_mb):
+    "(status, reason, seconds) of a program that reads and prints, run once for each case until one fails."
+    spent = 0.
+    for number, (stdin, expected) in enumerate(cases):
+        outcome = run_program(program, stdin, seconds, memory_mb)
+        spent += outcome.seconds
+        if outcome.status != 'passed':
+            return outcome.status, outcome.reason, spent
+        if not same_output(outcome.stdout, expected):
+            return 'wrong', f'case {number} printed {outcome.stdout[:40]!r}, expected {expected[:40]!r}', spent
+    return 'passed', '', spent
+
+
 def check_answer(task:Task,          # with tests or cases
                  answer:str,         # what the model wrote
                  sample:int=0,       # which of the answers to the task this is
                  seconds:float=5.,   # longest time of one program
                  memory_mb:int=512,  # its address space
 )->Attempt:
-    "Run the tests of `task` on an answer."
-    program, spent = program_of(task, answer), 0.0
-    if task.tests:
-        done = run_program(
-            '\n'.join([program, *task.tests]) + '\n', seconds=seconds, memory_mb=memory_mb, may_exit=False
-        )
-        return Attempt(
-            task.name,
-            sample,
-            answer,
-            'wrong' if done.reason.startswith('AssertionError') else done.status,
-            done.reason,
-            done.seconds,
-        )
-    for number, (stdin, expected) in enumerate(task.cases):
-        done = run_program(program, stdin, seconds, memory_mb)
-        spent += done.seconds
-        if done.status != 'passed':
-            return Attempt(task.name, sample, answer, done.status, done.reason, spent)
-        if not same_output(done.stdout, expected):
-            return Attempt(
-                task.name,
-                sample,
-                answer,
-                'wrong',
-                f'case {number} printed {done.stdout[:40]!r}, expected {expected[:40]!r}',
-                spent,
-            )
-    if not task.cases:
+    "Run the tests of `task` on an answer; a `LabError` when it has none."
+    if not task.tests and not task.cases:
         raise LabError(f'{task.name} has neither tests nor cases: nothing can be checked; leave it out')
-    return Attempt(task.name, sample, answer, 'passed', '', spent)
+    program = program_of(task, answer)
+    if task.tests:
+        status, reason, spent = _run_tests(program, task.tests, seconds, memory_mb)
+    else:
+        status, reason, spent = _run_cases(program, task.cases, seconds, memory_mb)
+    return Attempt(task.name, sample, answer, status, reason, spent)
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #209468ab
 def check_all(pairs:list,          # (task, answer, number of the sample)
@@ -113,12 +113,11 @@ def check_all(pairs:list,          # (task, answer, number of the sample)
 def check_references(tasks:list,          # of `Task`
                      seconds:float=5.,    # longest time of one program
 )->tuple:                                 # (tasks whose reference solution passes, attempts that failed)
-    "The tasks that can be solved within the limits, and what went wrong with the others. Tasks without tests are left out."
+    "The tasks that can be solved within the limits, and what went wrong with the others; without tests it is neither."
     testable = [task for task in tasks if task.tests or task.cases]
     attempts = check_all([(task, task.solution, 0) for task in testable], seconds)
-    return [task for task, attempt in zip(testable, attempts) if attempt.passed], [
-        attempt for attempt in attempts if not attempt.passed
-    ]
+    solvable = [task for task, attempt in zip(testable, attempts, strict=True) if attempt.passed]
+    return solvable, [attempt for attempt in attempts if not attempt.passed]
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #16582aea
 def pass_at_k(samples:int,  # answers to a problem
@@ -129,44 +128,57 @@ def pass_at_k(samples:int,  # answers to a problem
     if not 0 <= passed <= samples:
         raise LabError(f'{passed} of {samples} samples passed: give a number between')
     if not 1 <= k <= samples:
-        raise LabError(
-            f'pass@{k} needs at least {k} samples a problem, and there are {samples}: raise samples or lower k'
-        )
-    return 1.0 - math.comb(samples - passed, k) / math.comb(samples, k)
+        raise LabError(f'pass@{k} needs at least {k} samples a problem, and there are {samples}: '
+                       'raise samples or lower k')
+    return 1. - math.comb(samples - passed, k) / math.comb(samples, k)
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #ac6b02ed
+def _mean_and_error(values):
+    "The mean of values and its standard error, which is None when all are equal."
+    count = len(values)
+    mean = sum(values) / count
+    if len(set(values)) == 1:
+        return mean, None
+    return mean, math.sqrt(sum((value - mean)**2 for value in values) / (count - 1) / count)
+
+
 def score(attempts:list,  # of `Attempt`, equally many for each problem
           ks=(1,),        # which pass@k
-)->dict:                  # pass@k and its standard error for each k, problems, samples, and the number of answers by status
-    "pass@k over problems, and what became of the answers."
-    by_name = collections.defaultdict(list)
+)->dict:                  # pass@k and its error for each k, problems, samples, statuses (answers by status)
+    "pass@k over problems, and what became of the answers; a `LabError` when problems have unequally many answers."
+    passed = collections.defaultdict(list)
     for attempt in attempts:
-        by_name[attempt.name].append(attempt.passed)
-    counts = {len(each) for each in by_name.values()}
+        passed[attempt.name].append(attempt.passed)
+    counts = {len(answers) for answers in passed.values()}
     if len(counts) != 1:
-        raise LabError(
-            f'the problems have {sorted(counts) or "no"} answers each: give equally many, and at least one problem'
-        )
-    found, n = (
-        dict(
-            problems=len(by_name),
-            samples=counts.pop(),
-            statuses=dict(collections.Counter(attempt.status for attempt in attempts)),
-        ),
-        len(by_name),
-    )
+        raise LabError(f'the problems have {sorted(counts) or "no"} answers each: '
+                       'give equally many, and at least one problem')
+
+    samples = counts.pop()
+    statuses = dict(collections.Counter(attempt.status for attempt in attempts))
+    scored = dict(problems=len(passed), samples=samples, statuses=statuses)
     for k in ks:
-        values = [pass_at_k(found['samples'], sum(each), k) for each in by_name.values()]
-        mean = sum(values) / n
-        found |= {
-            f'pass@{k}': mean,
-            f'pass@{k}_error': math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-            if len(set(values)) > 1
-            else None,
-        }
-    return found
+        values = [pass_at_k(samples, sum(answers), k) for answers in passed.values()]
+        scored[f'pass@{k}'], scored[f'pass@{k}_error'] = _mean_and_error(values)
+    return scored
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #94712df7
+def _answers(model, tokenizer, rows, samples, temperature, max_new_tokens, batch_size, seed):
+    "The texts that `model` writes after each row of token ids: lists of `samples` texts."
+    if not rows:
+        return []
+    ids = generate(model, rows, max_new_tokens, temperature, seed=seed, stop_ids=(tokenizer.eos_token_id,),
+                   samples=samples, batch_size=batch_size, pad_id=tokenizer.pad_token_id).ids
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
+    return [texts[first:first + samples] for first in range(0, len(texts), samples)]
+
+
+def _too_long(task, sample, prompt_tokens, max_new_tokens):
+    "The attempt of a prompt that leaves no room for an answer."
+    reason = f'a prompt of {prompt_tokens} tokens leaves no room for {max_new_tokens} more'
+    return Attempt(task.name, sample, '', 'too long', reason, 0.)
+
+
 def solve(model,                    # a causal language model, with or without an adapter
           tokenizer,                # the model's
           tasks:list,               # of `Task`, with tests or cases
@@ -180,58 +192,29 @@ def solve(model,                    # a causal language model, with or without a
           seed:int=0,               # of the draws
 )->list:                            # of `Attempt`, `samples` of each task
     "Have `model` answer `tasks` and run the answers."
-    rows, limit = (
-        prompt_rows(tasks, tokenizer, template, system_prompt),
-        getattr(model.config, 'max_position_embeddings', None) or math.inf,
-    )
+    rows = prompt_rows(tasks, tokenizer, template, system_prompt)
+    limit = getattr(model.config, 'max_position_embeddings', None) or math.inf
     fitting = [number for number, row in enumerate(rows) if len(row) + max_new_tokens <= limit]
-    ids = (
-        generate(
-            model,
-            [rows[number] for number in fitting],
-            max_new_tokens,
-            temperature,
-            seed=seed,
-            stop_ids=(tokenizer.eos_token_id,),
-            samples=samples,
-            batch_size=batch_size,
-            pad_id=tokenizer.pad_token_id,
-        ).ids
-        if fitting
-        else []
-    )
-    answers = {
-        (number, sample): tokenizer.decode(ids[place * samples + sample], skip_special_tokens=True)
-        for place, number in enumerate(fitting)
-        for sample in range(samples)
-    }
-    checked = dict(
-        zip(
-            answers,
-            check_all([(tasks[number], answer, sample) for (number, sample), answer in answers.items()], seconds),
-        )
-    )
-    late = lambda number, sample: Attempt(
-        tasks[number].name,
-        sample,
-        '',
-        'too long',
-        f'a prompt of {len(rows[number])} tokens leaves no room for {max_new_tokens} more',
-        0.0,
-    )
-    return [
-        checked.get((number, sample)) or late(number, sample)
-        for number in range(len(tasks))
-        for sample in range(samples)
-    ]
+
+    texts = _answers(model, tokenizer, [rows[number] for number in fitting], samples, temperature, max_new_tokens,
+                     batch_size, seed)
+    answers = [(number, sample, text) for number, written in zip(fitting, texts, strict=True)
+               for sample, text in enumerate(written)]
+    checked = check_all([(tasks[number], text, sample) for number, sample, text in answers], seconds)
+    attempts = {(number, sample): attempt
+                for (number, sample, _), attempt in zip(answers, checked, strict=True)}
+
+    return [attempts.get((number, sample)) or _too_long(task, sample, len(rows[number]), max_new_tokens)
+            for number, task in enumerate(tasks) for sample in range(samples)]
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #0955d024
 @torch.no_grad()
 def load_weights(model,       # the model of the run that wrote the checkpoint
                  checkpoint,  # its folder, from `llmft.training.checkpoints.checkpoints`
 ):
-    "Give the trained parameters of `model` the values they have in a checkpoint."
-    weights, parameters = load_checkpoint(checkpoint)[0]['weights'], dict(model.named_parameters())
+    "Give the trained parameters of `model` the values they have in a checkpoint; a `LabError` for one it lacks."
+    weights = load_checkpoint(checkpoint)[0]['weights']
+    parameters = dict(model.named_parameters())
     if missing := sorted(weights.keys() - parameters.keys()):
         raise LabError(f'{checkpoint} holds {missing[0]}, which this model has not: give the model of the same run')
     for name, tensor in weights.items():

@@ -8,85 +8,82 @@ __all__ = ['builtin_valid_modules', 'builtin_checks', 'problem_template', 'exper
            'prompt_rows', 'encode_tasks']
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #a45d147d
-import ast, itertools, json
+import ast
+import itertools
+import json
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+
 import numpy as np
-from ...core import LabError, find_path, nearest, sha256_of
+
+from ...core import LabError, choose, nearest, sha256_of
 from ...data.corpora import builtin_part, content_key
+from ...data.tables import check_fields, read_splits
 from ...data.tokens import Examples, cut
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #716b4011
 @dataclass
 class Task:
     "One problem with its reference solution and, where there are any, its tests."
-
-    name: str  # "mbpp.jsonl:17", "statistics.py:mean"
-    input: str  # the problem, as the model reads it
-    solution: str  # what the model shall write
+    name: str        # "mbpp.jsonl:17", "statistics.py:mean"
+    input: str       # the problem, as the model reads it
+    solution: str    # what the model shall write
     split: str = ''  # train | valid | test; '' where the data does not say
-    lead: str = ''  # code before the answer when it is run
+    lead: str = ''   # code before the answer when it is run
     setup: str = ''  # code before `lead`
     tests: list = field(default_factory=list)  # statements that raise when the answer is wrong
     cases: list = field(default_factory=list)  # (standard input, expected output)
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #eadca153
+def _mbpp_split(number):
+    "The split of a row of MBPP by its task_id, as in its paper; '' when it has no number."
+    if not isinstance(number, int):
+        return ''
+    if 10 < number < 511:
+        return 'test'
+    if 510 < number < 601:
+        return 'valid'
+    return 'train' if number > 600 else 'prompt'
+
+
 def _mbpp(row, name):
     "A row of MBPP, full or sanitised."
-    number, tests = row.get('task_id'), list(row['test_list'])
-    split = (
-        ''
-        if not isinstance(number, int)
-        else 'test'
-        if 10 < number < 511
-        else 'valid'
-        if 510 < number < 601
-        else 'train'
-        if number > 600
-        else 'prompt'
-    )
+    tests = list(row['test_list'])
+    text = row.get('text') or row.get('prompt')
+    if tests:
+        text = f'{text}\nIt must pass this test:\n{tests[0]}'
     setup = row.get('test_setup_code') or '\n'.join(row.get('test_imports') or [])
-    text = (
-        f"{row.get('text') or row.get('prompt')}\nIt must pass this test:\n{tests[0]}"
-        if tests
-        else row.get('text') or row.get('prompt')
-    )
-    return Task(name, text, (row['code'] or '').replace('\r\n', '\n'), split, setup=setup, tests=tests)
+    return Task(name, text, (row['code'] or '').replace('\r\n', '\n'), _mbpp_split(row.get('task_id')), setup=setup,
+                tests=tests)
 
 
 def _human_eval(row, name):
     "A row of HumanEval: the model goes on where `prompt` ends."
-    return Task(
-        name,
-        row['prompt'],
-        row['canonical_solution'],
-        'test',
-        lead=row['prompt'],
-        tests=[f"{row['test']}\ncheck({row['entry_point']})"],
-    )
+    return Task(name, row['prompt'], row['canonical_solution'], 'test', lead=row['prompt'],
+                tests=[f"{row['test']}\ncheck({row['entry_point']})"])
+
+
+def _apps_cases(pairs):
+    "What APPS says a program reads and must print; calls of a function by name are no such programs."
+    if isinstance(pairs, str) and pairs.strip():
+        pairs = json.loads(pairs)
+    if not isinstance(pairs, dict) or pairs.get('fn_name'):
+        return []
+    return list(zip(pairs.get('inputs') or [], pairs.get('outputs') or [], strict=False))
+
+
+_split_names = {'validation': 'valid', 'dev': 'valid'}  # what data sets call a split -> what it is called here
 
 
 def _plain(row, name, input_field, training_field, split_field):
     "A row with a problem, an answer and perhaps a split and tests."
-    tests, pairs = row.get('tests') or [], row.get('input_output')
-    pairs = json.loads(pairs) if isinstance(pairs, str) and pairs.strip() else pairs
-    pairs = (
-        pairs if isinstance(pairs, dict) and not pairs.get('fn_name') else {}
-    )  # calls of a function by name are no programs that read and print
-    cases = [(case['input'], case['output']) for case in tests if isinstance(case, dict)] + list(
-        zip(pairs.get('inputs') or [], pairs.get('outputs') or [])
-    )
-    cases = [case for case in cases if all(isinstance(text, str) for text in case)]
-    split = {'validation': 'valid', 'dev': 'valid'}.get(row.get(split_field), row.get(split_field)) or ''
-    return Task(
-        name,
-        row.get(input_field) or '',
-        row.get(training_field) or '',
-        split,
-        setup=row.get('setup') or '',
-        tests=[test for test in tests if isinstance(test, str)],
-        cases=cases,
-    )
+    tests = row.get('tests') or []
+    cases = [(case['input'], case['output']) for case in tests if isinstance(case, dict)]
+    cases += _apps_cases(row.get('input_output'))
+    split = row.get(split_field)
+
+    return Task(name, row.get(input_field) or '', row.get(training_field) or '', _split_names.get(split, split) or '',
+                setup=row.get('setup') or '', tests=[test for test in tests if isinstance(test, str)],
+                cases=[case for case in cases if all(isinstance(text, str) for text in case)])
 
 
 def as_task(row:dict,                  # one object of a table
@@ -95,41 +92,38 @@ def as_task(row:dict,                  # one object of a table
             training_field:str='solution',  # field of the answer
             split_field:str='split',   # field of the split
 )->Task:
-    "A row of any of the known forms as a `Task`; a `LabError` that lists the fields when it has none of them."
+    "A row of any of the known kinds as a `Task`; a `LabError` that lists the fields when it has none of them."
     if {'prompt', 'canonical_solution', 'test', 'entry_point'} <= row.keys():
         return _human_eval(row, name)
     if {'code', 'test_list'} <= row.keys() and input_field not in row:
         return _mbpp(row, name)
-    for what, wanted in (('input_field', input_field), ('training_field', training_field)):
-        if wanted not in row:
-            raise LabError(
-                f"{name} has no field '{wanted}'{nearest(wanted, row)}: its fields are {', '.join(row)}; set {what}"
-            )
+
+    check_fields(row, [input_field], name, 'input_field')
+    check_fields(row, [training_field], name, 'training_field')
     return _plain(row, name, input_field, training_field, split_field)
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #3f648f90
-builtin_valid_modules = frozenset('xmlrpc telnetlib cmd numbers'.split())
+builtin_valid_modules = frozenset('xmlrpc telnetlib cmd numbers'.split())  # for validation; the others for the test
+
+# %% ../../../nbs/studies/code/01_tasks.ipynb #e9641db9
 builtin_checks = {  # function -> arguments it is tried with; the module's own function says what is right
     'statistics.py': {
-        'mean': ['[1, 2, 3, 4]', '[2.5, 3.5]'],
-        'fmean': ['[1, 2, 6]'],
-        'harmonic_mean': ['[40, 60]'],
-        'median': ['[3, 1, 2]', '[4, 1, 2, 3]'],
-        'median_low': ['[4, 1, 2, 3]'],
-        'median_high': ['[4, 1, 2, 3]'],
-        'mode': ['[1, 2, 2, 3]', '"abbc"'],
-        'multimode': ['"aabbc"'],
-        'variance': ['[1, 2, 3, 4]'],
-        'pvariance': ['[1, 2, 3, 4]'],
-        'stdev': ['[1, 2, 3, 4]'],
-        'pstdev': ['[1, 2, 3, 4]'],
-        'quantiles': ['[1, 2, 3, 4, 5]'],
-    },
+        'mean': ['[1, 2, 3, 4]', '[2.5, 3.5]'], 'fmean': ['[1, 2, 6]'], 'harmonic_mean': ['[40, 60]'],
+        'median': ['[3, 1, 2]', '[4, 1, 2, 3]'], 'median_low': ['[4, 1, 2, 3]'], 'median_high': ['[4, 1, 2, 3]'],
+        'mode': ['[1, 2, 2, 3]', '"abbc"'], 'multimode': ['"aabbc"'], 'variance': ['[1, 2, 3, 4]'],
+        'pvariance': ['[1, 2, 3, 4]'], 'stdev': ['[1, 2, 3, 4]'], 'pstdev': ['[1, 2, 3, 4]'],
+        'quantiles': ['[1, 2, 3, 4, 5]']},
     'bisect.py': {'bisect_left': ['[1, 2, 2, 3], 2', '[1, 3], 2'], 'bisect_right': ['[1, 2, 2, 3], 2', '[], 1']},
     'shlex.py': {'quote': ['"a b"', '"plain"', '"it\'s"'], 'join': ['["echo", "a b"]'], 'split': ['"a \'b c\' d"']},
     'difflib.py': {'get_close_matches': ['"appel", ["ape", "apple", "peach"]'], 'IS_CHARACTER_JUNK': ['" "', '"x"']},
     'quopri.py': {'ishex': ['b"a"', 'b"g"'], 'unhex': ['b"1F"'], 'quote': ['b"="']},
 }
+
+# %% ../../../nbs/studies/code/01_tasks.ipynb #54962d08
+def _reference_setup(module):
+    "Code that brings in all of a module, and the module as `_reference`."
+    return (f'import {module} as _reference\n'
+            'globals().update({k: v for k, v in vars(_reference).items() if not k.startswith("__")})\n')
 
 
 def _function_task(name, text):
@@ -137,103 +131,79 @@ def _function_task(name, text):
     node = ast.parse(text).body[0]
     if not ast.get_docstring(node) or len(node.body) < 2:
         return None
-    end, lines = node.body[0].end_lineno, text.splitlines(keepends=True)
+
+    docstring_end = node.body[0].end_lineno
+    lines = text.splitlines(keepends=True)
+    head = ''.join(lines[:docstring_end])
+    body = ''.join(lines[docstring_end:]).lstrip('\n')
+
     module, function = name.split(':')
-    head, body = ''.join(lines[:end]), ''.join(lines[end:]).lstrip('\n')
-    checks, top = builtin_checks.get(module, {}).get(function, []), module.removesuffix('.py')
-    setup = (
-        f'import {top} as _reference\nglobals().update({{k: v for k, v in vars(_reference).items() if not k.startswith("__")}})\n'
-        if checks
-        else ''
-    )
-    return Task(
-        name,
-        head,
-        body,
-        lead=head,
-        setup=setup,
-        tests=[f'assert {function}({call}) == _reference.{function}({call})' for call in checks],
-    )
+    calls = builtin_checks.get(module, {}).get(function, [])
+    tests = [f'assert {function}({call}) == _reference.{function}({call})' for call in calls]
+    setup = _reference_setup(module.removesuffix('.py')) if calls else ''
+    return Task(name, head, body, lead=head, setup=setup, tests=tests)
+
+
+def _builtin_split(part, name):
+    "The split of a function, by the part it comes from and by its module."
+    if part == 'functions':
+        return 'train'
+    module = name.split(':')[0].split('/')[0].removesuffix('.py')
+    return 'valid' if module in builtin_valid_modules else 'test'
 
 
 def function_tasks() -> tuple:
     "(tasks, counts): functions of the standard library, split by module into train, valid and test."
-    tasks, counts = [], dict(rows=0, empty=0)
+    tasks = []
+    rows = 0
     for part in ('functions', 'functions_eval'):
         for name, text in builtin_part(part):
-            split = (
-                'train'
-                if part == 'functions'
-                else 'valid'
-                if name.split(':')[0].split('/')[0].removesuffix('.py') in builtin_valid_modules
-                else 'test'
-            )
+            rows += 1
             task = _function_task(name, text)
-            counts['rows'] += 1
             if task:
-                tasks.append(replace(task, split=split))
-            else:
-                counts['empty'] += 1
-    return tasks, counts
+                tasks.append(replace(task, split=_builtin_split(part, name)))
+    return tasks, dict(rows=rows, empty=rows - len(tasks))
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #50842b71
-def _json_rows(path):
-    "The objects of a JSONL file; a `LabError` names the line that is none."
-    for number, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):  # a string may hold other line ends
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise LabError(f'{path.name} line {number} is not JSON ({error.msg}): write one object a line') from None
-        if not isinstance(row, dict):
-            raise LabError(f'{path.name} line {number} is no JSON object: write one object a line')
-        yield row
-
-
 def read_table(data:str,       # a .jsonl or .parquet file, or a hub name
                config:str='',  # a hub data set's configuration
 )->list:                       # (row, name, split of the data set or '')
-    "All rows of a table with all their fields."
-    path = find_path(data)
-    if path.suffix == '.jsonl' and path.exists():
-        return [(row, f'{path.name}:{number}', '') for number, row in enumerate(_json_rows(path))]
-    import datasets
-
-    try:
-        loaded = (
-            datasets.Dataset.from_parquet(str(path)) if path.exists() else datasets.load_dataset(data, config or None)
-        )
-    except Exception as error:
-        raise LabError(
-            f"data '{data}' is no .jsonl or .parquet file here, and the hub gave nothing ({type(error).__name__}): check the name and the network, or use data=builtin:functions or --small"
-        ) from None
-    tables = loaded if isinstance(loaded, dict) else {'': loaded}
-    return [
-        (row, f'{path.name}{"/" + split if split else ""}:{number}', split)
-        for split, table in tables.items()
-        for number, row in enumerate(table)
-    ]
+    "All rows of a table with all their fields; a `LabError` when there is no such table, or a line is no object."
+    splits = read_splits(data, config, instead='data=builtin:functions or --small')
+    return [(row.values, row.name, split) for split, rows in splits.items() for row in rows]
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #d1be7ff8
 def _hashed_split(task, valid_share, seed):
     "train, valid or test for a task whose data has no splits."
     draw = int(sha256_of(f'{seed} {content_key(task.input)}')[:12], 16) / 16**12
-    return 'valid' if draw < valid_share else 'test' if draw < 2 * valid_share else 'train'
+    if draw < valid_share:
+        return 'valid'
+    return 'test' if draw < 2 * valid_share else 'train'
 
 
-def _sorted(tasks, counts):
+def _table_tasks(table, input_field, training_field, split_field, valid_share, seed):
+    "The rows of `read_table` as tasks that all have a split."
+    tasks = []
+    for row, name, split in table:
+        task = as_task(row, name, input_field, training_field, split_field)
+        tasks.append(replace(task, split=task.split or _split_names.get(split, split)))
+
+    if {task.split for task in tasks} <= {'', 'train'}:
+        tasks = [replace(task, split=_hashed_split(task, valid_share, seed)) for task in tasks]
+    return tasks
+
+
+def _by_split(tasks, counts):
     "Tasks by split, without empty ones and without training tasks whose problem is held out."
     kept = [task for task in tasks if task.input.strip() and task.solution.strip()]
-    held_out = {content_key(task.input) for task in kept if task.split in ('valid', 'test')}
     sides = {split: [task for task in kept if task.split == split] for split in ('train', 'valid', 'test')}
+
+    held_out = {content_key(task.input) for task in sides['valid'] + sides['test']}
     clean = [task for task in sides['train'] if content_key(task.input) not in held_out]
-    counts = dict(
-        counts,
-        empty=counts.get('empty', 0) + len(tasks) - len(kept),
-        also_held_out=len(sides['train']) - len(clean),
-        other_splits=len(kept) - sum(map(len, sides.values())),
-    )
+
+    empty = counts.get('empty', 0) + len(tasks) - len(kept)
+    other_splits = len(kept) - sum(map(len, sides.values()))
+    counts = dict(counts, empty=empty, also_held_out=len(sides['train']) - len(clean), other_splits=other_splits)
     return dict(sides, train=clean), counts
 
 
@@ -243,58 +213,60 @@ def load_tasks(data:str,                       # "builtin:functions", a .jsonl o
                training_field:str='solution',  # field of the answer: solution, or output for the reasoning
                split_field:str='split',        # field that says train, valid or test
                num_samples:int=0,              # training rows to keep, 0 for all
-               valid_share:float=.05,          # held out twice, for validation and for test, where nothing says which rows are
+               valid_share:float=.05,          # held out for validation, and again for test, where rows have no split
                seed:int=42,                    # of that split
                needs=('train', 'valid'),       # splits that must have a row
 )->tuple:                                      # (dict of lists of `Task`: train, valid, test; dict of counts)
-    "Tasks of any source by split, and what was dropped on the way."
+    "Tasks of any source by split, and what was dropped on the way; a `LabError` when a split that is needed is empty."
     if data == 'builtin:functions':
         tasks, counts = function_tasks()
     elif data.startswith('builtin:'):
         raise LabError(f"data '{data}' has no tasks: use builtin:functions")
     else:
         table = read_table(data, config)
-        tasks = [
-            replace(task, split=task.split or {'validation': 'valid', 'dev': 'valid'}.get(split, split))
-            for row, name, split in table
-            for task in [as_task(row, name, input_field, training_field, split_field)]
-        ]
-        if {task.split for task in tasks} <= {'', 'train'}:
-            tasks = [replace(task, split=_hashed_split(task, valid_share, seed)) for task in tasks]
+        tasks = _table_tasks(table, input_field, training_field, split_field, valid_share, seed)
         counts = dict(rows=len(table))
-    sides, counts = _sorted(tasks, counts)
-    for split, side in sides.items():
-        if not side and split in needs:
-            raise LabError(
-                f"data {data} has no usable row in the split '{split}': its splits are {', '.join(sorted({repr(task.split) for task in tasks})) or 'none'}; set split_field, or add rows"
-            )
-    return dict(sides, train=sides['train'][: num_samples or None]), counts
+
+    sides, counts = _by_split(tasks, counts)
+    for split in needs:
+        if not sides[split]:
+            named = ', '.join(sorted({repr(task.split) for task in tasks})) or 'none'
+            raise LabError(f"data {data} has no usable row in the split '{split}': its splits are {named}; "
+                           'set split_field, or add rows')
+    return dict(sides, train=sides['train'][:num_samples or None]), counts
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #6d3d8739
 problem_template = '{system_prompt}\n\nProblem:\n{input}\n\nSolution:\n{solution}'
+
+# %% ../../../nbs/studies/code/01_tasks.ipynb #aa67423b
 expert_prompt = 'You are an expert Python programmer. Please read the problem carefully before writing any Python code.'
 
-
+# %% ../../../nbs/studies/code/01_tasks.ipynb #e8115f73
 def check_template(template:str,  # text with {input} and {solution}, or 'chat'
                    tokenizer,     # whose chat template 'chat' means
 )->str:                           # `template`
     "A `LabError` unless `template` shows the problem and marks where the answer begins."
     if template == 'chat':
         if not tokenizer.chat_template:
-            raise LabError(
-                "template is 'chat' and this tokenizer has no chat template: give text with {input} and {solution}"
-            )
+            raise LabError("template is 'chat' and this tokenizer has no chat template: "
+                           'give text with {input} and {solution}')
         return template
-    for marker in ('{input}', '{solution}'):
+
+    for marker, marked in (('{input}', 'problem'), ('{solution}', 'answer')):
         if template.count(marker) != 1:
-            raise LabError(
-                f"the template has {template.count(marker)} times {marker}, and needs it once: it marks where the {'answer' if marker == '{solution}' else 'problem'} stands"
-            )
+            raise LabError(f'the template has {template.count(marker)} times {marker}, and needs it once: '
+                           f'it marks where the {marked} stands')
     if template.index('{solution}') < template.index('{input}'):
         raise LabError('in the template {solution} stands before {input}: the model would answer before it has read')
     return template
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #31b55287
+def _messages(task, system_prompt):
+    "The conversation before the answer."
+    system = [dict(role='system', content=system_prompt)] if system_prompt else []
+    return [*system, dict(role='user', content=task.input)]
+
+
 def prompt_of(task:Task,          # the problem
               template:str,       # as in `check_template`
               system_prompt:str,  # put where the template says
@@ -306,50 +278,74 @@ def prompt_of(task:Task,          # the problem
     return template.split('{solution}')[0].replace('{system_prompt}', system_prompt).replace('{input}', task.input)
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #f033ef68
-def _messages(task, system_prompt):
-    return [dict(role='system', content=system_prompt)] * bool(system_prompt) + [dict(role='user', content=task.input)]
-
-
 def answer_of(task:Task,          # its solution is the answer
               template:str,       # as in `check_template`
               system_prompt:str,  # put where the template says
               tokenizer,          # for chat templates
 )->str:                           # the text to be learnt, without the end of text
-    "What stands from the answer on."
+    "What stands from the answer on; a `LabError` when a chat template does not say where that is."
     if template != 'chat':
         return task.solution + template.split('{solution}')[1]
-    whole = tokenizer.apply_chat_template(
-        [*_messages(task, system_prompt), dict(role='assistant', content=task.solution)], tokenize=False
-    )
+
+    conversation = [*_messages(task, system_prompt), dict(role='assistant', content=task.solution)]
+    whole = tokenizer.apply_chat_template(conversation, tokenize=False)
     prompt = prompt_of(task, template, system_prompt, tokenizer)
     if not whole.startswith(prompt):
-        raise LabError(
-            'the chat template writes the prompt otherwise when an answer follows: no marker says where the answer begins; give text with {input} and {solution}'
-        )
-    return whole[len(prompt) :]
+        raise LabError('the chat template writes the prompt otherwise when an answer follows: no marker says where the '
+                       'answer begins; give text with {input} and {solution}')
+    return whole[len(prompt):]
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #e90cf734
-losses = ('completion', 'all')
-long_policies = ('truncate', 'drop', 'error')
+losses = ('completion', 'all')  # what loss_on may be
 
+# %% ../../../nbs/studies/code/01_tasks.ipynb #e6225906
+long_policies = ('truncate', 'drop', 'error')  # what too_long may be: half an answer is no example of its own
 
+# %% ../../../nbs/studies/code/01_tasks.ipynb #30bb146f
 def prompt_rows(tasks:list,         # of `Task`
                 tokenizer,          # as `load_tokenizer` gives it
                 template:str,       # as in `check_template`
                 system_prompt:str,  # put where the template says
 )->list:                            # token ids of each prompt, with the beginning of text
     "What a model is given to answer `tasks`; in training the same tokens stand before each answer."
+    if not tasks:
+        return []
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompts = [prompt_of(task, template, system_prompt, tokenizer) for task in tasks]
-    rows = tokenizer(prompts, add_special_tokens=False, verbose=False)['input_ids'] if tasks else []
+    rows = tokenizer(prompts, add_special_tokens=False, verbose=False)['input_ids']
     return [row if begin and row[:1] == begin else begin + row for row in rows]
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #8302478c
 def _answer_rows(tasks, tokenizer, template, system_prompt):
     "The token ids of each answer, with one end of text."
-    end, answers = tokenizer.eos_token_id, [answer_of(task, template, system_prompt, tokenizer) for task in tasks]
-    rows = tokenizer(answers, add_special_tokens=False, verbose=False)['input_ids'] if tasks else []
+    if not tasks:
+        return []
+    end = tokenizer.eos_token_id
+    answers = [answer_of(task, template, system_prompt, tokenizer) for task in tasks]
+    rows = tokenizer(answers, add_special_tokens=False, verbose=False)['input_ids']
     return [[*itertools.takewhile(lambda token: token != end, row), end] for row in rows]
+
+
+def _as_examples(prompts, answers, loss_on, dtype):
+    "Rows of prompt and answer in one flat array, with their targets marked."
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    sizes = np.array([len(row) for row in rows], dtype=np.int64)
+    ends = np.cumsum(sizes)
+    ids = np.fromiter(itertools.chain.from_iterable(rows), dtype=dtype, count=int(sizes.sum()))
+
+    loss = np.ones(len(ids), dtype=bool)
+    if loss_on == 'completion':
+        for start, prompt in zip(ends - sizes, prompts, strict=True):
+            loss[start:start + len(prompt)] = False
+    return Examples(ids, ends - sizes, ends, loss)
+
+
+def _check_policies(loss_on, too_long):
+    "A `LabError` for a setting that is not declared."
+    choose('loss_on', loss_on, losses)
+    if too_long not in long_policies:
+        raise LabError(f"too_long is '{too_long}'{nearest(too_long, long_policies)}: "
+                       f"choose from {', '.join(long_policies)}; half an answer is no example of its own")
 
 
 def encode_tasks(tasks:list,                      # of `Task`
@@ -362,46 +358,21 @@ def encode_tasks(tasks:list,                      # of `Task`
 )->tuple:                                         # (Examples, notes with counts)
     "Tasks as examples of at most `max_length` positions with their targets marked, and a count of what was lost."
     check_template(template, tokenizer)
-    if loss_on not in losses:
-        raise LabError(f"loss_on is '{loss_on}'{nearest(loss_on, losses)}: choose from {', '.join(losses)}")
-    if too_long not in long_policies:
-        raise LabError(
-            f"too_long is '{too_long}'{nearest(too_long, long_policies)}: choose from {', '.join(long_policies)}; half an answer is no example of its own"
-        )
-    rows = list(
-        zip(
-            prompt_rows(tasks, tokenizer, template, system_prompt),
-            _answer_rows(tasks, tokenizer, template, system_prompt),
-        )
-    )
-    sizes, prompts = (
-        np.array([len(p) + len(a) for p, a in rows], dtype=np.int64),
-        np.array([len(p) for p, _ in rows], dtype=np.int64),
-    )
-    ends = np.cumsum(sizes)
-    ids = np.fromiter(
-        itertools.chain.from_iterable(itertools.chain(*row) for row in rows),
-        dtype=np.uint16 if len(tokenizer) <= 2**16 else np.uint32,
-        count=int(sizes.sum()),
-    )
-    loss = np.ones(len(ids), dtype=bool)
-    if loss_on == 'completion':
-        for start, prompt in zip(ends - sizes, prompts):
-            loss[start : start + prompt] = False
-    examples, lost = Examples(ids, ends - sizes, ends, loss), prompts > max_length
+    _check_policies(loss_on, too_long)
+    prompts = prompt_rows(tasks, tokenizer, template, system_prompt)
+    answers = _answer_rows(tasks, tokenizer, template, system_prompt)
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    examples = _as_examples(prompts, answers, loss_on, dtype)
+
     if too_long == 'error':
         cut(examples, max_length, too_long)
-    kept, notes = cut(examples.select(~lost) if too_long == 'truncate' else examples, max_length, too_long)
-    dropped = int((sizes > max_length + 1).sum()) if too_long == 'drop' else int(lost.sum())
-    return kept, dict(
-        rows=len(rows),
-        examples=len(kept),
-        too_long=int((sizes > max_length + 1).sum()),
-        too_long_policy=too_long,
-        answer_cut_away=dropped,
-        answer_shortened=notes['too_long'] if too_long == 'truncate' else 0,
-        tokens=int(kept.slots.sum()),
-        targets=notes['targets'],
-        targets_lost=int(examples.supervised().sum()) - notes['targets'],
-        loss_on=loss_on,
-    )
+    truncates = too_long == 'truncate'
+    without_answer = np.array([len(prompt) > max_length for prompt in prompts], dtype=bool)
+    kept, cut_notes = cut(examples.select(~without_answer) if truncates else examples, max_length, too_long)
+
+    beyond = int((examples.slots > max_length).sum())
+    return kept, dict(rows=len(tasks), examples=len(kept), too_long=beyond, too_long_policy=too_long,
+                      answer_cut_away=beyond if too_long == 'drop' else int(without_answer.sum()),
+                      answer_shortened=cut_notes['too_long'] if truncates else 0, tokens=int(kept.slots.sum()),
+                      targets=cut_notes['targets'], loss_on=loss_on,
+                      targets_lost=int(examples.supervised().sum()) - cut_notes['targets'])

@@ -7,40 +7,38 @@ __all__ = ['operators', 'names', 'things', 'kinds', 'value_of', 'wrong_calculati
            'reference_answer', 'score', 'read_problems', 'ask']
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #41947027
-import ast, json, operator, re
+import ast
+import itertools
+import operator
+import re
 from decimal import Decimal
-from pathlib import Path
-from ...core import LabError, find_path, nearest, purpose_rng
+
+from ...core import LabError, choose, purpose_rng
+from ...data.tables import read_splits
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #fa629853
-operators = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.USub: operator.neg,
-    ast.UAdd: operator.pos,
-}
+operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.USub: operator.neg, ast.UAdd: operator.pos}  # what plain arithmetic may do
+
+# %% ../../../nbs/studies/inference/01_word_problems.ipynb #9a86a6a0
+def _value(node, expression):
+    "The value of a node of the syntax tree of `expression`."
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return node.value
+    if isinstance(node, ast.BinOp) and type(node.op) in operators:
+        return operators[type(node.op)](_value(node.left, expression), _value(node.right, expression))
+    if isinstance(node, ast.UnaryOp) and type(node.op) in operators:
+        return operators[type(node.op)](_value(node.operand, expression))
+    raise LabError(f'{expression!r} is no plain arithmetic: use numbers, + - * / and brackets')
 
 
 def value_of(expression: str) -> float:
     "The value of plain arithmetic: numbers, + - * / and brackets; a `LabError` for anything else."
-
-    def value(node):
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            return node.value
-        if isinstance(node, ast.BinOp) and type(node.op) in operators:
-            return operators[type(node.op)](value(node.left), value(node.right))
-        if isinstance(node, ast.UnaryOp) and type(node.op) in operators:
-            return operators[type(node.op)](value(node.operand))
-        raise LabError(f'{expression!r} is no plain arithmetic: use numbers, + - * / and brackets')
-
     try:
-        return value(ast.parse(expression.strip(), mode='eval').body)
+        return _value(ast.parse(expression.strip(), mode='eval').body, expression)
     except (SyntaxError, ZeroDivisionError) as error:
-        raise LabError(
-            f'{expression!r} has no value ({type(error).__name__}): use numbers, + - * / and brackets'
-        ) from None
+        raise LabError(f'{expression!r} has no value ({type(error).__name__}): '
+                       'use numbers, + - * / and brackets') from None
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #1352873f
 def wrong_calculations(answer: str) -> list:
@@ -49,92 +47,81 @@ def wrong_calculations(answer: str) -> list:
     return [f'{left}={right}' for left, right in pairs if abs(value_of(left) - value_of(right)) > 1e-6]
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #b4959866
-names, things = (
-    ('Ada', 'Ben', 'Chen', 'Dina', 'Emil', 'Fatou', 'Goran', 'Hana'),
-    ('apples', 'books', 'coins', 'pens', 'stamps', 'shells', 'cards', 'eggs'),
-)
-kinds = (
-    (
-        '{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have now?',
-        (('{name} has', 'a + b', '{thing}'),),
-    ),
-    (
-        '{name} had {a} {thing} and gave away {c} of them. How many {thing} are left?',
-        (('There are', 'a - c', '{thing} left'),),
-    ),
-    (
-        'There are {b} boxes with {c} {thing} in each of them. How many {thing} are there in all?',
-        (('The boxes hold', 'b * c', '{thing}'),),
-    ),
-    (
-        '{name} shares {p} {thing} equally among {c} friends. How many {thing} does each friend get?',
-        (('Each friend gets', 'p / c', '{thing}'),),
-    ),
-    (
-        '{name} buys {b} {thing} at {c} dollars each and pays with {q} dollars. How many dollars does {name} get back?',
-        (('The {thing} cost', 'b * c', 'dollars'), ('{name} gets back', 'q - last', 'dollars')),
-    ),
-    (
-        '{name} has {a} {thing}. {other} has {c} times as many. How many {thing} do they have together?',
-        (('{other} has', 'a * c', '{thing}'), ('Together they have', 'a + last', '{thing}')),
-    ),
-    (
-        '{name} reads {b} pages a day for {c} days and then {a} more pages. How many pages does {name} read in all?',
-        (('In {c} days {name} reads', 'b * c', 'pages'), ('In all these are', 'last + a', 'pages')),
-    ),
-    (
-        '{p} {thing} are put into {c} bags, the same number in each. {name} takes {d} bags. How many {thing} does {name} take?',
-        (('A bag holds', 'p / c', '{thing}'), ('{name} takes', 'last * d', '{thing}')),
-    ),
+names = ('Ada', 'Ben', 'Chen', 'Dina', 'Emil', 'Fatou', 'Goran', 'Hana')
+
+# %% ../../../nbs/studies/inference/01_word_problems.ipynb #e65c2428
+things = ('apples', 'books', 'coins', 'pens', 'stamps', 'shells', 'cards', 'eggs')
+
+# %% ../../../nbs/studies/inference/01_word_problems.ipynb #98e04722
+kinds = (  # a question, and the steps of its solution: begin of the sentence, calculation, end of the sentence
+    ('{name} has {a} {thing} and gets {b} more. How many {thing} does {name} have now?',
+     (('{name} has', 'a + b', '{thing}'),)),
+    ('{name} had {a} {thing} and gave away {c} of them. How many {thing} are left?',
+     (('There are', 'a - c', '{thing} left'),)),
+    ('There are {b} boxes with {c} {thing} in each of them. How many {thing} are there in all?',
+     (('The boxes hold', 'b * c', '{thing}'),)),
+    ('{name} shares {p} {thing} equally among {c} friends. How many {thing} does each friend get?',
+     (('Each friend gets', 'p / c', '{thing}'),)),
+    ('{name} buys {b} {thing} at {c} dollars each and pays with {q} dollars. How many dollars does {name} get back?',
+     (('The {thing} cost', 'b * c', 'dollars'), ('{name} gets back', 'q - last', 'dollars'))),
+    ('{name} has {a} {thing}. {other} has {c} times as many. How many {thing} do they have together?',
+     (('{other} has', 'a * c', '{thing}'), ('Together they have', 'a + last', '{thing}'))),
+    ('{name} reads {b} pages a day for {c} days and then {a} more pages. How many pages does {name} read in all?',
+     (('In {c} days {name} reads', 'b * c', 'pages'), ('In all these are', 'last + a', 'pages'))),
+    ('{p} {thing} are put into {c} bags, the same number in each. {name} takes {d} bags. '
+     'How many {thing} does {name} take?',
+     (('A bag holds', 'p / c', '{thing}'), ('{name} takes', 'last * d', '{thing}'))),
 )
 
-
+# %% ../../../nbs/studies/inference/01_word_problems.ipynb #88fc370b
 def _solution(steps, numbers, words):
     "The steps in words with their calculations, and the last result."
     lines = []
     for begin, expression, end in steps:
         spelled = ' '.join(str(numbers.get(word, word)) for word in expression.split())
         numbers = numbers | dict(last=int(value_of(spelled)))
-        lines.append(
-            f"{begin} {spelled} = <<{spelled.replace(' ', '')}={numbers['last']}>>{numbers['last']} {end}.".format(
-                **words, **numbers
-            )
-        )
+        calculation = f"<<{spelled.replace(' ', '')}={numbers['last']}>>"
+        line = f"{begin} {spelled} = {calculation}{numbers['last']} {end}."
+        lines.append(line.format(**words, **numbers))
     return '\n'.join(lines), numbers['last']
+
+
+def _draw(rng):
+    "(words, numbers) for the places of a question; divisions come out even and there is enough to pay with."
+    a = int(rng.integers(6, 30))
+    b = int(rng.integers(2, 10))
+    c = int(rng.integers(2, 6))
+    name, other = rng.choice(names, 2, replace=False)
+    words = dict(name=name, other=other, thing=rng.choice(things))
+    return words, dict(a=a, b=b, c=c, d=int(rng.integers(2, c + 1)), p=c * int(rng.integers(2, 12)),
+                       q=b * c + int(rng.integers(1, 20)))
+
+
+_draws_per_problem = 50  # tried before there are said to be too few
 
 
 def word_problems(count:int,  # problems wanted
                   seed:int=0, # the only thing they depend on
 )->list:                      # dicts with question and answer, as in GSM8K
-    "Different arithmetic word problems of one or two steps, every calculation checked."
+    "Different arithmetic word problems of one or two steps, every calculation checked; a `LabError` for too many."
     if count < 1:
         raise LabError(f'{count} problems are asked for: give at least 1')
-    found = {}
-    for number in range(50 * count):
-        rng = purpose_rng(seed, 'word problem', number)
-        a, b, c = int(rng.integers(6, 30)), int(rng.integers(2, 10)), int(rng.integers(2, 6))
-        name, other = rng.choice(names, 2, replace=False)
-        words, numbers = (
-            dict(name=name, other=other, thing=rng.choice(things)),
-            dict(
-                a=a,
-                b=b,
-                c=c,
-                d=int(rng.integers(2, c + 1)),
-                p=c * int(rng.integers(2, 12)),
-                q=b * c + int(rng.integers(1, 20)),
-            ),
-        )
+
+    answers = {}
+    for number in range(_draws_per_problem * count):
+        words, numbers = _draw(purpose_rng(seed, 'word problem', number))
         question, steps = kinds[number % len(kinds)]
         lines, result = _solution(steps, numbers, words)
-        found.setdefault(question.format(**words, **numbers), f'{lines}\n#### {result}')
-        if len(found) == count:
+        answers.setdefault(question.format(**words, **numbers), f'{lines}\n#### {result}')
+        if len(answers) == count:
             break
-    else:
+
+    if len(answers) < count:
         raise LabError(f'there are not {count} different problems: ask for fewer')
-    if wrong := sum(map(wrong_calculations, found.values()), []):
+    wrong = [calculation for answer in answers.values() for calculation in wrong_calculations(answer)]
+    if wrong:
         raise LabError(f'the problem kinds give wrong calculations ({wrong[0]}): correct them')
-    return [dict(question=question, answer=answer) for question, answer in found.items()]
+    return [dict(question=question, answer=answer) for question, answer in answers.items()]
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #d820de10
 _number = re.compile(r'(?<![\w.])-?\$?\d+(?:,\d{3})*(?:\.\d+)?')
@@ -142,9 +129,9 @@ _number = re.compile(r'(?<![\w.])-?\$?\d+(?:,\d{3})*(?:\.\d+)?')
 
 def final_answer(text: str) -> str:
     "The number that `text` ends in, in one way of writing; `None` when it has none."
-    marked = text.partition('####')[2]
-    found = _number.search(marked) if marked else None
-    numbers = [found.group()] if found else _number.findall(text.partition('####')[0])
+    unmarked, _, marked = text.partition('####')
+    first_marked = _number.search(marked)
+    numbers = [first_marked.group()] if first_marked else _number.findall(unmarked)
     if not numbers:
         return None
     return format(Decimal(numbers[-1].replace(',', '').replace('$', '')).normalize(), 'f')
@@ -163,80 +150,43 @@ def reference_answer(problem:dict,   # a row with question and answer
 def score(texts:list,     # what was answered, one text a problem
           problems:list,  # rows with question and answer
 )->dict:                  # accuracy and answered (shares), correct, questions (counts), right (bools)
-    "How many of `texts` give the number that the problem's own answer gives."
+    "How many of `texts` give the number that the problem's own answer gives; a `LabError` when there is not one each."
     if len(texts) != len(problems):
         raise LabError(f'{len(texts)} texts for {len(problems)} problems: give one each')
     given = [final_answer(text) for text in texts]
-    right = [answer == reference_answer(problem) for answer, problem in zip(given, problems)]
-    return dict(
-        accuracy=sum(right) / len(right),
-        correct=sum(right),
-        answered=sum(answer is not None for answer in given) / len(given),
-        questions=len(right),
-        right=right,
-    )
+    right = [answer == reference_answer(problem) for answer, problem in zip(given, problems, strict=True)]
+
+    answered = sum(answer is not None for answer in given)
+    return dict(accuracy=sum(right) / len(right), correct=sum(right), answered=answered / len(given),
+                questions=len(right), right=right)
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #6e91330e
-def _hub_rows(name, config, split):
-    "The rows of a split of a hub data set."
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(name, config or None)
-    except Exception as error:
-        raise LabError(
-            f"data '{name}' is no file here, and the hub gave nothing ({type(error).__name__}): check the name and the network, or use data=builtin:arithmetic or --small"
-        ) from None
-    if split not in loaded:
-        raise LabError(
-            f"data '{name}' has no split '{split}'{nearest(split, loaded)}: choose one of {', '.join(loaded)}"
-        )
-    return loaded[split].to_list()
+def _checked(row):
+    "A `Row` as a problem; a `LabError` unless it has a question and an answer with a number."
+    problem = dict(question=row.text('question', required=True), answer=row.text('answer', required=True))
+    reference_answer(problem, row.where)
+    return problem
 
 
-def _file_rows(path):
-    "The rows of a .jsonl file, one JSON object a line."
-    if path.suffix != '.jsonl':
-        raise LabError(f"{path} ends in '{path.suffix}': give a .jsonl file with question and answer")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding='utf-8').split('\n'), 1):  # a string may hold other line ends
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise LabError(f'{path}:{number} is not JSON ({error.msg}): one object a line') from None
-    return rows
-
-
-def read_problems(data:str,        # 'builtin:arithmetic', a .jsonl file, or a hub name such as 'openai/gsm8k'
+def read_problems(data:str,        # 'builtin:arithmetic', a file or folder of tables, or a hub name such as 'openai/gsm8k'
                   config:str='',   # a hub data set's configuration, for GSM8K 'main'
                   split:str='test',# of a hub data set
                   count:int=0,     # the first so many; 0 takes all (500 of the built-in ones)
                   seed:int=0,      # of the built-in ones
 )->list:                           # dicts with question and answer
-    "Problems in the shape of GSM8K. A `LabError` when a field or the number of an answer is missing, or when there are too few."
+    "Problems in the shape of GSM8K; a `LabError` for a missing field or number, or when there are too few rows."
     if data == 'builtin:arithmetic':
         return word_problems(count or 500, seed)
     if data.startswith('builtin:'):
         raise LabError(f"there are no built-in problems '{data}': use builtin:arithmetic, a .jsonl file or a hub name")
-    path = find_path(data)
-    if not path.is_file() and (path.suffix == '.jsonl' or data.startswith(('.', '/', '~'))):
-        raise LabError(f'data {data}: there is no such file')
-    rows = _file_rows(path) if path.is_file() else _hub_rows(data, config, split)
-    if len(rows) < max(count, 1):
-        raise LabError(
-            f'data {data} has {len(rows)} rows and {max(count, 1)} are asked for: lower num_questions, or 0 for all'
-        )
-    for number, row in enumerate(rows := rows[: count or None]):
-        for field in ('question', 'answer'):
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                known = list(row) if isinstance(row, dict) else []
-                raise LabError(
-                    f"row {number} of {data} has no field '{field}'{nearest(field, known)}: its fields are {', '.join(known) or 'none'}"
-                )
-        reference_answer(row, f'row {number} of {data}')
-    return [dict(question=row['question'], answer=row['answer']) for row in rows]
+
+    splits = read_splits(data, config, ('question', 'answer'), instead='data=builtin:arithmetic or --small')
+    rows = splits[''] if '' in splits else choose(f"the split of data '{data}'", split, splits)
+    problems = [_checked(row) for row in itertools.islice(rows, count or None)]
+    if len(problems) < max(count, 1):
+        raise LabError(f'data {data} has {len(problems)} rows and {max(count, 1)} are asked for: '
+                       'lower num_questions, or 0 for all')
+    return problems
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #0c4dec4b
 def ask(problems:list,    # rows with a question
@@ -246,7 +196,10 @@ def ask(problems:list,    # rows with a question
 )->list:                  # one list of token ids a problem
     "The prompts that ask for the answers."
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    encode = lambda text: tokenizer(text, add_special_tokens=False)['input_ids']
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)['input_ids']
+
     if not (chat and tokenizer.chat_template):
         return [begin + encode(f"Question: {problem['question']}\n{instruction}\nAnswer:") for problem in problems]
     turns = [[dict(role='user', content=f"{problem['question']}\n{instruction}")] for problem in problems]

@@ -1,0 +1,252 @@
+"""What a page says about a function, a class or an experiment's parameters, read from the source without running it."""
+
+import ast
+import functools
+import html
+import io
+import json
+import tokenize
+from dataclasses import dataclass
+
+from links import branch, linked, repository, root
+
+from llmft.runs.params import parse_parameters
+
+longest_default = 60  # characters
+longest_signature = 92  # columns on one line
+functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+# ---- the source of a module
+
+
+@dataclass
+class Module:
+    "The source of a module of the library, parsed."
+
+    body: list  # syntax trees of its statements
+    notes: dict  # line number -> comment
+
+
+def comments(text):
+    "Line number -> comment of a source; lines that hold nothing else continue the comment before them."
+    notes = {}
+    started = {}  # line number -> the line where its comment begins
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type != tokenize.COMMENT:
+            continue
+        line = token.start[0]
+        alone = token.line.strip().startswith('#')
+        started[line] = started.get(line - 1, line) if alone else line
+        words = [notes.get(started[line], ''), token.string.lstrip('# ')]
+        notes[started[line]] = ' '.join(filter(None, words))
+    return notes
+
+
+@functools.cache
+def module_source(
+    module,  # its path below llmft: data/corpora
+):
+    text = (root / 'llmft' / f'{module}.py').read_text(encoding='utf-8')
+    return Module(ast.parse(text).body, comments(text))
+
+
+def patched_class(node):
+    "The class that a function with the decorator `@patch` is a method of, or None."
+    decorators = [ast.unparse(decorator).partition('(')[0] for decorator in getattr(node, 'decorator_list', [])]
+    if not isinstance(node, functions) or not {'patch', 'patch_to'} & set(decorators) or not node.args.args:
+        return None
+    owner = node.args.args[0].annotation
+    return ast.unparse(owner) if owner is not None else None
+
+
+def definition(module, name):
+    "The node that defines `name` or `Class.method` in the module; None when it is not there."
+    statements = module_source(module).body
+    owner, _, method = name.rpartition('.')
+    for node in statements:
+        if owner and getattr(node, 'name', '') == method and patched_class(node) == owner:
+            return node
+
+    node = None
+    for part in name.split('.'):
+        defined = [one for one in statements if isinstance(one, (*functions, ast.ClassDef)) and one.name == part]
+        node = next((one for one in defined if not patched_class(one)), None)
+        statements = getattr(node, 'body', [])
+    return node
+
+
+def methods(node):
+    "The names of a class's public methods that have a docstring."
+    if not isinstance(node, ast.ClassDef):
+        return []
+    defined = [one for one in node.body if isinstance(one, ast.FunctionDef)]
+    return [one.name for one in defined if not one.name.startswith('_') and ast.get_docstring(one)]
+
+
+# ---- parameters
+
+
+@dataclass
+class Parameter:
+    "A parameter of a function, or a field of a dataclass."
+
+    name: str
+    type: str
+    default: str
+    line: int  # where it ends, and where its comment stands
+
+
+def type_text(node):
+    return ast.unparse(node) if node is not None else ''
+
+
+def default_text(node):
+    "A default as a reader wants to see it: of a command-line option the value it has when it is not given."
+    if isinstance(node, ast.Call) and ast.unparse(node.func).startswith('typer.') and node.args:
+        node = node.args[0]
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == 'field':
+        node = next((word.value for word in node.keywords if word.arg == 'default_factory'), node)
+
+    text = type_text(node)
+    if text == '...':
+        return ''
+    return text if len(text) <= longest_default else text[: longest_default - 3] + '...'
+
+
+def as_parameter(arg, default=None, stars=''):
+    return Parameter(stars + arg.arg, type_text(arg.annotation), default_text(default), arg.end_lineno)
+
+
+def parameters(node):
+    "The parameters of a function, or of the calls that make a class."
+    if isinstance(node, ast.ClassDef):
+        return class_parameters(node)
+
+    spec = node.args
+    positional = [*spec.posonlyargs, *spec.args]
+    defaults = [None] * (len(positional) - len(spec.defaults)) + spec.defaults
+    rows = [as_parameter(arg, default) for arg, default in zip(positional, defaults, strict=True)]
+    if spec.vararg:
+        rows.append(as_parameter(spec.vararg, stars='*'))
+    rows += [as_parameter(arg, default) for arg, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True)]
+    if spec.kwarg:
+        rows.append(as_parameter(spec.kwarg, stars='**'))
+    return [row for row in rows if row.name not in ('self', 'cls')]
+
+
+def class_parameters(node):
+    "The public fields of a dataclass, or the parameters of a class's `__init__`."
+    if any('dataclass' in ast.unparse(decorator) for decorator in node.decorator_list):
+        fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and not one.target.id.startswith('_')]
+        return [
+            Parameter(one.target.id, type_text(one.annotation), default_text(one.value), one.end_lineno)
+            for one in fields
+        ]
+    start = next((one for one in node.body if isinstance(one, functions) and one.name == '__init__'), None)
+    return parameters(start) if start else []
+
+
+# ---- tables
+
+
+def cell_text(text):
+    "Markdown within a table's cell."
+    return text.replace('|', '\\|').replace('\n', ' ')
+
+
+def code_span(text):
+    "Text as code within a table's cell."
+    if not text:
+        return ''
+    return f'<code>{html.escape(text).replace("|", "&#124;").replace("*", "&#42;").replace("_", "&#95;")}</code>'
+
+
+def parameters_box(head, rows):
+    "A table of parameters, in the box that the style sheet knows."
+    table = '\n'.join([head, '| --- | --- | --- | --- |', *rows])
+    return f'<div class="parameters" markdown="1">\n\n{table}\n\n</div>'
+
+
+def experiment_parameters(
+    source,  # the parameters cell
+    prefix='',  # what the anchor of a row begins with, before the parameter's name
+):
+    "The parameters of an experiment as a table, each row with an anchor."
+    rows = []
+    for parameter in parse_parameters(source, 'parameters cell'):
+        anchor = f'<span id="{prefix}{parameter.name}"></span>'
+        default = code_span(json.dumps(parameter.default, ensure_ascii=False))
+        meaning = cell_text(html.escape(parameter.help, quote=False))
+        rows.append(f'| {anchor}{code_span(parameter.name)} | {code_span(parameter.type)} | {default} | {meaning} |')
+    return parameters_box('| parameter | type | default | meaning, unit |', rows)
+
+
+# ---- one entry
+
+
+def returns_note(node, rows, notes):
+    "The comment on what a function returns: the last one of its head that belongs to no parameter."
+    taken = {row.line for row in rows}
+    last = node.body[0].lineno - 1 if node.body else node.lineno
+    free = [line for line in range(last, node.lineno - 1, -1) if line in notes and line not in taken]
+    return notes[free[0]] if free else ''
+
+
+def entry_table(node, rows, notes, page):
+    "The parameters and the result of a function as a table, or '' where nothing explains them."
+    lines = []
+    for row in rows:
+        meaning = cell_text(linked(notes.get(row.line, ''), page))
+        lines.append(f'| {code_span(row.name)} | {code_span(row.type)} | {code_span(row.default)} | {meaning} |')
+
+    returns = getattr(node, 'returns', None)
+    note = returns_note(node, rows, notes)
+    if note or (returns is not None and rows):
+        lines.append(f'| *returns* | {code_span(type_text(returns))} | | {cell_text(linked(note, page))} |')
+
+    documented = note or any(notes.get(row.line) for row in rows)
+    return parameters_box('| parameter | type | default | meaning |', lines) if lines and documented else ''
+
+
+def parameter_text(row):
+    "A parameter as a signature shows it."
+    text = f'{row.name}: {row.type}' if row.type else row.name
+    return f'{text} = {row.default}' if row.default else text
+
+
+def signature(node, name, rows):
+    "The signature as code, one parameter per line where it is long."
+    shown = [parameter_text(row) for row in rows]
+    returns = getattr(node, 'returns', None)
+    result = f' -> {ast.unparse(returns)}' if returns is not None else ''
+
+    line = f'{name}({", ".join(shown)}){result}'
+    if len(line) <= longest_signature:
+        return line
+    return f'{name}(\n' + ''.join(f'    {one},\n' for one in shown) + f'){result}'
+
+
+def api_entry(
+    module,  # its path below llmft: data/corpora
+    name,  # `name` or `Class.method`
+    page,  # the page it is for
+    level=3,  # of the heading
+):
+    "One function or class as Markdown: heading, signature, docstring, parameters, methods."
+    node = definition(module, name)
+    if node is None:
+        raise SystemExit(f'{page}: llmft/{module}.py does not define {name}')
+
+    rows = parameters(node)
+    heading = name.replace('_', r'\_')
+    address = f'{repository}/blob/{branch}/llmft/{module}.py#L{node.lineno}'
+    parts = [
+        f'{"#" * level} {heading} {{ #{name.lower()} .api }}',
+        f'<a class="source" data-search-exclude href="{address}">source</a>',
+        f'```python {{ .signature }}\n{signature(node, name, rows)}\n```',
+        linked(ast.get_docstring(node) or '', page),
+        entry_table(node, rows, module_source(module).notes, page),
+    ]
+    parts += [api_entry(module, f'{name}.{method}', page, level=4) for method in methods(node)]
+    return '\n\n'.join(part for part in parts if part)

@@ -1,0 +1,96 @@
+"""Links of the docs site: from names of files and of the library, as nbs/ writes them, to pages."""
+
+import functools
+import posixpath
+import re
+from pathlib import Path
+
+from nbdev.config import get_config
+from nbdev.doclinks import NbdevLookup
+
+root = Path(__file__).resolve().parent.parent
+config = get_config(path=root)
+repository = config.git_url
+branch = config.branch
+docs_address = f'{config.doc_host}{config.doc_baseurl}/'
+
+page_of_file = {'LOG.md': 'reference/findings.md', 'CHANGELOG.md': 'reference/changelog.md', 'README.md': 'index.md'}
+page_endings = ('.ipynb', '.qmd', '.md')
+folders_on_site = ('nbs/images/', 'nbs/gallery/')
+
+link = re.compile(r'(\]\(|\b(?:src|href)=")([^)"\s]+)')
+fence = re.compile(r'(^ *(`{3,}|~{3,}).*?^ *\2 *$)', flags=re.MULTILINE | re.DOTALL)
+badge = re.compile(r'\[!\[[^\]]*\]\(https://colab[^)]*\)\]\((https://colab[^)]*)\)')
+
+
+def page_name(source):
+    "Where the page of `source`, a path relative to nbs, goes: data/02_corpora.ipynb is data/corpora.md."
+    source = Path(source)
+    name = re.sub(r'^\d+[a-z]?_', '', source.stem.removesuffix('.qmd'))
+    return (source.parent / f'{name}.md').as_posix()
+
+
+def relative(target, page):
+    "The address of the page `target` as a link on `page`."
+    return posixpath.relpath(target, posixpath.dirname(page) or '.')
+
+
+def on_site(target, page):
+    "The link `target` as it is written in nbs, seen from `page`; files of the repository are linked at its address."
+    address, _, anchor = target.partition('#')
+    if re.match(r'[a-z]+:|#|/', target) or not address:
+        return target
+
+    anchor = anchor and f'#{anchor}'
+    path = posixpath.normpath(posixpath.join('nbs', posixpath.dirname(page), address))
+    if path.startswith('nbs/') and path.endswith(page_endings):
+        return relative(page_name(path.removeprefix('nbs/')), page) + anchor
+    if path in page_of_file:
+        return relative(page_of_file[path], page) + anchor
+    if path.startswith(folders_on_site):
+        return address + anchor
+
+    if not (root / path).exists():
+        raise SystemExit(f'{page}: the link {target} leads to {path}, which is not there')
+    view = 'tree' if (root / path).is_dir() else 'blob'
+    return f'{repository}/{view}/{branch}/{path}{anchor}'
+
+
+def with_links(text, page):
+    "Markdown with its links as the site needs them; code blocks stay as they are."
+
+    def replaced(match):
+        before, target = match.groups()
+        return before + on_site(target, page)
+
+    pieces = fence.split(text)  # text, code block, its fence, text, ...
+    prose = [link.sub(replaced, badge.sub('', piece)) for piece in pieces[::3]]
+    blocks = [*pieces[1::3], '']
+    return ''.join(before + block for before, block in zip(prose, blocks, strict=True))
+
+
+@functools.cache
+def lookup():
+    return NbdevLookup()
+
+
+def linked(text, page):
+    "Markdown whose names in backticks lead to their pages as well."
+    return with_links(lookup().linkify(text) or '', page)
+
+
+def resolved(
+    text,  # Markdown of a page
+    page,  # its name
+    anchors,  # page -> names it explains
+):
+    "`text` with nbdev's links to names of the library, addresses of the published site, as links between pages."
+
+    def local(match):
+        target = f'{match[1]}.md'
+        name = match[2] or ''
+        if target not in anchors:
+            raise SystemExit(f'{page} links to {match[0]}, and there is no page {target}')
+        return relative(target, page) + (f'#{name}' if name in anchors[target] else '')
+
+    return re.sub(re.escape(docs_address) + r'([\w./-]+?)\.html(?:#([\w.]+))?', local, text)
