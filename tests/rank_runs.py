@@ -71,7 +71,7 @@ def arrange_death(how):
     step = training.train_step
 
     def dying(run, batches, targets):
-        if run.progress.step == 2 and run.team.rank == 1:
+        if run.progress.step == 2 and run.group.rank == 1:
             if how == 'killed':
                 os.kill(os.getpid(), signal.SIGKILL)
             raise ValueError('as asked')

@@ -4,7 +4,6 @@ import json
 import platform
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,13 +20,24 @@ from llmft.models.cost import (
     memory_breakdown,
     optimiser_bytes,
     parameter_count,
+    quantised_bytes,
     trained_tensors,
     weight_bytes,
+    word_bytes,
 )
-from llmft.models.load import hidden_states, load_model, model_config, output_head, presets
+from llmft.models.load import (
+    hidden_states,
+    load_model,
+    model_config,
+    output_head,
+    precisions,
+    presets,
+    quantisations,
+)
 from llmft.models.methods import Method
 from llmft.training.losses import head_cross_entropy
-from llmft.training.recipe import Recipe, make_optimiser
+from llmft.training.recipe import Recipe, make_optimiser, optimisers
+from llmft.training.strategies import strategies
 
 aten = torch.ops.aten
 fused = {
@@ -38,13 +48,6 @@ fused = {
         flop_counter.sdpa_backward_flop_count(g, q, (*q[:2], *k[2:]), (*q[:2], *v[2:]))
     ),
 }
-
-
-class AdamW:
-    "Two moments for each number, in its width."
-
-    def moment_bytes(self, size, hidden, word):
-        return 2 * word * size
 
 
 def configuration(name):
@@ -124,7 +127,7 @@ def test_figures_of_the_specification():
         round(weight_bytes(llama, 'fp16') / 2**30, 2) == 5.98
         and round(weight_bytes(llama, 'fp16', 'nf4') / 2**30, 2) == 2.09
     )
-    full = memory_breakdown(llama, Method(precision='fp16'), tokens=2048, longest=512, optimiser=AdamW())
+    full = memory_breakdown(llama, Method(precision='fp16'), tokens=2048, longest=512, optimiser=optimisers['adamw'])
     assert round((full['weights'] + full['gradients'] + full['optimiser']) / 2**30, 1) == 23.9
 
 
@@ -230,7 +233,7 @@ def test_activations_are_what_autograd_keeps(name, method, precision):
         else Method(precision=precision),
         tokens=192,
         longest=lengths[0],
-        optimiser=AdamW(),
+        optimiser=optimisers['adamw'],
         gradient_checkpointing='checkpointing' in method,
         device='cpu',
     )['activations']
@@ -252,7 +255,7 @@ def test_activations_of_mixed_precision(name, method):
         Method('lora', 8, 16, dropout, tuple(targets)) if 'lora' in method else Method(),
         tokens=192,
         longest=lengths[0],
-        optimiser=AdamW(),
+        optimiser=optimisers['adamw'],
         mixed=True,
         device='cpu',
     )
@@ -295,7 +298,7 @@ def test_bytes_of_an_optimiser(name, kind):
         for key, value in state.items()
         if torch.is_tensor(value) and key != 'step' and not key.startswith('qmap')
     )
-    assert abs(optimiser_bytes(trained_tensors(model.config, Method()), kind) / held - 1) < 0.01
+    assert abs(optimiser_bytes(trained_tensors(model.config, Method()), optimisers[kind]) / held - 1) < 0.01
 
 
 def test_planning_needs_no_pytorch():
@@ -305,59 +308,45 @@ def test_planning_needs_no_pytorch():
     )
 
 
-named_strategies = dict(
-    ddp=SimpleNamespace(cuts=frozenset(), gathers_model=False),
-    zero2=SimpleNamespace(cuts=frozenset(('gradients', 'optimiser')), gathers_model=False),
-    zero3=SimpleNamespace(cuts=frozenset(('weights', 'gradients', 'optimiser')), gathers_model=True),
-    fsdp2=SimpleNamespace(cuts=frozenset(('weights', 'gradients', 'optimiser')), gathers_model=False),
-)
-
-
-@pytest.mark.parametrize('strategy', [None, *named_strategies])
-@pytest.mark.parametrize('kind', ['full', 'lora', 'qlora'])
-@pytest.mark.parametrize('name', ['llama-3.2-3b', 'qwen2-tiny', 'gpt2'])
-def test_a_method_is_the_same_as_its_settings_one_by_one(name, kind, strategy):
-    config, targets = configuration(name), ('c_attn',) if name == 'gpt2' else ('q_proj', 'down_proj')
-    shape = dict(tokens=1024, longest=256, accumulation=2, nproc=4 if strategy else 1, gradient_checkpointing=True)
-    adapter = {} if kind == 'full' else dict(rank=8, targets=targets, lora_dropout=0.1)
-    one_by_one = memory_breakdown(
-        config, method=kind, precision='bf16', strategy=strategy or 'none', **adapter, **shape
-    )
-    method = Method(precision='bf16')
-    if kind != 'full':
-        method = Method(kind, 8, 16, 0.1, targets, 'nf4' if kind == 'qlora' else 'none', 'bf16')
-    sharing = named_strategies.get(strategy)
-    assert memory_breakdown(config, method, optimiser=AdamW(), sharing=sharing, **shape) == one_by_one
-    assert flops_step(config, [7, 9], method) == flops_step(config, [7, 9], method=kind, precision='bf16', **adapter)
-
-
 def test_what_is_cut_is_smaller_and_what_is_gathered_is_counted():
-    config, shape = configuration('llama-3.2-3b'), dict(tokens=1024, longest=256, optimiser=AdamW())
+    config, shape = configuration('llama-3.2-3b'), dict(tokens=1024, longest=256, optimiser=optimisers['adamw'])
     alone = memory_breakdown(config, Method(), **shape)
-    for name, sharing in named_strategies.items():
+    for name, sharing in strategies.items():
+        if name == 'none':
+            continue
         parts = memory_breakdown(config, Method(), sharing=sharing, nproc=4, **shape)
         for part in ('weights', 'gradients', 'optimiser'):
             assert parts[part] == (-(-alone[part] // 4) if part in sharing.cuts else alone[part]), (name, part)
         assert ('gathered' in parts) == (name != 'zero2')
-    assert memory_breakdown(config, Method(), sharing=named_strategies['fsdp2'], nproc=1, **shape) == alone
+    assert memory_breakdown(config, Method(), sharing=strategies['fsdp2'], nproc=1, **shape) == alone
 
 
 def test_unknown_arguments_are_not_swallowed():
-    with pytest.raises(TypeError, match='unexpected arguments: longset'):
-        memory_breakdown(configuration('llama-tiny'), Method(), tokens=1, longest=1, longset=2)
+    with pytest.raises(TypeError, match='longset'):
+        memory_breakdown(
+            configuration('llama-tiny'), Method(), tokens=1, longest=1, optimiser=optimisers['adamw'], longset=2
+        )
 
 
-def test_wrong_words_are_named():
-    config = configuration('llama-tiny')
-    for words, hint in [
-        (dict(precision='fp17'), 'fp16'),
-        (dict(method='lorra'), 'lora'),
-        (dict(optimiser='adam_8bit'), 'adamw_8bit'),
-        (dict(quantisation='nf5'), 'nf4'),
-        (dict(method='lora', rank=8, targets=['q_prj']), 'q_proj'),
-    ]:
-        with pytest.raises(LabError, match=f"did you mean '{hint}'"):
-            memory_breakdown(config, tokens=1, longest=1, **words)
+@pytest.mark.parametrize(
+    'method, hint',
+    [
+        (Method(precision='fp17'), 'fp16'),
+        (Method('lorra'), 'lora'),
+        (Method('qlora', 8, targets=('q_proj',), quantisation='nf5'), 'nf4'),
+        (Method('lora', 8, targets=('q_prj',)), 'q_proj'),
+    ],
+)
+def test_wrong_words_are_named(method, hint):
+    with pytest.raises(LabError, match=f"did you mean '{hint}'"):
+        memory_breakdown(
+            configuration('llama-tiny'), method, tokens=1, longest=1, optimiser=optimisers['adamw']
+        )
+
+
+def test_widths_are_those_of_the_declared_formats():
+    assert word_bytes == {name: precision.dtype.itemsize for name, precision in precisions.items()}
+    assert ['none', *sorted(quantised_bytes)] == ['none', *sorted(set(quantisations) - {'none'})]
 
 
 measure = '''
@@ -366,6 +355,7 @@ from llmft.models.adapters import add_lora
 from llmft.models.cost import memory_breakdown
 from llmft.models.methods import Method
 from llmft.training.losses import head_cross_entropy
+from llmft.training.recipe import optimisers
 from llmft.models.meter import Meter, return_freed_memory
 from llmft.models.load import hidden_states, load_model, output_head
 return_freed_memory()
@@ -384,7 +374,7 @@ def train(name, rows, slots, steps):
 train('preset:llama-tiny', 2, 64, 2)
 with Meter() as meter: config = train(name, rows, slots, 2)
 how = Method('lora', 8, 16, .05, ('q_proj', 'v_proj')) if method == 'lora' else Method()
-plan = memory_breakdown(config, how, tokens=rows*slots, longest=slots, gradient_checkpointing=again, device='cpu')
+plan = memory_breakdown(config, how, tokens=rows*slots, longest=slots, optimiser=optimisers['adamw'], gradient_checkpointing=again, device='cpu')
 print(json.dumps(dict(measured=meter.growth_bytes, **plan)))
 '''
 

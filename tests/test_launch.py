@@ -16,6 +16,7 @@ import torch
 from llmft.core import LabError, project_root
 from llmft.models.adapters import check_adapter, save_adapter
 from llmft.models.load import load_model
+from llmft.models.methods import Method
 from llmft.training import launch as launching
 from llmft.training import strategies
 from llmft.training.checkpoints import checkpoints, load_checkpoint
@@ -354,9 +355,9 @@ def test_the_cause_is_told_and_not_what_followed(tmp_path, failures, errors, kin
         (Processes(2), {}, 'nproc is 2 and strategy none'),
         (Processes(-1, 'ddp'), {}, 'nproc is -1'),
         (Processes(5, 'ddp'), {}, '5 processes share 4 rows'),
-        (Processes(2, 'fsdp2'), dict(quantisation='nf4'), 'cut nf4 weights apart'),
-        (Processes(2, 'zero3'), dict(quantisation='int8'), 'cut int8 weights apart'),
-        (Processes(2, 'zero2'), dict(precision='fp16'), 'choose bf16 or fp32'),
+        (Processes(2, 'fsdp2'), dict(method=Method(quantisation='nf4')), 'cut nf4 weights apart'),
+        (Processes(2, 'zero3'), dict(method=Method(quantisation='int8')), 'cut int8 weights apart'),
+        (Processes(2, 'zero2'), dict(method=Method(precision='fp16')), 'choose bf16 or fp32'),
         (Processes(2, 'zero2'), dict(optimiser='adamw_8bit'), 'choose adamw'),
         (Processes(2, 'fsdp2'), dict(optimiser='muon'), 'choose adamw'),
         (Processes(2, 'ddp', offload_optimiser=True), {}, 'offload_optimiser is for'),

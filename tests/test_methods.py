@@ -14,6 +14,7 @@ from llmft.models.load import load_model, quantised_share
 from llmft.models.low_rank import add_low_rank, frozen_gpt2
 from llmft.models.methods import Method, methods
 from llmft.models.subspace import SubspaceConfig, attach
+from llmft.training.recipe import optimisers
 
 lora = dict(lora_rank=4, lora_alpha=8.0, lora_dropout=0.1, lora_targets=['q_proj', 'v_proj'])
 targets = ('q_proj', 'v_proj')
@@ -82,7 +83,7 @@ def test_the_cost_of_a_model_is_that_of_its_method():
     assert Method.of(model).targets != method.targets, 'PEFT is told the names of the layers'
     for count in (
         lambda one: flops_step(model.config, [7, 9], one),
-        lambda one: memory_breakdown(model.config, one, tokens=16, longest=9),
+        lambda one: memory_breakdown(model.config, one, tokens=16, longest=9, optimiser=optimisers['adamw']),
         lambda one: trained_tensors(model.config, one),
     ):
         assert count(Method.of(model)) == count(method)

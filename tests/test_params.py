@@ -1,5 +1,6 @@
 "Strict YAML, typed parameters, and errors of one line that name file, line and the nearest valid name."
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmft.core import LabError
+from llmft.core import LabError, project_root
 from llmft.runs import params as params_module
 from llmft.runs.params import (
     as_type,
     check_choice,
     check_name,
     check_params,
+    choices_of,
     declared_choices,
     declared_names,
     parse_mapping,
@@ -249,8 +251,10 @@ def test_overrides():
 
 
 def test_declared_choices_are_refused_with_their_place(monkeypatch):
-    monkeypatch.setitem(declared_choices, 'name', lambda: ['red', 'green'])
-    monkeypatch.setitem(declared_choices, 'targets', lambda: dict(q_proj='queries', v_proj='values'))
+    monkeypatch.setitem(declared_choices, 'name', ('runs.colours', 'red_and_green'))
+    monkeypatch.setitem(declared_choices, 'targets', ('runs.layers', 'queries_and_values'))
+    names = {'red_and_green': ('red', 'green'), 'queries_and_values': ('q_proj', 'v_proj')}
+    monkeypatch.setattr(params_module, 'declared_names', lambda module, name: names[name])
     assert values('name: red\ntargets: [v_proj, q_proj]') == dict(name='red', targets=['v_proj', 'q_proj'])
     for text, words in {
         'rank: 1\nname: gren': "params/demo/x.yaml:2: name is 'gren' (did you mean 'green'?): choose from red, green",
@@ -274,9 +278,9 @@ in_a_row = ('packed', 'bucketed')
     (tmp_path / 'llmft/training').mkdir(parents=True)
     (tmp_path / 'llmft/training/demo.py').write_text(source)
     monkeypatch.setattr(params_module, 'assets', tmp_path / 'llmft/assets')
-    assert declared_names('training.demo', 'by_call') == ['cosine', 'linear']
-    assert declared_names('training.demo', 'by_literal') == ['adamw', 'muon']
-    assert declared_names('training.demo', 'in_a_row') == ['packed', 'bucketed']
+    assert declared_names('training.demo', 'by_call') == ('cosine', 'linear')
+    assert declared_names('training.demo', 'by_literal') == ('adamw', 'muon')
+    assert declared_names('training.demo', 'in_a_row') == ('packed', 'bucketed')
     with pytest.raises(LabError, match='declares no other'):
         declared_names('training.demo', 'other')
 
@@ -284,11 +288,66 @@ in_a_row = ('packed', 'bucketed')
 def test_every_declared_choice_lists_names_and_loads_nothing_heavy():
     code = """
 import sys
-from llmft.runs.params import declared_choices
-assert all(list(names()) for names in declared_choices.values())
+from llmft.runs.params import declared_choices, declared_names
+assert all(declared_names(*declaration) for declaration in declared_choices.values())
 print({'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules))"""
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout == 'set()\n', done.stderr
+
+
+experiments = sorted(path.stem for path in (project_root() / 'nbs/experiments').glob('*.ipynb'))
+# what a notebook leaves out of a declaration, and its own check refuses
+narrower = {
+    ('finetune', 'quantisation'): ('nf4', 'int8'),
+    ('profile', 'quantisation'): ('nf4', 'int8'),
+    ('instruct', 'too_long'): ('truncate', 'drop', 'error'),
+    ('sublora_train', 'strategy'): ('none', 'ddp'),
+}
+
+
+def choice_parameters(notebook):
+    return [each for each in read_parameters(notebook) if 'str' in each.type and choices_of(each.name, notebook)]
+
+
+@pytest.mark.parametrize('notebook', experiments)
+def test_comments_of_parameters_agree_with_the_declarations(notebook):
+    for parameter in read_parameters(notebook):
+        listed = re.match(r'[\w-]+( \| [\w-]+)+', parameter.help)
+        names = tuple(listed[0].split(' | ')) if listed else ()
+        declared = choices_of(parameter.name, notebook) if parameter.type == 'str' else ()
+        if not declared:
+            continue
+        assert names == narrower.get((notebook, parameter.name), declared), (notebook, parameter.name)
+        assert set(names) <= set(declared) and parameter.default in names
+
+
+@pytest.mark.parametrize('notebook', experiments)
+def test_a_typo_in_a_choice_is_refused_before_a_kernel_starts(notebook):
+    for parameter in choice_parameters(notebook):
+        known = choices_of(parameter.name, notebook)[-1]
+        typo = [known + 'x'] if parameter.type.startswith('list') else known + 'x'
+        with pytest.raises(LabError, match=f"{parameter.name} is '{known}x' .did you mean '") as caught:
+            check_params(notebook, {parameter.name: typo})
+        assert '\n' not in str(caught.value)
+
+
+def test_a_typo_in_a_choice_ends_the_command_with_status_2_and_without_pytorch():
+    code = """
+import sys
+from llmft.cli import call
+status = call(['run', 'params/finetune/lora.yaml', '--small', '-p', 'name=never', '-p', 'schedule=cosin'])
+print(status, {'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules))"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=project_root())
+    assert done.stdout == '2 set()\n', done.stdout
+    assert done.stderr.strip().count('\n') == 0 and "schedule is 'cosin' (did you mean 'cosine'?)" in done.stderr
+    assert not (project_root() / 'outputs/finetune/never').exists()
+
+
+def test_precision_is_a_choice_only_where_it_is_a_text():
+    check_params('forecast_data', dict(precision=3))
+    check_params('inference', dict(precision='int4_fast'))
+    with pytest.raises(LabError, match="precision is 'int4_fast'"):
+        check_params('finetune', dict(precision='int4_fast'))
 
 
 def test_layers(tmp_path, monkeypatch):

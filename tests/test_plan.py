@@ -13,6 +13,7 @@ from llmft.data.tokens import Examples
 from llmft.models.adapters import add_lora
 from llmft.models.cost import memory_breakdown
 from llmft.models.load import load_model, model_config
+from llmft.models.methods import Method
 from llmft.runs.params import resolve_params
 from llmft.runs.plan import (
     count_rows,
@@ -27,7 +28,7 @@ from llmft.runs.plan import (
     trains_a_model,
 )
 from llmft.training.fit import fit
-from llmft.training.recipe import Recipe
+from llmft.training.recipe import Recipe, optimisers
 
 root = project_root()
 attention = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
@@ -340,7 +341,6 @@ def test_predicted_memory_is_within_15_percent_of_the_measured(row, tmp_path):
         if point.params['name'] == f'matrix-{row}'
     )
     net = load_model('base', params['precision'], params['quantisation'] if params['method'] == 'qlora' else 'none')
-    adapter = dict(rank=params['lora_rank'], targets=params['lora_targets'], lora_dropout=params['lora_dropout'])
     if params['method'] != 'full':
         net = add_lora(
             net, params['lora_rank'], params['lora_alpha'], params['lora_dropout'], params['lora_targets'], 0
@@ -355,12 +355,12 @@ def test_predicted_memory_is_within_15_percent_of_the_measured(row, tmp_path):
     )
     predicted = memory_breakdown(
         net.config,
+        Method.of(net),
         tokens=done.watched['slots'],
         longest=done.watched['longest'],
-        method=params['method'],
+        optimiser=optimisers['adamw'],
         gradient_checkpointing=params['gradient_checkpointing'],
         device='cpu',
-        **adapter,
     )
     assert done.watched['step'] == 3 and done.peak_bytes == done.watched['bytes']
     assert abs(predicted['total'] / done.peak_bytes - 1) < 0.08, {

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['presets', 'hub_presets', 'precisions', 'quantisations', 'attentions', 'model_config', 'DocumentLengths',
            'shared_heads', 'documents_attention', 'causal_model', 'output_head', 'hidden_states', 'Precision',
-           'Quantisation', 'Attention', 'check_model_settings', 'check_precisions', 'usable_attention',
-           'disable_cpu_repacking', 'mend_cpu_dequantising', 'quantised_share', 'seeded', 'placed', 'load_model']
+           'Quantisation', 'Attention', 'check_model_settings', 'disable_cpu_repacking', 'mend_cpu_dequantising',
+           'quantised_share', 'seeded', 'placed', 'load_model']
 
 # %% ../../nbs/models/01_load.ipynb #eb016ce8
 import contextlib
@@ -355,21 +355,6 @@ def check_model_settings(precision:str='fp32',       # name in `precisions`
     _check_precisions(precision, mixed_precision)
     if missing := _missing(attention, precision):
         raise LabError(f'attention {attention} needs {", ".join(missing)}: use attention=documents')
-
-# %% ../../nbs/models/01_load.ipynb #3a92eff7
-def check_precisions(precision:str,        # name in `precisions`
-                     mixed_precision:str,  # 'no' or 'bf16'
-):
-    "`check_model_settings` for the two alone."
-    check_model_settings(precision, mixed_precision)
-
-# %% ../../nbs/models/01_load.ipynb #f9699946
-def usable_attention(attention:str,        # name in `attentions`
-                     precision:str='fp32', # name in `precisions`
-)->str:                                    # `attention`
-    "`attention` where it can be had; a `LabError` elsewhere."
-    check_model_settings(precision, attention=attention)
-    return attention
 
 # %% ../../nbs/models/01_load.ipynb #40c105d7
 # at import it asks for a package that would fetch kernels from the hub

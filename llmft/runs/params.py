@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['scalar_types', 'types', 'number_pattern', 'declared_choices', 'scalar_of', 'remedy', 'as_type', 'Parameter',
            'parse_parameters', 'shown', 'find_notebook', 'code_cells', 'read_parameters', 'Lines', 'StrictLoader',
-           'parse_yaml', 'parse_mapping', 'read_yaml', 'declared_names', 'check_choice', 'check_params',
+           'parse_yaml', 'parse_mapping', 'read_yaml', 'declared_names', 'choices_of', 'check_choice', 'check_params',
            'parse_overrides', 'check_name', 'resolve_params']
 
 # %% ../../nbs/runs/01_params.ipynb #335e1522
 import ast
+import functools
 import io
 import json
 import math
@@ -313,7 +314,24 @@ def read_yaml(path) -> Lines:
     return parse_mapping(text, shown(path))
 
 # %% ../../nbs/runs/01_params.ipynb #04a9305e
-declared_choices = {}  # parameter name -> function without arguments that lists the names it may have
+declared_choices = {
+    'method': ('models.methods', 'methods'),
+    'precision': ('models.load', 'precisions'),
+    'inference.precision': ('models.precisions', 'forms'),
+    'compute': ('models.load', 'precisions'),
+    'quantisation': ('models.load', 'quantisations'),
+    'attention': ('models.load', 'attentions'),
+    'allocation_mode': ('models.subspace', 'modes'),
+    'projection': ('models.projections', 'projections'),
+    'codebook': ('bounds.coding', 'codebooks'),
+    'layout': ('data.batches', 'layouts'),
+    'too_long': ('data.tokens', 'policies'),
+    'optimiser': ('training.recipe', 'optimisers'),
+    'schedule': ('training.recipe', 'schedules'),
+    'mixed_precision': ('training.recipe', 'mixed_precisions'),
+    'strategy': ('training.strategies', 'strategies'),
+    'wandb': ('runs.run', 'trackers'),
+}  # parameter -> (module, name of the declaration in it)
 
 # %% ../../nbs/runs/01_params.ipynb #4bd759e3
 def _literal_names(node) -> list:
@@ -324,27 +342,37 @@ def _literal_names(node) -> list:
     return [entry.value for entry in entries if isinstance(entry, ast.Constant)]
 
 
+@functools.cache
 def declared_names(module:str,  # dotted name within this package, such as training.recipe
                    name:str,    # of the dictionary, tuple or list, at the top of the module
-)->list:
+)->tuple:
     "The names that a declaration of the library lists, read without importing its module."
     path = assets.parent.joinpath(*module.split('.')).with_suffix('.py')
     for node in ast.parse(path.read_text(encoding='utf-8')).body:
         targets = node.targets if isinstance(node, ast.Assign) else []
         if name in [getattr(target, 'id', '') for target in targets]:
-            return _literal_names(node.value)
+            return tuple(_literal_names(node.value))
     raise LabError(f'{module} declares no {name} at its top: write {name} = dict(...) there')
 
 # %% ../../nbs/runs/01_params.ipynb #ac3f24d9
-def check_choice(name:str,      # of the parameter
-                 value,         # in its declared type; every entry of a list is checked
-                 place:str='',  # what stands before the error: file and line
+def choices_of(name:str,         # of the parameter
+               notebook:str='',  # of the experiment that has it
+)->tuple:
+    "The names that a parameter may have; empty for one that is no choice among declared things."
+    declaration = declared_choices.get(f'{notebook}.{name}') or declared_choices.get(name)
+    return declared_names(*declaration) if declaration else ()
+
+# %% ../../nbs/runs/01_params.ipynb #4df75d89
+def check_choice(name:str,         # of the parameter
+                 value,            # in its declared type; every entry of a list is checked
+                 place:str='',     # what stands before the error: file and line
+                 notebook:str='',  # of the experiment that has the parameter
 ):
-    "Raise a `LabError` when `value` is not among the `declared_choices` of the parameter `name`."
-    if name not in declared_choices:
-        return
-    options = declared_choices[name]()
+    "Raise a `LabError` when `value` is a text, or a list with a text, that is not among the parameter's choices."
+    options = choices_of(name, notebook)
     for entry in value if isinstance(value, list) else [value]:
+        if not options or not isinstance(entry, str):
+            continue
         try:
             choose(name, entry, options)
         except LabError as error:
@@ -379,7 +407,7 @@ def check_params(notebook,           # path or name of the notebook
             values[name] = as_type(value, declared[name].type)
         except ValueError as error:
             raise LabError(f'{place}{name}: {error}') from None
-        check_choice(name, values[name], place)
+        check_choice(name, values[name], place, Path(notebook).stem)
     return values
 
 # %% ../../nbs/runs/01_params.ipynb #9046315a

@@ -10,7 +10,9 @@ __all__ = ['gpus', 'share_of_peak', 'Settings', 'trains_a_model', 'settings_of',
 # %% ../../nbs/runs/13_plan.ipynb #c11ccffa
 import math
 from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 
+from ..core import LabError, find_path, nearest
 from llmft.models.cost import (
     families,
     flops_step,
@@ -18,10 +20,10 @@ from llmft.models.cost import (
     memory_breakdown,
     parameter_count,
     quantised_count,
-    strategies,
 )
-
-from ..core import LabError, find_path, nearest
+from ..models.methods import Method
+from .params import check_choice, declared_names
+from ..training.recipe import optimisers
 
 # %% ../../nbs/runs/13_plan.ipynb #79a449c6
 @dataclass(frozen=True)
@@ -29,14 +31,9 @@ class Settings:
     "What decides the cost of a run; the defaults stand for parameters that a notebook lacks."
 
     model: str = 'base'              # base, a folder, a hub name, or preset:NAME
-    method: str = ''                 # full, lora or qlora; '' lets the adapter's rank decide
-    precision: str = 'fp32'          # of the weights that are not quantised
-    quantisation: str = 'none'       # of the frozen weights
-    mixed_precision: str = 'no'      # no or bf16: of the products
+    method: Method = Method()        # what is trained, and in which formats the weights are held
+    mixed_precision: str = 'no'      # of the products
     optimiser: str = 'adamw'
-    lora_rank: int = 0
-    lora_targets: tuple = ()         # names of adapted modules
-    lora_dropout: float = 0.0
     gradient_checkpointing: bool = False
     batch_size: int = 1              # rows of a micro-batch
     gradient_accumulation: int = 1   # micro-batches of an optimiser step
@@ -71,32 +68,23 @@ def trains_a_model(params:dict,  # name -> value of all parameters of a notebook
     return params.get('model', 'random') != 'random' and 'learning_rate' in params
 
 # %% ../../nbs/runs/13_plan.ipynb #f326c6cd
-def _method_of(settings):
-    "The method that rank and quantisation imply."
-    if not settings.lora_rank:
-        return 'full'
-    return 'lora' if settings.quantisation == 'none' else 'qlora'
-
-
 def _check_processes(settings):
     "A `LabError` for processes that have no way to share the work."
     if settings.nproc < 0:
         raise LabError(f'nproc is {settings.nproc}: give a number of processes, or 0 for one a GPU')
     if settings.strategy == 'none' and settings.nproc > 1:
-        names = ', '.join(list(strategies)[1:])
+        names = ', '.join(name for name in declared_names('training.strategies', 'strategies') if name != 'none')
         raise LabError(f'nproc is {settings.nproc} and strategy none: choose how they share the work: {names}')
 
 
 def settings_of(params:dict,  # name -> value of all parameters of a notebook
-)->Settings:                  # `method` is decided, and `quantisation` is what it really uses
-    "The settings of a run; a `LabError` for processes that cannot share its work."
-    names = {field.name for field in fields(Settings)}
-    settings = Settings(**{name: value for name, value in params.items() if name in names})
-    settings = replace(settings, method=settings.method or _method_of(settings))
-    if settings.method != 'qlora':
-        settings = replace(settings, quantisation='none')
-    if settings.method == 'full':
-        settings = replace(settings, lora_rank=0, lora_targets=())
+)->Settings:
+    "The settings of a run; a `LabError` for an unknown choice, and for processes that cannot share its work."
+    for name, value in params.items():
+        check_choice(name, value)
+    names = {field.name for field in fields(Settings)} - {'method'}
+    settings = Settings(method=Method.from_params(SimpleNamespace(**params)),
+                        **{name: value for name, value in params.items() if name in names})
     _check_processes(settings)
     return settings
 
@@ -123,38 +111,37 @@ def _linear_layers(config):
 
 def _adapted_layers(linear, targets, architecture):
     "The linear layers that an adapter with these targets would have; a `LabError` when there are none."
-    targets = [targets] if isinstance(targets, str) else list(targets)
     adapted = [layer for name, layer in linear.items()
-               if targets == ['all-linear'] or any(f'.{name}'.endswith(f'.{target}') for target in targets)]
+               if targets == ('all-linear',) or any(f'.{name}'.endswith(f'.{target}') for target in targets)]
     if not adapted:
         names = ', '.join(sorted({name.split('.')[-1] for name in linear}))
-        raise LabError(f'lora_targets {targets} name no linear map of {architecture}: choose from {names}')
+        raise LabError(f'lora_targets {list(targets)} name no linear map of {architecture}: choose from {names}')
     return adapted
 
 
-def _counted(config, settings):
+def _counted(config, method):
     "Parameters of an architecture without formulas: all of them, those trained, those in quantised layers."
     model, linear = _linear_layers(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     trainable = total
-    if settings.method != 'full':
-        adapted = _adapted_layers(linear, settings.lora_targets, config.model_type)
-        trainable = sum(settings.lora_rank * (layer.in_features + layer.out_features) for layer in adapted)
+    if not method.full:
+        adapted = _adapted_layers(linear, method.targets, config.model_type)
+        trainable = sum(method.rank * (layer.in_features + layer.out_features) for layer in adapted)
     in_linear = sum(layer.weight.numel() for layer in linear.values())
-    return dict(total=total, trainable=trainable, quantised=0 if settings.quantisation == 'none' else in_linear)
+    return dict(total=total, trainable=trainable, quantised=0 if method.quantisation == 'none' else in_linear)
 
 
-def count_parameters(config,   # a transformers config
-                     settings, # from `settings_of`
-)->dict:                       # total, trainable (the adapter's own come on top of the total), quantised
+def count_parameters(config,        # a transformers config
+                     method:Method, # what is trained, and how the weights are held
+)->dict:                            # total, trainable (the adapter's own come on top of the total), quantised
     "Parameters of the model, of those trained, of those quantised: exactly; a `LabError` for unknown targets."
     if config.model_type not in families:
-        return _counted(config, settings)
+        return _counted(config, method)
     total = parameter_count(config)['total']
     trainable = total
-    if settings.method != 'full':
-        trainable = lora_parameter_count(config, settings.lora_rank, settings.lora_targets)
-    return dict(total=total, trainable=trainable, quantised=quantised_count(config, settings.quantisation))
+    if not method.full:
+        trainable = lora_parameter_count(config, method.rank, method.targets)
+    return dict(total=total, trainable=trainable, quantised=quantised_count(config, method.quantisation))
 
 # %% ../../nbs/runs/13_plan.ipynb #ea21a42d
 def _is_here(settings):
@@ -211,15 +198,17 @@ def padded_lengths(settings, # from `settings_of`
                    lengths,  # slots of every training example
 )->list:                     # the same examples with their padding
     "Lengths of the rows of one epoch as the model sees them."
-    if settings.layout == 'packed':
+    from llmft.data.batches import Plan, layouts
+
+    layout = layouts[settings.layout]
+    if layout.joins:
         return list(lengths)
-    from llmft.data.batches import Plan
 
     order = Plan(len(lengths), settings.step_rows, settings.seed)
     padded = []
     for step in range(order.steps_per_epoch):
         rows = [lengths[row] for row in order.step(step)]
-        if settings.layout == 'bucketed':
+        if layout.sorts:
             rows.sort(reverse=True)
         for first in range(0, len(rows), settings.batch_size):
             group = rows[first : first + settings.batch_size]
@@ -240,10 +229,8 @@ def count_work(config,       # a transformers config
     epochs = steps['epochs'] or steps['total']  # without rows: of one step each
     slots = padded_lengths(settings, lengths) if lengths else [settings.max_length] * (rows or settings.step_rows)
     tokens = sum(lengths or slots)
-    flops = flops_step(
-        config, slots, method=settings.method, rank=settings.lora_rank, targets=settings.lora_targets,
-        targets_tokens=tokens, gradient_checkpointing=settings.gradient_checkpointing,
-    )
+    flops = flops_step(config, slots, settings.method, targets_tokens=tokens,
+                       gradient_checkpointing=settings.gradient_checkpointing)
     return dict(tokens=round(tokens * epochs), slots=round(sum(slots) * epochs), flops=flops * epochs)
 
 # %% ../../nbs/runs/13_plan.ipynb #ba8ca9f4
@@ -255,27 +242,24 @@ def count_memory(config,        # a transformers config
     "Memory of the process that has most to hold."
     if config.model_type not in families:
         return None
+    from llmft.training.strategies import strategies  # needs PyTorch
+
     own_rows = math.ceil(settings.step_rows / settings.nproc)
     longest = max(lengths) if lengths else settings.max_length
     offloaded = [name for name in ('optimiser', 'weights') if getattr(settings, f'offload_{name}')]
 
     return memory_breakdown(
         config,
+        settings.method,
         tokens=min(own_rows, settings.batch_size) * longest,
         longest=longest,
-        method=settings.method,
-        precision=settings.precision,
-        quantisation=settings.quantisation,
-        optimiser=settings.optimiser,
-        rank=settings.lora_rank,
-        targets=settings.lora_targets,
-        lora_dropout=settings.lora_dropout,
+        optimiser=optimisers[settings.optimiser],
         gradient_checkpointing=settings.gradient_checkpointing,
         accumulation=math.ceil(own_rows / settings.batch_size),
-        device=kind,
         mixed=settings.mixed_precision != 'no',
+        device=kind,
+        sharing=strategies[settings.strategy],
         nproc=settings.nproc,
-        strategy=settings.strategy,
         offloaded=offloaded,
     )
 
@@ -410,9 +394,9 @@ def make_plan(params:dict,    # name -> value of all parameters of a notebook
         settings = replace(settings, nproc=1 if settings.strategy == 'none' else processes_here())
     share = _check_share(share)
     config = model_config(settings.model)
-    precision = settings.precision if settings.mixed_precision == 'no' else settings.mixed_precision
+    precision = settings.method.precision if settings.mixed_precision == 'no' else settings.mixed_precision
 
-    counts = count_parameters(config, settings)
+    counts = count_parameters(config, settings.method)
     lengths = None if rows else read_lengths(settings)
     device = find_device(gpu, precision)
     settings, batch_from = foreseen_batch(config, settings, device)
@@ -424,8 +408,8 @@ def make_plan(params:dict,    # name -> value of all parameters of a notebook
     return dict(
         model=settings.model,
         architecture=config.model_type,
-        method=settings.method,
-        quantisation=settings.quantisation,
+        method=settings.method.kind,
+        quantisation=settings.method.quantisation,
         precision=precision,
         nproc=settings.nproc,
         strategy=settings.strategy,

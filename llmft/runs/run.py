@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['reserve_bytes', 'trackers', 'save_record', 'merge', 'update_record', 'run_folder', 'set_aside', 'open_folder',
            'close_folder', 'read_run', 'list_runs', 'began_after', 'declared_types', 'injected_names',
-           'check_namespace', 'check_tracker', 'open_tracker', 'Run', 'end_unmanaged', 'watch_cells', 'start_run']
+           'check_namespace', 'check_model_params', 'check_tracker', 'open_tracker', 'Run', 'end_unmanaged',
+           'watch_cells', 'start_run']
 
 # %% ../../nbs/runs/04_run.ipynb #2efab354
 import ast
@@ -24,7 +25,7 @@ from fastcore.basics import patch
 
 from ..core import LabError, choose, find_path, jsonable, nearest, read_json, require, write_atomic, write_json
 from .locks import held, hold, is_held, now, release, seconds_since
-from .params import as_type, check_name, find_notebook, types
+from .params import as_type, check_choice, check_name, find_notebook, types
 from .provenance import fingerprint, git_state, machine, provenance_line, versions
 
 # %% ../../nbs/runs/04_run.ipynb #079637c7
@@ -253,8 +254,27 @@ def check_namespace(notebook:str,   # name of the notebook, for errors
             values[name] = as_type(namespace[name], type, from_text=True)
         except ValueError as error:
             raise LabError(f'{notebook}: {name}: {error}') from None
+        check_choice(name, values[name], notebook=notebook)
     namespace.update(values)
     return values
+
+# %% ../../nbs/runs/04_run.ipynb #aaedfd6f
+def check_model_params(params:dict,  # name -> value of all parameters of a notebook, checked
+):
+    "A `LabError` for precision, quantisation or attention that this machine cannot give to the run's model."
+    formats = {name: value for name, value in params.items() if name in ('precision', 'attention', 'mixed_precision')}
+    if not formats or not all(isinstance(value, str) for value in formats.values()):
+        return  # no model is loaded, or precision is a number of decimals
+    if 'compute' in params:
+        from llmft.models.precisions import check_form
+
+        check_form(params['precision'], params['compute'])
+        return
+    from llmft.models.load import check_model_settings
+    from llmft.models.methods import Method
+
+    quantisation = Method.from_params(SimpleNamespace(**params)).quantisation
+    check_model_settings(quantisation=quantisation, **formats)
 
 # %% ../../nbs/runs/04_run.ipynb #f693ba87
 trackers = dict(
@@ -412,6 +432,7 @@ def start_run(notebook:str,    # name of the experiment notebook, as in nbs/expe
 )->Run:
     "Check the parameters in `namespace` and open the run's folder; the setup cell of every experiment."
     params = check_namespace(notebook, namespace)
+    check_model_params(params)
     ticket = json.loads(os.environ.pop('LLMFT_RUN', '{}'))
     if ticket:
         return _join(ticket)
@@ -420,7 +441,6 @@ def start_run(notebook:str,    # name of the experiment notebook, as in nbs/expe
     if str(folder) in held:
         close_folder(folder, 'interrupted', 'the setup cell was run again')
     path = _notebook_path(notebook)
-    check_tracker(params.get('wandb', 'off'))
     record = open_folder(folder, params, path)
     try:
         run = Run(folder, record)

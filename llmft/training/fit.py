@@ -34,14 +34,14 @@ def _set_learning_rate(run):
 
 def _clip_and_update(run, loss):
     "Clip the gradients and update the weights if all is finite; the gradient norm before clipping comes back."
-    team = run.team
-    norm = team.clip(run.parameters, run.recipe.clip) if math.isfinite(loss) else math.nan
+    group = run.group
+    norm = group.clip(run.parameters, run.recipe.clip) if math.isfinite(loss) else math.nan
     _set_learning_rate(run)
     if norm is None:
-        return team.step()  # the strategy clips within its step
-    scaler_decides = math.isfinite(loss) and team.accelerator.scaler is not None
+        return group.step()  # the strategy clips within its step
+    scaler_decides = math.isfinite(loss) and group.accelerator.scaler is not None
     if math.isfinite(norm) or scaler_decides:
-        team.step()
+        group.step()
     return norm
 
 
@@ -50,14 +50,14 @@ def train_step(run,      # the `Fit` in progress; its weights move
                targets,  # targets of the step over all processes
 )->tuple:                # (mean loss in nats per target, gradient norm before clipping)
     "One optimiser step of `run`; a `LabError` when the loss or the gradient is not finite."
-    team = run.team
-    team.zero_grad()
-    batches = [batch.to(team.device) for batch in batches]
-    loss = accumulate(run.loss_model, batches, targets, team.backward, team.world, team.micro_step)
-    (loss,) = team.sum([float(loss)])
+    group = run.group
+    group.zero_grad()
+    batches = [batch.to(group.device) for batch in batches]
+    loss = accumulate(run.loss_model, batches, targets, group.backward, group.world, group.micro_step)
+    (loss,) = group.sum([float(loss)])
 
     norm = _clip_and_update(run, loss)
-    if not math.isfinite(loss) or (team.accelerator.scaler is None and not math.isfinite(norm)):
+    if not math.isfinite(loss) or (group.accelerator.scaler is None and not math.isfinite(norm)):
         raise LabError(
             f'step {run.progress.step + 1}: the loss is {loss:.4g} and the gradient norm {norm:.4g}: '
             f'lower learning_rate (now {run.recipe.learning_rate:g}), or use precision bf16 or fp32'
@@ -168,7 +168,7 @@ def evaluate(run: Fit) -> bool:
     recipe = run.recipe
     progress = run.progress
     longest = int(run.valid.slots.max())
-    scores = evaluate_loss(run.model, run.valid, recipe.batch_size, longest, recipe.layout, run.team)
+    scores = evaluate_loss(run.model, run.valid, recipe.batch_size, longest, recipe.layout, run.group)
     if not math.isfinite(scores['loss']):
         raise LabError(f"step {progress.step}: the held-out loss is {scores['loss']}: lower learning_rate "
                        f"(now {recipe.learning_rate:g}), or use precision bf16 or fp32")
@@ -216,7 +216,7 @@ def resident_bytes(model,           # whole, or cut by a strategy
 # %% ../../nbs/training/08_fit.ipynb #97c4d580
 def _is_to_be_watched(run, slots) -> bool:
     "Whether the coming step, with a micro-batch of `slots`, is one whose tensors shall be counted."
-    if run.team.device.type != 'cpu':
+    if run.group.device.type != 'cpu':
         return False
     number = run.progress.step - run.started_at + 1
     warm = number >= min(WARMUP_TIMED, run.steps - run.started_at)
@@ -321,14 +321,14 @@ def _next_step(run):
     "Take and book the next optimiser step of the plan; its loss comes back, or `None` when no budget is left for it."
     start = time.perf_counter()
     rows = run.plan.step(run.progress.step)
-    shares = step_shares(run.train, rows, run.recipe, run.team.world)
+    shares = step_shares(run.train, rows, run.recipe, run.group.world)
     batches = [batch for share in shares for batch in share]
     flops = sum(micro_batch_flops(run.model.config, run.method, batch, run.recipe) for batch in batches)
     if not _affordable(run, flops, batches):
         return None
 
     targets = targets_of(shares)
-    loss, norm = watched_step(run, shares[run.team.rank], targets)
+    loss, norm = watched_step(run, shares[run.group.rank], targets)
     synchronise()
     book_step(run, loss, norm, batches, targets, flops, time.perf_counter() - start)
     return loss
@@ -384,7 +384,7 @@ def _walk(run):
 def _restore_best(run):
     "Give the model the weights of its best evaluation."
     best = run.folder / f'step-{run.progress.best_step:06d}'
-    run.team.restore_weights(run.names, load_checkpoint(best)[0]['weights'])
+    run.group.restore_weights(run.names, load_checkpoint(best)[0]['weights'])
     run.log.say(f'weights of step {run.progress.best_step} restored: held-out loss {run.progress.best_loss:.4f}')
 
 
@@ -394,7 +394,7 @@ def _memory_of_all(run, meter, resident):
     grown = meter.growth_bytes + resident
     peak = meter.peak_bytes if on_gpu else run.watched.get('bytes', grown)
 
-    everyone = run.team.gather((peak, grown, run.watched or None))
+    everyone = run.group.gather((peak, grown, run.watched or None))
     peak, grown, watched = max(everyone, key=lambda memory: memory[0])
     return peak, None if on_gpu else grown, watched
 

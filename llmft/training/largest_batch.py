@@ -22,9 +22,10 @@ from ..core import LabError, read_json, write_json
 from ..data.tokens import Examples
 from ..models.cost import memory_breakdown
 from ..models.meter import Meter, TensorMemory
+from ..models.methods import Method
 from .fit import resident_bytes
-from .recipe import Recipe, make_optimiser
-from .step import LossModel, accumulate, set_gradient_checkpointing, step_batches, training_method
+from .recipe import Recipe, make_optimiser, optimisers
+from .step import LossModel, accumulate, set_gradient_checkpointing, step_batches
 
 # %% ../../nbs/training/11_largest_batch.ipynb #ac58d4a7
 _GIB = 2**30
@@ -122,22 +123,18 @@ def _step(model, recipe, batch, accumulation):
             parameter.grad = None
 
 
-def _predicted(model, recipe, batch, accumulation, **facts):
+def _predicted(model, recipe, batch, accumulation):
     "Bytes by the formulas, or `None` for an architecture they do not know."
-    adapter = getattr(model, 'peft_config', {}).get('default')
-
     try:
         return memory_breakdown(
             model.config,
+            Method.of(model),
             tokens=batch * recipe.max_length,
             longest=recipe.max_length,
-            optimiser=recipe.optimiser,
+            optimiser=optimisers[recipe.optimiser],
             gradient_checkpointing=recipe.gradient_checkpointing,
             accumulation=accumulation,
             device=next(model.parameters()).device.type,
-            lora_dropout=getattr(adapter, 'lora_dropout', 0.0),
-            **training_method(model),
-            **facts,
         )['total']
     except LabError:
         return None
@@ -171,11 +168,10 @@ def try_batch(model,               # from `load_model`, with or without an adapt
               batch:int,           # rows of full length
               limit:int,           # bytes, from `memory_limit`
               accumulation:int=1,  # micro-batches of a step: from the second on there are gradients before backward
-              **facts,             # precision and quantisation, for the prediction
 )->Trial:
     "Whether a training step on `batch` rows of full length stays within `limit`."
     return_memory()
-    trial = Trial(batch, fits=False, predicted_bytes=_predicted(model, recipe, batch, accumulation, **facts))
+    trial = Trial(batch, fits=False, predicted_bytes=_predicted(model, recipe, batch, accumulation))
     was_training = model.training
     set_gradient_checkpointing(model, recipe.gradient_checkpointing)
     model.train()
@@ -249,7 +245,6 @@ def largest_batch(model,               # from `load_model`, with or without an a
                   accumulation:int=1,  # micro-batches of a step
                   say=print,           # called with one line per trial
                   folder=None,         # keeps the result in batch_search.json: a resumed run does not search again
-                  **facts,             # precision and quantisation, for the prediction
 )->tuple:                              # (batch, list of `Trial`)
     "The largest batch whose training step stays within the limit. `LabError` when one row does not."
     kept = Path(folder) / 'batch_search.json' if folder else None
@@ -262,7 +257,7 @@ def largest_batch(model,               # from `load_model`, with or without an a
 
     def fits(batch):
         refused = _not_to_be_run(trials, batch)
-        trial = refused or try_batch(model, recipe, batch, limit, accumulation, **facts)
+        trial = refused or try_batch(model, recipe, batch, limit, accumulation)
         trials.append(trial)
         say(_in_words(trial, limit))
         return trial.fits

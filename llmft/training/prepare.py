@@ -30,10 +30,10 @@ from ..core import LabError, jsonable, purpose_rng, seed_everything, short_hash
 from ..data.batches import Plan
 from ..data.tokens import Examples
 from ..models.adapters import trainable_parameters
-from ..models.subspace import Subspace
+from ..models.methods import Method
 from .recipe import Recipe
-from .step import LossModel, set_gradient_checkpointing, training_method
-from .strategies import Team, check_subspace, make_team
+from .step import LossModel, set_gradient_checkpointing
+from .strategies import ProcessGroup, check_subspace, make_process_group
 
 # %% ../../nbs/training/07_prepare.ipynb #4fd84d36
 @dataclass
@@ -53,13 +53,13 @@ class Fit:
     steps: int = 0  # optimiser steps planned
 
     # what is trained, and by which processes
-    team: Team = None  # the processes and how they share the work
+    group: ProcessGroup = None  # the processes and how they share the work
     loss_model: nn.Module = None  # `model` with its loss, wrapped for the processes
     optimiser: object = None  # wrapped likewise
     shapes: dict = None  # name -> shape of all trained parameters, before they were cut
     parameters: list = None  # trained parameters
     names: dict = None  # trained parameter -> name
-    method: dict = None  # from `training_method`, for the FLOPs of a step
+    method: Method = None  # what is trained, for the FLOPs of a step
 
     # how far it is
     progress: Progress = field(default_factory=Progress)
@@ -105,12 +105,6 @@ def _has_fp16_weights(model):
     return True
 
 
-def _lends_whole_weights(model):
-    "Whether parts of `model` must see whole weights at every step, so that no strategy may shard them."
-    marked = getattr(model, 'lends_whole_weights', False)
-    return marked or any(isinstance(module, Subspace) for module in model.modules())
-
-
 def _seed_process(seed, rank, *purpose):
     "Give PyTorch's generator, which dropout draws from, a state that only this process has."
     torch.manual_seed(int(purpose_rng(seed, 'process', rank, *purpose).integers(2**62)))
@@ -124,27 +118,26 @@ def _join_processes(model, recipe, processes):
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.cuda.is_available(),
                               kwargs_handlers=[gradients_only])
 
-    if processes and _lends_whole_weights(model):
-        check_subspace(processes.strategy)
-    team = make_team(accelerator, processes)
-    if team.rank:
-        _seed_process(recipe.seed, team.rank)
-    return team
+    if processes:
+        check_subspace(processes.strategy, model)
+    group = make_process_group(accelerator, processes)
+    if group.rank:
+        _seed_process(recipe.seed, group.rank)
+    return group
 
 
 def _wrap(run):
     "Set the model to training, note what is trained, and wrap model and optimiser for the processes."
     set_gradient_checkpointing(run.model, run.recipe.gradient_checkpointing)
     run.model.train()
-    run.method = training_method(run.model)
+    run.method = Method.of(run.model)
     run.shapes = {name: list(parameter.shape) for name, parameter in trainable_parameters(run.model).items()}
     if not run.shapes:
         raise LabError('no parameter is trainable: add an adapter to a frozen or quantised model')
 
-    wrapper_casts = getattr(run.team, 'casts', type(run.team) is Team)  # Accelerate does for unsharded models
-    loss_model = LossModel(run.model, in_bfloat16=run.recipe.mixed_precision == 'bf16' and not wrapper_casts)
-    run.loss_model, run.optimiser = run.team.wrap(loss_model, run.recipe)
-    run.names = run.team.names(run.model)
+    loss_model = LossModel(run.model, in_bfloat16=run.recipe.mixed_precision == 'bf16' and not run.group.casts)
+    run.loss_model, run.optimiser = run.group.wrap(loss_model, run.recipe)
+    run.names = run.group.names(run.model)
     run.parameters = list(run.names)
 
 
@@ -161,11 +154,11 @@ def prepare(model,           # as for `fit`
     recipe.check()
     _check_examples(train, recipe)
     seed_everything(recipe.seed)
-    team = _join_processes(model, recipe, processes)
+    group = _join_processes(model, recipe, processes)
 
     Path(folder).mkdir(parents=True, exist_ok=True)
-    log = Log(folder, team.rank == 0, on_log)
-    run = Fit(model, train, valid, recipe, log, ledger, team=team)
+    log = Log(folder, group.rank == 0, on_log)
+    run = Fit(model, train, valid, recipe, log, ledger, group=group)
     run.plan = _plan(len(train), recipe)
     run.steps = planned_steps(len(train), recipe)
 
@@ -195,16 +188,16 @@ def _check_identity(run, checkpoint, state):
 
 
 def _random_file(run) -> str:
-    return 'random' if run.team.rank == 0 else f'random.rank{run.team.rank:05d}'
+    return 'random' if run.group.rank == 0 else f'random.rank{run.group.rank:05d}'
 
 
 def _restore_generators(run, groups, state):
     "Put back the generators of this process; one that the checkpoint does not know starts a sequence of its own."
     own_file = _random_file(run)
-    if run.team.rank == 0 or own_file in groups:
+    if run.group.rank == 0 or own_file in groups:
         restore_random(groups[own_file], state['random'])
     else:
-        _seed_process(run.recipe.seed, run.team.rank, state['progress']['step'])
+        _seed_process(run.recipe.seed, run.group.rank, state['progress']['step'])
 
 
 def resume(run: Fit):
@@ -213,10 +206,10 @@ def resume(run: Fit):
     if checkpoint:
         groups, state = load_checkpoint(checkpoint)
         _check_identity(run, checkpoint, state)
-        run.team.restore(run.names, groups, state['optimiser'])
+        run.group.restore(run.names, groups, state['optimiser'])
         _restore_generators(run, groups, state)
         if state.get('scaler'):
-            run.team.accelerator.scaler.load_state_dict(state['scaler'])
+            run.group.accelerator.scaler.load_state_dict(state['scaler'])
         run.progress = Progress(**state['progress'])
         run.log.say(f'resumed at step {run.progress.step} of {run.steps}')
 
@@ -226,9 +219,9 @@ def resume(run: Fit):
 # %% ../../nbs/training/07_prepare.ipynb #3eb90d90
 def save(run: Fit):
     "Write a checkpoint of `run`, each process its part, and delete those no longer wanted."
-    groups, numbers = run.team.state(run.names)
+    groups, numbers = run.group.state(run.names)
     random_tensors, random_rest = random_state()
-    scaler = run.team.accelerator.scaler
+    scaler = run.group.accelerator.scaler
     state = dict(
         identity=_identity(run),
         progress=asdict(run.progress),
@@ -238,6 +231,6 @@ def save(run: Fit):
     )
 
     groups = groups | {_random_file(run): random_tensors}
-    save_checkpoint(run.folder, run.progress.step, groups, state, run.team.rank, run.team.gather)
-    if run.team.rank == 0:
+    save_checkpoint(run.folder, run.progress.step, groups, state, run.group.rank, run.group.gather)
+    if run.group.rank == 0:
         prune_checkpoints(run.folder, run.recipe.keep_checkpoints, run.progress.best_step)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LossModel', 'blank_batch', 'step_shares', 'targets_of', 'step_batches', 'accumulate', 'evaluate_loss', 'judge',
-           'set_gradient_checkpointing', 'document_lengths', 'training_method', 'micro_batch_flops']
+           'set_gradient_checkpointing', 'document_lengths', 'micro_batch_flops']
 
 # %% ../../nbs/training/06_step.ipynb #e44a4b6c
 import math
@@ -19,10 +19,10 @@ from ..data.tables import Documents
 from ..data.tokens import Examples, cut, encode
 from ..models.cost import flops_step
 from ..models.load import hidden_states, output_head
-from ..models.low_rank import LowRank
+from ..models.methods import Method
 from .losses import head_cross_entropy
 from .recipe import Recipe
-from .strategies import Team
+from .strategies import ProcessGroup
 
 # %% ../../nbs/training/06_step.ipynb #9ff556b4
 class LossModel(nn.Module):
@@ -106,47 +106,47 @@ def accumulate(loss_model,                             # a `LossModel`, wrapped 
     return total / targets
 
 # %% ../../nbs/training/06_step.ipynb #0fc84d08
-def _dealt(batches, team):
+def _dealt(batches, group):
     "The evaluation batches that this process scores; blank ones at the end, so that all processes score as many."
-    if team is None or team.world == 1:
+    if group is None or group.world == 1:
         yield from batches
         return
 
-    group = []
+    round_of_batches = []  # one for each process
     for batch in batches:
-        group.append(batch)
-        if len(group) == team.world:
-            yield group[team.rank]
-            group = []
-    if group:
-        yield group[team.rank] if team.rank < len(group) else blank_batch(group[0])
+        round_of_batches.append(batch)
+        if len(round_of_batches) == group.world:
+            yield round_of_batches[group.rank]
+            round_of_batches = []
+    if round_of_batches:
+        yield round_of_batches[group.rank] if group.rank < len(round_of_batches) else blank_batch(round_of_batches[0])
 
 
 @torch.no_grad()
-def evaluate_loss(model,                # a causal language model
-                  examples:Examples,    # held-out examples
-                  batch_size:int,       # as in `Recipe`
-                  max_length:int,       # as in `Recipe`
-                  layout:str='packed',  # packed | bucketed | padded
-                  team:Team=None,       # processes that share the work, all of which call; None is this one alone
-)->dict:                                # loss in nats per target, perplexity, number of targets
+def evaluate_loss(model,                    # a causal language model
+                  examples:Examples,        # held-out examples
+                  batch_size:int,           # as in `Recipe`
+                  max_length:int,           # as in `Recipe`
+                  layout:str='packed',      # packed | bucketed | padded
+                  group:ProcessGroup=None,  # processes that share the work, all of which call; None is this one alone
+)->dict:                                    # loss in nats per target, perplexity, number of targets
     "Mean loss of `model` over every target of `examples`; a `LabError` when they have none."
     loss_model = LossModel(model)
-    if team:
-        loss_model = team.evaluator(loss_model)
-    device = team.device if team else next(model.parameters()).device
+    if group:
+        loss_model = group.evaluator(loss_model)
+    device = group.device if group else next(model.parameters()).device
     was_training = model.training
 
     loss_model.eval()
     total = 0.0
     targets = 0
-    for batch in _dealt(evaluation_batches(examples, batch_size, max_length, layout), team):
+    for batch in _dealt(evaluation_batches(examples, batch_size, max_length, layout), group):
         total += float(loss_model(batch.to(device)))
         targets += batch.supervised
     loss_model.train(was_training)
 
-    if team:
-        total, targets = team.sum([total, targets])
+    if group:
+        total, targets = group.sum([total, targets])
     if not targets:
         raise LabError('the held-out examples have no target: give held-out documents of at least two tokens')
     return dict(loss=total / targets, perplexity=math.exp(min(total / targets, 700)), targets=int(targets))
@@ -186,33 +186,12 @@ def document_lengths(batch: MicroBatch) -> list:
     "Slots of each document of a packed row, or of each row of a padded one."
     return batch.lengths or [batch.ids_BT.shape[1]] * batch.ids_BT.shape[0]
 
-# %% ../../nbs/training/06_step.ipynb #ac21300d
-def _low_rank_branches(model):
-    "Method of a model with low-rank branches beside frozen layers; `None` when it has none."
-    branches = [(name.removesuffix('.layer').rpartition('.')[2], module)
-                for name, module in model.named_modules() if isinstance(module, LowRank)]
-    if not branches:
-        return None
-    targets = {layer for layer, _ in branches} - {'lm_head'}  # the FLOPs of a branch beside the head are left out
-    return dict(method='lora', rank=max(len(module.A) for _, module in branches), targets=tuple(targets))
-
-
-def training_method(model) -> dict:
-    "What `flops_step` and `memory_breakdown` need to know of `model`: all of it is trained, or an adapter is."
-    facts = getattr(model, 'training_facts', None)
-    adapter = getattr(model, 'peft_config', {}).get('default')
-    if facts:
-        return dict(method=facts.kind, rank=facts.rank, targets=tuple(facts.targets))
-    if adapter:
-        return dict(method='lora', rank=adapter.r, targets=tuple(adapter.target_modules))
-    return _low_rank_branches(model) or dict(method='full')
-
 # %% ../../nbs/training/06_step.ipynb #b18b9daf
 def micro_batch_flops(config,            # of a transformers model
-                      method:dict,       # from `training_method`
+                      method:Method,     # what is trained; `Method.of` reads it from a model
                       batch:MicroBatch,  # its shape and documents are what counts
                       recipe:Recipe,     # its `gradient_checkpointing`
 )->float:                                # floating point operations of matrix products
     "Hardware FLOPs of forward and backward of one micro-batch."
-    return flops_step(config, document_lengths(batch), targets_tokens=batch.supervised,
-                      gradient_checkpointing=recipe.gradient_checkpointing, **method)
+    return flops_step(config, document_lengths(batch), method, targets_tokens=batch.supervised,
+                      gradient_checkpointing=recipe.gradient_checkpointing)

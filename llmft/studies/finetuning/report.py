@@ -12,10 +12,12 @@ import math
 from ...models.cost import memory_breakdown
 from ...models.load import quantised_share
 from ...models.meter import machine_peaks
+from ...models.methods import Method
 from ...runs.tables import column, table
 from ...training.fit import FitResult
-from ...training.strategies import Processes
-from .setup import TrainingData, quantisation_of
+from ...training.recipe import optimisers
+from ...training.strategies import Processes, strategies
+from .setup import TrainingData
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #0e1af288
 def data_table(data:TrainingData,  # of the run
@@ -72,11 +74,10 @@ def predicted_memory(config,               # of the model
     "What a training step of this run should take, in bytes."
     away = dict(optimiser=params.offload_optimiser, weights=params.offload_weights)
     return memory_breakdown(
-        config, tokens=step['slots'], longest=step['longest'], method=params.method, precision=params.precision,
-        quantisation=quantisation_of(params), optimiser=params.optimiser, rank=params.lora_rank,
-        targets=params.lora_targets, lora_dropout=params.lora_dropout, mixed=params.mixed_precision != 'no',
-        gradient_checkpointing=params.gradient_checkpointing, accumulation=params.gradient_accumulation, device=device,
-        nproc=processes.count * processes.hosts, strategy=params.strategy,
+        config, Method.from_params(params), tokens=step['slots'], longest=step['longest'],
+        optimiser=optimisers[params.optimiser], gradient_checkpointing=params.gradient_checkpointing,
+        accumulation=params.gradient_accumulation, mixed=params.mixed_precision != 'no', device=device,
+        sharing=strategies[params.strategy], nproc=processes.count * processes.hosts,
         offloaded=[part for part, offloaded in away.items() if offloaded])
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #13e02836
