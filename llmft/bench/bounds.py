@@ -19,9 +19,9 @@ from ..data.batches import micro_batches
 from ..data.token_files import TokenFile, make_encoder, trajectory_texts, write_side
 from ..data.tokens import boundaries
 from ..models.load import hidden_states, output_head
+from ..models.low_rank import add_low_rank, frozen_gpt2
 from ..models.projections import make_projection
 from ..models.subspace import SubspaceConfig, attach
-from ..models.low_rank import add_low_rank, frozen_gpt2
 from ..training.recipe import Recipe, make_optimiser
 from ..training.step import LossModel
 from .turns import medians

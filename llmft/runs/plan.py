@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 
-from ..core import LabError, find_path, nearest
 from llmft.models.cost import (
     families,
     flops_step,
@@ -21,9 +20,11 @@ from llmft.models.cost import (
     parameter_count,
     quantised_count,
 )
+
+from ..core import LabError, find_path, nearest
 from ..models.methods import Method
-from .params import check_choice, declared_names
 from ..training.recipe import optimisers
+from .params import check_choice, declared_names
 
 # %% ../../nbs/runs/13_plan.ipynb #79a449c6
 @dataclass(frozen=True)

@@ -144,12 +144,12 @@ def _check_training(name, strategy, recipe, method):
 def check_processes(
     processes: Processes,  # what is asked for
     recipe: Recipe,  # its batch and optimiser
-    method: Method = Method(),  # quantisation and precision of its weights
+    method: Method = None,  # quantisation and precision of its weights; all weights in fp32 when None
 ) -> Processes:  # `processes`
     "Refuse with a `LabError` what can't be done, before anything is started."
     strategy = choose('strategy', processes.strategy, strategies)
     _check_count(processes, recipe)
-    _check_training(processes.strategy, strategy, recipe, method)
+    _check_training(processes.strategy, strategy, recipe, method or Method())
 
     if processes.offload_optimiser and 'optimiser' not in strategy.offloads:
         raise LabError(f'offload_optimiser is for zero2 and zero3, and strategy is {processes.strategy}: leave it off')
