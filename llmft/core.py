@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assets', 'LabError', 'nearest', 'choose', 'require', 'write_atomic', 'jsonable', 'write_json', 'read_json',
            'sha256_of', 'short_hash', 'seed_everything', 'purpose_rng', 'project_root', 'find_path', 'hub_answers',
-           'shows_bar']
+           'shows_bar', 'Html']
 
 # %% ../nbs/core.ipynb #bc07d841
 import contextlib
@@ -192,3 +192,10 @@ def shows_bar() -> bool:
     kernels = sys.modules.get('ipykernel.kernelapp')
     in_kernel = bool(kernels and kernels.IPKernelApp.initialized())
     return sys.stderr.isatty() or (in_kernel and 'LLMFT_MANAGED' not in os.environ)
+
+# %% ../nbs/core.ipynb #3eec978f
+class Html(str):
+    "A piece of HTML that displays itself in a notebook."
+
+    def _repr_html_(self):
+        return str(self)

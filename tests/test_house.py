@@ -64,7 +64,8 @@ def test_lines_have_at_most_120_columns():
         for cell in code(path):
             for line in source(cell).splitlines():
                 looked += 1
-                if len(line) > 120:
+                literal = cell in tagged_cells(path) and len(line.partition('  # ')[0]) > 100
+                if len(line) > 120 and not literal:  # a text parameter is one literal, however long
                     wrong.append(f'{place(path)}: {len(line)} columns: {line.strip()[:60]}')
     report(wrong, looked, 8000)
 

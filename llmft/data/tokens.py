@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['special_tokens', 'chat_template', 'policies', 'train_tokenizer', 'load_tokenizer', 'tokenizer_hash', 'Examples',
            'token_type', 'TokenWriter', 'side_facts', 'boundaries', 'read_side', 'encode', 'read_tokens', 'Policy',
-           'cut', 'Html', 'show_tokens']
+           'cut', 'show_tokens']
 
 # %% ../../nbs/data/04_tokens.ipynb #8116180d
 import html
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import LabError, assets, choose, find_path, hub_answers, read_json, sha256_of, write_json
+from ..core import Html, LabError, assets, choose, find_path, hub_answers, read_json, sha256_of, write_json
 
 # %% ../../nbs/data/04_tokens.ipynb #f7947650
 special_tokens = ('<|endoftext|>', '<|system|>', '<|user|>', '<|assistant|>')
@@ -353,13 +353,6 @@ def cut(examples:Examples,     # one example per document
         targets=int(targets.sum()),
         targets_lost=targets_before - int(targets.sum()),
         without_target=int((targets == 0).sum()))
-
-# %% ../../nbs/data/04_tokens.ipynb #4cd77f62
-class Html(str):
-    "A string that notebooks show as HTML."
-
-    def _repr_html_(self):
-        return str(self)
 
 # %% ../../nbs/data/04_tokens.ipynb #7e41e8c3
 _longest_spelling = 4  # tokens of one character that is spelled in bytes

@@ -16,13 +16,22 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from llmft.runs.workers import (
+    gpu_slots,
+    local_workers,
+    remote_workers,
+    resources_of,
+    slots_of,
+    tries,
+    worker_environment,
+)
+
 from ..core import LabError, project_root
 from .execute import execute_run
 from .locks import is_held
 from .provenance import fingerprint
 from .run import began_after, read_run, run_folder
 from .sweep_file import shown_folder
-from .workers import gpu_slots, local_workers, remote_workers, resources_of, slots_of, tries, worker_environment
 
 # %% ../../nbs/runs/12_sweeps.ipynb #1e30eeda
 def _paths_in(params):

@@ -144,7 +144,7 @@ def _check_training(name, strategy, recipe, method):
 def check_processes(
     processes: Processes,  # what is asked for
     recipe: Recipe,  # its batch and optimiser
-    method: Method = None,  # quantisation and precision of its weights; None quantises nothing, in fp32
+    method: Method = None,  # quantisation and precision of its weights; all weights in fp32 when None
 ) -> Processes:  # `processes`
     "Refuse with a `LabError` what can't be done, before anything is started."
     strategy = choose('strategy', processes.strategy, strategies)

@@ -165,7 +165,8 @@ def finetuning_verdict(method:str,        # full, lora or qlora
     direction = 'lowered' if change > 0 else 'raised'
     progress = result.progress
     return (f"{method} {direction} the held-out perplexity from {before['perplexity']:.1f} to "
-            f"{after['perplexity']:.1f} ({abs(change):.0%}; n = {after['targets']:,} tokens of {after['documents']} documents), "
+            f"{after['perplexity']:.1f} ({abs(change):.0%}; n = {after['targets']:,} "
+            f"tokens of {after['documents']} documents), "
             f"training {result.trainable:,} of {size['total']:,} parameters for {progress.step:,} steps "
             f"({progress.stopped}).")
 

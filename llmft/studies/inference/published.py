@@ -25,7 +25,7 @@ def beside_reference(rows:list,  # one dict per run of ours: model, device, prec
 
     return table(reference + ours, [
         column('whose'), column('precision'), column('avg_latency', 'a query', 's'),
-        column('throughput_with_prompt_tokens_per_sec', 'tokens, prompt counted', '1/s'),
+        column('throughput_with_prompt_tokens_per_sec', 'tokens, prompt counted', '1/s', digits=4),
         column('throughput_tokens_per_sec', 'new tokens', '1/s'), column('peak_memory_gb', 'peak memory', 'GiB')])
 
 # %% ../../../nbs/studies/inference/02_published.ipynb #bc7323be

@@ -168,7 +168,7 @@ def _checked(row):
     return problem
 
 
-def read_problems(data:str,        # 'builtin:arithmetic', a file or folder of tables, or a hub name such as 'openai/gsm8k'
+def read_problems(data:str,        # 'builtin:arithmetic', a file or folder of tables, or a hub name
                   config:str='',   # a hub data set's configuration, for GSM8K 'main'
                   split:str='test',# of a hub data set
                   count:int=0,     # the first so many; 0 takes all (500 of the built-in ones)
