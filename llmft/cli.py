@@ -25,7 +25,7 @@ from .runs.execute import execute_run, row_text
 from .runs.params import find_notebook, read_parameters, read_yaml, resolve_params, shown
 from .runs.run import list_runs, read_run
 from .runs.sweep_file import Point, expand
-from .runs.sweeps import finished, outcome, run_stages, sweep_report, told
+from .runs.sweeps import finished_record, point_result, result_text, run_stages, sweep_report
 from .runs.workers import cluster_settings
 
 # %% ../nbs/cli.ipynb #a9c9be87
@@ -121,18 +121,18 @@ def _say(line: str):
 
 def run_here(point,           # a `Point`
              fresh:bool=False,# run again what is done
-)->dict:                      # how it ended, as `outcome` says it
+)->dict:                      # how it ended, as `point_result` says it
     "Execute one run in this process, printing its progress."
-    if not fresh and (record := finished(point)):
+    if not fresh and (record := finished_record(point)):
         print(f'{point.label}: already done (--fresh runs it again)')
-        return outcome(point, record)
+        return point_result(point, record)
 
     _say(f'{point.label}: running in {shown(point.folder)}')
 
     def on_line(line):
         _say(f'  {line}')
 
-    return outcome(point, execute_run(point.notebook, point.params, fresh=fresh, on_line=on_line))
+    return point_result(point, execute_run(point.notebook, point.params, fresh=fresh, on_line=on_line))
 
 # %% ../nbs/cli.ipynb #8ccb13f1
 def _grouped(jobs: list, workers: int) -> list:
@@ -190,12 +190,12 @@ def metrics_of(folder) -> dict:
     return {name: value for name, value in numbers.items() if not isinstance(value, bool)}
 
 # %% ../nbs/cli.ipynb #6b353626
-_most_told = 3  # runs of a call that are told one by one
+_most_listed = 3  # runs of a call that are listed one by one
 
 
 def _result_lines(result: dict) -> list:
     "How one run ended, and below it its numbers."
-    lines = [f"{result['notebook']}/{result['name']}: {told(result)}"]
+    lines = [f"{result['notebook']}/{result['name']}: {result_text(result)}"]
     if result['status'] == 'done' and (numbers := row_text(key_metrics(metrics_of(result['folder']), 4))):
         lines.append(f'  {numbers}')
     return lines
@@ -204,7 +204,7 @@ def _result_lines(result: dict) -> list:
 def closing(results: list) -> str:
     "What became of the runs, and which report to open."
     reports = [f"open {result['report']}" for result in results if result['report']]
-    if len(results) > _most_told:
+    if len(results) > _most_listed:
         return '\n'.join(reports[-1:])
     lines = [line for result in results for line in _result_lines(result)]
     return '\n'.join([*lines, *reports])
@@ -247,8 +247,8 @@ def result_on_disk(point) -> dict:
         record = read_run(point.folder)
     except LabError:
         record = dict(run={})
-    is_known = record['run'].get('status') == 'interrupted' or finished(point)
-    return outcome(point, record if is_known else dict(run=dict(status='not run')))
+    is_known = record['run'].get('status') == 'interrupted' or finished_record(point)
+    return point_result(point, record if is_known else dict(run=dict(status='not run')))
 
 # %% ../nbs/cli.ipynb #3b5c700b
 def _flag(name: str, help: str):
@@ -290,7 +290,7 @@ def _options(version: _Version = False):
 
 # %% ../nbs/cli.ipynb #a1a25ebd
 _Small = _flag(
-    '--small', 'Scale of a laptop: lays _small.yaml of the folder, or the small block of a sweep, over it.'
+    '--small', 'Scale of a laptop: _small.yaml of the folder, or the small block of a sweep, overrides the values.'
 )
 _Workers = Annotated[int, typer.Option('--workers', help='Worker processes for sweeps and for several configs.')]
 _Fresh = _flag('--fresh', 'Run again what is already done.')
