@@ -416,7 +416,7 @@ def test_an_interruption_mends_the_records(project):
         point.folder / 'run.json',
         json.dumps(dict(run=dict(status='running', notebook='act', name='s'), params={}, meta={})),
     )
-    with pytest.raises(KeyboardInterrupt), sweeps.mended([point]):
+    with pytest.raises(KeyboardInterrupt), sweeps.correct_when_interrupted([point]):
         raise KeyboardInterrupt
     assert json.loads((point.folder / 'run.json').read_text())['run']['status'] == 'interrupted'
 

@@ -13,6 +13,7 @@ import functools
 import itertools
 import os
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -88,6 +89,15 @@ def _failed(error, **facts):
     return dict(run=dict(status='failed', error=error, **facts))
 
 
+def _work_in(place, worker):
+    "Why a worker cannot work in a folder; '' when it can, and then it is there."
+    try:
+        os.chdir(place or '.')
+    except OSError:
+        return f'{worker.address} does not see the folder {place}: start workers where the disk of the project is'
+    return ''
+
+
 def run_point(notebook:str,      # path of the notebook
               params:dict,       # all its parameters
               label:str,         # what its lines begin with
@@ -107,11 +117,8 @@ def run_point(notebook:str,      # path of the notebook
         worker.log_event('llmft', (label, text and str(text)))
 
     say(None)
-    try:
-        os.chdir(place or '.')
-    except OSError:
-        advice = 'start workers where the disk of the project is'
-        return _failed(f'{worker.address} does not see the folder {place}: {advice}')
+    if problem := _work_in(place, worker):
+        return _failed(problem)
 
     folder = run_folder(notebook, params)
     _wait_for_lock(folder, patience)
@@ -149,15 +156,20 @@ def point_result(point,       # a `Point`
     )
 
 # %% ../../nbs/runs/12_sweeps.ipynb #33e161d2
+def _error_text(result):
+    "The cell and the error of a run that is not done, as far as there are any."
+    cell = f" in cell {result['cell']}" if result.get('cell') is not None else ''
+    error = f": {result['error']}" if result.get('error') else ''
+    return cell + error
+
+
 def result_text(result:dict,  # from `point_result`
 )->str:
     "How a run ended, in words."
     if result['status'] == 'done':
         took = f" in {result['seconds']:,.0f} s" if result.get('seconds') is not None else ''
         return f'done{took}'
-    cell = f" in cell {result['cell']}" if result.get('cell') is not None else ''
-    error = f": {result['error']}" if result.get('error') else ''
-    return f"{result['status']}{cell}{error}"
+    return f"{result['status']}{_error_text(result)}"
 
 # %% ../../nbs/runs/12_sweeps.ipynb #8f7b93c6
 def _missing(point, sources, earlier, results):
@@ -223,6 +235,25 @@ def ended_futures(running,  # from distributed.as_completed
             time.sleep(1)
 
 # %% ../../nbs/runs/12_sweeps.ipynb #c6d78171
+@dataclass
+class _Submission:
+    "How the points of one stage are given to the workers."
+
+    client: object     # a Dask client
+    fresh: bool        # start again what is unfinished
+    place: str         # folder of the workers of a cluster, None for those of this machine
+    threads: dict      # environment of the runs
+    since: float       # time of the stage, seconds since 1970
+
+    def __call__(self, point):
+        "The future of one run."
+        needed = dict(resources=resources_of(self.client, point.params)) if self.place else {}
+        return self.client.submit(
+            run_point, str(point.notebook), point.params, point.label, self.fresh or point.again, self.since,
+            place=self.place, threads=self.threads, pure=False, key=f'{point.label}-{time.time_ns()}', **needed,
+        )
+
+
 class _Queue:
     "The points of a stage: some wait, the others are with the workers."
 
@@ -246,13 +277,18 @@ class _Queue:
             self.send(self.waiting.pop(0))
 
 
-def _record_of(future, error):
-    "The record of a run that ended, with a result or with an error."
+def _lost_its_worker(error):
+    "Whether a run ended because its worker processes died."
     from distributed import KilledWorker
 
+    return isinstance(error, KilledWorker)
+
+
+def _record_of(future, error):
+    "The record of a run that ended, with a result or with an error."
     if error is None:
         return future.result()
-    if isinstance(error, KilledWorker):
+    if _lost_its_worker(error):
         return _failed(f'took its worker process down {tries} times: out of memory?')
     return _failed(f'{error.__class__.__name__}: {error}'.splitlines()[0])
 
@@ -268,26 +304,17 @@ def run_stage(client,           # a Dask client
               threads:dict=None,# environment of the runs, from `worker_environment`
 ):
     "Run the points of one stage on the workers; none stops the others."
-    from distributed import KilledWorker, as_completed
+    from distributed import as_completed
 
-    since = time.time()
-    folder = str(Path.cwd()) if cluster else None
-
-    def submit(point):
-        "The future of one run."
-        needed = dict(resources=resources_of(client, point.params)) if cluster else {}
-        return client.submit(
-            run_point, str(point.notebook), point.params, point.label, fresh or point.again, since, place=folder,
-            threads=threads, pure=False, key=f'{point.label}-{time.time_ns()}', **needed,
-        )
-
+    place = str(Path.cwd()) if cluster else None
+    submit = _Submission(client, fresh, place, threads, since=time.time())
     running = as_completed([], loop=client.loop)
     queue = _Queue(points, submit, workers if callable(workers) else lambda: workers, running)
     queue.fill()
     for future in ended_futures(running, queue.fill) if cluster else running:
         point = queue.points.pop(future)
         error = future.exception()
-        if isinstance(error, KilledWorker) and begun[point.label] < tries:
+        if _lost_its_worker(error) and begun[point.label] < tries:
             queue.send(point)  # it only waited on a worker that others brought down
             continue
         results[point.folder] = point_result(point, _record_of(future, error))
@@ -309,6 +336,20 @@ def correct_when_interrupted(points,  # `Point`s that may be running
         raise
 
 # %% ../../nbs/runs/12_sweeps.ipynb #074e9d75
+def _progress(begun, on_line):
+    "What takes (label, text): lines are passed on; an event without text counts that a worker began the run."
+
+    def say(label, text):
+        "Count a beginning, or pass lines on."
+        if text is None:
+            begun[label] += 1
+            return
+        for line in text.splitlines():
+            on_line(f'[{label}] {line}')
+
+    return say
+
+
 def run_stages(stages,            # lists of `Point`s, as from `llmft.runs.sweep_file.expand`
                workers:int=1,     # worker processes on this machine
                fresh:bool=False,  # run again what is done
@@ -323,14 +364,7 @@ def run_stages(stages,            # lists of `Point`s, as from `llmft.runs.sweep
     results = {}
     earlier = []
     begun = collections.Counter()
-
-    def say(label, text):
-        "Pass the lines of a run on; an event without text says that a worker began it."
-        if text is None:
-            begun[label] += 1
-            return
-        for line in text.splitlines():
-            on_line(f'[{label}] {line}')
+    say = _progress(begun, on_line)
 
     with correct_when_interrupted(itertools.chain(*stages)), contextlib.ExitStack() as stack:
         client = None
