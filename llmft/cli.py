@@ -110,6 +110,7 @@ def jobs_of(files,            # paths as written on the command line
             raise LabError(f'{overlays[0]}: an overlay cannot go over a sweep: {advice}')
         else:
             jobs.append(expand(file, small, overrides))
+
     _refuse_duplicates(jobs)
     return jobs
 

@@ -199,8 +199,8 @@ def loss_points(rows,  # logged rows, dicts
 # %% ../../nbs/runs/06_figures.ipynb #a3e9e9b6
 def _merged(first, second):
     "One [mean, count] for two groups."
-    (before, earlier), (mean, count) = first, second
-    return [(before * earlier + mean * count) / (earlier + count), earlier + count]
+    count = first[1] + second[1]
+    return [(first[0] * first[1] + second[0] * second[1]) / count, count]
 
 
 def _pooled(values):
@@ -462,6 +462,7 @@ def bars(values:dict,         # name -> number, or None when unknown
     _check_bars(values, title, baseline)
     ratios = f'× = ratio to {baseline}' if _can_divide(values.get(baseline)) else ''
     plot, axes = new_plot(title, _joined([note, ratios]), height=1.25 + 0.34 * len(values))
+
     _draw_bars(axes, values, baseline)
     _name_rows(axes, values)
     axes.set_ylim(len(values) - 0.4, -0.6)
@@ -524,7 +525,7 @@ def _is_outside(box, frame):
 
 
 def _label_harm(box, spot, spots, taken, frame, scale):
-    "How bad it is for the label of `spot` to have this box: outside, over a point or a label, or nearer to another point."
+    "How bad this box is for the label of `spot`: outside, over a point or a label, or nearer to another point."
     hidden = _covered_area(box.padded(scale), taken)
     mistaken = any(_distance(box, other) < _distance(box, spot) for other in spots)
     return _is_outside(box, frame) * 1e6 + hidden * 100 + mistaken * 1000
@@ -620,6 +621,7 @@ def frontier(points:dict,            # name -> (x, y); a pair with an unknown ha
     require_values(shown, 'frontier', f'at least one point with a known {x} and {y}')
     best = pareto(shown, better)
     unknown = [name for name in points if name not in shown]
+
     plot, axes = new_plot(title, _frontier_note(note, better, unknown), height=4.4)
     _draw_points(axes, shown, best, better)
     axes.set(xlabel=x, ylabel=y)

@@ -549,7 +549,8 @@ def _memory_rows(plan):
     memory = plan['memory'] or {}
     total = memory.get('total', 2**30)
     parts = ', '.join(f'{name} {_size(value, total)}' for name, value in memory.items() if name != 'total')
-    return [('memory', f"{_size(memory.get('total'), total)} a process{_room_text(plan, total)}"), ('of which', parts or '–')]
+    peak = f"{_size(memory.get('total'), total)} a process{_room_text(plan, total)}"
+    return [('memory', peak), ('of which', parts or '–')]
 
 
 def _time_text(plan):
@@ -576,6 +577,7 @@ def plan_rows(plan:dict,  # from `make_plan`
 )->list:                  # (what, how much) pairs of text
     "The facts of a plan, one line each."
     step = f"{plan['batch_size']} x {plan['gradient_accumulation']} rows a step"
+
     return [
         ('model', _model_text(plan)),
         ('parameters', _number(plan['parameters'])),

@@ -89,6 +89,11 @@ def _failed(error, **facts):
     return dict(run=dict(status='failed', error=error, **facts))
 
 
+def _record_at(folder):
+    "The record of the run in `folder`, `None` where there is none."
+    return read_run(folder) if (folder / 'run.json').exists() else None
+
+
 def _work_in(place, worker):
     "Why a worker cannot work in a folder; '' when it can, and then it is there."
     try:
@@ -123,7 +128,7 @@ def run_point(notebook:str,      # path of the notebook
     folder = run_folder(notebook, params)
     _wait_for_lock(folder, patience)
     try:
-        record = read_run(folder) if (folder / 'run.json').exists() else None
+        record = _record_at(folder)
         done = record is not None and record['run']['status'] == 'done'
         resumed = _is_later_attempt(record, since)
         if resumed and not done:
@@ -350,6 +355,11 @@ def _progress(begun, on_line):
     return say
 
 
+def _open_workers(cluster, count, settings, say):
+    "A context with a client of the workers: of a cluster where one is named, else of this machine."
+    return remote_workers(cluster, count, settings, say) if cluster else local_workers(count, say)
+
+
 def run_stages(stages,            # lists of `Point`s, as from `llmft.runs.sweep_file.expand`
                workers:int=1,     # worker processes on this machine
                fresh:bool=False,  # run again what is done
@@ -371,8 +381,7 @@ def run_stages(stages,            # lists of `Point`s, as from `llmft.runs.sweep
         for stage in stages:
             ready = ready_points(stage, results, earlier, fresh, say)
             if ready and client is None:
-                where = remote_workers(cluster, most, settings, say) if cluster else local_workers(most, say)
-                client = stack.enter_context(where)
+                client = stack.enter_context(_open_workers(cluster, most, settings, say))
             if ready and cluster:
                 slots = functools.partial(slots_of, client, most)
                 run_stage(client, ready, results, begun, slots, fresh, say, cluster)
