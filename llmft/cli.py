@@ -25,7 +25,7 @@ from .runs.execute import execute_run, row_text
 from .runs.params import find_notebook, read_parameters, read_yaml, resolve_params, shown
 from .runs.run import list_runs, read_run
 from .runs.sweep_file import Point, expand
-from .runs.sweeps import finished, outcome, run_stages, sweep_report, told
+from .runs.sweeps import finished_record, point_result, result_text, run_stages, sweep_report
 from .runs.workers import cluster_settings
 
 # %% ../nbs/cli.ipynb #a9c9be87
@@ -86,16 +86,21 @@ def _refuse_duplicates(jobs):
         folders.add(point.folder)
 
 
+def _split_overlays(files) -> tuple:
+    "The configs and the overlays among some files; a `LabError` for overlays alone."
+    overlays = [file for file in files if Path(file).name.startswith('_')]
+    configs = [file for file in files if file not in overlays]
+    if not configs:
+        raise LabError(f"{' '.join(map(str, files))}: overlays go over a parameter file: give one as well")
+    return configs, overlays
+
+
 def jobs_of(files,            # paths as written on the command line
             overrides=(),     # texts of the form name=value
             small:bool=False, # the scale of a laptop
 )->list:                      # lists of stages; a config is one stage of one point
     "The checked work that a call of `llmft run` asks for; a `LabError` for anything wrong in any of it."
-    overlays = [file for file in files if Path(file).name.startswith('_')]
-    configs = [file for file in files if file not in overlays]
-    if not configs:
-        raise LabError(f"{' '.join(map(str, files))}: overlays go over a parameter file: give one as well")
-
+    configs, overlays = _split_overlays(files)
     jobs = []
     for file in configs:
         if not is_sweep(file):
@@ -105,6 +110,7 @@ def jobs_of(files,            # paths as written on the command line
             raise LabError(f'{overlays[0]}: an overlay cannot go over a sweep: {advice}')
         else:
             jobs.append(expand(file, small, overrides))
+
     _refuse_duplicates(jobs)
     return jobs
 
@@ -121,18 +127,18 @@ def _say(line: str):
 
 def run_here(point,           # a `Point`
              fresh:bool=False,# run again what is done
-)->dict:                      # how it ended, as `outcome` says it
+)->dict:                      # how it ended, as `point_result` says it
     "Execute one run in this process, printing its progress."
-    if not fresh and (record := finished(point)):
+    if not fresh and (record := finished_record(point)):
         print(f'{point.label}: already done (--fresh runs it again)')
-        return outcome(point, record)
+        return point_result(point, record)
 
     _say(f'{point.label}: running in {shown(point.folder)}')
 
     def on_line(line):
         _say(f'  {line}')
 
-    return outcome(point, execute_run(point.notebook, point.params, fresh=fresh, on_line=on_line))
+    return point_result(point, execute_run(point.notebook, point.params, fresh=fresh, on_line=on_line))
 
 # %% ../nbs/cli.ipynb #8ccb13f1
 def _grouped(jobs: list, workers: int) -> list:
@@ -161,8 +167,7 @@ def run_jobs(jobs:list,        # as from `jobs_of`
             results.append(run_here(stages[0][0], fresh))
         else:
             results += run_stages(stages, workers, fresh, _say, cluster, settings)
-            own_results = results[-sum(map(len, stages)) :]
-            print(sweep_report(own_results))
+            print(sweep_report(results[-len(_points_of([stages])) :]))
 
         if any(result['status'] == 'interrupted' for result in results):
             break
@@ -190,12 +195,12 @@ def metrics_of(folder) -> dict:
     return {name: value for name, value in numbers.items() if not isinstance(value, bool)}
 
 # %% ../nbs/cli.ipynb #6b353626
-_most_told = 3  # runs of a call that are told one by one
+_most_listed = 3  # runs of a call that are listed one by one
 
 
 def _result_lines(result: dict) -> list:
     "How one run ended, and below it its numbers."
-    lines = [f"{result['notebook']}/{result['name']}: {told(result)}"]
+    lines = [f"{result['notebook']}/{result['name']}: {result_text(result)}"]
     if result['status'] == 'done' and (numbers := row_text(key_metrics(metrics_of(result['folder']), 4))):
         lines.append(f'  {numbers}')
     return lines
@@ -204,7 +209,7 @@ def _result_lines(result: dict) -> list:
 def closing(results: list) -> str:
     "What became of the runs, and which report to open."
     reports = [f"open {result['report']}" for result in results if result['report']]
-    if len(results) > _most_told:
+    if len(results) > _most_listed:
         return '\n'.join(reports[-1:])
     lines = [line for result in results for line in _result_lines(result)]
     return '\n'.join([*lines, *reports])
@@ -247,8 +252,8 @@ def result_on_disk(point) -> dict:
         record = read_run(point.folder)
     except LabError:
         record = dict(run={})
-    is_known = record['run'].get('status') == 'interrupted' or finished(point)
-    return outcome(point, record if is_known else dict(run=dict(status='not run')))
+    is_known = record['run'].get('status') == 'interrupted' or finished_record(point)
+    return point_result(point, record if is_known else dict(run=dict(status='not run')))
 
 # %% ../nbs/cli.ipynb #3b5c700b
 def _flag(name: str, help: str):
@@ -289,9 +294,8 @@ def _options(version: _Version = False):
     "Options of llmft itself."
 
 # %% ../nbs/cli.ipynb #a1a25ebd
-_Small = _flag(
-    '--small', 'Scale of a laptop: lays _small.yaml of the folder, or the small block of a sweep, over it.'
-)
+_small_help = 'Scale of a laptop: _small.yaml of the folder, or the small block of a sweep, overrides the values.'
+_Small = _flag('--small', _small_help)
 _Workers = Annotated[int, typer.Option('--workers', help='Worker processes for sweeps and for several configs.')]
 _Fresh = _flag('--fresh', 'Run again what is already done.')
 _Cluster = _text(
@@ -301,15 +305,22 @@ _Cluster = _text(
 _JsonAtEnd = _flag('--json', 'End the output with one JSON object.')
 
 
+def _advise(results: list):
+    "Say on stderr how to go on after an interruption, or why a run was refused."
+    if status_of(results) == 'interrupted':
+        print('llmft: interrupted: the same command goes on from the last checkpoint', file=sys.stderr)
+    elif exit_status(results) == 2:
+        print(f"llmft: {results[0]['error'].removeprefix('LabError: ')}", file=sys.stderr)
+
+
 @app.command('run')
-def run_command(
-    params: _Files,                 # paths
-    small: _Small = False,          # use the overlay for laptops
-    override: _Overrides = (),      # texts of the form name=value
-    workers: _Workers = 1,          # processes
-    fresh: _Fresh = False,          # ignore finished runs
-    cluster: _Cluster = '',         # where; '' for this machine
-    as_object: _JsonAtEnd = False,  # for scripts
+def run_command(params:_Files,               # paths
+                small:_Small=False,          # use the overlay for laptops
+                override:_Overrides=(),      # texts of the form name=value
+                workers:_Workers=1,          # processes
+                fresh:_Fresh=False,          # ignore finished runs
+                cluster:_Cluster='',         # where; '' for this machine
+                as_object:_JsonAtEnd=False,  # for scripts
 ):
     "Run experiments: one run per config, or all points of a sweep."
     settings, override = cluster_settings(cluster, override)
@@ -320,10 +331,7 @@ def run_command(
         results = [result_on_disk(point) for point in _points_of(jobs)]
 
     print(closing(results))
-    if status_of(results) == 'interrupted':
-        print('llmft: interrupted: the same command goes on from the last checkpoint', file=sys.stderr)
-    elif exit_status(results) == 2:
-        print(f"llmft: {results[0]['error'].removeprefix('LabError: ')}", file=sys.stderr)
+    _advise(results)
     if as_object:
         print(as_json(results))
     return exit_status(results)
@@ -352,9 +360,8 @@ _Outputs = Annotated[str, typer.Option(help='Folder of all runs.')]
 
 
 @app.command('ls')
-def ls_command(
-    outputs: _Outputs = 'outputs',     # folder
-    as_object: _JsonNotTable = False,  # for scripts
+def ls_command(outputs:_Outputs='outputs',     # folder
+               as_object:_JsonNotTable=False,  # for scripts
 ):
     "List the runs with their status and key metrics, newest last."
     records = list_runs(outputs)
@@ -371,9 +378,8 @@ _Notebook = Annotated[str, typer.Argument(help='Name or path of an experiment no
 
 
 @app.command('params')
-def params_command(
-    notebook: _Notebook,               # such as finetune
-    as_object: _JsonNotTable = False,  # for scripts
+def params_command(notebook:_Notebook,             # such as finetune
+                   as_object:_JsonNotTable=False,  # for scripts
 ):
     "List the parameters of a notebook: name, type, default and meaning."
     rows = [dict(name=p.name, type=p.type, default=p.default, meaning=p.help) for p in read_parameters(notebook)]
@@ -394,11 +400,18 @@ _Certificate = Annotated[str, typer.Argument(help='A certificate, as sublora_bou
 _Data = _text('--data', 'Folder of the token files, when it is not where the certificate says.', 'PATH')
 
 
+def _print_claims(certificate: str, claims: dict, settings: dict):
+    "Print the table of claims and, below it, whether all hold and with which probability."
+    show_table([_claim_row(*item) for item in claims.items()], ['claim', 'claimed', 'recomputed', 'holds'])
+    verdict = 'every claim holds' if all(claim['holds'] for claim in claims.values()) else 'NOT every claim holds'
+    confidence = f"all together with a probability of at least {1 - settings['delta']:g}"
+    print(f"{certificate}: {verdict}, {confidence} ({settings['configurations']:,} settings had been tried)")
+
+
 @app.command('verify')
-def verify_command(
-    certificate: _Certificate,         # path
-    data: _Data = '',                  # folder
-    as_object: _JsonNotTable = False,  # for scripts
+def verify_command(certificate:_Certificate,       # path
+                   data:_Data='',                  # folder
+                   as_object:_JsonNotTable=False,  # for scripts
 ):
     "Check a certificate: rebuild its model, score it again, recompute its claims."
     from llmft.bounds.certificates import read_certificate, verify
@@ -407,13 +420,8 @@ def verify_command(
     holds = all(claim['holds'] for claim in claims.values())
     if as_object:
         _print_object(status='holds' if holds else 'does not hold', claims=claims)
-        return 0 if holds else 1
-
-    show_table([_claim_row(*item) for item in claims.items()], ['claim', 'claimed', 'recomputed', 'holds'])
-    settings = read_certificate(certificate)[0]['settings']
-    verdict = 'every claim holds' if holds else 'NOT every claim holds'
-    confidence = f"all together with a probability of at least {1 - settings['delta']:g}"
-    print(f"{certificate}: {verdict}, {confidence} ({settings['configurations']:,} settings had been tried)")
+    else:
+        _print_claims(certificate, claims, read_certificate(certificate)[0]['settings'])
     return 0 if holds else 1
 
 # %% ../nbs/cli.ipynb #3bf5d1b3
@@ -446,33 +454,46 @@ _Share = Annotated[float, typer.Option('--share', help="Share of the device's pe
 _JsonNotText = _flag('--json', 'Print one JSON object instead of text.')
 
 
+def _points_to_plan(files: list, overrides, small: bool) -> list:
+    "The points of some files that train a model; a `LabError` when none does."
+    from llmft.runs.plan import trains_a_model
+
+    points = [point for point in _points_of(jobs_of(files, overrides, small)) if trains_a_model(point.params)]
+    if not points:
+        listed = ' '.join(map(str, files))
+        raise LabError(f'{listed}: no run in it trains a model that has a name: there is nothing to plan')
+    return points
+
+
+def _print_plans(points: list, plans: list):
+    "Print one plan in full, several as a table."
+    from llmft.runs.plan import plan_text
+
+    if len(plans) == 1:
+        return print(plan_text(plans[0]))
+    rows = [plan_row(point, plan) for point, plan in zip(points, plans, strict=True)]
+    show_table(rows, list(rows[0]))
+
+
 @app.command('plan')
-def plan_command(
-    params: _Files,                   # paths
-    gpu: _Gpu = '',                   # name of a GPU
-    small: _SmallPlan = False,        # use the overlay for laptops
-    override: _Overrides = (),        # texts of the form name=value
-    rows: _Rows = None,               # training rows
-    share: _Share = None,             # 0 to 1
-    as_object: _JsonNotText = False,  # for scripts
+def plan_command(params:_Files,                 # paths
+                 gpu:_Gpu='',                   # name of a GPU
+                 small:_SmallPlan=False,        # use the overlay for laptops
+                 override:_Overrides=(),        # texts of the form name=value
+                 rows:_Rows=None,               # training rows
+                 share:_Share=None,             # 0 to 1
+                 as_object:_JsonNotText=False,  # for scripts
 ):
     "What runs will take: parameters, steps, operations, memory, time. Needs neither weights nor network."
-    from llmft.runs.plan import make_plan, plan_text, trains_a_model
+    from llmft.runs.plan import make_plan
 
-    points = [point for point in _points_of(jobs_of(params, override, small)) if trains_a_model(point.params)]
-    if not points:
-        files = ' '.join(map(str, params))
-        raise LabError(f'{files}: no run in it trains a model that has a name: there is nothing to plan')
-
+    points = _points_to_plan(params, override, small)
     plans = [make_plan(point.params, gpu, rows, share) for point in points]
-    pairs = list(zip(points, plans, strict=True))
     if as_object:
-        _print_object(plans=[dict(run=point.label, **plan) for point, plan in pairs])
-    elif len(plans) == 1:
-        print(plan_text(plans[0]))
+        runs = [dict(run=point.label) for point in points]
+        _print_object(plans=[run | plan for run, plan in zip(runs, plans, strict=True)])
     else:
-        table_rows = [plan_row(*pair) for pair in pairs]
-        show_table(table_rows, list(table_rows[0]))
+        _print_plans(points, plans)
 
 # %% ../nbs/cli.ipynb #ceeb6838
 def _refuse(text: str, arguments: list):

@@ -93,6 +93,15 @@ def test_texts_of_bars_stay_inside():
         assert len(ends) >= 2 and max(ends) <= axes.get_window_extent().x1 + 1
 
 
+def test_only_runs_that_were_measured_have_a_measured_line():
+    def measured_lines(measured):
+        (axes,) = figures.memory_bars(dict(a=breakdown, b=breakdown), measured).axes
+        return [text.get_text() for text in axes.texts if text.get_text().startswith('measured')]
+
+    assert measured_lines({}) == measured_lines(None) == []
+    assert measured_lines(dict(b=None)) == ['measured –'] and len(measured_lines(dict(a=GiB, b=GiB))) == 2
+
+
 def test_no_legend_or_name_covers_data():
     plot = figures.memory_bars(dict(a=breakdown))
     plot.draw_without_rendering()

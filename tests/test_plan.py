@@ -321,6 +321,9 @@ def test_devices():
         find_device('A100-80GB', 'bf16')['peak_flops'] == 312e12
         and find_device('a100-80gb', 'fp32')['peak_flops'] == 19.5e12
     )
+    for name in ('NVIDIA H100', 'nvidia h100', 'NVIDIA-H100', 'nvidia_h100', 'H100'):
+        assert find_device(name) == find_device('h100'), name
+    assert find_device('NVIDIA RTX 4090')['name'] == 'rtx4090'
     here = find_device()
     assert (
         here['name'] == 'this machine'

@@ -258,7 +258,7 @@ def test_an_unfinished_point_begins_anew_when_what_it_reads_was_made_since(proje
                 meta={},
             ),
         )
-    results = {source.folder: sweeps.outcome(source, read_run(source.folder))}
+    results = {source.folder: sweeps.point_result(source, read_run(source.folder))}
     assert sweeps.ready_points([reader], results, [source], False, lambda *_: None) == [reader] and reader.again
     write_json(
         reader.folder / 'run.json',
@@ -416,7 +416,7 @@ def test_an_interruption_mends_the_records(project):
         point.folder / 'run.json',
         json.dumps(dict(run=dict(status='running', notebook='act', name='s'), params={}, meta={})),
     )
-    with pytest.raises(KeyboardInterrupt), sweeps.mended([point]):
+    with pytest.raises(KeyboardInterrupt), sweeps.correct_when_interrupted([point]):
         raise KeyboardInterrupt
     assert json.loads((point.folder / 'run.json').read_text())['run']['status'] == 'interrupted'
 

@@ -225,10 +225,8 @@ class RunLog:
 
 # %% ../../nbs/runs/09_execute.ipynb #b85f6fb8
 @patch
-def new_rows(self: RunLog):
-    "Put the whole rows that log.jsonl gained into train.log; the newest goes to the terminal when its time has come."
-    if not self.rows.exists():
-        return
+def _new_bytes(self: RunLog) -> bytes:
+    "The whole lines that log.jsonl gained."
     self.offset = min(self.offset, self.rows.stat().st_size)  # a resumed run cuts its log
     with self.rows.open('rb') as file:
         file.seek(self.offset)
@@ -236,11 +234,24 @@ def new_rows(self: RunLog):
 
     whole = data[: data.rfind(b'\n') + 1]
     self.offset += len(whole)
+    return whole
+
+
+def _row_texts(data: bytes) -> list:
+    "The rows of a log as lines for people; what is no JSON is left out."
     texts = []
-    for line in whole.splitlines():
+    for line in data.splitlines():
         with contextlib.suppress(ValueError):
             texts.append(row_text(json.loads(line)))
+    return texts
 
+
+@patch
+def new_rows(self: RunLog):
+    "Put the whole rows that log.jsonl gained into train.log; the newest goes to the terminal when its time has come."
+    if not self.rows.exists():
+        return
+    texts = _row_texts(self._new_bytes())
     self.keep(texts)
     if texts and time.monotonic() >= self.next_row:
         self.session.on_line(texts[-1])
@@ -310,23 +321,27 @@ def _stopper(session:Session, # what to stop
     return handle
 
 
+def _handled_signals() -> dict:
+    "Signal -> reason, of those that this thread may handle and that are not ignored."
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    reasons = {getattr(signal, name): reason for name, reason in _signal_reasons.items() if hasattr(signal, name)}
+    return {number: reason for number, reason in reasons.items() if signal.getsignal(number) is not signal.SIG_IGN}
+
+
 @contextlib.contextmanager
 def signals_to(session: Session):
     "Within this context Ctrl-C, SIGTERM and SIGHUP stop `session`; in other threads than the main one nothing changes."
-    is_main = threading.current_thread() is threading.main_thread()
-    reasons = {
-        getattr(signal, name): reason for name, reason in _signal_reasons.items() if is_main and hasattr(signal, name)
-    }
+    reasons = _handled_signals()
     before = {number: signal.getsignal(number) for number in reasons}
-    changed = [number for number in reasons if before[number] is not signal.SIG_IGN]
-    for number in changed:
-        signal.signal(number, _stopper(session, reasons[number]))
+    for number, reason in reasons.items():
+        signal.signal(number, _stopper(session, reason))
 
     try:
         yield
     finally:
-        for number in changed:
-            signal.signal(number, before[number] or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 # %% ../../nbs/runs/09_execute.ipynb #921a5e27
 def _papermill_path(path) -> str:
@@ -396,6 +411,16 @@ def _report_problem(session:Session, # as for `save_reports`
         return f'{error.__class__.__name__}: {error}'
 
 
+def _final_facts(record:dict,  # run.json
+                 status:str,   # done, failed or interrupted
+                 message:str,  # the error in one line, or `None`
+                 cell:int,     # number of the cell it happened in, or `None`
+)->dict:                       # the record as the report shows it
+    "The record of a run that has ended, before it is written."
+    seconds = seconds_since(record['run']['started'])
+    return merge(record, dict(run=dict(status=status, error=message, cell=cell, ended=now(), seconds=seconds)))
+
+
 def end_session(session:Session,  # the session, after execution
                 notebook:Path,    # the experiment notebook, for a kernel that never started
                 error,            # what papermill raised, or `None`
@@ -406,9 +431,7 @@ def end_session(session:Session,  # the session, after execution
     record = read_json(session.folder / 'run.json')
     status, message, cell = kernel_verdict(session, error, 'finished' in record['run'])
 
-    seconds = seconds_since(record['run']['started'])
-    ended = dict(status=status, error=message, cell=cell, ended=now(), seconds=seconds)
-    problem = _report_problem(session, notebook, merge(record, dict(run=ended)))
+    problem = _report_problem(session, notebook, _final_facts(record, status, message, cell))
     if problem and status == 'done':
         status = 'failed'
         message = f'the report could not be written: {problem}'

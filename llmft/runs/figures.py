@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['palette', 'ink', 'muted', 'faint', 'ground', 'type_scale', 'style', 'sides', 'Plot', 'new_plot', 'panels',
-           'show_number', 'byte_unit', 'known', 'something', 'running_mean', 'loss_points', 'spread', 'name_lines',
-           'loss_curves', 'learning_rate_curve', 'make_room', 'bars', 'pareto', 'label_box', 'place_labels', 'frontier',
-           'memory_bars', 'length_histogram']
+           'show_number', 'byte_unit', 'is_number', 'require_values', 'running_mean', 'loss_points', 'spread',
+           'name_lines', 'loss_curves', 'learning_rate_curve', 'make_room', 'bars', 'pareto', 'label_box',
+           'place_labels', 'frontier', 'memory_bars', 'length_histogram']
 
 # %% ../../nbs/runs/06_figures.ipynb #ccae0173
 import io
@@ -73,6 +73,12 @@ class Plot(Figure):
         return small.getvalue()
 
 # %% ../../nbs/runs/06_figures.ipynb #560cdcfa
+def _add_note(axes, note):
+    "A line of small text between the title and the axes."
+    axes.annotate(note, (0, 1), (0, 7), xycoords='axes fraction', textcoords='offset points',
+                  fontsize=type_scale['small'], color=muted)
+
+
 def new_plot(title:str,       # what is shown, in one line
              note:str='',     # second line: n, direction, what the marks mean
              height:float=4,  # inches; the width is 6.4
@@ -84,11 +90,19 @@ def new_plot(title:str,       # what is shown, in one line
     axes.set_title(title, loc='left', fontsize=type_scale['title'], fontweight='bold', color=ink, pad=8 + 13 * lines)
 
     if note:
-        axes.annotate(note, (0, 1), (0, 7), xycoords='axes fraction', textcoords='offset points',
-                      fontsize=type_scale['small'], color=muted)
+        _add_note(axes, note)
     return plot, axes
 
 # %% ../../nbs/runs/06_figures.ipynb #9e0aba1c
+def _add_heading(plot, title, note):
+    "One title and one note above all panels."
+    plot.suptitle(title + ('\n' if note else ''), x=0.01, ha='left', fontsize=type_scale['title'], fontweight='bold',
+                  color=ink)
+    if note:
+        below_title = 1 - (0.30 + 0.12) / plot.get_figheight()  # inches
+        plot.text(0.01, below_title, note, fontsize=type_scale['small'], color=muted, va='center')
+
+
 def panels(rows:int,      # panels down
            columns:int,   # panels across
            title:str,     # what is shown
@@ -100,23 +114,28 @@ def panels(rows:int,      # panels down
     "A `Plot` of small panels under one title."
     plot = Plot(figsize=(width, rows * height + 0.7), layout='constrained')
     axes = plot.subplots(rows, columns, squeeze=False, **shared)
-    plot.suptitle(title + ('\n' if note else ''), x=0.01, ha='left', fontsize=type_scale['title'], fontweight='bold',
-                  color=ink)
-
-    if note:
-        below_title = 1 - (0.30 + 0.12) / plot.get_figheight()  # inches
-        plot.text(0.01, below_title, note, fontsize=type_scale['small'], color=muted, va='center')
+    _add_heading(plot, title, note)
     return plot, axes
 
 # %% ../../nbs/runs/06_figures.ipynb #109b6223
+def _decimal_places(rounded, digits):
+    "Digits behind the point of a number that shows so many significant ones."
+    return max(0, digits - 1 - math.floor(math.log10(abs(float(rounded)))))
+
+
 def _show_fraction(value, digits):
     "A float with so many significant digits, as a decimal number where that is short."
     rounded = f'{value:.{digits - 1}e}'
     if value and not 1e-4 <= abs(value) < 1e9:
         return rounded.replace('e-0', 'e-').replace('e+0', 'e')
-    places = max(0, digits - 1 - math.floor(math.log10(abs(float(rounded))))) if value else 0
+    places = _decimal_places(rounded, digits) if value else 0
     text = f'{value:,.{places}f}'
     return text.rstrip('0').rstrip('.') if '.' in text and abs(value) < 1e-2 else text
+
+
+def _is_unknown(value):
+    "Whether a number is missing, infinite or not a number."
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
 def show_number(value,         # a number, a bool, text, or None
@@ -125,7 +144,7 @@ def show_number(value,         # a number, a bool, text, or None
     "`value` as text: thousands with commas, fractions to `digits` significant digits, unknown as an en dash."
     if hasattr(value, 'item'):
         value = value.item()
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+    if _is_unknown(value):
         return '–'
     if isinstance(value, bool):
         return 'yes' if value else 'no'
@@ -144,13 +163,13 @@ def byte_unit(sizes,  # numbers of bytes
     return 'bytes', 1
 
 # %% ../../nbs/runs/06_figures.ipynb #78735586
-def known(value,  # a number, None, anything
+def is_number(value,  # a number, None, anything
 )->bool:
     "Whether `value` is a finite number."
     return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
 
 # %% ../../nbs/runs/06_figures.ipynb #2fb91a73
-def something(values,     # what there is to draw
+def require_values(values,     # what there is to draw
               figure:str, # name of the function that draws
               wanted:str, # what it needs, for the message
 ):                        # `values`
@@ -174,20 +193,31 @@ def loss_points(rows,  # logged rows, dicts
                 key,   # what to read from each
 ):                     # (steps, values) where both are known
     "The steps and values of `key` in logged rows, without the unknown ones."
-    pairs = [(row['step'], row[key]) for row in rows if known(row.get('step')) and known(row.get(key))]
+    pairs = [(row['step'], row[key]) for row in rows if is_number(row.get('step')) and is_number(row.get(key))]
     return np.array([step for step, _ in pairs], float), np.array([value for _, value in pairs], float)
 
 # %% ../../nbs/runs/06_figures.ipynb #a3e9e9b6
+def _merged(first, second):
+    "One [mean, count] for two groups."
+    count = first[1] + second[1]
+    return [(first[0] * first[1] + second[0] * second[1]) / count, count]
+
+
 def _pooled(values):
     "The non-decreasing sequence nearest to `values`, as [mean, count] of each group of equal values."
     groups = []
     for value in values:
         groups.append([value, 1])
         while len(groups) > 1 and groups[-2][0] > groups[-1][0]:
-            mean, count = groups.pop()
-            before, earlier = groups[-1]
-            groups[-1] = [(before * earlier + mean * count) / (earlier + count), earlier + count]
+            last = groups.pop()
+            groups[-1] = _merged(groups[-1], last)
     return groups
+
+
+def _pooled_means(values):
+    "The non-decreasing sequence nearest to `values`."
+    groups = _pooled(values)
+    return np.repeat([mean for mean, _ in groups], [count for _, count in groups])
 
 
 def spread(wanted,     # positions, in any order and unit
@@ -197,71 +227,124 @@ def spread(wanted,     # positions, in any order and unit
 ):                     # positions in the order given, each `gap` apart, as near to `wanted` as they can be
     "Move positions apart until no two are closer than `gap`, with the least sum of squared moves."
     order = np.argsort(wanted, kind='stable')
-    groups = _pooled([wanted[index] - rank * gap for rank, index in enumerate(order)])
-    means = np.repeat([mean for mean, _ in groups], [count for _, count in groups])
-
+    means = _pooled_means([wanted[index] - rank * gap for rank, index in enumerate(order)])
     steps = gap * np.arange(len(order))
     positions = np.empty(len(order))
     positions[order] = np.clip(means, low, high - steps[-1]) + steps
     return positions
 
 # %% ../../nbs/runs/06_figures.ipynb #6ea63cfc
+_name_gap = 13  # points between two names
+
+
+def _points_high(axes):
+    "Height of the axes in points."
+    return axes.get_window_extent().height / axes.figure.dpi * 72
+
+
+def _heights_of(axes, ends):
+    "How high each line ends, as a fraction of the axes."
+    to_axes = axes.transAxes.inverted()
+    return [to_axes.transform(axes.transData.transform((x, y)))[1] for _, x, y, _ in ends]
+
+
+def _name_line(axes, name, point, place, colour):
+    "Write a name at a height of the right edge, with a line to the last point."
+    line = dict(arrowstyle='-', color=colour, linewidth=1, shrinkA=1, shrinkB=2, relpos=(0, 0.5))
+    axes.annotate(name, point, (1.04, place), xycoords='data', textcoords=axes.transAxes, va='center',
+                  fontsize=type_scale['small'], color=ink, annotation_clip=False, arrowprops=line)
+
+
 def name_lines(axes,  # axes whose limits are final
                ends,  # (name, x, y, colour) of the last point of each line
 ):
     "Write each name at the right of the axes, at the height where its line ends, none over another."
     axes.figure.draw_without_rendering()
-    height = axes.get_window_extent().height / axes.figure.dpi * 72
-    to_axes = axes.transAxes.inverted()
-    wanted = [to_axes.transform(axes.transData.transform((x, y)))[1] for _, x, y, _ in ends]
-
-    for (name, x, y, colour), place in zip(ends, spread(wanted, 13 / height, 0, 1), strict=True):
-        line = dict(arrowstyle='-', color=colour, linewidth=1, shrinkA=1, shrinkB=2, relpos=(0, 0.5))
-        axes.annotate(name, (x, y), (1.04, place), xycoords='data', textcoords=axes.transAxes, va='center',
-                      fontsize=type_scale['small'], color=ink, annotation_clip=False, arrowprops=line)
+    places = spread(_heights_of(axes, ends), _name_gap / _points_high(axes), 0, 1)
+    for (name, x, y, colour), place in zip(ends, places, strict=True):
+        _name_line(axes, name, (x, y), place, colour)
 
 # %% ../../nbs/runs/06_figures.ipynb #1b9b5119
 _line_styles = ('-', (0, (5, 2)), (0, (1, 1.5)))
+_tick_steps = [1, 2, 2.5, 5, 10]  # between ticks, times a power of ten
+
+
+def _line_style(index):
+    "The colour and the dashes of a line; the colours change first."
+    return palette[index % len(palette)], _line_styles[index // len(palette) % len(_line_styles)]
+
+
+def _has_points(points):
+    "Whether (steps, values) hold any."
+    return len(points[0]) > 0
+
+
+def _run_points(name, runs, evaluations):
+    "((steps, losses), (steps, held-out losses)) of one run."
+    rows = evaluations.get(name, runs.get(name))
+    held = loss_points(rows, 'loss' if name in evaluations else 'valid_loss')
+    return loss_points(runs.get(name, []), 'loss'), held
 
 
 def _loss_lines(names, runs, evaluations):
     "name -> ((steps, losses), (steps, held-out losses)) of every run that has any."
     lines = {}
     for name in names:
-        rows = evaluations.get(name, runs.get(name))
-        held = loss_points(rows, 'loss' if name in evaluations else 'valid_loss')
-        train = loss_points(runs.get(name, []), 'loss')
-        if len(train[0]) or len(held[0]):
+        train, held = _run_points(name, runs, evaluations)
+        if _has_points(train) or _has_points(held):
             lines[name] = (train, held)
-    return something(lines, 'loss_curves', 'rows with a step and a loss')
+    return require_values(lines, 'loss_curves', 'rows with a step and a loss')
+
+
+def _line_note(longest, window):
+    "What the lines mean; nothing where there are none."
+    if window > 1:
+        return f'line: mean of {window} logged steps, faint: each'
+    return 'line: each logged step' if longest else ''
+
+
+def _joined(notes):
+    "The notes that say anything, in one line."
+    return ' · '.join(filter(None, notes))
 
 
 def _loss_note(lines, names, longest, window):
     "What the lines and dots mean, and which runs logged nothing."
-    parts = []
-    if window > 1:
-        parts.append(f'line: mean of {window} logged steps, faint: each')
-    elif longest:
-        parts.append('line: each logged step')
-    if any(len(held[0]) for _, held in lines.values()):
-        parts.append('dots: held-out text')
-    if len(lines) < len(names):
-        parts.append('nothing logged: ' + ', '.join(name for name in names if name not in lines))
-    return ' · '.join(parts)
+    has_dots = any(_has_points(held) for _, held in lines.values())
+    empty = ', '.join(name for name in names if name not in lines)
+    dots = 'dots: held-out text' if has_dots else ''
+    return _joined([_line_note(longest, window), dots, f'nothing logged: {empty}' if empty else ''])
 
 
-def _draw_loss(axes, train, held, window, colour, dashes):
-    "Draw the losses of one run; gives back the x and y of the last point of its line."
+def _draw_training(axes, train, window, colour, dashes):
+    "Draw the training losses of one run; gives back their running mean."
     steps, losses = train
     mean = running_mean(losses, window) if len(steps) else losses
     if window > 1:
         axes.plot(steps, losses, color=colour, linewidth=0.8, alpha=0.28)
     axes.plot(steps, mean, color=colour, linewidth=1.8, linestyle=dashes, marker='.' if len(steps) == 1 else '')
-    axes.plot(*held, color=colour, linestyle='' if len(steps) else '-', marker='o', markersize=6,
-              markeredgecolor=ground, markeredgewidth=1, zorder=3)
+    return mean
 
-    last_steps, last_losses = (steps, mean) if len(steps) else held
-    return last_steps[-1], last_losses[-1]
+
+def _draw_dots(axes, held, colour, joined):
+    "Draw the held-out losses of one run."
+    axes.plot(*held, color=colour, linestyle='-' if joined else '', marker='o', markersize=6, markeredgecolor=ground,
+              markeredgewidth=1, zorder=3)
+
+
+def _draw_loss(axes, train, held, window, index):
+    "Draw the losses of one run; gives back the x, the y and the colour of the last point of its line."
+    colour, dashes = _line_style(index)
+    mean = _draw_training(axes, train, window, colour, dashes)
+    _draw_dots(axes, held, colour, joined=not _has_points(train))
+
+    steps, losses = (train[0], mean) if _has_points(train) else held
+    return steps[-1], losses[-1], colour
+
+
+def _whole_steps(axes):
+    "Few ticks along x, at whole numbers."
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=_tick_steps))
 
 
 @mpl.rc_context(style)
@@ -280,14 +363,9 @@ def loss_curves(runs:dict,               # name -> logged rows with `step` and `
 
     height = max(4, 1.3 + 0.19 * len(lines))
     plot, axes = new_plot(title, _loss_note(lines, names, longest, window), height)
-    ends = []
-    for index, (name, (train, held)) in enumerate(lines.items()):
-        colour = palette[index % len(palette)]
-        dashes = _line_styles[index // len(palette) % len(_line_styles)]
-        ends.append((name, *_draw_loss(axes, train, held, window, colour, dashes), colour))
-
+    ends = [(name, *_draw_loss(axes, *points, window, index)) for index, (name, points) in enumerate(lines.items())]
     axes.set(xlabel='optimiser step', ylabel=f'loss, {unit}')
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 2.5, 5, 10]))
+    _whole_steps(axes)
     axes.margins(x=0.02)
     name_lines(axes, ends)
     return plot
@@ -305,13 +383,18 @@ def learning_rate_curve(log:list,   # objects of log.jsonl
     return plot
 
 # %% ../../nbs/runs/06_figures.ipynb #98f164bb
+def _pixels_over(axes):
+    "How far the texts of bars reach beyond the right edge; negative where there is room."
+    axes.figure.draw_without_rendering()
+    right = max((text.get_window_extent().x1 for text in axes.texts if text.xycoords == 'data'), default=0)
+    return right + 6 - axes.get_window_extent().x1
+
+
 def make_room(axes,  # with horizontal bars and texts at their ends
 ):
     "Widen the x axis until the texts inside the axes end before its right edge."
     for _ in range(3):
-        axes.figure.draw_without_rendering()
-        right = max((text.get_window_extent().x1 for text in axes.texts if text.xycoords == 'data'), default=0)
-        over = right + 6 - axes.get_window_extent().x1
+        over = _pixels_over(axes)
         if over <= 0:
             return
 
@@ -333,19 +416,39 @@ def _name_rows(axes, names):
     axes.tick_params(axis='y', length=0)
 
 
+def _can_divide(reference):
+    "Whether ratios to a reference exist."
+    return is_number(reference) and bool(reference)
+
+
 def _ratio_text(value, reference):
     "How many times the reference a value is; nothing where either is unknown."
-    return f'  ×{show_number(float(value / reference))}' if known(value) and known(reference) and reference else ''
+    return f'  ×{show_number(float(value / reference))}' if is_number(value) and _can_divide(reference) else ''
 
 
 def _draw_bars(axes, values, baseline):
     "Horizontal bars with their values and the ratios to the baseline, which is grey."
-    lengths = [value if known(value) else 0 for value in values.values()]
+    lengths = [value if is_number(value) else 0 for value in values.values()]
     colours = [muted if name == baseline else palette[0] for name in values]
     axes.barh(range(len(values)), lengths, color=colours, height=0.68)
     for row, (name, value) in enumerate(values.items()):
         ratio = '' if name == baseline else _ratio_text(value, values.get(baseline))
         _label_bar(axes, show_number(value) + ratio, max(lengths[row], 0), row)
+
+
+def _check_bars(values, title, baseline):
+    "A `LabError` for no known value, or for a baseline that is not among the values."
+    require_values(list(filter(is_number, values.values())), 'bars', f"at least one known value for '{title}'")
+    if baseline is not None and baseline not in values:
+        raise LabError(f"bars: baseline '{baseline}' is not among the values{nearest(baseline, values)}")
+
+
+def _scale_lengths(axes, unit):
+    "The unit and few ticks for the lengths of bars; large numbers have prefixes."
+    axes.set_xlabel(unit)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=_tick_steps))
+    if axes.get_xlim()[1] >= 1e5:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=' '))
 
 
 @mpl.rc_context(style)
@@ -356,36 +459,31 @@ def bars(values:dict,         # name -> number, or None when unknown
          note:str='',         # n, and which direction is better
 )->Plot:
     "One bar per value with its ratio to the baseline; a `LabError` for no known value or an unknown baseline."
-    something(list(filter(known, values.values())), 'bars', f"at least one known value for '{title}'")
-    if baseline is not None and baseline not in values:
-        raise LabError(f"bars: baseline '{baseline}' is not among the values{nearest(baseline, values)}")
-    reference = values.get(baseline)
-    notes = [note, f'× = ratio to {baseline}' if known(reference) and reference else '']
+    _check_bars(values, title, baseline)
+    ratios = f'× = ratio to {baseline}' if _can_divide(values.get(baseline)) else ''
+    plot, axes = new_plot(title, _joined([note, ratios]), height=1.25 + 0.34 * len(values))
 
-    plot, axes = new_plot(title, ' · '.join(part for part in notes if part), height=1.25 + 0.34 * len(values))
     _draw_bars(axes, values, baseline)
     _name_rows(axes, values)
     axes.set_ylim(len(values) - 0.4, -0.6)
-    axes.set_xlabel(unit)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-    if axes.get_xlim()[1] >= 1e5:
-        axes.xaxis.set_major_formatter(EngFormatter(sep=' '))
+    _scale_lengths(axes, unit)
     make_room(axes)
     return plot
 
 # %% ../../nbs/runs/06_figures.ipynb #e8335af6
+def _beats(other, cost):
+    "Whether a pair of costs is as low on both axes as another and lower on one."
+    return other[0] <= cost[0] and other[1] <= cost[1] and other != cost
+
+
 def pareto(points:dict,            # name -> (x, y)
            better=('low', 'low'),  # which end of each axis is good: 'low' or 'high'
 )->list:                       # names on the frontier, from left to right
     "The points that no other point beats on both axes."
     sign_x, sign_y = [1 if end == 'low' else -1 for end in better]
     costs = {name: (sign_x * x, sign_y * y) for name, (x, y) in points.items()}
-
-    def beaten(cost):
-        "Whether another point is as good on both axes and better on one."
-        return any(other[0] <= cost[0] and other[1] <= cost[1] and other != cost for other in costs.values())
-
-    return sorted((name for name in points if not beaten(costs[name])), key=points.get)
+    best = [name for name in points if not any(_beats(other, costs[name]) for other in costs.values())]
+    return sorted(best, key=points.get)
 
 # %% ../../nbs/runs/06_figures.ipynb #9943e17f
 sides = [
@@ -415,14 +513,37 @@ def _distance(box, spot):
     return math.hypot(*(np.clip(spot, box.min, box.max) - spot))
 
 
+def _covered_area(box, taken):
+    "The area of a box that others have, pixels squared."
+    overlaps = [Bbox.intersection(box, other) for other in taken]
+    return sum(overlap.width * overlap.height for overlap in overlaps if overlap)
+
+
+def _is_outside(box, frame):
+    "Whether a box reaches beyond the axes."
+    return box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
+
+
 def _label_harm(box, spot, spots, taken, frame, scale):
-    "How bad it is for the label of `spot` to have this box: outside, over something, or nearer to another point."
-    padded = box.padded(scale)
-    overlaps = [Bbox.intersection(padded, other) for other in taken]
-    hidden = sum(overlap.width * overlap.height for overlap in overlaps if overlap)
-    outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
+    "How bad this box is for the label of `spot`: outside, over a point or a label, or nearer to another point."
+    hidden = _covered_area(box.padded(scale), taken)
     mistaken = any(_distance(box, other) < _distance(box, spot) for other in spots)
-    return outside * 1e6 + hidden * 100 + mistaken * 1000
+    return _is_outside(box, frame) * 1e6 + hidden * 100 + mistaken * 1000
+
+
+def _best_place(spot, size, spots, taken, frame, scale):
+    "The box of a label that does least harm, and its entry of `sides`."
+    boxes = [label_box(spot, size, side, scale) for side in sides]
+    harms = [_label_harm(box, spot, spots, taken, frame, scale) + side[2]
+             for box, side in zip(boxes, sides, strict=True)]
+    best = harms.index(min(harms))
+    return boxes[best], sides[best]
+
+
+def _square_around(spot, scale):
+    "The box that the mark of a point takes, pixels."
+    x, y = spot
+    return Bbox.from_bounds(x - 4 * scale, y - 4 * scale, 8 * scale, 8 * scale)
 
 
 def _add_label(axes, name, point):
@@ -430,6 +551,12 @@ def _add_label(axes, name, point):
     line = dict(arrowstyle='-', color=muted, linewidth=0.7, shrinkA=1, shrinkB=4)
     return axes.annotate(name, point, (0, 0), textcoords='offset points', fontsize=type_scale['small'], color=ink,
                          zorder=4, path_effects=[withStroke(linewidth=2.5, foreground=ground)], arrowprops=line)
+
+
+def _move_label(label, box, spot, far, scale):
+    "Put a label into its box; only a label far from its point has a line to it."
+    label.set_position((box.min - spot) / scale)
+    label.arrow_patch.set_visible(far > 12)
 
 
 def _crowding(spots, radius):
@@ -445,32 +572,40 @@ def place_labels(axes,    # axes whose limits are final
     scale = axes.figure.dpi / 72
     frame = axes.get_window_extent()
     spots = {name: axes.transData.transform(point) for name, point in points.items()}
-    taken = [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, 8 * scale, 8 * scale) for x, y in spots.values()]
+    taken = [_square_around(spot, scale) for spot in spots.values()]
     labels = {name: _add_label(axes, name, point) for name, point in points.items()}
 
     crowding = _crowding(spots, 60 * scale)
     for name in sorted(points, key=crowding.get, reverse=True):
         spot = spots[name]
         size = labels[name].get_window_extent().size
-        boxes = [label_box(spot, size, side, scale) for side in sides]
-        harms = [_label_harm(box, spot, spots.values(), taken, frame, scale) + side[2]
-                 for box, side in zip(boxes, sides, strict=True)]
-        best = harms.index(min(harms))
-        taken.append(boxes[best])
-        labels[name].set_position((boxes[best].min - spot) / scale)
-        labels[name].arrow_patch.set_visible(sides[best][2] > 12)
+        box, (*_, far) = _best_place(spot, size, spots.values(), taken, frame, scale)
+        taken.append(box)
+        _move_label(labels[name], box, spot, far, scale)
     return labels
 
 # %% ../../nbs/runs/06_figures.ipynb #3f066a8b
+def _join_best(axes, points, best, better):
+    "The steps that join the points of the frontier."
+    xs, ys = zip(*(points[name] for name in best), strict=True)
+    where = 'post' if better[0] == 'low' else 'pre'
+    axes.step(xs, ys, where=where, color=palette[0], linewidth=1.2, alpha=0.5, zorder=1)
+
+
 def _draw_points(axes, points, best, better):
     "Points, filled where they are on the frontier, and the steps that join those."
     if len(best) > 1:
-        xs, ys = zip(*(points[name] for name in best), strict=True)
-        where = 'post' if better[0] == 'low' else 'pre'
-        axes.step(xs, ys, where=where, color=palette[0], linewidth=1.2, alpha=0.5, zorder=1)
+        _join_best(axes, points, best, better)
     for name, point in points.items():
         fill = palette[0] if name in best else ground
         axes.plot(*point, 'o', markersize=8, color=palette[0], markerfacecolor=fill, markeredgewidth=1.5, zorder=3)
+
+
+def _frontier_note(note, better, unknown):
+    "The note of the caller, what filled points mean, and which points are unknown."
+    direction = f'better: {better[0]} and {better[1]}; filled: no other is better on both'
+    missing = f"unknown: {', '.join(unknown)}" if unknown else ''
+    return '\n'.join(filter(None, [note, direction, missing]))
 
 
 @mpl.rc_context(style)
@@ -482,14 +617,12 @@ def frontier(points:dict,            # name -> (x, y); a pair with an unknown ha
              note:str='',            # n and conditions
 )->Plot:
     "A scatter of named points with the frontier of those that no other beats; a `LabError` when no point is known."
-    shown = {name: pair for name, pair in points.items() if known(pair[0]) and known(pair[1])}
-    something(shown, 'frontier', f'at least one point with a known {x} and {y}')
+    shown = {name: pair for name, pair in points.items() if is_number(pair[0]) and is_number(pair[1])}
+    require_values(shown, 'frontier', f'at least one point with a known {x} and {y}')
     best = pareto(shown, better)
-    unknown = ', '.join(name for name in points if name not in shown)
-    notes = [note, f'better: {better[0]} and {better[1]}; filled: no other is better on both',
-             f'unknown: {unknown}' if len(shown) < len(points) else '']
+    unknown = [name for name in points if name not in shown]
 
-    plot, axes = new_plot(title, '\n'.join(part for part in notes if part), height=4.4)
+    plot, axes = new_plot(title, _frontier_note(note, better, unknown), height=4.4)
     _draw_points(axes, shown, best, better)
     axes.set(xlabel=x, ylabel=y)
     axes.margins(x=0.16, y=0.12)
@@ -499,7 +632,7 @@ def frontier(points:dict,            # name -> (x, y); a pair with an unknown ha
 # %% ../../nbs/runs/06_figures.ipynb #75625972
 def _peak_text(peak, predicted, size):
     "The measured peak and its difference to the prediction."
-    if not known(peak):
+    if not is_number(peak):
         return 'measured –'
     over = f' ({100 * peak / predicted - 100:+.0f} %)'.replace('-', '−') if predicted else ''
     return f'measured {show_number(float(peak / size))}{over}'
@@ -515,17 +648,27 @@ def _stack_parts(axes, parts, named, row, size):
         left += width
 
 
-def _memory_row(axes, parts, named, peak, row, size):
-    "The two bars of one run and their texts."
-    total = sum(named.get(part) or 0 for part in parts)
+def _sum_of(parts, named):
+    "Bytes of the parts that one run has."
+    return sum(named.get(part) or 0 for part in parts)
+
+
+def _draw_measured(axes, peak, predicted, row, size):
+    "The bar of the measured peak and its text."
+    length = peak / size if is_number(peak) else 0
+    if is_number(peak):
+        axes.barh(row + 0.19, length, height=0.34, color=muted)
+    _label_bar(axes, _peak_text(peak, predicted, size), length, row + 0.19)
+
+
+def _memory_row(axes, parts, named, row, size):
+    "The predicted bar of one run and its text; gives back the predicted peak, bytes."
+    total = _sum_of(parts, named)
     predicted = named.get('total') or total
     _stack_parts(axes, parts, named, row, size)
-    if known(peak):
-        axes.barh(row + 0.19, peak / size, height=0.34, color=muted)
-
     name = 'peak ' if 'total' in named else ''
     _label_bar(axes, name + show_number(float(predicted / size)), total / size, row - 0.19)
-    _label_bar(axes, _peak_text(peak, predicted, size), peak / size if known(peak) else 0, row + 0.19)
+    return predicted
 
 
 def _legend_above(axes):
@@ -534,25 +677,37 @@ def _legend_above(axes):
                 handleheight=1, columnspacing=1.2)
 
 
+def _parts_of(predicted):
+    "The names of all parts, in order; a `LabError` when no part has a size."
+    sizes = [size for named in predicted.values() for size in named.values() if is_number(size)]
+    require_values(sizes, 'memory_bars', 'a memory breakdown of at least one run')
+    return list(dict.fromkeys(part for named in predicted.values() for part in named if part != 'total'))
+
+
+def _memory_plot(title, note, parts, runs):
+    "A plot with room for the rows and for a legend between the note and the axes."
+    lines = math.ceil(len(parts) / 5)
+    height = 1.5 + 0.15 * lines + 0.62 * runs
+    return new_plot(title, note + '\n' * (lines + bool(note)), height)
+
+
 @mpl.rc_context(style)
 def memory_bars(predicted:dict,      # name -> {part: bytes}; `total` is the peak, where not all parts are there at once
-                measured:dict=None,  # name -> peak, bytes, or None when unknown
+                measured:dict=None,  # name -> peak, bytes, or None when unknown; no name where nothing was measured
                 title:str='Memory: predicted and measured',  # what is shown
                 note:str='',         # what was measured, and how
 )->Plot:
     "Stacked parts of the predicted memory with the measured peak beneath; a `LabError` when nothing was predicted."
     measured = measured or {}
-    sizes = [size for named in predicted.values() for size in named.values() if known(size)]
-    something(sizes, 'memory_bars', 'a memory breakdown of at least one run')
-    parts = list(dict.fromkeys(part for named in predicted.values() for part in named if part != 'total'))
-    totals = [sum(named.get(part) or 0 for part in parts) for named in predicted.values()]
-    unit, size = byte_unit([*totals, *(peak for peak in measured.values() if known(peak))])
+    parts = _parts_of(predicted)
+    totals = [_sum_of(parts, named) for named in predicted.values()]
+    unit, size = byte_unit([*totals, *filter(is_number, measured.values())])
 
-    lines = math.ceil(len(parts) / 5)
-    height = 1.5 + 0.15 * lines + 0.62 * len(predicted)
-    plot, axes = new_plot(title, note + '\n' * (lines + bool(note)), height)
+    plot, axes = _memory_plot(title, note, parts, len(predicted))
     for row, (name, named) in enumerate(predicted.items()):
-        _memory_row(axes, parts, named, measured.get(name), row, size)
+        peak = _memory_row(axes, parts, named, row, size)
+        if name in measured:
+            _draw_measured(axes, measured[name], peak, row, size)
 
     _legend_above(axes)
     _name_rows(axes, predicted)
@@ -586,7 +741,14 @@ def _whole_numbers(axes):
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,.0f}'))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 2.5, 5, 10]))
+    _whole_steps(axes)
+
+
+def _draw_counts(axes, lengths, edges, limit):
+    "How many rows are in each bin, those beyond the limit in another colour."
+    counts, _ = np.histogram(lengths, edges)
+    colours = [palette[1] if limit and edge >= limit else palette[0] for edge in edges[:-1]]
+    axes.bar(edges[:-1], counts, np.diff(edges), align='edge', edgecolor=ground, linewidth=0.5, color=colours)
 
 
 @mpl.rc_context(style)
@@ -596,15 +758,13 @@ def length_histogram(lengths,           # tokens in each row
                      unit:str='tokens',    # what is counted
 )->Plot:
     "How long the rows are, with those beyond `limit` in another colour; a `LabError` when there are no rows."
-    lengths = np.asarray(something(list(lengths), 'length_histogram', 'the length of at least one row'))
+    lengths = np.asarray(require_values(list(lengths), 'length_histogram', 'the length of at least one row'))
     longest = lengths.max()
     over = int((lengths > limit).sum()) if limit else 0
     plot, axes = new_plot(title, _length_note(lengths, limit, over), height=3.2)
 
     edges, width = _bin_edges(longest, limit)
-    counts, _ = np.histogram(lengths, edges)
-    colours = [palette[1] if limit and edge >= limit else palette[0] for edge in edges[:-1]]
-    axes.bar(edges[:-1], counts, np.diff(edges), align='edge', edgecolor=ground, linewidth=0.5, color=colours)
+    _draw_counts(axes, lengths, edges, limit)
     if limit and limit <= longest:
         axes.axvline(limit + 0.5, color=palette[1], linewidth=1.2)
 

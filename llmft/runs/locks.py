@@ -129,6 +129,19 @@ def _lock_patiently(fd: int) -> bool:
     return False
 
 
+def _in_use(folder, path) -> LabError:
+    "The error that names the process that has the lock of `folder`."
+    pid, host, since = (holder_of(path).get(name, '?') for name in ('pid', 'host', 'since'))
+    return LabError(f'{folder} is in use by process {pid} on {host} since {since}: wait, stop it, or give another name')
+
+
+def _sign(fd: int):
+    "Write into a lock file which process has the lock."
+    holder = dict(pid=os.getpid(), host=socket.gethostname(), boot=boot_id(), since=now())
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, json.dumps(holder).encode(), 0)
+
+
 def hold(folder) -> int:
     "Take the lock of `folder` for this process; a `LabError` names the process that has it."
     folder = Path(folder).absolute()
@@ -138,14 +151,9 @@ def hold(folder) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     if not _lock_patiently(fd):
         os.close(fd)
-        pid, host, since = (holder_of(path).get(key, '?') for key in ('pid', 'host', 'since'))
-        raise LabError(
-            f'{folder} is in use by process {pid} on {host} since {since}: wait, stop it, or give another name'
-        )
+        raise _in_use(folder, path)
 
-    holder = dict(pid=os.getpid(), host=socket.gethostname(), boot=boot_id(), since=now())
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, json.dumps(holder).encode(), 0)
+    _sign(fd)
     held[str(folder)] = fd
     return fd
 

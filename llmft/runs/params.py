@@ -40,6 +40,31 @@ def scalar_of(text: str):
     return text
 
 # %% ../../nbs/runs/01_params.ipynb #d9911e08
+_no_words = ('no', 'off', 'n', '0', '0.0')
+_yes_words = ('yes', 'on', 'y', '1', '1.0')
+
+
+def _plain_number(text):
+    "`text` without separators and leading zeros, when that is a number; else ''."
+    plain = re.sub(r'^([-+]?)0+(?=\d)', r'\1', text.replace('_', '').replace(',', ''))
+    return plain if number_pattern.fullmatch(plain) else ''
+
+
+def _boolean_remedy(text):
+    "What to write for a boolean that a user put in other words."
+    if text.lower() in _no_words:
+        return ': write false'
+    return ': write true' if text.lower() in _yes_words else ''
+
+
+def _number_remedy(text):
+    "What to write for a number that was written as text."
+    plain = _plain_number(text)
+    if not plain:
+        return ''
+    return f': write {plain}' if plain != text else f': write {plain} without quotes'
+
+
 def remedy(value,    # what was given
            type:str, # the type that was wanted
 )->str:              # ": write ...", or "" when there is nothing to suggest
@@ -47,34 +72,38 @@ def remedy(value,    # what was given
     text = str(value)
     if type == 'str':
         return '' if value is None else f': write "{text}" in quotes'
-    if type == 'bool' and text.lower() in ('no', 'off', 'n', '0', '0.0'):
-        return ': write false'
-    if type == 'bool' and text.lower() in ('yes', 'on', 'y', '1', '1.0'):
-        return ': write true'
+    if type == 'bool' and (advice := _boolean_remedy(text)):
+        return advice
     if type == 'int' and isinstance(value, float) and value.is_integer():
         return f': write {int(value)}'
-    if not isinstance(value, str):
-        return ''
-
-    plain = re.sub(r'^([-+]?)0+(?=\d)', r'\1', text.replace('_', '').replace(',', ''))
-    if not number_pattern.fullmatch(plain):
-        return ''
-    return f': write {plain}' if plain != text else f': write {plain} without quotes'
+    return _number_remedy(text) if isinstance(value, str) else ''
 
 # %% ../../nbs/runs/01_params.ipynb #9d202e0d
 _type_words = dict(int='a whole number', float='a number', str='text', bool='true or false')
 _largest_whole_float = 2**1023  # whole numbers from here on are not turned into floats
 
 
+def _as_float(number: int) -> float:
+    "A whole number as a float; infinite where it is too large for one."
+    return float(number) if abs(number) < _largest_whole_float else math.inf
+
+
 def _as_scalar(value, type: str):
     "`value` as one of `scalar_types`, or a `ValueError` with the remedy."
     if type == 'float' and value.__class__ is int:
-        value = float(value) if abs(value) < _largest_whole_float else math.inf
+        value = _as_float(value)
     if value.__class__ is not scalar_types[type]:
         given = 'nothing' if value is None else repr(value)
         raise ValueError(f'{given} is not {_type_words[type]}{remedy(value, type)}')
     if type == 'float' and not math.isfinite(value):
         raise ValueError(f'{value} is not a finite number')
+    return value
+
+
+def _items(value) -> list:
+    "The items of a list, or a `ValueError` with the remedy."
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f'{value!r} is not a list: write [{"" if value is None else value}]')
     return value
 
 
@@ -84,10 +113,8 @@ def as_type(value,                 # what a file, a command line or papermill ga
 ):                                 # the value in that type
     "`value` as the given `type`, or a `ValueError` with the remedy."
     if type.startswith('list['):
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f'{value!r} is not a list: write [{"" if value is None else value}]')
         item_type = type.removeprefix('list[').removesuffix(']')
-        return [as_type(item, item_type, from_text) for item in value]
+        return [as_type(item, item_type, from_text) for item in _items(value)]
 
     if from_text and isinstance(value, str) and type != 'str':
         value = scalar_of(value)
@@ -128,34 +155,50 @@ def _literal(node,       # of the syntax tree
         raise LabError(f'{place}: {name}: {error}') from None
 
 
+def _check_form(node, source, place):
+    "A `LabError` for a statement that declares no parameter."
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value:
+        return
+    line = ast.get_source_segment(source, node).split('\n')[0]
+    wanted = '`name: type = value  # meaning, unit`'
+    raise LabError(f'{place}: `{line}` must read {wanted}; anything derived goes into the next cell')
+
+
+def _declared_type(node, place):
+    "The type that a statement declares; a `LabError` when it is none of `types`."
+    type = ast.unparse(node.annotation).replace(' ', '')
+    if type not in types:
+        hint = nearest(type, types)
+        raise LabError(f"{place}: {node.target.id} has type {type}{hint}: use one of {', '.join(types)}")
+    return type
+
+
 def _declaration(node,           # one statement of the cell
                  source:str,     # text of the cell
                  comments:dict,  # line number -> comment
                  place:str,      # how errors call its line
 )->Parameter:
     "The parameter that one statement declares."
-    if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value):
-        line = ast.get_source_segment(source, node).split('\n')[0]
-        wanted = '`name: type = value  # meaning, unit`'
-        raise LabError(f'{place}: `{line}` must read {wanted}; anything derived goes into the next cell')
-
+    _check_form(node, source, place)
     name = node.target.id
-    type = ast.unparse(node.annotation).replace(' ', '')
-    if type not in types:
-        raise LabError(f"{place}: {name} has type {type}{nearest(type, types)}: use one of {', '.join(types)}")
+    type = _declared_type(node, place)
     comment = comments.get(node.end_lineno, comments.get(node.lineno, ''))
     return Parameter(name, type, _literal(node.value, name, type, place), comment, node.lineno)
+
+
+def _statements(source, where):
+    "The statements of a cell; a `LabError` when it is no Python."
+    try:
+        return ast.parse(source).body
+    except SyntaxError as error:
+        raise LabError(f'{where} line {error.lineno}: {error.msg}') from None
 
 
 def parse_parameters(source:str,  # text of the parameters cell
                      where:str,   # how errors call the cell
 )->list:                          # a `Parameter` per line
     "The parameters that a cell declares; a `LabError` for anything but annotated literals."
-    try:
-        statements = ast.parse(source).body
-    except SyntaxError as error:
-        raise LabError(f'{where} line {error.lineno}: {error.msg}') from None
-
+    statements = _statements(source, where)
     comments = _comments(source)
     parameters = {}
     for node in statements:
@@ -174,6 +217,13 @@ def shown(path) -> str:
     return str(path.relative_to(Path.cwd())) if is_below else str(path)
 
 # %% ../../nbs/runs/01_params.ipynb #6019e1ed
+def _no_notebook(name, folder: Path) -> LabError:
+    "The error for a name that is no notebook of `folder`."
+    names = sorted(path.stem for path in folder.glob('*.ipynb'))
+    hint = nearest(Path(name).stem, names)
+    return LabError(f"there is no notebook {name}{hint}: nbs/experiments has {', '.join(names) or 'none'}")
+
+
 def find_notebook(name) -> Path:
     "The notebook that `name` means: a path, or the name of one in nbs/experiments; a `LabError` when there is none."
     path = find_path(name)
@@ -183,19 +233,20 @@ def find_notebook(name) -> Path:
     folder = project_root() / 'nbs' / 'experiments'
     if (folder / f'{name}.ipynb').is_file():
         return folder / f'{name}.ipynb'
-
-    known = sorted(path.stem for path in folder.glob('*.ipynb'))
-    hint = nearest(Path(name).stem, known)
-    raise LabError(f"there is no notebook {name}{hint}: nbs/experiments has {', '.join(known) or 'none'}")
+    raise _no_notebook(name, folder)
 
 # %% ../../nbs/runs/01_params.ipynb #5b5f9c56
-def code_cells(notebook: Path) -> list:
-    "The code cells of a notebook file as (tags, source); a `LabError` when it is no notebook."
+def _cells_of(notebook: Path) -> list:
+    "The cells of a notebook file as JSON has them; a `LabError` when it is no notebook."
     try:
-        cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
+        return json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
     except (ValueError, KeyError, TypeError) as error:
         raise LabError(f'{shown(notebook)} is not a notebook ({error})') from None
-    code = [cell for cell in cells if cell['cell_type'] == 'code']
+
+
+def code_cells(notebook: Path) -> list:
+    "The code cells of a notebook file as (tags, source); a `LabError` when it is no notebook."
+    code = [cell for cell in _cells_of(notebook) if cell['cell_type'] == 'code']
     return [(cell['metadata'].get('tags', []), ''.join(cell['source'])) for cell in code]
 
 # %% ../../nbs/runs/01_params.ipynb #13c3f790
@@ -245,6 +296,13 @@ def _line_of(node) -> int:
     return node.start_mark.line + 1
 
 
+def _check_text_key(key, place):
+    "Raise a `LabError` for a key that is not text."
+    if key.tag != f'{_yaml_tag}str':
+        written = repr(getattr(key, 'value', 'this'))
+        raise LabError(f'{place}: a key must be text, and {written:.40} is not: put it in quotes')
+
+
 def _check_keys(loader, node):
     "Raise a `LabError` for a key of a YAML mapping that stands twice or is not text."
     lines = {}
@@ -252,9 +310,7 @@ def _check_keys(loader, node):
         if key.tag == f'{_yaml_tag}merge':
             continue
         place = f'{loader.name}:{_line_of(key)}'
-        if key.tag != f'{_yaml_tag}str':
-            written = repr(getattr(key, 'value', 'this'))
-            raise LabError(f'{place}: a key must be text, and {written:.40} is not: put it in quotes')
+        _check_text_key(key, place)
         if key.value in lines:
             raise LabError(f'{place}: {key.value} stands twice, first in line {lines[key.value]}: keep one')
         lines[key.value] = _line_of(key)
@@ -271,6 +327,13 @@ def _construct_lines(loader, node) -> Lines:
 StrictLoader.add_constructor(f'{_yaml_tag}map', _construct_lines)
 
 # %% ../../nbs/runs/01_params.ipynb #0f827297
+def _invalid_yaml(error: yaml.MarkedYAMLError, name: str) -> LabError:
+    "The error for text that is no YAML, with its line."
+    mark = error.problem_mark or error.context_mark
+    line = mark.line + 1 if mark else 1
+    return LabError(f'{name}:{line}: {error.problem or error.context}: this is not valid YAML')
+
+
 def parse_yaml(text:str,        # YAML source
                name:str='text', # how errors call it
 ):                              # mappings as `Lines`, lists, numbers, text, booleans, `None`
@@ -280,9 +343,7 @@ def parse_yaml(text:str,        # YAML source
         loader.name = name
         return loader.get_single_data()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        raise LabError(f'{name}:{line}: {error.problem or error.context}: this is not valid YAML') from None
+        raise _invalid_yaml(error, name) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = ' '.join(str(error).split())[:120]
         raise LabError(f'{name}: {reason}: this is not valid YAML') from None
@@ -298,14 +359,19 @@ def parse_mapping(text:str,         # YAML source
     return Lines(file=name) if value is None else value
 
 # %% ../../nbs/runs/01_params.ipynb #ae01d6ab
+def _no_file(path: Path) -> LabError:
+    "The error for a file of parameters that does not exist."
+    files = [other.name for other in path.parent.glob('*.yaml')]
+    folders = [other.name for other in path.parent.parent.glob('*')]
+    hint = nearest(path.name, files) or nearest(path.parent.name, folders)
+    return LabError(f'{shown(path)} is no file{hint}: give a YAML file of parameters')
+
+
 def read_yaml(path) -> Lines:
     "The mapping in a strict YAML file; every failure is a `LabError` that names the file."
     path = find_path(path)
     if not path.is_file():
-        files = [other.name for other in path.parent.glob('*.yaml')]
-        folders = [other.name for other in path.parent.parent.glob('*')]
-        hint = nearest(path.name, files) or nearest(path.parent.name, folders)
-        raise LabError(f'{shown(path)} is no file{hint}: give a YAML file of parameters')
+        raise _no_file(path)
 
     try:
         text = path.read_text(encoding='utf-8')
@@ -342,6 +408,12 @@ def _literal_names(node) -> list:
     return [entry.value for entry in entries if isinstance(entry, ast.Constant)]
 
 
+def _assigns(node, name: str) -> bool:
+    "Whether a statement assigns that name."
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    return name in [getattr(target, 'id', '') for target in targets]
+
+
 @functools.cache
 def declared_names(module:str,  # dotted name within this package, such as training.recipe
                    name:str,    # of the dictionary, tuple or list, at the top of the module
@@ -349,8 +421,7 @@ def declared_names(module:str,  # dotted name within this package, such as train
     "The names that a declaration of the library lists, read without importing its module."
     path = assets.parent.joinpath(*module.split('.')).with_suffix('.py')
     for node in ast.parse(path.read_text(encoding='utf-8')).body:
-        targets = node.targets if isinstance(node, ast.Assign) else []
-        if name in [getattr(target, 'id', '') for target in targets]:
+        if _assigns(node, name):
             return tuple(_literal_names(node.value))
     raise LabError(f'{module} declares no {name} at its top: write {name} = dict(...) there')
 
@@ -388,6 +459,14 @@ def _place_of(name:str,   # of a parameter
     return f'{given.file}:{given.lines[name]}: ' if name in given.lines else f'{given.file} '
 
 
+def _check_declared(name, declared, notebook, place):
+    "Raise a `LabError` for a name that the notebook does not declare."
+    if name not in declared:
+        stem = Path(notebook).stem
+        hint = nearest(name, declared)
+        raise LabError(f'{place}{name} is no parameter of {stem}{hint}: `llmft params {stem}` lists them')
+
+
 def check_params(notebook,           # path or name of the notebook
                  given:dict,         # name -> value; a `Lines` lets errors name file and line
                  declared=None,      # its `read_parameters`, when at hand
@@ -399,10 +478,7 @@ def check_params(notebook,           # path or name of the notebook
 
     for name, value in given.items():
         place = _place_of(name, given)
-        if name not in declared:
-            stem = Path(notebook).stem
-            hint = nearest(name, declared)
-            raise LabError(f'{place}{name} is no parameter of {stem}{hint}: `llmft params {stem}` lists them')
+        _check_declared(name, declared, notebook, place)
         try:
             values[name] = as_type(value, declared[name].type)
         except ValueError as error:
@@ -411,6 +487,14 @@ def check_params(notebook,           # path or name of the notebook
     return values
 
 # %% ../../nbs/runs/01_params.ipynb #9046315a
+def _split_override(override: str) -> tuple:
+    "The name and the text of name=value; a `LabError` for another form."
+    name, equals, text = (part.strip() for part in override.partition('='))
+    if not (name and equals):
+        raise LabError(f'-p {override}: write -p name=value')
+    return name, text
+
+
 def parse_overrides(overrides,  # texts of the form name=value
                     declared,   # the notebook's `Parameter`s
 )->Lines:                       # name -> value
@@ -418,9 +502,7 @@ def parse_overrides(overrides,  # texts of the form name=value
     type_of = {parameter.name: parameter.type for parameter in declared}
     given = Lines(file='-p')
     for override in overrides:
-        name, equals, text = (part.strip() for part in override.partition('='))
-        if not (name and equals):
-            raise LabError(f'-p {override}: write -p name=value')
+        name, text = _split_override(override)
         value = parse_yaml(text, f'-p {name}')
         keeps_text = type_of.get(name) == 'str' and not isinstance(value, str)
         given[name] = text if keeps_text else value
@@ -443,8 +525,8 @@ def _notebook_of(paths: list) -> Path:
     "The notebook that parameter files belong to by their folder, or that is itself among them."
     names = {path.stem if _is_notebook(path) else path.resolve().parent.name for path in paths}
     if len(names) > 1:
-        known = ', '.join(sorted(names))
-        raise LabError(f'the files belong to several notebooks ({known}): give files of one folder')
+        listed = ', '.join(sorted(names))
+        raise LabError(f'the files belong to several notebooks ({listed}): give files of one folder')
     return find_notebook(next(filter(_is_notebook, paths), None) or names.pop())
 
 
@@ -462,6 +544,17 @@ def _name_from(paths: list) -> str:
     return '-'.join(path.stem for path in paths if not path.stem.startswith('_') and not _is_notebook(path))
 
 
+def _file_layer(path: Path) -> Lines:
+    "The values that one file gives; the notebook itself gives none."
+    return Lines(file=shown(path)) if _is_notebook(path) else read_yaml(path)
+
+
+def _named_after(paths: list, declared: list) -> dict:
+    "The name that a run has unless a file gives another; none where the notebook declares no `name`."
+    name = _name_from(paths)
+    return dict(name=name) if name and any(parameter.name == 'name' for parameter in declared) else {}
+
+
 def resolve_params(files,             # parameter files of one notebook, later ones override; or the notebook itself
                    overrides=(),      # texts of the form name=value
                    small:bool=False,  # put `_small.yaml` of the same folder over the files
@@ -470,15 +563,14 @@ def resolve_params(files,             # parameter files of one notebook, later o
     if not files:
         raise LabError('give a parameter file, as in params/finetune/lora.yaml')
     paths = [find_path(file) for file in files]
-    layers = [Lines(file=shown(path)) if _is_notebook(path) else read_yaml(path) for path in paths]
+    layers = [_file_layer(path) for path in paths]
     notebook = _notebook_of(paths)
     if small:
         layers.append(read_yaml(_small_overlay(notebook, paths)))
 
     declared = read_parameters(notebook)
     layers.append(parse_overrides(overrides, declared))
-    name = _name_from(paths)
-    values = dict(name=name) if name and any(parameter.name == 'name' for parameter in declared) else {}
+    values = _named_after(paths, declared)
     for layer in layers:
         values |= check_params(notebook, layer, declared, defaults=False)
 

@@ -78,14 +78,18 @@ def _check_processes(settings):
         raise LabError(f'nproc is {settings.nproc} and strategy none: choose how they share the work: {names}')
 
 
+def _plain_settings(params):
+    "The parameters that `Settings` takes as they are."
+    names = {field.name for field in fields(Settings)} - {'method'}
+    return {name: value for name, value in params.items() if name in names}
+
+
 def settings_of(params:dict,  # name -> value of all parameters of a notebook
 )->Settings:
     "The settings of a run; a `LabError` for an unknown choice, and for processes that cannot share its work."
     for name, value in params.items():
         check_choice(name, value)
-    names = {field.name for field in fields(Settings)} - {'method'}
-    settings = Settings(method=Method.from_params(SimpleNamespace(**params)),
-                        **{name: value for name, value in params.items() if name in names})
+    settings = Settings(method=Method.from_params(SimpleNamespace(**params)), **_plain_settings(params))
     _check_processes(settings)
     return settings
 
@@ -97,37 +101,50 @@ def processes_here()->int:
     return torch.cuda.device_count() or 2
 
 # %% ../../nbs/runs/13_plan.ipynb #1dd16deb
-def _linear_layers(config):
-    "A model without bytes, and name -> layer of its linear maps except the output layer."
+def _model_without_bytes(config):
+    "A model whose weights have shapes only."
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device('meta'):
-        model = AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _linear_layers(model):
+    "Name -> layer of the linear maps of a model, except the output layer."
+    import torch
+
     head = model.get_output_embeddings()
-    linear = {name: layer for name, layer in model.named_modules()
-              if isinstance(layer, torch.nn.Linear) and layer is not head}
-    return model, linear
+    return {name: layer for name, layer in model.named_modules()
+            if isinstance(layer, torch.nn.Linear) and layer is not head}
+
+
+def _has_target(name, targets):
+    "Whether an adapter with these targets belongs to the layer of that name."
+    return targets == ('all-linear',) or any(f'.{name}'.endswith(f'.{target}') for target in targets)
 
 
 def _adapted_layers(linear, targets, architecture):
     "The linear layers that an adapter with these targets would have; a `LabError` when there are none."
-    adapted = [layer for name, layer in linear.items()
-               if targets == ('all-linear',) or any(f'.{name}'.endswith(f'.{target}') for target in targets)]
+    adapted = [layer for name, layer in linear.items() if _has_target(name, targets)]
     if not adapted:
         names = ', '.join(sorted({name.split('.')[-1] for name in linear}))
         raise LabError(f'lora_targets {list(targets)} name no linear map of {architecture}: choose from {names}')
     return adapted
 
 
+def _adapter_size(linear, method, architecture):
+    "Parameters of a LoRA adapter on the linear layers that it names."
+    adapted = _adapted_layers(linear, method.targets, architecture)
+    return sum(method.rank * (layer.in_features + layer.out_features) for layer in adapted)
+
+
 def _counted(config, method):
     "Parameters of an architecture without formulas: all of them, those trained, those in quantised layers."
-    model, linear = _linear_layers(config)
+    model = _model_without_bytes(config)
+    linear = _linear_layers(model)
     total = sum(parameter.numel() for parameter in model.parameters())
-    trainable = total
-    if not method.full:
-        adapted = _adapted_layers(linear, method.targets, config.model_type)
-        trainable = sum(method.rank * (layer.in_features + layer.out_features) for layer in adapted)
+    trainable = total if method.full else _adapter_size(linear, method, config.model_type)
     in_linear = sum(layer.weight.numel() for layer in linear.values())
     return dict(total=total, trainable=trainable, quantised=0 if method.quantisation == 'none' else in_linear)
 
@@ -139,24 +156,25 @@ def count_parameters(config,        # a transformers config
     if config.model_type not in families:
         return _counted(config, method)
     total = parameter_count(config)['total']
-    trainable = total
-    if not method.full:
-        trainable = lora_parameter_count(config, method.rank, method.targets)
+    trainable = total if method.full else lora_parameter_count(config, method.rank, method.targets)
     return dict(total=total, trainable=trainable, quantised=quantised_count(config, method.quantisation))
 
 # %% ../../nbs/runs/13_plan.ipynb #ea21a42d
-def _is_here(settings):
-    "Whether text and tokenizer of a run lie on this machine."
-    has_data = settings.data.startswith('builtin:') or (settings.data and find_path(settings.data).exists())
-    if not (settings.text_field and has_data):
-        return False
+def _has_text(settings):
+    "Whether the text of a run lies on this machine."
+    is_here = settings.data.startswith('builtin:') or (settings.data and find_path(settings.data).exists())
+    return bool(settings.text_field and is_here)
+
+
+def _has_tokenizer(settings):
+    "Whether the tokenizer of a run lies on this machine."
     return settings.model == 'base' or (find_path(settings.model) / 'tokenizer.json').is_file()
 
 
 def read_lengths(settings,  # from `settings_of`
 ):                          # slots of every training example, or None when that cannot be known from here
     "How long the training examples of a text corpus are, when data and tokenizer lie on this machine."
-    if not _is_here(settings):
+    if not (_has_text(settings) and _has_tokenizer(settings)):
         return None
     from llmft.data.corpora import load_corpus
     from llmft.data.tokens import cut, encode, load_tokenizer
@@ -184,17 +202,30 @@ def count_rows(settings,      # from `settings_of`
     return None, 'unknown: state them with --rows'
 
 # %% ../../nbs/runs/13_plan.ipynb #3944538f
+def _total_steps(settings, per_epoch):
+    "Steps of the whole run: `max_steps` where it is set, else those of the epochs; None when unknown."
+    if settings.max_steps:
+        return settings.max_steps
+    return math.ceil(per_epoch * settings.num_epochs) if per_epoch else None
+
+
 def count_steps(settings,  # from `settings_of`
                 rows,      # training rows, or None
 )->dict:                   # per_epoch, total, warmup, epochs; None where unknown
     "Optimiser steps of the run."
     per_epoch = math.ceil(rows / settings.step_rows) if rows else None
-    total = settings.max_steps or (math.ceil(per_epoch * settings.num_epochs) if per_epoch else None)
+    total = _total_steps(settings, per_epoch)
     warmup = None if total is None else math.ceil(settings.warmup_ratio * total)
     epochs = total / per_epoch if per_epoch and total else None
     return dict(per_epoch=per_epoch, total=total, warmup=warmup, epochs=epochs)
 
 # %% ../../nbs/runs/13_plan.ipynb #2b863185
+def _pad(lengths, batch_size):
+    "The lengths of one step when every micro-batch is as long as its longest row."
+    groups = [lengths[first : first + batch_size] for first in range(0, len(lengths), batch_size)]
+    return [max(group) for group in groups for _ in group]
+
+
 def padded_lengths(settings, # from `settings_of`
                    lengths,  # slots of every training example
 )->list:                     # the same examples with their padding
@@ -211,12 +242,15 @@ def padded_lengths(settings, # from `settings_of`
         rows = [lengths[row] for row in order.step(step)]
         if layout.sorts:
             rows.sort(reverse=True)
-        for first in range(0, len(rows), settings.batch_size):
-            group = rows[first : first + settings.batch_size]
-            padded += [max(group)] * len(group)
+        padded += _pad(rows, settings.batch_size)
     return padded
 
 # %% ../../nbs/runs/13_plan.ipynb #81a7f5e3
+def _epoch_slots(settings, rows, lengths):
+    "Slots of every row of an epoch; of a full step where the rows are unknown."
+    return padded_lengths(settings, lengths) if lengths else [settings.max_length] * (rows or settings.step_rows)
+
+
 def count_work(config,       # a transformers config
                settings,     # from `settings_of`
                steps,        # from `count_steps`
@@ -228,7 +262,7 @@ def count_work(config,       # a transformers config
         return dict(tokens=None, slots=None, flops=None)
 
     epochs = steps['epochs'] or steps['total']  # without rows: of one step each
-    slots = padded_lengths(settings, lengths) if lengths else [settings.max_length] * (rows or settings.step_rows)
+    slots = _epoch_slots(settings, rows, lengths)
     tokens = sum(lengths or slots)
     flops = flops_step(config, slots, settings.method, targets_tokens=tokens,
                        gradient_checkpointing=settings.gradient_checkpointing)
@@ -268,6 +302,17 @@ def count_memory(config,        # a transformers config
 _usable_share = 0.9  # of a device's memory, where no limit is set
 
 
+def _too_large(batch, peak, limit):
+    "The `LabError` of a batch whose predicted peak is above the limit, both in bytes."
+    needed = f'{peak / 2**30:.2f} GiB and {limit / 2**30:.2f} are allowed'
+    return LabError(f'a batch of {batch} is foreseen to need {needed}: shorten max_length, or quantise')
+
+
+def _memory_limit(settings, device):
+    "Bytes that a step may take."
+    return settings.memory_limit_gb * 2**30 or _usable_share * device['memory_bytes']
+
+
 def _fitting_batches(config, settings, kind, limit):
     "The batch sizes of the search whose predicted peak is within the limit; a `LabError` when there are none."
     def predicted(batch):
@@ -278,8 +323,7 @@ def _fitting_batches(config, settings, kind, limit):
     sizes = range(smallest, max(smallest, settings.largest_batch) + 1)
     fitting = [batch for batch in sizes if predicted(batch) <= limit]
     if not fitting:
-        needed = f'{predicted(smallest) / 2**30:.2f} GiB and {limit / 2**30:.2f} are allowed'
-        raise LabError(f'a batch of {smallest} is foreseen to need {needed}: shorten max_length, or quantise')
+        raise _too_large(smallest, predicted(smallest), limit)
     return fitting
 
 
@@ -292,10 +336,9 @@ def foreseen_batch(config,    # a transformers config
         return settings, 'batch_size'
     from llmft.training.largest_batch import split_step
 
-    limit = settings.memory_limit_gb * 2**30 or _usable_share * device['memory_bytes']
     fitting = [settings.smallest_batch]
     if config.model_type in families:
-        fitting = _fitting_batches(config, settings, device['kind'], limit)
+        fitting = _fitting_batches(config, settings, device['kind'], _memory_limit(settings, device))
     batch_size, accumulation = split_step(settings.target_effective_batch, max(fitting))
     settings = replace(settings, batch_size=batch_size, gradient_accumulation=accumulation)
     return settings, 'foreseen: the largest that fits, for a step of target_effective_batch'
@@ -322,11 +365,17 @@ _numbers = {
 gpus = {name: dict(zip(_columns, numbers, strict=True)) for name, numbers in _numbers.items()}
 
 # %% ../../nbs/runs/13_plan.ipynb #62884128
-def _listed_device(gpu, precision):
-    "A GPU of the table; a `LabError` for a name that is not in it."
-    name = gpu.lower().replace(' ', '').replace('_', '-').removeprefix('nvidia-')
+def _listed_name(gpu):
+    "The name in the table that a user means, as in NVIDIA H100; a `LabError` when there is none."
+    name = gpu.lower().replace(' ', '').replace('_', '-').removeprefix('nvidia').lstrip('-')
     if name not in gpus:
         raise LabError(f'there is no GPU {gpu!r} in the table{nearest(name, gpus)}: choose from {", ".join(gpus)}')
+    return name
+
+
+def _listed_device(gpu, precision):
+    "A GPU of the table."
+    name = _listed_name(gpu)
     facts = gpus[name]
     return dict(
         name=name,
@@ -338,19 +387,25 @@ def _listed_device(gpu, precision):
     )
 
 
-def _this_device(precision):
-    "This machine, with the peaks it has measured."
+def _kind_and_memory():
+    "What computes here, 'cuda' or 'cpu', and its memory in bytes."
     import psutil
     import torch
 
+    if torch.cuda.is_available():
+        return 'cuda', torch.cuda.get_device_properties(0).total_memory
+    return 'cpu', psutil.virtual_memory().total
+
+
+def _this_device(precision):
+    "This machine, with the peaks it has measured."
     from llmft.models.meter import known_peaks
 
     peaks = known_peaks() or {}
-    cuda = torch.cuda.is_available()
-    memory = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total
+    kind, memory = _kind_and_memory()
     return dict(
         name='this machine',
-        kind='cuda' if cuda else 'cpu',
+        kind=kind,
         memory_bytes=memory,
         peak_flops=peaks.get('matmul_flops_per_sec' + ('' if precision == 'fp32' else f'_{precision}')),
         bandwidth=peaks.get('copy_bytes_per_sec'),
@@ -382,6 +437,39 @@ def _seconds(flops, device, share, nproc):
     return flops / speed if flops and speed else None
 
 
+def _with_processes(settings):
+    "The settings with a number of processes, where the parameters leave it open."
+    if settings.nproc:
+        return settings
+    return replace(settings, nproc=1 if settings.strategy == 'none' else processes_here())
+
+
+def _product_precision(settings):
+    "The precision of the products: of mixed precision the lower one."
+    return settings.method.precision if settings.mixed_precision == 'no' else settings.mixed_precision
+
+
+def _method_facts(config, settings, counts):
+    "What is trained, and in which formats."
+    return dict(
+        model=settings.model,
+        architecture=config.model_type,
+        method=settings.method.kind,
+        quantisation=settings.method.quantisation,
+        precision=_product_precision(settings),
+        nproc=settings.nproc,
+        strategy=settings.strategy,
+        parameters=counts['total'],
+        trainable=counts['trainable'],
+        quantised_share=counts['quantised'] / counts['total'],
+    )
+
+
+def _step_facts(steps):
+    "Steps of the run, of an epoch and of the warm-up."
+    return dict(steps=steps['total'], steps_per_epoch=steps['per_epoch'], warmup_steps=steps['warmup'])
+
+
 def make_plan(params:dict,    # name -> value of all parameters of a notebook
               gpu='',         # name in `gpus`; '' is this machine
               rows=None,      # training rows, where the parameters do not say
@@ -390,16 +478,13 @@ def make_plan(params:dict,    # name -> value of all parameters of a notebook
     "What the run will take; a `LabError` for invalid parameters."
     from llmft.models.load import model_config
 
-    settings = settings_of(params)
-    if not settings.nproc:
-        settings = replace(settings, nproc=1 if settings.strategy == 'none' else processes_here())
+    settings = _with_processes(settings_of(params))
     share = _check_share(share)
     config = model_config(settings.model)
-    precision = settings.method.precision if settings.mixed_precision == 'no' else settings.mixed_precision
 
     counts = count_parameters(config, settings.method)
     lengths = None if rows else read_lengths(settings)
-    device = find_device(gpu, precision)
+    device = find_device(gpu, _product_precision(settings))
     settings, batch_from = foreseen_batch(config, settings, device)
     rows, rows_from = count_rows(settings, rows, lengths)
     steps = count_steps(settings, rows)
@@ -407,16 +492,7 @@ def make_plan(params:dict,    # name -> value of all parameters of a notebook
     memory = count_memory(config, settings, device['kind'], lengths)
 
     return dict(
-        model=settings.model,
-        architecture=config.model_type,
-        method=settings.method.kind,
-        quantisation=settings.method.quantisation,
-        precision=precision,
-        nproc=settings.nproc,
-        strategy=settings.strategy,
-        parameters=counts['total'],
-        trainable=counts['trainable'],
-        quantised_share=counts['quantised'] / counts['total'],
+        **_method_facts(config, settings, counts),
         rows=rows,
         rows_from=rows_from,
         batch_size=settings.batch_size,
@@ -424,9 +500,7 @@ def make_plan(params:dict,    # name -> value of all parameters of a notebook
         batch_from=batch_from,
         max_length=settings.max_length,
         lengths_from='counted' if lengths else 'every row taken as max_length',
-        steps=steps['total'],
-        steps_per_epoch=steps['per_epoch'],
-        warmup_steps=steps['warmup'],
+        **_step_facts(steps),
         **work,
         memory=memory,
         device=device,
@@ -461,17 +535,22 @@ def _size(value, total):
     return f'{value / scale:,.2f} {unit}' if value < 1000 * scale else f'{value / scale:,.0f} {unit}'
 
 
+def _room_text(plan, total):
+    "Whether the run fits its device, in brackets; nothing when unknown."
+    if plan['fits'] is None:
+        return ''
+    device = plan['device']
+    fits = 'fits' if plan['fits'] else 'DOES NOT FIT'
+    return f" ({fits} {_size(device['memory_bytes'], total)} of {device['name']})"
+
+
 def _memory_rows(plan):
     "The facts about memory."
     memory = plan['memory'] or {}
     total = memory.get('total', 2**30)
-    room = ''
-    if plan['fits'] is not None:
-        device = plan['device']
-        fits = 'fits' if plan['fits'] else 'DOES NOT FIT'
-        room = f" ({fits} {_size(device['memory_bytes'], total)} of {device['name']})"
     parts = ', '.join(f'{name} {_size(value, total)}' for name, value in memory.items() if name != 'total')
-    return [('memory', f"{_size(memory.get('total'), total)} a process{room}"), ('of which', parts or '–')]
+    peak = f"{_size(memory.get('total'), total)} a process{_room_text(plan, total)}"
+    return [('memory', peak), ('of which', parts or '–')]
 
 
 def _time_text(plan):
@@ -482,22 +561,31 @@ def _time_text(plan):
     return f"{_time(plan['seconds'])} at {speed}; evaluation and loading not counted"
 
 
+def _model_text(plan):
+    "The model, its method and its processes."
+    processes = f"{plan['nproc']} processes, {plan['strategy']}" if plan['nproc'] > 1 else 'one process'
+    return f"{plan['model']} ({plan['architecture']}), {plan['method']}, {plan['precision']}, {processes}"
+
+
+def _steps_text(plan):
+    "Steps of an epoch, of the run and of the warm-up."
+    per_epoch = f"{_number(plan['steps_per_epoch'])} an epoch"
+    return f"{per_epoch}, {_number(plan['steps'])} in all, warm-up {_number(plan['warmup_steps'])}"
+
+
 def plan_rows(plan:dict,  # from `make_plan`
 )->list:                  # (what, how much) pairs of text
     "The facts of a plan, one line each."
-    processes = f"{plan['nproc']} processes, {plan['strategy']}" if plan['nproc'] > 1 else 'one process'
     step = f"{plan['batch_size']} x {plan['gradient_accumulation']} rows a step"
-    per_epoch = f"{_number(plan['steps_per_epoch'])} an epoch"
-    steps = f"{per_epoch}, {_number(plan['steps'])} in all, warm-up {_number(plan['warmup_steps'])}"
 
     return [
-        ('model', f"{plan['model']} ({plan['architecture']}), {plan['method']}, {plan['precision']}, {processes}"),
+        ('model', _model_text(plan)),
         ('parameters', _number(plan['parameters'])),
         ('trained', f"{_number(plan['trainable'])} ({plan['trainable'] / plan['parameters']:.2%})"),
         ('quantised', f"{plan['quantised_share']:.1%}"),
         ('rows', f"{_number(plan['rows'])} ({plan['rows_from']})"),
         ('batch', f"{step} ({plan['batch_from']})"),
-        ('steps', steps),
+        ('steps', _steps_text(plan)),
         ('tokens', f"{_number(plan['tokens'])} ({plan['lengths_from']})"),
         ('operations', _number(plan['flops'], ' FLOPs')),
         *_memory_rows(plan),

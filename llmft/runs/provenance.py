@@ -65,31 +65,38 @@ def versions() -> dict:
     return installed
 
 # %% ../../nbs/runs/03_provenance.ipynb #2cf78794
-def git_state(folder=None) -> dict:
-    "The commit of the checkout at `folder` and whether tracked files differ from it; `None`s outside of git."
+def _git_status(folder) -> str:
+    "What `git status` prints for machines at `folder`; '' outside of git."
     command = ['git', 'status', '--porcelain=v2', '--branch', '-uno']
     try:
-        text = subprocess.run(command, cwd=folder or project_root(), capture_output=True, text=True, timeout=10).stdout
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10).stdout
     except (OSError, subprocess.SubprocessError):
-        text = ''
+        return ''
 
-    lines = text.splitlines()
+
+def git_state(folder=None) -> dict:
+    "The commit of the checkout at `folder` and whether tracked files differ from it; `None`s outside of git."
+    lines = _git_status(folder or project_root()).splitlines()
     commit = next((line.split()[-1] for line in lines if line.startswith('# branch.oid')), None)
     changed = any(not line.startswith('#') for line in lines)
     return dict(commit=None if commit == '(initial)' else commit, dirty=changed if commit else None)
 
 # %% ../../nbs/runs/03_provenance.ipynb #ed0a2e16
-def gpu_names() -> list:
-    "The models of all NVIDIA GPUs of this machine, found without starting CUDA."
-    cards = [path.read_text() for path in sorted(Path('/proc/driver/nvidia/gpus').glob('*/information'))]
-    if cards:
-        return [line.split(':')[1].strip() for card in cards for line in card.splitlines() if line.startswith('Model')]
-
+def _names_from_smi() -> list:
+    "The models that nvidia-smi lists; none without it."
     if not shutil.which('nvidia-smi'):
         return []
-    command = ['nvidia-smi', '--query-gpu=name', '--format=csv,noheader']  # under WSL there are no such files
+    command = ['nvidia-smi', '--query-gpu=name', '--format=csv,noheader']
     answer = subprocess.run(command, capture_output=True, text=True)
     return answer.stdout.split('\n')[:-1] if answer.returncode == 0 else []
+
+
+def gpu_names() -> list:
+    "The models of all NVIDIA GPUs of this machine, determined without starting CUDA."
+    cards = [path.read_text() for path in sorted(Path('/proc/driver/nvidia/gpus').glob('*/information'))]
+    if not cards:
+        return _names_from_smi()  # under WSL there are no such files
+    return [line.split(':')[1].strip() for card in cards for line in card.splitlines() if line.startswith('Model')]
 
 # %% ../../nbs/runs/03_provenance.ipynb #64fed1d7
 def _processor() -> str:
@@ -114,15 +121,18 @@ def machine() -> dict:
     )
 
 # %% ../../nbs/runs/03_provenance.ipynb #4fba5d11
+def _commit_text(git: dict) -> str:
+    "The commit in ten digits and whether files differ from it."
+    changes = ' with changes' if git['dirty'] else ''
+    return f"{git['commit'][:10]}{changes}" if git['commit'] else 'no git'
+
+
 def provenance_line(record:dict,  # run.json
                     folder,       # where the run left its files
 )->str:                           # name, id, fingerprint, commit and folder
     "One line that says what ran, when, from which commit, and where it is."
     run = record['run']
-    git = record['meta']['git']
-    changes = ' with changes' if git['dirty'] else ''
-    commit = f"{git['commit'][:10]}{changes}" if git['commit'] else 'no git'
-
+    commit = _commit_text(record['meta']['git'])
     where = Path(folder).absolute()
     where = where.relative_to(project_root()) if where.is_relative_to(project_root()) else where
     name = f"{run['notebook']}/{run['name']}"

@@ -119,17 +119,23 @@ def in_box(table:str,  # HTML
     return f'<div class="scroll table" tabindex="0">{table}</div>'
 
 # %% ../../nbs/runs/08_report.ipynb #b3bcc37b
+def _token_classes():
+    "(kind of token, class) pairs; the first that fits counts."
+    from pygments.token import Comment, Keyword, Name, Number, Operator, String
+
+    named = [(kind, 'f') for kind in (Name.Function, Name.Class, Name.Decorator, Name.Builtin)]
+    return [(Comment, 'c'), (String, 's'), (Number, 'n'), (Operator.Word, 'k'), (Keyword, 'k'), *named]
+
+
 def code_html(source:str,  # Python
 )->str:                    # HTML
     "Python source with classes for keywords, texts, comments, numbers and names of functions."
     from pygments.lexers import PythonLexer
-    from pygments.token import Comment, Keyword, Name, Number, Operator, String
 
-    named = [(kind, 'f') for kind in (Name.Function, Name.Class, Name.Decorator, Name.Builtin)]
-    kinds = [(Comment, 'c'), (String, 's'), (Number, 'n'), (Operator.Word, 'k'), (Keyword, 'k'), *named]
+    classes = _token_classes()
     pieces = []
     for token, text in PythonLexer(stripnl=False, ensurenl=False).get_tokens(source):
-        css = next((css for kind, css in kinds if token in kind), '')
+        css = next((css for kind, css in classes if token in kind), '')
         pieces.append(f'<span class="{css}">{escape(text)}</span>' if css else escape(text))
     return ''.join(pieces)
 
@@ -327,6 +333,14 @@ def _parameter_row(parameter, value, is_changed):
     return f"<tr{css}>{''.join(cells)}</tr>"
 
 
+def _parameter_table(declared, changed, params):
+    "All parameters as a table, the changed ones first."
+    others = [each for each in declared if each not in changed]
+    rows = [_parameter_row(each, params.get(each.name, each.default), each in changed) for each in [*changed, *others]]
+    head = '<thead><tr><th>name</th><th>value</th><th>default</th><th>meaning</th></tr></thead>'
+    return in_box(f"<table>{head}<tbody>{''.join(rows)}</tbody></table>")
+
+
 def parameters_html(source:str,   # text of the parameters cell
                     params:dict,  # name -> value the run had
 )->str:                           # HTML; '' when the cell declares nothing
@@ -336,11 +350,7 @@ def parameters_html(source:str,   # text of the parameters cell
     except LabError:
         return ''
     changed = [each for each in declared if each.name in params and params[each.name] != each.default]
-    others = [each for each in declared if each not in changed]
-
-    rows = [_parameter_row(each, params.get(each.name, each.default), each in changed) for each in [*changed, *others]]
-    head = '<thead><tr><th>name</th><th>value</th><th>default</th><th>meaning</th></tr></thead>'
-    table = in_box(f"<table>{head}<tbody>{''.join(rows)}</tbody></table>")
+    table = _parameter_table(declared, changed, params)
     summary = f"<span>{len(declared)} parameters, {len(changed)} changed from the notebook's defaults</span>"
     return _details(summary, f'<div class="params">{table}</div>', 'code')
 
@@ -517,6 +527,12 @@ def _inline(text):
     return re.sub(r'^<p>|</p>\s*$', '', markdown_html(text))
 
 
+def _widgets_of(notebook):
+    "id -> state of all widgets of a notebook."
+    widget_state = notebook.metadata.get('widgets', {}).get('application/vnd.jupyter.widget-state+json', {})
+    return widget_state.get('state', {})
+
+
 def render_report(notebook,           # the executed notebook, an nbformat node
                   record:dict,        # run.json with its final status
                   metrics:dict=None,  # metrics.json
@@ -526,8 +542,7 @@ def render_report(notebook,           # the executed notebook, an nbformat node
     cells = [cell.copy() for cell in notebook.cells if 'llmft-status' not in cell.metadata.get('tags', [])]
     title, lead = _take_title(cells)
     title = _inline(title or record['run']['notebook'])
-    widget_state = notebook.metadata.get('widgets', {}).get('application/vnd.jupyter.widget-state+json', {})
-    widgets = widget_state.get('state', {})
+    widgets = _widgets_of(notebook)
 
     header = header_html(title, _inline(lead), record, _sections(cells))
     main = ''.join(cell_html(cell, record['params'], widgets, folder) for cell in cells)

@@ -93,6 +93,11 @@ def _record_in(folder: Path) -> dict:
         return {}
 
 
+def _new_id() -> str:
+    "An id no other run has, which begins with the time."
+    return f'{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}'
+
+
 def _new_record(folder:Path,     # outputs/notebook/name
                 params:dict,     # all parameters
                 identity:str,    # the fingerprint
@@ -103,7 +108,7 @@ def _new_record(folder:Path,     # outputs/notebook/name
     meta = dict(fingerprint=identity, versions=versions(), git=git_state(), machine=machine())
 
     run = dict(
-        id=f'{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}',
+        id=_new_id(),
         notebook=folder.parent.name,
         name=folder.name,
         status='running',
@@ -116,6 +121,21 @@ def _new_record(folder:Path,     # outputs/notebook/name
         resumed=resumed,
     )
     return dict(run=run, params=params, train={}, meta=meta)
+
+
+def _has_files(folder: Path) -> bool:
+    "Whether there is anything in `folder`."
+    return folder.exists() and any(folder.iterdir())
+
+
+def _begin(folder:Path,   # of the run, with room for it
+           record:dict,   # its run.json
+)->dict:                  # the record
+    "Write the first run.json, with a reserve for the last one on a full disk."
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / '.reserve', b'\0' * reserve_bytes)
+    save_record(folder, record)
+    return record
 
 
 def open_folder(folder,               # outputs/notebook/name
@@ -137,14 +157,9 @@ def open_folder(folder,               # outputs/notebook/name
             return old
 
         resumed = old['run']['id'] if same and status != 'done' else None
-        if folder.exists() and any(folder.iterdir()) and not resumed:
+        if _has_files(folder) and not resumed:
             set_aside(folder, old)
-
-        folder.mkdir(parents=True, exist_ok=True)
-        record = _new_record(folder, params, identity, resumed)
-        write_atomic(folder / '.reserve', b'\0' * reserve_bytes)
-        save_record(folder, record)
-        return record
+        return _begin(folder, _new_record(folder, params, identity, resumed))
     except BaseException:
         release(folder)
         raise
@@ -164,6 +179,17 @@ def close_folder(folder,           # of a run this process has open
         release(folder)
 
 # %% ../../nbs/runs/04_run.ipynb #f3b11c08
+def _mark_interrupted(folder, record: dict) -> dict:
+    "The record of a run whose process is gone, written back where this process may write."
+    error = 'the process ended without a word: killed, or the machine stopped'
+    record['run'] |= dict(status='interrupted', error=error, ended=None)
+    try:
+        save_record(folder, record)
+    except OSError:
+        pass  # a reader without the right to write still tells the truth
+    return record
+
+
 def read_run(folder) -> dict:
     "run.json of `folder` with its true status; a `LabError` when there is none."
     path = Path(folder) / 'run.json'
@@ -173,17 +199,8 @@ def read_run(folder) -> dict:
     record = read_json(path)
     if record['run']['status'] != 'running' or is_held(folder):
         return record
-    record = read_json(path)
-    if record['run']['status'] != 'running':
-        return record
-
-    error = 'the process ended without a word: killed, or the machine stopped'
-    record['run'] |= dict(status='interrupted', error=error, ended=None)
-    try:
-        save_record(folder, record)
-    except OSError:
-        pass  # a reader without the right to write still tells the truth
-    return record
+    record = read_json(path)  # the run may have ended since the first look
+    return record if record['run']['status'] != 'running' else _mark_interrupted(folder, record)
 
 # %% ../../nbs/runs/04_run.ipynb #384371fb
 def list_runs(outputs='outputs') -> list:
@@ -236,6 +253,24 @@ def injected_names(cells) -> list:
     return [name for source in injected for name in _assigned_names(source)]
 
 # %% ../../nbs/runs/04_run.ipynb #f4e20a25
+def _check_injected(notebook, namespace, declared):
+    "A `LabError` for a name that papermill has set and the notebook does not declare."
+    for name in injected_names(namespace.get('In', ())):
+        if name not in declared:
+            hint = nearest(name, declared)
+            raise LabError(f'{name} is no parameter of {notebook}{hint}: `llmft params {notebook}` lists them')
+
+
+def _converted(notebook, name, value, type):
+    "The value of a parameter in its declared type, checked."
+    try:
+        value = as_type(value, type, from_text=True)
+    except ValueError as error:
+        raise LabError(f'{notebook}: {name}: {error}') from None
+    check_choice(name, value, notebook=notebook)
+    return value
+
+
 def check_namespace(notebook:str,   # name of the notebook, for errors
                     namespace:dict, # the notebook's `globals()`
 )->dict:                            # name -> value in the declared type
@@ -243,18 +278,8 @@ def check_namespace(notebook:str,   # name of the notebook, for errors
     declared = declared_types(namespace)
     if 'name' not in declared:
         raise LabError(f'{notebook}: the parameters cell must declare `name: str`, which names the run')
-    for name in injected_names(namespace.get('In', ())):
-        if name not in declared:
-            hint = nearest(name, declared)
-            raise LabError(f'{name} is no parameter of {notebook}{hint}: `llmft params {notebook}` lists them')
-
-    values = {}
-    for name, type in declared.items():
-        try:
-            values[name] = as_type(namespace[name], type, from_text=True)
-        except ValueError as error:
-            raise LabError(f'{notebook}: {name}: {error}') from None
-        check_choice(name, values[name], notebook=notebook)
+    _check_injected(notebook, namespace, declared)
+    values = {name: _converted(notebook, name, namespace[name], type) for name, type in declared.items()}
     namespace.update(values)
     return values
 

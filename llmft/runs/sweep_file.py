@@ -107,28 +107,43 @@ def _small_block(sweep):
     return small
 
 
+def _check_needed(sweep, path):
+    "A `LabError` for a sweep without name or stages."
+    for key in ('name', 'stages'):
+        if not sweep.get(key):
+            raise LabError(f'{place_of(sweep, key) or f"{path}:1: "}a sweep needs {key}')
+
+
+def _overlaid(stages, small_stages):
+    "The stages, each with what the small block changes in it."
+    pairs = itertools.zip_longest(stages, small_stages)
+    return [overlay(stage, changes) if changes else stage for stage, changes in pairs]
+
+
+def _check_structure(sweep, stages, summaries):
+    "A `LabError` for an invalid key or kind of value in a stage or a summary."
+    for stage in stages:
+        check_keys(stage, stage_keys, 'a stage', place_of(sweep, 'stages'))
+    for summary in summaries:
+        check_keys(summary or {}, summary_keys, 'the summary')
+
+
 def read_sweep(path,              # the YAML file of a sweep
                small:bool=False,  # lay its `small` block over it
 )->Lines:                         # name, stages and, when there is one, summary
     "The checked structure of a sweep file; a `LabError` with file and line for everything invalid."
     sweep = check_keys(read_yaml(path), sweep_keys, 'a sweep')
-    for key in ('name', 'stages'):
-        if not sweep.get(key):
-            raise LabError(f'{place_of(sweep, key) or f"{path}:1: "}a sweep needs {key}')
-
+    _check_needed(sweep, path)
     stages = sweep['stages']
     small_block = _small_block(sweep)
     small_stages = small_block.get('stages', [])
     if small:
-        pairs = itertools.zip_longest(stages, small_stages)
-        stages = [overlay(stage, changes) if changes else stage for stage, changes in pairs]
+        stages = _overlaid(stages, small_stages)
     if small and 'summary' in small_block:
         sweep['summary'] = overlay(sweep.get('summary', {}), small_block['summary'])
 
-    for stage in [*stages, *filter(None, small_stages)]:
-        check_keys(stage, stage_keys, 'a stage', place_of(sweep, 'stages'))
-    for summary in (sweep.get('summary'), small_block.get('summary')):
-        check_keys(summary or {}, summary_keys, 'the summary')
+    summaries = [sweep.get('summary'), small_block.get('summary')]
+    _check_structure(sweep, [*stages, *filter(None, small_stages)], summaries)
     return Lines({**sweep, 'stages': stages}, sweep.file, sweep.lines)
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #f887d520
@@ -181,25 +196,44 @@ def _split_files(files):
     return configs, [file for file, is_overlay in named if is_overlay]
 
 
-def stage_starts(stage,      # a stage from the file
-                 small:bool, # lay `_small.yaml` over what it starts from
-)->list:                     # (stem of the parameter file or '', notebook, parameters)
-    "What the points of a stage start from: the defaults of its notebook, or each of its parameter files."
+def _files_of(stage):
+    "The parameter files of a stage, None for one that names its notebook; a `LabError` for both or neither."
     files = stage['params'] if isinstance(stage.get('params'), list) else None
     if ('notebook' in stage) == (files is not None):
         choice = 'a `notebook` or from a list of parameter files in `params`: give one of the two'
         raise LabError(f'{place_of(stage)}a stage starts from {choice}')
+    return files
 
+
+def _notebook_start(notebook, small):
+    "Path and parameters of a notebook without parameter files."
+    path = find_notebook(notebook)
+    return resolve_params([path], [], small and has_small(path))
+
+
+def stage_starts(stage,      # a stage from the file
+                 small:bool, # lay `_small.yaml` over what it starts from
+)->list:                     # (stem of the parameter file or '', notebook, parameters)
+    "What the points of a stage start from: the defaults of its notebook, or each of its parameter files."
+    files = _files_of(stage)
     if files is None:
         with errors_at(place_of(stage, 'notebook')):
-            notebook = find_notebook(stage['notebook'])
-            return [('', *resolve_params([notebook], [], small and has_small(notebook)))]
+            return [('', *_notebook_start(stage['notebook'], small))]
 
     with errors_at(place_of(stage, 'params')):
         configs, overlays = _split_files(files)
         return [(Path(config).stem, *resolve_params([config, *overlays], [], small)) for config in configs]
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #71e200f9
+def _check_row(row, matrix, place):
+    "A `LabError` for a point that is no mapping, or gives what the matrix gives."
+    if not isinstance(row, dict):
+        raise LabError(f'{place}a point must be `name: value` pairs, not {row!r:.40}')
+    if both := set(row) & set(matrix):
+        name = min(both)
+        raise LabError(f'{place_of(row, name)}{name} stands in points and in matrix: keep one')
+
+
 def _point_rows(stage, matrix):
     "The `points` of a stage, one empty point where it has none."
     rows = stage.get('points', [{}])
@@ -208,11 +242,7 @@ def _point_rows(stage, matrix):
         raise LabError(f'{place}points is empty: give at least one, as in [{{rank: 8}}]')
 
     for row in rows:
-        if not isinstance(row, dict):
-            raise LabError(f'{place}a point must be `name: value` pairs, not {row!r:.40}')
-        if both := set(row) & set(matrix):
-            name = min(both)
-            raise LabError(f'{place_of(row, name)}{name} stands in points and in matrix: keep one')
+        _check_row(row, matrix, place)
     return rows
 
 
@@ -224,6 +254,17 @@ def _matrix_cells(matrix):
     return [dict(zip(matrix, values, strict=True)) for values in itertools.product(*matrix.values())]
 
 
+def _check_varying(stage, names):
+    "A `LabError` for names that cannot vary within a stage."
+    for name in names & {'name', 'outputs'}:
+        raise LabError(f'{place_of(stage)}{name} cannot vary in a stage: names come from the `name` of the stage')
+
+
+def _lines_like(values, source):
+    "`values` with the file and the lines of `source`, for errors."
+    return Lines(values, getattr(source, 'file', ''), getattr(source, 'lines', {}))
+
+
 def combinations(stage,     # a stage from the file
                  notebook,  # path of its notebook
                  declared,  # the notebook's `Parameter`s
@@ -232,13 +273,11 @@ def combinations(stage,     # a stage from the file
     matrix = stage.get('matrix', {})
     rows = _point_rows(stage, matrix)
     cells = _matrix_cells(matrix)
-    for name in {*matrix, *itertools.chain(*rows)} & {'name', 'outputs'}:
-        raise LabError(f'{place_of(stage)}{name} cannot vary in a stage: names come from the `name` of the stage')
+    _check_varying(stage, {*matrix, *itertools.chain(*rows)})
 
     def checked(values, source):
         "`values` in their declared types; errors name the place of `source`."
-        values = Lines(values, getattr(source, 'file', ''), getattr(source, 'lines', {}))
-        return check_params(notebook, values, declared, defaults=False)
+        return check_params(notebook, _lines_like(values, source), declared, defaults=False)
 
     rows = [checked(row, row) for row in rows]
     cells = [checked(cell, matrix) for cell in cells]
@@ -265,6 +304,12 @@ def _placeholders(template):
         raise LabError(f"name '{template}': {error}") from None
 
 
+def _check_placeholder(name, template, values):
+    "A `LabError` for a name in a template that is no parameter."
+    if name not in values:
+        raise LabError(f"name '{template}': {{{name}}} is no parameter of the notebook{nearest(name, values)}")
+
+
 def point_name(stage,        # a stage from the file
                values:dict,  # all parameters of the point, and config
                varying:dict, # the values that are this point's own
@@ -278,8 +323,7 @@ def point_name(stage,        # a stage from the file
     with errors_at(place_of(stage, 'name')):
         names = _placeholders(template)
         for name in names:
-            if name not in values:
-                raise LabError(f"name '{template}': {{{name}}} is no parameter of the notebook{nearest(name, values)}")
+            _check_placeholder(name, template, values)
         return check_name(template.format(**{name: as_name(values[name]) for name in names}))
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #044463c7
@@ -334,6 +378,25 @@ def _given_params(stage):
     return given
 
 
+def _check_overridden(stage, overridden, own):
+    "A `LabError` when the command line sets what varies in a stage."
+    if both := set(own) & set(overridden):
+        name = min(both)
+        raise LabError(f'{place_of(stage)}-p {name}: {name} varies in this stage: change it in the file')
+
+
+def _checked_literals(notebook, declared, given, overrides):
+    "What the file gives all points and what the command line gives, both in their declared types."
+    literals = check_params(notebook, given, declared, defaults=False)
+    return literals, check_params(notebook, overrides_for(overrides, declared), declared, defaults=False)
+
+
+def _counted_start(start, declared, count):
+    "The parameters that a point starts from, with the number of configurations where the notebook wants it."
+    wants_count = any(parameter.name == 'configurations' for parameter in declared)
+    return start | dict(configurations=count) if wants_count else start
+
+
 def stage_points(stage,       # a stage from the file
                  sweep:str,   # name of the sweep
                  small:bool,  # use the overlays for small machines
@@ -347,17 +410,13 @@ def stage_points(stage,       # a stage from the file
     points = []
     for config, notebook, start in starts:
         declared = read_parameters(notebook)
-        literals = check_params(notebook, given, declared, defaults=False)
-        last = check_params(notebook, overrides_for(overrides, declared), declared, defaults=False)
+        literals, overridden = _checked_literals(notebook, declared, given, overrides)
         cells = combinations(stage, notebook, declared)
-        if any(parameter.name == 'configurations' for parameter in declared):
-            start = start | dict(configurations=len(starts) * len(cells))
+        start = _counted_start(start, declared, len(starts) * len(cells))
 
         for own in cells:
-            if both := set(own) & set(last):
-                name = min(both)
-                raise LabError(f'{place_of(stage)}-p {name}: {name} varies in this stage: change it in the file')
-            values = start | literals | own | last
+            _check_overridden(stage, overridden, own)
+            values = start | literals | own | overridden
             values |= fill_params(given, values)
             name = point_name(stage, values | dict(config=config), own, sweep)
             points.append(Point(notebook, values | dict(name=name), place))
@@ -373,6 +432,24 @@ def _summary_notebook(summary):
     return notebook, declared
 
 
+def _summary_start(summary, small):
+    "The notebook of a summary, its `Parameter`s and the values it starts from."
+    if 'notebook' not in summary:
+        raise LabError(f'{place_of(summary)}the summary needs a notebook')
+    with errors_at(place_of(summary, 'notebook')):
+        notebook, declared = _summary_notebook(summary)
+        return notebook, declared, resolve_params([notebook], [], small and has_small(notebook))[1]
+
+
+def _summary_params(summary):
+    "The values that the file gives a summary; a `LabError` for those that the sweep sets."
+    given = summary.get('params', {})
+    if both := {'name', 'runs'} & set(given):
+        name = min(both)
+        raise LabError(f'{place_of(given, name)}{name} is set by the sweep: leave it out')
+    return given
+
+
 def summary_point(summary,     # the summary from the file
                   sweep:str,   # name of the sweep
                   points:list, # all points before it
@@ -380,23 +457,13 @@ def summary_point(summary,     # the summary from the file
                   overrides=(),# texts of the form name=value
 )->Point:
     "The run of the summary notebook; a `LabError` when it has no parameter for the folders of the runs."
-    if 'notebook' not in summary:
-        raise LabError(f'{place_of(summary)}the summary needs a notebook')
-    with errors_at(place_of(summary, 'notebook')):
-        notebook, declared = _summary_notebook(summary)
-        _, start = resolve_params([notebook], [], small and has_small(notebook))
-
-    given = summary.get('params', {})
-    if both := {'name', 'runs'} & set(given):
-        name = min(both)
-        raise LabError(f'{place_of(given, name)}{name} is set by the sweep: leave it out')
-    literals = check_params(notebook, given, declared, defaults=False)
-    last = check_params(notebook, overrides_for(overrides, declared), declared, defaults=False)
+    notebook, declared, start = _summary_start(summary, small)
+    literals, overridden = _checked_literals(notebook, declared, _summary_params(summary), overrides)
     with errors_at(place_of(summary, 'name')):
         name = check_name(summary.get('name', sweep))
 
     runs = [shown_folder(point.folder) for point in points]
-    values = start | literals | last | dict(name=name, runs=runs)
+    values = start | literals | overridden | dict(name=name, runs=runs)
     return Point(notebook, values, place_of(summary), summary=True)
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #420adf94
@@ -411,6 +478,11 @@ def _check_folders(points):
         folders.add(point.folder)
 
 
+def _all_points(stages):
+    "The points of all stages, in order."
+    return list(itertools.chain(*stages))
+
+
 def expand(path,              # the YAML file of a sweep
            small:bool=False,  # use its small block and the overlays for small machines
            overrides=(),      # texts of the form name=value
@@ -420,10 +492,9 @@ def expand(path,              # the YAML file of a sweep
     name = sweep['name']
     stages = [stage_points(stage, name, small, overrides) for stage in sweep['stages']]
     if 'summary' in sweep:
-        points = list(itertools.chain(*stages))
-        stages.append([summary_point(sweep['summary'], name, points, small, overrides)])
+        stages.append([summary_point(sweep['summary'], name, _all_points(stages), small, overrides)])
 
-    points = list(itertools.chain(*stages))
+    points = _all_points(stages)
     _check_folders(points)
     check_overrides(overrides, {point.notebook for point in points})
     return stages
@@ -433,4 +504,4 @@ def sweep_points(path,              # the YAML file of a sweep
                  small:bool=False,  # use its small block and the overlays for small machines
 )->list:                            # all `Point`s, in order
     "The runs of a sweep in one list."
-    return list(itertools.chain(*expand(path, small)))
+    return _all_points(expand(path, small))

@@ -10,7 +10,7 @@ __all__ = ['table_style', 'column', 'best_rows', 'table', 'memory_error', 'cost_
 from html import escape
 
 from ..core import Html, LabError, nearest
-from .figures import byte_unit, known, show_number, something
+from .figures import byte_unit, is_number, require_values, show_number
 
 # %% ../../nbs/runs/07_tables.ipynb #e6f4b149
 def column(key:str,         # key in the rows
@@ -30,7 +30,7 @@ def best_rows(values,    # one value per row
               best:str,  # 'low', 'high' or None
 )->set:                  # indices of the rows with the best value
     "Which rows hold the best of the known values; none when fewer than two are known or all are equal."
-    numbers = {row: float(value) for row, value in enumerate(values) if known(value)}
+    numbers = {row: float(value) for row, value in enumerate(values) if is_number(value)}
     if not best or len(set(numbers.values())) < 2:
         return set()
     target = (min if best == 'low' else max)(numbers.values())
@@ -78,25 +78,28 @@ def _checked_columns(rows, columns):
     return columns
 
 
+def _column_cells(rows, column):
+    "The header of a column and its cells, one per row."
+    values = [row.get(column['key']) for row in rows]
+    best = best_rows(values, column['best'])
+    css = '' if any(map(is_number, values)) else ' class="text"'
+    cells = [_cell(row, column, css, index in best) for index, row in enumerate(rows)]
+    return _header(column, css), cells
+
+
 def table(rows:list,     # one dict per row
           columns=None,  # keys or `column` descriptions, in order; by default every key of the first row
           caption:str='',# what is shown
 )->Html:
     "A comparison table as HTML; a `LabError` without rows or with a column that no row has."
-    something(rows, 'table', 'at least one row')
-    head = []
-    cells = [[] for _ in rows]
-    for each in _checked_columns(rows, columns):
-        values = [row.get(each['key']) for row in rows]
-        best = best_rows(values, each['best'])
-        css = '' if any(map(known, values)) else ' class="text"'
-        head.append(_header(each, css))
-        for index, row in enumerate(rows):
-            cells[index].append(_cell(row, each, css, index in best))
+    require_values(rows, 'table', 'at least one row')
+    columns = [_column_cells(rows, each) for each in _checked_columns(rows, columns)]
+    head = ''.join(header for header, _ in columns)
+    lines = [''.join(cells[index] for _, cells in columns) for index, _ in enumerate(rows)]
+    body = ''.join(f'<tr>{line}</tr>' for line in lines)
 
     title = f'<p><b>{escape(caption)}</b></p>' if caption else ''
-    body = ''.join(f"<tr>{''.join(line)}</tr>" for line in cells)
-    content = f"<table><thead><tr>{''.join(head)}</tr></thead><tbody>{body}</tbody></table>"
+    content = f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
     return Html(f'{table_style}{title}<div class="llmft-table">{content}</div>')
 
 # %% ../../nbs/runs/07_tables.ipynb #cfca80d4
@@ -107,6 +110,16 @@ def memory_error(predicted,  # bytes, or None
     return predicted / measured - 1 if predicted and measured else None
 
 # %% ../../nbs/runs/07_tables.ipynb #d446ec57
+def _machine_peak(peaks, precision):
+    "The measured FLOP/s of this machine in a precision, None when unknown."
+    return peaks.get('matmul_flops_per_sec' + ('' if precision == 'fp32' else f'_{precision}'))
+
+
+def _share(part, whole):
+    "A part of a whole, None when either is unknown."
+    return part / whole if part and whole else None
+
+
 def cost_facts(result,               # a `FitResult`
                predicted:dict,       # memory by part and its `total`, bytes, from `memory_breakdown`; None when unknown
                peaks:dict,           # from `machine_peaks`
@@ -115,7 +128,7 @@ def cost_facts(result,               # a `FitResult`
     "What a training cost, beside what the machine can do and what the formulas predict."
     progress = result.progress
     watched = result.watched or {}
-    machine = peaks.get('matmul_flops_per_sec' + ('' if precision == 'fp32' else f'_{precision}'))
+    machine = _machine_peak(peaks, precision)
     total = predicted and predicted['total']
 
     return dict(
@@ -125,7 +138,7 @@ def cost_facts(result,               # a `FitResult`
         fill=progress.tokens / progress.slots if progress.slots else None,
         flops_per_sec=result.flops_per_sec,
         machine_flops_per_sec=machine,
-        share_of_peak=result.flops_per_sec / machine if result.flops_per_sec and machine else None,
+        share_of_peak=_share(result.flops_per_sec, machine),
         watched_slots=watched.get('slots', result.largest_slots),
         predicted_bytes=total,
         measured_bytes=result.peak_bytes,
@@ -136,12 +149,12 @@ def cost_facts(result,               # a `FitResult`
 # %% ../../nbs/runs/07_tables.ipynb #5c8e83a4
 def _scaled(facts, names, scale):
     "The named facts in a larger unit; unknown stays unknown."
-    return {name: facts[name] / scale if known(facts[name]) else None for name in names}
+    return {name: facts[name] / scale if is_number(facts[name]) else None for name in names}
 
 
-def _cost_columns(precision, byte, flop):
-    "The columns of `cost_facts` in their units."
-    speed = [
+def _speed_columns(precision, flop):
+    "The columns of `cost_facts` about time, in their units."
+    return [
         column('steps', 'steps'),
         column('seconds', 'training', 's'),
         column('tokens_per_sec', 'real tokens', 'per second'),
@@ -151,14 +164,26 @@ def _cost_columns(precision, byte, flop):
         column('share_of_peak', 'of the peak', 'share'),
     ]
 
-    memory = [
+
+def _memory_columns(byte):
+    "The columns of `cost_facts` about memory, in their units."
+    return [
         column('watched_slots', 'step measured', 'slots'),
         column('predicted_bytes', 'memory predicted', byte),
         column('measured_bytes', 'memory measured', byte),
         column('memory_error', 'prediction off by', '%'),
         column('process_bytes', 'process grew to', byte),
     ]
-    return speed + memory
+
+
+_memory_facts = ('predicted_bytes', 'measured_bytes', 'process_bytes')
+_speed_facts = ('flops_per_sec', 'machine_flops_per_sec')
+
+
+def _flop_unit(facts):
+    "(name of the unit, FLOP/s in one) that fits the speeds."
+    is_fast = any(is_number(facts[name]) and facts[name] >= 1e12 for name in _speed_facts)
+    return ('TFLOP/s', 1e12) if is_fast else ('GFLOP/s', 1e9)
 
 
 def cost_table(result,               # a `FitResult`
@@ -171,17 +196,26 @@ def cost_table(result,               # a `FitResult`
 )->Html:
     "Speed beside the machine's peak, and measured memory beside the predicted, of one training."
     facts = cost_facts(result, predicted, peaks, precision)
-    memory = ('predicted_bytes', 'measured_bytes', 'process_bytes')
-    speed = ('flops_per_sec', 'machine_flops_per_sec')
-    byte, bytes_in_one = byte_unit([facts[name] for name in memory if known(facts[name])])
-    is_fast = any(known(facts[name]) and facts[name] >= 1e12 for name in speed)
-    flop, flops_in_one = ('TFLOP/s', 1e12) if is_fast else ('GFLOP/s', 1e9)
+    byte, bytes_in_one = byte_unit([facts[name] for name in _memory_facts if is_number(facts[name])])
+    flop, flops_in_one = _flop_unit(facts)
 
-    row = facts | _scaled(facts, memory, bytes_in_one) | _scaled(facts, speed, flops_in_one)
+    row = facts | _scaled(facts, _memory_facts, bytes_in_one) | _scaled(facts, _speed_facts, flops_in_one)
     row |= _scaled(facts, ('memory_error',), 0.01)
-    return table([row | (more or {})], [*_cost_columns(precision, byte, flop), *columns])
+    return table([row | (more or {})], [*_speed_columns(precision, flop), *_memory_columns(byte), *columns])
 
 # %% ../../nbs/runs/07_tables.ipynb #ed0cfc1f
+def _whole_epoch_tokens(epoch_tokens, epochs):
+    "Real tokens of so many epochs, None when the last one is not whole."
+    return int(epoch_tokens * epochs) if epochs == int(epochs) else None
+
+
+def _check_done(progress, asked, done):
+    "A `LabError` when a finished run did not do what was asked for."
+    differs = done['steps'] != asked['steps'] or asked['tokens'] not in (None, done['tokens'])
+    if progress.stopped == 'finished' and differs:
+        raise LabError(f'training asked for {asked} and did {done}')
+
+
 def asked_and_done_table(result,            # a `FitResult`
                          *,
                          rows:int,          # training documents that were read
@@ -191,14 +225,10 @@ def asked_and_done_table(result,            # a `FitResult`
 )->Html:
     "What the data and the parameters ask for beside what `fit` did; a `LabError` when a finished run differs."
     progress = result.progress
-    epochs = progress.step / result.steps_per_epoch
-    tokens = int(epoch_tokens * epochs) if epochs == int(epochs) else None
+    tokens = _whole_epoch_tokens(epoch_tokens, progress.step / result.steps_per_epoch)
     asked = dict(rows=asked_rows or rows, examples=examples, steps=result.steps, tokens=tokens)
     done = dict(rows=rows, examples=examples, steps=progress.step, tokens=progress.tokens)
-
-    differs = done['steps'] != asked['steps'] or asked['tokens'] not in (None, done['tokens'])
-    if progress.stopped == 'finished' and differs:
-        raise LabError(f'training asked for {asked} and did {done}')
+    _check_done(progress, asked, done)
     return table([dict(what='asked for', **asked), dict(what='done', **done)])
 
 # %% ../../nbs/runs/07_tables.ipynb #1e4ad565

@@ -66,21 +66,30 @@ def _words_for(error,           # what papermill raised
     return _one_line(f'{error.__class__.__name__}: {error}')
 
 
+def _begun(cells) -> list:
+    "The cells that papermill has begun."
+    return [cell for cell in cells if cell.metadata.get('papermill', {}).get('start_time')]
+
+
+def _raised(cells) -> list:
+    "The (error output, number of the cell) of all cells that raised."
+    outputs = [(output, number) for number, cell in enumerate(cells, 1) for output in cell.get('outputs', [])]
+    return [(output, number) for output, number in outputs if output.output_type == 'error']
+
+
 def kernel_verdict(session,         # a `Session`, after execution: its notebook, process and reason are read
                    error,           # what papermill raised, or `None`
                    finished:bool,   # the notebook called `run.finish`
 )->tuple:                           # status, error in one line or `None`, number of the cell or `None`
     "How the run ended, from what the kernel did."
     cells = code_cells_of(session.notebook)
-    begun = [cell for cell in cells if cell.metadata.get('papermill', {}).get('start_time')]
+    begun = _begun(cells)
     last = len(begun) or None
     if session.reason:
         status = 'failed' if session.reason.startswith('ran longer') else 'interrupted'
         return status, session.reason, last
 
-    outputs = [(number, output) for number, cell in enumerate(cells, 1) for output in cell.get('outputs', [])]
-    raised = [(output, number) for number, output in outputs if output.output_type == 'error']
-    if raised:
+    if raised := _raised(cells):
         return _verdict_of_raised(*raised[0])
     if error is not None:
         return 'failed', _words_for(error, session), last
@@ -105,12 +114,17 @@ def shorten_stream(text:str,                # what one stream of a cell printed
     return f'{text[:half]}\n{note}\n{text[-half:]}'
 
 # %% ../../nbs/runs/05_verdict.ipynb #df816b29
+def _continues(output, last) -> bool:
+    "Whether `output` is the next piece of the stream that `last` belongs to."
+    return output.output_type == 'stream' == last.get('output_type') and output.name == last['name']
+
+
 def join_streams(outputs: list) -> list:
     "`outputs` with neighbouring pieces of one stream joined and shortened."
     joined = []
     for output in outputs:
         last = joined[-1] if joined else {}
-        if output.output_type == 'stream' == last.get('output_type') and output.name == last['name']:
+        if _continues(output, last):
             last.text += output.text
         else:
             joined.append(output)
@@ -137,6 +151,11 @@ def _stamp_cell(cell,         # of the executed notebook, changed in place
         cell.outputs = join_streams(cell.outputs)
 
 
+def _is_marked(cell) -> bool:
+    "Whether a runner has added this cell."
+    return bool(_markers & set(cell.metadata.get('tags', [])))
+
+
 def _banner(run: dict) -> str:
     "How a run ended that is not done, Markdown."
     how = 'was interrupted' if run['status'] == 'interrupted' else 'failed'
@@ -152,7 +171,7 @@ def stamp_verdict(notebook,      # the executed notebook, changed in place
 
     run = record['run']
     is_done = run['status'] == 'done'
-    notebook.cells = [cell for cell in notebook.cells if not _markers & set(cell.metadata.get('tags', []))]
+    notebook.cells = [cell for cell in notebook.cells if not _is_marked(cell)]
     failed = code_cells_of(notebook)[run['cell'] - 1] if run['cell'] else None
     for cell in notebook.cells:
         _stamp_cell(cell, cell is failed and not is_done)

@@ -57,6 +57,11 @@ def _wait_for_slots(gpus, count, folder):
     return taken
 
 
+def _lock_folder():
+    "Where all processes of this user look for the lock files of GPUs."
+    return Path(tempfile.gettempdir()) / f'llmft-gpus-{os.getuid()}'
+
+
 @contextlib.contextmanager
 def gpu_slots(count:int=1,   # GPUs the run needs; 0 for all
               folder=None,   # of the lock files; by default in the machine's folder for temporary files
@@ -70,7 +75,7 @@ def gpu_slots(count:int=1,   # GPUs the run needs; 0 for all
     if count > len(gpus):
         raise LabError(f'the run needs {count} GPUs and this machine has {len(gpus)}: lower nproc')
 
-    folder = Path(folder or Path(tempfile.gettempdir()) / f'llmft-gpus-{os.getuid()}')
+    folder = Path(folder or _lock_folder())
     folder.mkdir(parents=True, exist_ok=True)
     taken = _wait_for_slots(gpus, count, folder)
     try:
@@ -127,6 +132,23 @@ def _silence_dask():
         logging.getLogger(name).setLevel(logging.CRITICAL + 1)
 
 
+def _start_cluster(workers, folder):
+    "A Dask cluster of processes on this machine that writes into `folder`."
+    import distributed
+
+    return distributed.LocalCluster(
+        n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, local_directory=folder,
+        dashboard_address='127.0.0.1:0', worker_dashboard_address='127.0.0.1:0',
+        scheduler_kwargs=dict(dashboard=False), silence_logs=logging.CRITICAL + 1,
+    )
+
+
+def _pass_events_on(client, on_event):
+    "Give what runs print to `on_event`, where there is one."
+    if on_event:
+        client.subscribe_topic('llmft', lambda event: on_event(*event[1]))
+
+
 @contextlib.contextmanager
 def local_workers(workers:int=1,  # worker processes
                   on_event=None,  # called with (label, text) for each line a run prints
@@ -138,14 +160,9 @@ def local_workers(workers:int=1,  # worker processes
     scratch = tempfile.TemporaryDirectory(prefix='llmft-dask-', ignore_cleanup_errors=True)
     with kept_environment(), dask.config.set(_dask_settings()), scratch as folder:
         _silence_dask()
-        cluster = distributed.LocalCluster(
-            n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, local_directory=folder,
-            dashboard_address='127.0.0.1:0', worker_dashboard_address='127.0.0.1:0',
-            scheduler_kwargs=dict(dashboard=False), silence_logs=logging.CRITICAL + 1,
-        )
+        cluster = _start_cluster(workers, folder)
         with cluster, distributed.Client(cluster, set_as_default=False) as client:
-            if on_event:
-                client.subscribe_topic('llmft', lambda event: on_event(*event[1]))
+            _pass_events_on(client, on_event)
             yield client
 
 # %% ../../nbs/runs/11_workers.ipynb #6793ad61
@@ -233,8 +250,7 @@ def remote_workers(cluster:str,    # the address of a scheduler, or slurm
             address = stack.enter_context(_slurm_jobs(settings))
             address.scale(jobs=workers)
         client = stack.enter_context(_connect(cluster, address))
-        if on_event:
-            client.subscribe_topic('llmft', lambda event: on_event(*event[1]))
+        _pass_events_on(client, on_event)
         yield client
 
 # %% ../../nbs/runs/11_workers.ipynb #fe728b37

@@ -11,7 +11,7 @@ __all__ = ['panel_style', 'variable_names', 'given_grey', 'least_error', 'panels
 import matplotlib as mpl
 import numpy as np
 
-from ...runs.figures import Plot, ground, ink, known, muted, palette, show_number, something, style, type_scale
+from ...runs.figures import Plot, ground, ink, is_number, muted, palette, require_values, show_number, style, type_scale
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #70d14124
 panel_style = style | {'axes.titlesize': type_scale['text']}
@@ -56,7 +56,7 @@ def series_figure(times_T,         # times
                   unit='original units',  # of the values
 )->Plot:
     "The first trajectories, a panel each; a `LabError` when there is none."
-    something(values_NTV, 'series_figure', 'at least one trajectory')
+    require_values(values_NTV, 'series_figure', 'at least one trajectory')
     shown = min(first_n, len(values_NTV))
     note = f'the first {shown} of {len(values_NTV):,}; {unit}'
     if given:
@@ -227,7 +227,7 @@ def horizon_figure(errors:dict, # name -> median absolute error by step (H,), or
 )->Plot:
     "Median absolute error by forecast step, a line each; a `LabError` when all are unknown."
     curves = {name: np.asarray(curve) for name, curve in errors.items() if curve is not None}
-    something(curves, 'horizon_figure', 'at least one forecast that could be read')
+    require_values(curves, 'horizon_figure', 'at least one forecast that could be read')
     plot, axes = panels(1, 1, 'Error over the horizon', note, 3.2)
     axis = axes[0, 0]
 
@@ -246,7 +246,7 @@ def distribution_figure(errors:dict, # name -> mean absolute error of each traje
 )->Plot:
     "The share of trajectories whose error is at most so much; a `LabError` when none is known."
     shown = {name: np.sort(values[np.isfinite(values)]) for name, values in errors.items() if np.isfinite(values).any()}
-    something(shown, 'distribution_figure', 'at least one known error')
+    require_values(shown, 'distribution_figure', 'at least one known error')
     plot, axes = panels(1, 1, 'Errors over trajectories', note, 3.2)
     axis = axes[0, 0]
 
@@ -308,8 +308,8 @@ def heat_maps(rows:list,     # dicts with precision, learning_rate, lora_rank an
 )->Plot:
     "A heat map over learning rate and rank for each precision; a `LabError` when nothing is known."
     cells = _search_cells(rows, value)
-    numbers = [number for number in cells.values() if known(number)]
-    something(numbers, 'heat_maps', f'at least one run with a known {value}')
+    numbers = [number for number in cells.values() if is_number(number)]
+    require_values(numbers, 'heat_maps', f'at least one run with a known {value}')
     precisions, rates, ranks = (sorted(set(setting)) for setting in zip(*cells, strict=True))
     norm = mpl.colors.LogNorm(min(numbers), max(max(numbers), min(numbers) * 1.01))
     plot, axes = panels(1, len(precisions), 'Search', note, 2.6, sharey=True)
@@ -329,7 +329,7 @@ def _precision_pairs(rows, value):
     cells = _search_cells(rows, value)
     pairs = [(number, cells.get((3, rate, rank)), rate) for (decimals, rate, rank), number in cells.items()
              if decimals == 2]
-    return [pair for pair in pairs if known(pair[0]) and known(pair[1])]
+    return [pair for pair in pairs if is_number(pair[0]) and is_number(pair[1])]
 
 
 @mpl.rc_context(panel_style)
@@ -338,7 +338,7 @@ def precision_figure(rows:list,  # dicts with precision, learning_rate, lora_ran
                      note='',    # n and units
 )->Plot:
     "Each pair of runs that differ in precision alone, one against the other; a `LabError` when there is no pair."
-    pairs = something(_precision_pairs(rows, value), 'precision_figure', 'runs with 2 and with 3 decimals')
+    pairs = require_values(_precision_pairs(rows, value), 'precision_figure', 'runs with 2 and with 3 decimals')
     plot, axes = panels(1, 1, 'Two decimals against three', note, 3.4)
     axis = axes[0, 0]
     ends = [0.9 * min(min(pair[:2]) for pair in pairs), 1.1 * max(max(pair[:2]) for pair in pairs)]
@@ -355,9 +355,9 @@ def precision_figure(rows:list,  # dicts with precision, learning_rate, lora_ran
 def _draw_by_context(axis, rows, name, label, colour):
     "One measure against the length of the windows; an unknown value leaves a gap."
     lengths = [row['context_length'] for row in rows]
-    numbers = [row[name] if known(row.get(name)) else np.nan for row in rows]
+    numbers = [row[name] if is_number(row.get(name)) else np.nan for row in rows]
     axis.plot(lengths, numbers, 'o-', color=colour, markersize=5)
-    top = max([number for number in numbers if known(number)], default=1)
+    top = max([number for number in numbers if is_number(number)], default=1)
     axis.set(xlabel='context, tokens', ylabel=label, ylim=(0, 1.15 * top))
     axis.set_xticks(lengths)
 
@@ -367,7 +367,7 @@ def context_figure(rows:list,  # dicts with context_length, valid_mae, flops_stu
                    note='',    # n and units
 )->Plot:
     "Validation error and cost against the length of the training windows; a `LabError` without runs."
-    something(rows, 'context_figure', 'at least one run of the context study')
+    require_values(rows, 'context_figure', 'at least one run of the context study')
     by_length = sorted(rows, key=lambda row: row['context_length'])
     plot, axes = panels(1, 2, 'Length of training windows', note, 2.8)
     _draw_by_context(axes[0, 0], by_length, 'valid_mae', 'validation MAE, scaled units', palette[0])
