@@ -216,9 +216,14 @@ def _play(games, losses_HN, lowest, seed, settings):
     return np.array([_game(losses_HN, truth_H, rng, lowest, settings) for _ in range(games)]).T
 
 
-def _held_and_slack(bound, true):
-    "(share of games in which a bound held, how far it lay above the true risk on average)."
-    return float((bound >= true).mean()), float((bound - true).mean())
+def _held(bound, true):
+    "The share of games in which a bound lay at or above the true risk."
+    return float((bound >= true).mean())
+
+
+def _slack(bound, true):
+    "How far a bound lay above the true risk on average."
+    return float((bound - true).mean())
 
 
 def coverage(losses_HN,         # loss of every document of the population under every predictor
@@ -236,7 +241,6 @@ def coverage(losses_HN,         # loss of every document of the population under
     settings = dict(bits=math.log2(predictors), n=n, m=m, width=width, delta=delta, choices=predictors)
 
     true, risk, hoeffding, kl = _play(games, losses_HN, lowest, seed, settings)
-    hoeffding_held, hoeffding_slack = _held_and_slack(hoeffding, true)
-    kl_held, kl_slack = _held_and_slack(kl, true)
-    return dict(hoeffding=hoeffding_held, kl=kl_held, hoeffding_slack=hoeffding_slack, kl_slack=kl_slack,
-                sample_gap=float((true - risk).mean()), games=games, n=n, m=m, predictors=predictors, delta=delta)
+    return dict(hoeffding=_held(hoeffding, true), kl=_held(kl, true), hoeffding_slack=_slack(hoeffding, true),
+                kl_slack=_slack(kl, true), sample_gap=_slack(true, risk), games=games, n=n, m=m,
+                predictors=predictors, delta=delta)

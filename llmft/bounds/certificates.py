@@ -153,6 +153,12 @@ def make_claims(scores,            # of the sampled documents
     return claims
 
 # %% ../../nbs/bounds/04_certificates.ipynb #f8df82f5
+def _sampled_documents(model, file, samples, draws, options):
+    "`Scores` of the sampled documents; 0 takes all."
+    rows = draw_sample(len(file), samples or len(file), 0, 'documents', *draws)
+    return score_documents(model, file, rows, **options)
+
+
 def _sampled_tokens(model, file, samples, draws, options):
     "`Scores` of the sampled tokens, or `None` where none are sampled."
     if not samples:
@@ -177,8 +183,7 @@ def prove(model,              # with the decoded vector in it
     draws = (sha256_of(message), facts['train']['sha256'])
     options = dict(vocabulary=facts['vocabulary'], block=block, batch_tokens=batch_tokens)
 
-    documents = draw_sample(len(file), samples or len(file), 0, 'documents', *draws)
-    scores = score_documents(model, file, documents, **options)
+    scores = _sampled_documents(model, file, samples, draws, options)
     tokens = _sampled_tokens(model, file, token_samples, draws, options)
 
     claims = make_claims(scores, message, len(file), facts['vocabulary'], configurations, delta, tokens,
