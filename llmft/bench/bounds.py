@@ -52,14 +52,18 @@ def time_projection(kind:str,        # kronecker, fastfood or sparse
 document_tokens = 256  # of each document, its end included
 
 
+def _random_document(rng, end):
+    "Uniformly random tokens below `end`, and `end` behind them."
+    return np.append(rng.integers(0, end, document_tokens - 1), end)
+
+
 def random_documents(rng,             # a NumPy generator
                      count:int,       # documents
                      vocabulary:int,  # tokens; the last one ends a document
 )->TokenFile:
     "Documents of uniformly random tokens."
     end = vocabulary - 1
-    documents = [np.append(rng.integers(0, end, document_tokens - 1), end) for _ in range(count)]
-    ids = np.concatenate(documents).astype(np.uint16)
+    ids = np.concatenate([_random_document(rng, end) for _ in range(count)]).astype(np.uint16)
     return TokenFile(ids, boundaries(ids, end))
 
 # %% ../../nbs/bench/06_bounds.ipynb #f17d5956
@@ -76,8 +80,8 @@ def bench_model(layers:int,      # blocks
     return frozen_gpt2(layers, _heads, width, document_tokens, vocabulary)
 
 
-def _adapted_step(net, in_subspace, batch):
-    "A function without arguments that takes one optimiser step on `batch`."
+def _make_trainable(net, in_subspace):
+    "Add low-rank factors to `net`, to be trained themselves or in a subspace."
     factors = add_low_rank(net, ['q_proj', 'v_proj', 'lm_head'], 4, 32., 0.)
     if in_subspace:
         attach(net, factors, SubspaceConfig(_subspace_dimension))
@@ -85,6 +89,10 @@ def _adapted_step(net, in_subspace, batch):
         for factor in factors.values():
             factor.requires_grad_(True)
 
+
+def _adapted_step(net, in_subspace, batch):
+    "A function without arguments that takes one optimiser step on `batch`."
+    _make_trainable(net, in_subspace)
     model = LossModel(net).train()
     optimiser = make_optimiser([p for p in net.parameters() if p.requires_grad], Recipe())
 
@@ -111,17 +119,25 @@ _scored_at_once = 32  # documents
 _logit_bytes = 2**25  # of one piece of logits, at 8 bytes each
 
 
+def _inputs(examples, rows):
+    "Inputs of the documents at `rows`, all of one length, (B, T)."
+    return torch.from_numpy(np.stack([examples[row][:document_tokens - 1] for row in rows]).astype(np.int64))
+
+
+def _input_batches(examples):
+    "Inputs of all documents but the first, some at a time, (B, T)."
+    count = len(examples)
+    for first in range(0, count, _scored_at_once):
+        yield _inputs(examples, range(max(first, 1), min(first + _scored_at_once, count)))
+
+
 @torch.no_grad()
 def forward_pass(net,             # a causal language model
                  file:TokenFile,  # documents; the first is left out
                  vocabulary:int,  # tokens
 ):
     "Hidden states and logits of all documents, in pieces that fit; nothing is kept."
-    examples = file.examples()
-    count = len(examples)
-    for first in range(0, count, _scored_at_once):
-        rows = range(max(first, 1), min(first + _scored_at_once, count))
-        ids_BT = torch.from_numpy(np.stack([examples[row][:document_tokens - 1] for row in rows]).astype(np.int64))
+    for ids_BT in _input_batches(file.examples()):
         for hidden in hidden_states(net, ids_BT).flatten(0, 1).split(_logit_bytes // (8 * vocabulary)):
             output_head(net)(hidden)
 
@@ -141,18 +157,27 @@ _levels = 11
 _spread = 1.6  # standard deviation of the coded numbers, in levels
 
 
+def _random_vector(rng, symbols, levels):
+    "Numbers among the `levels`, those in the middle more often."
+    drawn = np.round(rng.standard_normal(symbols) * _spread + _levels // 2)
+    return levels[np.clip(drawn, 0, _levels - 1).astype(int)]
+
+
+def _bits_over(message, vector):
+    "By how many bits a message is longer than the entropy of its symbols."
+    counts = np.unique(vector, return_counts=True)[1]
+    return float(8 * len(message) - len(vector) * entropy(counts))
+
+
 def time_coding(rng,          # a NumPy generator
                 symbols:int,  # numbers that are coded
                 rounds:int,   # times coding is measured
 )->dict:                      # seconds; bits_over: length of the message above the entropy of its symbols
     "Median time of coding random levels, and what the message wastes."
     levels = np.linspace(-1, 1, _levels).astype(np.float16).astype(np.float32)
-    drawn = np.round(rng.standard_normal(symbols) * _spread + _levels // 2)
-    vector = levels[np.clip(drawn, 0, _levels - 1).astype(int)]
-
+    vector = _random_vector(rng, symbols, levels)
     seconds = medians(dict(encode=lambda: encode_message(vector, levels)), rounds)['encode']
-    counts = np.unique(vector, return_counts=True)[1]
-    return dict(seconds=seconds, bits_over=float(8 * len(encode_message(vector, levels)) - symbols * entropy(counts)))
+    return dict(seconds=seconds, bits_over=_bits_over(encode_message(vector, levels), vector))
 
 # %% ../../nbs/bench/06_bounds.ipynb #fb4456f5
 _bits_per_symbol = 2.6  # entropy of the coded levels, about
@@ -168,13 +193,18 @@ def coding_allowance(symbols:int,  # numbers that are coded
 _texts_at_once = 4096
 
 
+def _pieces(texts):
+    "The texts in lists of at most `_texts_at_once`."
+    return [texts[first:first + _texts_at_once] for first in range(0, len(texts), _texts_at_once)]
+
+
 def time_preparing(texts:int,   # trajectories that are tokenised
                    rounds:int,  # times each is measured
 )->dict:                        # tokenizer, prepare: seconds; megabytes: text
     "Median times of the tokenizer alone and of writing token files."
     words = [' '.join(text) for text in trajectory_texts(texts, 0, 'bench')]
     encoder = make_encoder('base')
-    pieces = [words[first:first + _texts_at_once] for first in range(0, texts, _texts_at_once)]
+    pieces = _pieces(words)
 
     def tokenise():
         for piece in pieces:

@@ -36,15 +36,25 @@ def decoding_speed(results:list,        # `Generated` of one batch size, one per
                 share=speed['bandwidth_share'], read=weights)
 
 # %% ../../nbs/bench/05_inference.ipynb #12e4203b
+def _check_same(peer_turns, our_turns, prompts):
+    "A `LabError` when a turn of the peer and ours made different tokens."
+    for (_, theirs), (_, ours) in zip(peer_turns, our_turns, strict=True):
+        if theirs != ours.ids:
+            raise LabError(f'{len(prompts)} prompts: the two made different tokens')
+
+
 def _take_both(net, prompts, new, rounds):
     "name -> (seconds, result) of each turn that counts; the ids of both are the same."
     jobs = dict(transformers=lambda: timed(lambda: peer_greedy(net, prompts, new)),
                 ours=lambda: timed(lambda: generate(net, prompts, new)))
     turns = take_turns(jobs, rounds + 1)
-    for (_, theirs), (_, ours) in zip(turns['transformers'], turns['ours'], strict=True):
-        if theirs != ours.ids:
-            raise LabError(f'{len(prompts)} prompts: the two made different tokens')
+    _check_same(turns['transformers'], turns['ours'], prompts)
     return {name: results[1:] for name, results in turns.items()}
+
+
+def _throughputs(turns, tokens):
+    "name -> tokens per second of each turn, in which `tokens` are made."
+    return {name: [tokens / seconds for seconds, _ in results] for name, results in turns.items()}
 
 
 def decode_in_turns(net,             # a causal language model in evaluation mode
@@ -55,17 +65,22 @@ def decode_in_turns(net,             # a causal language model in evaluation mod
 )->dict:  # medians of ours and transformers, their ratio, tokens/s of each turn, and our speed
     "Decoding by both. `LabError` when they make different tokens."
     turns = _take_both(net, prompts, new, rounds)
-    tokens = {name: [len(prompts) * new / seconds for seconds, _ in results] for name, results in turns.items()}
+    tokens = _throughputs(turns, len(prompts) * new)
     middle = {name: statistics.median(values) for name, values in tokens.items()}
     speed = decoding_speed([result for _, result in turns['ours']], net, copy_rate)
     return dict(speed, **middle, tokens=tokens, ratio=ratios(tokens, 'ours')['transformers'])
 
 # %% ../../nbs/bench/05_inference.ipynb #f50e1f5b
+def _in_shown_units(row):
+    "A row with its step in milliseconds and what it reads in MiB."
+    return dict(row, step=1e3 * row['step'], read=row['read'] / 2**20)
+
+
 def decoding_table(rows:list,    # results of `decode_in_turns`, each with model and batch
                    caption:str,  # what is shown
 ):                               # `Html`
     "Ours beside transformers and beside the copy rate."
-    shown = [dict(row, step=1e3 * row['step'], read=row['read'] / 2**20) for row in rows]
+    shown = [_in_shown_units(row) for row in rows]
     return table(shown, ['model', 'batch', column('ours', 'ours', 'tokens/s'),
                          column('transformers', 'transformers', 'tokens/s'),
                          column('ratio', 'ours has', 'times as many'),
@@ -84,13 +99,17 @@ def decode_alone(net,            # a causal language model in evaluation mode
     return decoding_speed(results[1:], net, copy_rate)
 
 # %% ../../nbs/bench/05_inference.ipynb #b818dc41
+def _reference_steps(rows, reference):
+    "model -> seconds of a step in the precision `reference`."
+    return {row['model']: row['step'] for row in rows if row['precision'] == reference}
+
+
 def precisions_table(rows:list,      # results of `decode_alone`, each with model and precision
                      reference:str,  # precision that the others are compared with
 ):                                   # `Html`
     "How fast each precision decodes, and how much it reads."
-    steps = {row['model']: row['step'] for row in rows if row['precision'] == reference}
-    shown = [dict(row, ratio=steps[row['model']] / row['step'], step=1e3 * row['step'], read=row['read'] / 2**20)
-             for row in rows]
+    steps = _reference_steps(rows, reference)
+    shown = [dict(_in_shown_units(row), ratio=steps[row['model']] / row['step']) for row in rows]
     return table(shown, ['model', 'precision', column('throughput', 'tokens', '1/s'),
                          column('ratio', 'as fast', f'as {reference}'), column('step', 'a step', 'ms, median'),
                          column('read', 'weights read', 'MiB per step'),

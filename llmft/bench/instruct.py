@@ -24,6 +24,11 @@ def instruct_setting(model:str,      # a preset, as in 'preset:llama-6x256'
     return Setting(model, **(study | changes))
 
 # %% ../../nbs/bench/04_instruct.ipynb #341bacf3
+def _flat_gradient(model):
+    "All gradients of `model` end to end."
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
 def instruct_step(layout:str,       # packed, or padded to max_length
                   setting:Setting,  # what is equal for all
                   rows:Examples,    # of one optimiser step
@@ -31,11 +36,15 @@ def instruct_step(layout:str,       # packed, or padded to max_length
     "Loss and gradient of one optimiser step on `rows`."
     length = setting.max_length if layout == 'padded' else 0
     model, loss, slots = our_step(setting, rows, recipe_of(setting, layout), length)
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    return dict(loss=loss.item(), gradient=gradient, slots=slots)
+    return dict(loss=loss.item(), gradient=_flat_gradient(model), slots=slots)
 
 # %% ../../nbs/bench/04_instruct.ipynb #c53691e6
 largest_step_difference = 1e-4  # of the loss in nats per target, and of the gradient relative to its norm
+
+
+def _relative_distance(gradient, reference):
+    "How far two gradients are apart, in norms of the `reference`."
+    return float((gradient - reference).norm() / reference.norm())
 
 
 def step_difference(packed:dict,  # from `instruct_step`
@@ -43,19 +52,23 @@ def step_difference(packed:dict,  # from `instruct_step`
 )->dict:                          # loss_difference, nats per target; gradient_difference, relative to its norm
     "How far two layouts of one step are apart. `LabError` when that is more than rounding."
     loss = abs(packed['loss'] - padded['loss'])
-    gradient = float((packed['gradient'] - padded['gradient']).norm() / padded['gradient'].norm())
+    gradient = _relative_distance(packed['gradient'], padded['gradient'])
     if max(loss, gradient) > largest_step_difference:
         raise LabError(f'packed and padded steps differ: loss by {loss:.2g}, gradient by {gradient:.2g}')
     return dict(loss_difference=loss, gradient_difference=gradient)
 
 # %% ../../nbs/bench/04_instruct.ipynb #e5b50e5f
+def _layout_row(layout, step, real):
+    "One step as a row of `layouts_table`; `real` are the tokens that are no padding."
+    return dict(layout=layout, loss=step['loss'], slots=step['slots'], fill=real / step['slots'])
+
+
 def layouts_table(steps:dict,      # layout -> result of `instruct_step`, all on the same rows
                   rows:Examples,   # of the step
                   caption:str='',  # what is shown
 ):                                 # `Html`
     "Loss and work of one step in each layout."
     real = int(rows.slots.sum())
-    lines = [dict(layout=layout, loss=step['loss'], slots=step['slots'], fill=real / step['slots'])
-             for layout, step in steps.items()]
+    lines = [_layout_row(layout, step, real) for layout, step in steps.items()]
     return table(lines, ['layout', column('loss', 'loss', 'nats/token', digits=7), column('slots', 'processed tokens'),
                          column('fill', 'real tokens', 'per processed')], caption)

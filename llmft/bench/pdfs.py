@@ -62,8 +62,13 @@ def reading_time(library:str,  # ours | pypdf
     return dict(seconds=seconds, characters=int(last_line))
 
 # %% ../../nbs/bench/08_pdfs.ipynb #cd38ee8d
+def _reading_row(library, results):
+    "The turns of one library as a row of `reading_table`."
+    return dict(library=library, seconds=statistics.median(each['seconds'] for each in results),
+                characters=results[0]['characters'])
+
+
 def reading_table(turns:dict,  # library -> results of `reading_time`, one per round
 ):                             # `Html`
     "Median seconds of each library, and what it found."
-    return table([dict(library=library, seconds=statistics.median(each['seconds'] for each in results),
-                       characters=results[0]['characters']) for library, results in turns.items()])
+    return table([_reading_row(library, results) for library, results in turns.items()])

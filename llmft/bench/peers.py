@@ -123,16 +123,21 @@ trainers = dict(
 peers = {name: trainer for name, trainer in trainers.items() if not trainer.layout}
 
 # %% ../../nbs/bench/02_peers.ipynb #055dc9a8
-def peer_data(examples:Examples,
-)->tuple:         # (`datasets.Dataset` with the column input_ids, tokenizer with padding token 0 and end of text 1)
-    "Documents as the peers read them."
+def _peer_tokenizer():
+    "A tokenizer of transformers that knows the padding token and the end of text only."
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
+    words = Tokenizer(models.WordLevel({'<pad>': 0, '<eos>': 1}, unk_token='<eos>'))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token='<pad>', eos_token='<eos>', unk_token='<eos>')
+
+
+def peer_data(examples:Examples,
+)->tuple:         # (`datasets.Dataset` with the column input_ids, tokenizer with padding token 0 and end of text 1)
+    "Documents as the peers read them."
     datasets = require('datasets', 'bench')
     datasets.disable_progress_bars()
-    words = Tokenizer(models.WordLevel({'<pad>': 0, '<eos>': 1}, unk_token='<eos>'))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token='<pad>', eos_token='<eos>', unk_token='<eos>')
+    tokenizer = _peer_tokenizer()
     rows = [examples[row].tolist() for row in range(len(examples))]
     return datasets.Dataset.from_dict(dict(input_ids=rows)), tokenizer
 
@@ -163,14 +168,18 @@ def _memory_arguments(setting):
     return arguments
 
 
+def _optimiser_arguments(setting):
+    "Arguments of `TrainingArguments` that decide how a peer moves the weights."
+    return dict(optim='adamw_torch_fused', learning_rate=setting.learning_rate, lr_scheduler_type='constant',
+                weight_decay=setting.weight_decay, max_grad_norm=1.0)
+
+
 def _peer_arguments(setting, folder, rows, accumulation):
     "Arguments of `TrainingArguments` that make a peer do what `setting` says."
     batch = dict(per_device_train_batch_size=rows, gradient_accumulation_steps=accumulation)
-    optimiser = dict(optim='adamw_torch_fused', learning_rate=setting.learning_rate, lr_scheduler_type='constant',
-                     weight_decay=setting.weight_decay, max_grad_norm=1.0)
     reports = dict(logging_steps=1, save_strategy='no', report_to='none', disable_tqdm=True)
     return dict(output_dir=str(folder), num_train_epochs=1, seed=setting.seed,
-                **batch, **optimiser, **reports, **_memory_arguments(setting))
+                **batch, **_optimiser_arguments(setting), **reports, **_memory_arguments(setting))
 
 
 def _trl_trainer(peer, setting, train, arguments):
@@ -181,16 +190,29 @@ def _trl_trainer(peer, setting, train, arguments):
     return trl.SFTTrainer(adapted_model(setting, 'sdpa'), arguments, train_dataset=data, processing_class=tokenizer)
 
 
+def _hf_collator(peer, setting, tokenizer):
+    "The collator of transformers that pads as the peer does."
+    from transformers import DataCollatorForLanguageModeling
+
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    return pad_fully(collator, setting.max_length) if peer.pads_fully else collator
+
+
 def _hf_trainer(peer, setting, train, arguments):
     "The `Trainer` of transformers."
     import transformers
 
     data, tokenizer = peer_data(train)
-    collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    if peer.pads_fully:
-        collator = pad_fully(collator, setting.max_length)
+    collator = _hf_collator(peer, setting, tokenizer)
     return transformers.Trainer(adapted_model(setting, 'sdpa'), transformers.TrainingArguments(**arguments), collator,
                                 data, processing_class=tokenizer)
+
+
+def _batch_of(peer, setting, rows):
+    "(rows per micro-batch, micro-batches per step): a peer that packs ahead takes its long rows in one micro-batch."
+    if peer.packs_ahead:
+        return rows or setting.packed_rows, 1
+    return rows or setting.rows, setting.accumulation
 
 
 def peer_trainer(name:str,         # one of `peers`
@@ -203,10 +225,7 @@ def peer_trainer(name:str,         # one of `peers`
     from transformers import PrinterCallback
 
     peer = choose('peer', name, peers)
-    rows = rows or (setting.packed_rows if peer.packs_ahead else setting.rows)
-    accumulation = 1 if peer.packs_ahead else setting.accumulation
-    arguments = _peer_arguments(setting, folder, rows, accumulation)
-
+    arguments = _peer_arguments(setting, folder, *_batch_of(peer, setting, rows))
     build = _trl_trainer if peer.needs == 'trl' else _hf_trainer
     trainer = build(peer, setting, train, arguments)
     trainer.remove_callback(PrinterCallback)

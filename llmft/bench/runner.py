@@ -22,10 +22,15 @@ _sources = (
 )
 
 
+def _cell(number, source):
+    "A code cell; the first one holds the parameters."
+    return dict(cell_type='code', id=f'cell{number}', metadata=dict(tags=[] if number else ['parameters']),
+                source=source, outputs=[], execution_count=None)
+
+
 def trivial_notebook()->dict:
     "A notebook of three cells that starts a run and finishes it, as nbformat 4."
-    cells = [dict(cell_type='code', id=f'cell{number}', metadata=dict(tags=[] if number else ['parameters']),
-                  source=source, outputs=[], execution_count=None) for number, source in enumerate(_sources)]
+    cells = [_cell(number, source) for number, source in enumerate(_sources)]
     kernel = dict(name='python3', display_name='python3', language='python')
     return dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
 
@@ -58,12 +63,16 @@ def runner_turns(rounds:int,  # turns of each
 _import_rounds = 5
 
 
+def _differences(values, others):
+    "Each of `values` less the other of its round."
+    return [value - other for value, other in zip(values, others, strict=True)]
+
+
 def import_seconds()->float:
     "Median seconds that `import llmft` adds to a fresh Python."
     jobs = dict(llmft=lambda: run_python('import llmft')[0], nothing=lambda: run_python('pass')[0])
     turns = take_turns(jobs, _import_rounds)
-    added = [whole - empty for whole, empty in zip(turns['llmft'], turns['nothing'], strict=True)]
-    return max(0., statistics.median(added))
+    return max(0., statistics.median(_differences(turns['llmft'], turns['nothing'])))
 
 # %% ../../nbs/bench/07_runner.ipynb #01a64069
 def runner_table(added:float,  # seconds, from `import_seconds`

@@ -47,14 +47,20 @@ class Block:
         self.losses.append(float(loss))
 
 # %% ../../nbs/bench/03_training.ipynb #909a6b77
+def _steps_that_count(count, skip):
+    "Numbers of the steps among `count` that are timed; a `LabError` when none is left."
+    steps = range(max(1, skip), count - 1)
+    if not steps:
+        raise LabError(f'a block has {count} steps and none is left to be timed: give more documents')
+    return steps
+
+
 @patch
 def timed(self:Block,
           skip:int=2,  # first steps that do not count
 )->tuple:              # (seconds of each step that counts, their tokens)
     "Steps that count: neither the first ones nor the last, which may be smaller. `LabError` when none is left."
-    steps = range(max(1, skip), len(self.ended) - 1)
-    if not steps:
-        raise LabError(f'a block has {len(self.ended)} steps and none is left to be timed: give more documents')
+    steps = _steps_that_count(len(self.ended), skip)
     return [self.ended[step] - self.ended[step - 1] for step in steps], [self.tokens[step] for step in steps]
 
 # %% ../../nbs/bench/03_training.ipynb #654bf528
@@ -101,14 +107,17 @@ def _train_ours(block, layout, setting, train, folder):
     return model
 
 
+def _sums_of(values, size):
+    "The sum of each `size` neighbouring values."
+    return [sum(values[start:start + size]) for start in range(0, len(values), size)]
+
+
 def _train_peer(block, name, setting, train, folder):
     "The model that a peer trains; its steps are noted in `block`."
     trainer = watch(peer_trainer(name, setting, train, folder), block)
     trainer.train()
 
-    micro_batches = trainer.args.gradient_accumulation_steps
-    starts = range(0, len(block.tokens), micro_batches)
-    block.tokens = [sum(block.tokens[start:start + micro_batches]) for start in starts]
+    block.tokens = _sums_of(block.tokens, trainer.args.gradient_accumulation_steps)
     return trainer.model
 
 
@@ -137,14 +146,16 @@ def loss_before(setting:Setting,  # what is equal for all
     return evaluate_loss(model, valid, setting.rows, setting.max_length, 'padded')['loss']
 
 # %% ../../nbs/bench/03_training.ipynb #1443c77e
+def _filled_up(tensor_BT, length, fill):
+    "A tensor with `length` columns, the new ones full of `fill`."
+    return torch.nn.functional.pad(tensor_BT, (0, length - tensor_BT.shape[1]), value=fill)
+
+
 def _to_length(batch, length):
     "A padded micro-batch with every row of `length` slots."
-    rows, slots = batch.ids_BT.shape
-    missing = (0, length - slots)
-    return replace(batch,
-                   ids_BT=torch.nn.functional.pad(batch.ids_BT, missing, value=0),
-                   labels_BT=torch.nn.functional.pad(batch.labels_BT, missing, value=IGNORED),
-                   positions_BT=torch.arange(length).expand(rows, length))
+    return replace(batch, ids_BT=_filled_up(batch.ids_BT, length, 0),
+                   labels_BT=_filled_up(batch.labels_BT, length, IGNORED),
+                   positions_BT=torch.arange(length).expand(len(batch.ids_BT), length))
 
 
 def our_step(setting:Setting,    # what is equal for all
@@ -171,6 +182,11 @@ def _peer_step(name, setting, examples):
     return model, loss
 
 
+def _gradient_norm(model):
+    "The norm of all gradients of `model` together."
+    return torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+
+
 def same_step(name:str,           # 'ours', or one of `peers`
               setting:Setting,    # what is equal for all
               examples:Examples,  # documents of the step
@@ -180,20 +196,23 @@ def same_step(name:str,           # 'ours', or one of `peers`
         model, loss, _ = our_step(setting, examples, recipe_of(setting, 'packed', len(examples)))
     else:
         model, loss = _peer_step(name, setting, examples)
-    norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
-    return dict(loss=loss.item(), gradient_norm=norm.item())
+    return dict(loss=loss.item(), gradient_norm=_gradient_norm(model).item())
 
 # %% ../../nbs/bench/03_training.ipynb #988a683d
 largest_loss_difference = 1e-4  # nats per target, between two trainers on one step
+
+
+def _beside(first, name, step):
+    "The step of one trainer with its differences from the `first` one."
+    return dict(trainer=name, **step, difference=abs(step['loss'] - first['loss']),
+                gradient_difference=abs(step['gradient_norm'] / first['gradient_norm'] - 1))
 
 
 def check_steps(steps:dict,  # name -> result of `same_step`
 )->list:                     # a row per trainer, with its difference of loss and of gradient norm from the first
     "The steps beside the first one. `LabError` when a loss differs: the trainers do not do the same then."
     first = next(iter(steps.values()))
-    rows = [dict(trainer=name, **step, difference=abs(step['loss'] - first['loss']),
-                 gradient_difference=abs(step['gradient_norm'] / first['gradient_norm'] - 1))
-            for name, step in steps.items()]
+    rows = [_beside(first, name, step) for name, step in steps.items()]
     largest = max(row['difference'] for row in rows)
     if largest > largest_loss_difference:
         raise LabError(f'the losses of one step differ by {largest:.2g}: the ways of training are not the same')
@@ -271,14 +290,19 @@ def throughput_bars(compared:dict,  # from `compare`
 _memory_steps = 2  # optimiser steps of a memory process
 
 
-def _memory_documents(setting, ragged):
-    "Documents of half of max_length, or log-normal ones with a median of a quarter of it, for a few steps."
-    count = _memory_steps * setting.rows * setting.accumulation
-    half = setting.max_length // 2
-    lengths = dict(low=half, high=half)
+def _memory_lengths(setting, ragged):
+    "Lengths for `log_normal_documents`: half of max_length, or ragged ones with a median of a quarter of it."
     if ragged:
-        lengths = dict(median=setting.max_length / 4, spread=0.6, high=setting.max_length)
-    return log_normal_documents(count, model_config(setting.model).vocab_size, setting.seed, **lengths)
+        return dict(median=setting.max_length / 4, spread=0.6, high=setting.max_length)
+    half = setting.max_length // 2
+    return dict(low=half, high=half)
+
+
+def _memory_documents(setting, ragged):
+    "Documents for a few steps."
+    count = _memory_steps * setting.rows * setting.accumulation
+    vocabulary = model_config(setting.model).vocab_size
+    return log_normal_documents(count, vocabulary, setting.seed, **_memory_lengths(setting, ragged))
 
 
 def _memory_work(name, setting, examples, folder):
@@ -292,16 +316,21 @@ def _memory_work(name, setting, examples, folder):
     return lambda: fit(model, examples, None, folder, recipe)
 
 
+def _with_vocabulary(setting, vocabulary):
+    "`setting` for its model with another number of tokens; 0 leaves it."
+    if not vocabulary:
+        return setting
+    presets['wide'] = presets[setting.model.removeprefix('preset:')] | dict(vocab_size=vocabulary)
+    return replace(setting, model='preset:wide')
+
+
 def step_memory(name:str,          # one of `trainers`
                 setting:Setting,   # what is equal for all
                 vocabulary:int=0,  # number of different tokens instead of the preset's, 0 for the preset's
                 ragged:bool=False, # log-normal lengths instead of one length
 )->dict:                           # peak_bytes above start_bytes, and what measured it
     "Peak memory of training two steps, above the loaded model. For a process of its own."
-    if vocabulary:
-        presets['wide'] = presets[setting.model.removeprefix('preset:')] | dict(vocab_size=vocabulary)
-        setting = replace(setting, model='preset:wide')
-
+    setting = _with_vocabulary(setting, vocabulary)
     examples = _memory_documents(setting, ragged)
     with tempfile.TemporaryDirectory() as folder:
         work = _memory_work(name, setting, examples, folder)

@@ -52,12 +52,16 @@ def seconds_of(work,  # a function without arguments
     return time.perf_counter() - start
 
 # %% ../../nbs/bench/01_turns.ipynb #8b760460
+def _clocked(jobs):
+    "The jobs, each as a function that gives its seconds."
+    return {name: lambda job=job: seconds_of(job) for name, job in jobs.items()}
+
+
 def medians(jobs:dict,   # name -> function without arguments
             rounds:int,  # times each is timed, after one call that does not count
 )->dict:                 # name -> median seconds
     "Median seconds of each job over interleaved rounds."
-    clocked = {name: lambda job=job: seconds_of(job) for name, job in jobs.items()}
-    turns = take_turns(clocked, rounds + 1)
+    turns = take_turns(_clocked(jobs), rounds + 1)
     return {name: statistics.median(seconds[1:]) for name, seconds in turns.items()}
 
 # %% ../../nbs/bench/01_turns.ipynb #f9897d38
@@ -69,19 +73,29 @@ def fastest(work,        # a function without arguments
     return min(seconds_of(work) for _ in range(rounds))
 
 # %% ../../nbs/bench/01_turns.ipynb #be4eb574
+def _plain_environment():
+    "The variables of this process without those that are about its run."
+    return {name: value for name, value in os.environ.items() if not name.startswith('LLMFT_')}
+
+
+def _last_line(text, otherwise):
+    "The last line of `text`, or `otherwise` where it is empty."
+    return (text.strip().splitlines() or [otherwise])[-1]
+
+
 def run_python(code:str,    # Python source
                *arguments,  # its sys.argv[1:]
 )->tuple:                   # (wall time of the process in seconds, the last line it printed)
     "Run `code` in a fresh Python that knows nothing of this run. `LabError` with its last words when it fails."
-    environment = {name: value for name, value in os.environ.items() if not name.startswith('LLMFT_')}
+    environment = _plain_environment()
     command = [sys.executable, '-c', code, *map(str, arguments)]
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     seconds = time.perf_counter() - start
 
     if done.returncode:
-        raise LabError(f'a measured program failed: {(done.stderr.strip() or "no message").splitlines()[-1]}')
-    return seconds, (done.stdout.strip().splitlines() or [''])[-1]
+        raise LabError(f'a measured program failed: {_last_line(done.stderr, "no message")}')
+    return seconds, _last_line(done.stdout, '')
 
 # %% ../../nbs/bench/01_turns.ipynb #6cc0927f
 @dataclass(frozen=True)
@@ -115,17 +129,22 @@ class Target:
             return 'met'
         if self.measured is None:
             return 'not measured'
-        is_met = self.measured >= self.goal if self.better == 'high' else self.measured <= self.goal
-        return 'met' if is_met else 'missed'
+        return 'met' if self._keeps_goal() else 'missed'
+
+    def _keeps_goal(self):
+        "Whether the measured value lies at the goal, or on its better side."
+        return self.measured >= self.goal if self.better == 'high' else self.measured <= self.goal
+
+    def _row(self):
+        "The target as a row of `targets_table`."
+        return dict(target=self.what, measured=self.measured, wanted=self.wanted, met=self.met, margin=self.margin)
 
 # %% ../../nbs/bench/01_turns.ipynb #b657c7ff
 def targets_table(targets:list,  # of `Target`
 ):                               # `Html`
     "What was measured, what was wanted, and whether it is met."
-    rows = [dict(target=target.what, measured=target.measured, wanted=target.wanted, met=target.met,
-                 margin=target.margin) for target in targets]
     columns = ['target', 'measured', 'wanted', 'met', column('margin', 'better than the goal by', 'share')]
-    return table(rows, columns, 'Targets')
+    return table([target._row() for target in targets], columns, 'Targets')
 
 # %% ../../nbs/bench/01_turns.ipynb #bc4bf33d
 def _named(targets, status):

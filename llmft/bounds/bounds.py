@@ -93,10 +93,16 @@ def _check(bits, n, m, delta, choices):
         raise LabError(f'choices is {choices}: give at least 1')
 
 
-def _nats(bits, n, m, delta, choices):
-    "The two allowances in nats: of the sample, and of the complexity."
+def _sample_nats(n, m, delta, choices):
+    "What the sample is allowed, in nats: its share 1 - r of `delta`, and the values chosen on it."
     r = m / (m + n)
-    return math.log(1 / ((1 - r) * delta)) + math.log(choices), bits * math.log(2) + math.log(1 / (r * delta))
+    return math.log(1 / ((1 - r) * delta)) + math.log(choices)
+
+
+def _complexity_nats(bits, n, m, delta):
+    "What the complexity of the model is allowed, in nats: its message, and its share r of `delta`."
+    r = m / (m + n)
+    return bits * math.log(2) + math.log(1 / (r * delta))
 
 
 def subsampling_bound(risk:float,       # mean loss of the sampled documents
@@ -109,10 +115,23 @@ def subsampling_bound(risk:float,       # mean loss of the sampled documents
 )->float:                               # in the unit of `risk`
     "Hoeffding's bound; a `LabError` for numbers that make none."
     _check(bits, n, m, delta, choices)
-    sample, complexity = _nats(bits, n, m, delta, choices)
+    sample = _sample_nats(n, m, delta, choices)
+    complexity = _complexity_nats(bits, n, m, delta)
     return risk + width * (math.sqrt(complexity / (2 * n)) + math.sqrt(sample / (2 * m)))
 
 # %% ../../nbs/bounds/02_bounds.ipynb #30008c64
+def _check_interval(risk, lowest, width):
+    "A `LabError` when `risk` lies outside the interval of the losses by more than rounding."
+    if not -1e-9 <= (risk - lowest) / width <= 1 + 1e-9:
+        raise LabError(f'a risk of {risk:g} does not lie in the interval from {lowest:g} to {lowest + width:g}: '
+                       'give its width and lowest loss')
+
+
+def _share_of(risk, lowest, width):
+    "Where `risk` lies in the interval of the losses, in [0, 1]."
+    return min(max((risk - lowest) / width, 0.), 1.)
+
+
 def kl_bound(risk:float,        # mean loss of the sampled documents
              bits:float,        # K, as for `subsampling_bound`
              n:int,             # training documents
@@ -124,14 +143,10 @@ def kl_bound(risk:float,        # mean loss of the sampled documents
 )->float:                       # in the unit of `risk`
     "The kl bound, tighter than Hoeffding's; a `LabError` for numbers that make none."
     _check(bits, n, m, delta, choices)
-    share = (risk - lowest) / width
-    if not -1e-9 <= share <= 1 + 1e-9:
-        raise LabError(f'a risk of {risk:g} does not lie in the interval from {lowest:g} to {lowest + width:g}: '
-                       'give its width and lowest loss')
+    _check_interval(risk, lowest, width)
 
-    sample, complexity = _nats(bits, n, m, delta, choices)
-    of_all = kl_inverse(min(max(share, 0.), 1.), sample / m)
-    return lowest + width * kl_inverse(of_all, complexity / n)
+    of_all = kl_inverse(_share_of(risk, lowest, width), _sample_nats(n, m, delta, choices) / m)
+    return lowest + width * kl_inverse(of_all, _complexity_nats(bits, n, m, delta) / n)
 
 # %% ../../nbs/bounds/02_bounds.ipynb #d614d582
 def full_bound(risk:float,       # mean loss of all documents
@@ -147,7 +162,7 @@ def full_bound(risk:float,       # mean loss of all documents
     nats = (bits * math.log(2) + math.log(1 / delta)) / n
 
     if kl:
-        return lowest + width * kl_inverse(min(max((risk - lowest) / width, 0.0), 1.0), nats)
+        return lowest + width * kl_inverse(_share_of(risk, lowest, width), nats)
     return risk + width * math.sqrt(nats / 2)
 
 # %% ../../nbs/bounds/02_bounds.ipynb #019884c8
@@ -194,6 +209,23 @@ def _game(losses_HN, truth_H, rng, lowest, settings):
             kl_bound(risks_H[best], **settings, lowest=lowest))
 
 
+def _play(games, losses_HN, lowest, seed, settings):
+    "What `_game` gives for each of `games` games, one column per game."
+    truth_H = losses_HN.mean(1)
+    rng = np.random.default_rng(seed)
+    return np.array([_game(losses_HN, truth_H, rng, lowest, settings) for _ in range(games)]).T
+
+
+def _held(bound, true):
+    "The share of games in which a bound lay at or above the true risk."
+    return float((bound >= true).mean())
+
+
+def _slack(bound, true):
+    "How far a bound lay above the true risk on average."
+    return float((bound - true).mean())
+
+
 def coverage(losses_HN,         # loss of every document of the population under every predictor
              width:float,       # of the interval the losses lie in
              lowest:float,      # where it begins
@@ -206,12 +238,9 @@ def coverage(losses_HN,         # loss of every document of the population under
     "How often, and by how much, the bound of the predictor that looks best lies above its true risk."
     losses_HN = np.asarray(losses_HN)
     predictors = len(losses_HN)
-    truth_H = losses_HN.mean(1)
-    rng = np.random.default_rng(seed)
     settings = dict(bits=math.log2(predictors), n=n, m=m, width=width, delta=delta, choices=predictors)
 
-    played = np.array([_game(losses_HN, truth_H, rng, lowest, settings) for _ in range(games)])
-    true, risk, hoeffding, kl = played.T
-    return dict(hoeffding=float((hoeffding >= true).mean()), kl=float((kl >= true).mean()),
-                hoeffding_slack=float((hoeffding - true).mean()), kl_slack=float((kl - true).mean()),
-                sample_gap=float((true - risk).mean()), games=games, n=n, m=m, predictors=predictors, delta=delta)
+    true, risk, hoeffding, kl = _play(games, losses_HN, lowest, seed, settings)
+    return dict(hoeffding=_held(hoeffding, true), kl=_held(kl, true), hoeffding_slack=_slack(hoeffding, true),
+                kl_slack=_slack(kl, true), sample_gap=_slack(true, risk), games=games, n=n, m=m,
+                predictors=predictors, delta=delta)

@@ -34,12 +34,14 @@ from .coding import charged_bits, decode_message
 from .scoring import draw_sample, score_documents, score_tokens
 
 # %% ../../nbs/bounds/04_certificates.ipynb #b44b705b
+def _random_model(base):
+    "The GPT-2 with random weights that a description stands for."
+    return placed(frozen_gpt2(**{name: value for name, value in base.items() if name != 'model'}))
+
+
 def _base_model(base):
     "The frozen base of a description."
-    if base['model'] == 'random':
-        model = placed(frozen_gpt2(**{name: value for name, value in base.items() if name != 'model'}))
-    else:
-        model = load_model(base['model'])
+    model = _random_model(base) if base['model'] == 'random' else load_model(base['model'])
     return model.requires_grad_(False).eval()
 
 
@@ -48,27 +50,39 @@ def _block_matrices(model):
     return {name: p for name, p in model.named_parameters() if p.ndim == 2 and ('.h.' in name or '.layers.' in name)}
 
 
+def _subspace_config(settings, parameters):
+    "The `SubspaceConfig` of a description; the identity has as many dimensions as there are parameters."
+    config = dict(settings)
+    if config['projection'] == 'identity':
+        config['dimension'] = sum(p.numel() for p in parameters.values())
+    return SubspaceConfig(**config)
+
+
 def build_model(spec:dict,  # base, lora, subspace: for `frozen_gpt2`, `add_low_rank` and `SubspaceConfig`
 )->tuple:                   # (model, its `Subspace`)
     "The model that a description stands for, at v = 0."
     model = _base_model(spec['base'])
     lora = spec['lora']
     parameters = add_low_rank(model, **lora) if lora['targets'] else _block_matrices(model)
-    config = dict(spec['subspace'])
-    if config['projection'] == 'identity':
-        config['dimension'] = sum(p.numel() for p in parameters.values())
-    return model, attach(model, parameters, SubspaceConfig(**config))
+    return model, attach(model, parameters, _subspace_config(spec['subspace'], parameters))
 
 # %% ../../nbs/bounds/04_certificates.ipynb #367cb5c8
+def _fixed_weights(model, subspace):
+    "The parameters of `model` that the subspace does not move, by name."
+    moved = {id(p) for p in subspace.parameters_of}
+    return {name: p for name, p in model.named_parameters() if id(p) not in moved and 'subspace_' not in name}
+
+
+_facts_of_subspace = ('parameters', 'start', 'projection_hash')  # of its description
+
+
 def model_facts(model,     # from `build_model`
                 subspace,  # likewise
 )->dict:                   # base, parameters, start and projection_hash
     "What a rebuilt model must agree with."
-    moved = {id(p) for p in subspace.parameters_of}
-    fixed = {name: p for name, p in model.named_parameters() if id(p) not in moved and 'subspace_' not in name}
     described = describe(subspace)
-    return dict(base=weights_hash(fixed), **{name: described[name] for name in described
-                                             if name in ('parameters', 'start', 'projection_hash')})
+    return dict(base=weights_hash(_fixed_weights(model, subspace)),
+                **{name: described[name] for name in described if name in _facts_of_subspace})
 
 # %% ../../nbs/bounds/04_certificates.ipynb #5208d99f
 def _bound_at(alpha, risk, form, bits, n, m, delta, choices, vocabulary):
@@ -84,6 +98,11 @@ def _bound_at(alpha, risk, form, bits, n, m, delta, choices, vocabulary):
     return subsampling_bound(risk, bits, n, m, width, delta, choices)
 
 
+def _claim(bound, risk, bits, n, scores, delta, width, **choice):
+    "What a claim says: its bound, and all that the bound was computed from."
+    return dict(bound=bound, risk=float(risk), **choice, width=width, bits=bits, n=n, m=len(scores), delta=delta)
+
+
 def _bits_claim(scores, form, message, configurations, n, delta, vocabulary):
     "The best bound over the smoothing weights, which are paid for in bits and as choices."
     bits = charged_bits(message, configurations, len(scores.alphas))
@@ -91,9 +110,9 @@ def _bits_claim(scores, form, message, configurations, n, delta, vocabulary):
     candidates = []
     for alpha, risk in zip(scores.alphas, scores.bits.mean(0), strict=True):
         bound = _bound_at(alpha, risk, form, bits, n, len(scores), delta, choices, vocabulary)
-        candidates.append((float(bound), float(risk), alpha, smoothing_width(alpha, vocabulary)))
-    bound, risk, alpha, width = min(candidates)
-    return dict(bound=bound, risk=risk, alpha=alpha, width=width, bits=bits, n=n, m=len(scores), delta=delta)
+        candidates.append((float(bound), float(risk), alpha))
+    bound, risk, alpha = min(candidates)
+    return _claim(bound, risk, bits, n, scores, delta, smoothing_width(alpha, vocabulary), alpha=alpha)
 
 
 def _topk_claim(error, scores, message, configurations, n, delta):
@@ -103,7 +122,12 @@ def _topk_claim(error, scores, message, configurations, n, delta):
         bound = full_bound(error, bits, n, 1.0, delta, True)
     else:
         bound = topk_bound(error, bits, n, len(scores), delta, configurations)
-    return dict(bound=float(bound), risk=float(error), width=1.0, bits=bits, n=n, m=len(scores), delta=delta)
+    return _claim(float(bound), error, bits, n, scores, delta, 1.0)
+
+
+def _topk_errors(scores, vocabulary):
+    "k -> mean error, for each k that is smaller than the vocabulary."
+    return {k: error for k, error in zip(scores.ks, scores.errors.mean(0), strict=True) if k < vocabulary}
 
 
 def make_claims(scores,            # of the sampled documents
@@ -116,7 +140,7 @@ def make_claims(scores,            # of the sampled documents
                 token_count:int=0, # training tokens that are predicted
 )->dict:                           # name of a claim -> bound, risk, bits and what else belongs to it
     "Every bound that is claimed of one predictor; together they hold with probability 1 - delta."
-    topk_errors = {k: error for k, error in zip(scores.ks, scores.errors.mean(0), strict=True) if k < vocabulary}
+    topk_errors = _topk_errors(scores, vocabulary)
     share = shared_delta(delta, 2 + len(topk_errors) + (tokens is not None))
 
     claims = {f'bits_per_token_{form}': _bits_claim(scores, form, message, configurations, n, share, vocabulary)
@@ -129,6 +153,20 @@ def make_claims(scores,            # of the sampled documents
     return claims
 
 # %% ../../nbs/bounds/04_certificates.ipynb #f8df82f5
+def _sampled_documents(model, file, samples, draws, options):
+    "`Scores` of the sampled documents; 0 takes all."
+    rows = draw_sample(len(file), samples or len(file), 0, 'documents', *draws)
+    return score_documents(model, file, rows, **options)
+
+
+def _sampled_tokens(model, file, samples, draws, options):
+    "`Scores` of the sampled tokens, or `None` where none are sampled."
+    if not samples:
+        return None
+    count = int(file.doc_lengths.sum())
+    return score_tokens(model, file, draw_sample(count, samples, 0, 'tokens', *draws), **options)
+
+
 def prove(model,              # with the decoded vector in it
           folder,             # of the token files
           message:bytes,      # the coded model
@@ -142,17 +180,14 @@ def prove(model,              # with the decoded vector in it
     "Score a model on a sample that its own message decides, and compute every claim."
     facts = read_json(Path(folder) / 'tokens.json')
     file = read_token_file(folder)
-    count = int(file.doc_lengths.sum())
     draws = (sha256_of(message), facts['train']['sha256'])
     options = dict(vocabulary=facts['vocabulary'], block=block, batch_tokens=batch_tokens)
 
-    documents = draw_sample(len(file), samples or len(file), 0, 'documents', *draws)
-    scores = score_documents(model, file, documents, **options)
-    tokens = None
-    if token_samples:
-        tokens = score_tokens(model, file, draw_sample(count, token_samples, 0, 'tokens', *draws), **options)
+    scores = _sampled_documents(model, file, samples, draws, options)
+    tokens = _sampled_tokens(model, file, token_samples, draws, options)
 
-    claims = make_claims(scores, message, len(file), facts['vocabulary'], configurations, delta, tokens, count)
+    claims = make_claims(scores, message, len(file), facts['vocabulary'], configurations, delta, tokens,
+                         int(file.doc_lengths.sum()))
     return claims, scores
 
 # %% ../../nbs/bounds/04_certificates.ipynb #a52482c1
@@ -175,6 +210,18 @@ def _data_facts(folder):
                 vocabulary=facts['vocabulary'], source=facts['source'])
 
 
+def _rounded_up(claims):
+    "The claims as a certificate makes them."
+    return {name: {**claim, 'bound': round_up(claim['bound'])} for name, claim in claims.items()}
+
+
+def _file_content(header, message):
+    "The bytes of a certificate: its mark, the length of the description, the description, the message, a hash."
+    text = json.dumps(jsonable(header), sort_keys=True).encode()
+    body = MAGIC + len(text).to_bytes(8, 'big') + text + message
+    return body + bytes.fromhex(sha256_of(body))
+
+
 def write_certificate(path,           # where the file shall stand
                       spec:dict,      # description of the model, for `build_model`
                       subspace,       # trained and quantised, with the decoded vector in it
@@ -185,17 +232,30 @@ def write_certificate(path,           # where the file shall stand
                       settings:dict,  # samples, token_samples, configurations, delta and block, as given to `prove`
 )->Path:                              # `path`
     "Write a certificate."
-    claimed = {name: {**claim, 'bound': round_up(claim['bound'])} for name, claim in claims.items()}
     header = dict(spec=spec, model=model_facts(model, subspace),
                   gates=0 if subspace.gates is None else len(subspace.layers), data=_data_facts(folder),
-                  settings=settings, claims=claimed)
-
-    text = json.dumps(jsonable(header), sort_keys=True).encode()
-    body = MAGIC + len(text).to_bytes(8, 'big') + text + message
-    return write_atomic(path, body + bytes.fromhex(sha256_of(body)))
+                  settings=settings, claims=_rounded_up(claims))
+    return write_atomic(path, _file_content(header, message))
 
 # %% ../../nbs/bounds/04_certificates.ipynb #79b7d95b
 hash_bytes = 32  # of the SHA-256 at the end
+
+
+def _checked_body(path, content):
+    "What stands before the hash of a certificate; a `LabError` when the two do not agree."
+    if not content.startswith(MAGIC):
+        raise LabError(f'{path} is no certificate of this laboratory, or its first bytes were changed')
+    body = content[:-hash_bytes]
+    if bytes.fromhex(sha256_of(body)) != content[-hash_bytes:]:
+        raise LabError(f'{path} was changed or cut: its content does not match its hash')
+    return body
+
+
+def _header_and_message(body):
+    "The two parts of what stands before the hash: the description's length stands before it in eight bytes."
+    start = len(MAGIC) + 8
+    size = int.from_bytes(body[len(MAGIC):start], 'big')
+    return json.loads(body[start:start + size]), body[start + size:]
 
 
 def read_certificate(path) -> tuple:
@@ -203,18 +263,26 @@ def read_certificate(path) -> tuple:
     path = find_path(path)
     if not path.is_file():
         raise LabError(f'there is no certificate {path}')
-    content = path.read_bytes()
-    if not content.startswith(MAGIC):
-        raise LabError(f'{path} is no certificate of this laboratory, or its first bytes were changed')
-    body = content[:-hash_bytes]
-    if bytes.fromhex(sha256_of(body)) != content[-hash_bytes:]:
-        raise LabError(f'{path} was changed or cut: its content does not match its hash')
-
-    start = len(MAGIC) + 8
-    size = int.from_bytes(body[len(MAGIC):start], 'big')
-    return json.loads(body[start:start + size]), body[start + size:]
+    return _header_and_message(_checked_body(path, path.read_bytes()))
 
 # %% ../../nbs/bounds/04_certificates.ipynb #993771ca
+def _check_tokenizer(known, facts, folder):
+    "A `LabError` unless the token files were made with the certificate's tokenizer."
+    if facts['tokenizer'] != known['tokenizer'] or facts['vocabulary'] != known['vocabulary']:
+        raise LabError(f"another tokenizer: the certificate was made with {known['tokenizer']} "
+                       f"({known['vocabulary']:,} tokens), {folder} with {facts['tokenizer']} "
+                       f"({facts['vocabulary']:,})")
+
+
+def _check_content(known, facts, folder):
+    "A `LabError` unless tokens and boundaries of the documents are the certificate's, by their hashes."
+    if not sha256_of(folder / 'train.bin') == facts['train']['sha256'] == known['sha256']:
+        raise LabError(f'another corpus: {folder}/train.bin does not match the hash in the certificate')
+    if sha256_of(folder / 'train_offsets.npy') != known['offsets']:
+        raise LabError(f'other documents: {folder}/train_offsets.npy, where each begins, does not match the hash in '
+                       'the certificate')
+
+
 def check_data(known:dict,  # what a certificate says of its data
                folder,      # of token files
 )->Path:                    # `folder`
@@ -226,32 +294,28 @@ def check_data(known:dict,  # what a certificate says of its data
 
     facts = read_json(folder / 'tokens.json')
     count = len(read_token_file(folder))
-    if facts['tokenizer'] != known['tokenizer'] or facts['vocabulary'] != known['vocabulary']:
-        raise LabError(f"another tokenizer: the certificate was made with {known['tokenizer']} "
-                       f"({known['vocabulary']:,} tokens), {folder} with {facts['tokenizer']} "
-                       f"({facts['vocabulary']:,})")
+    _check_tokenizer(known, facts, folder)
     if count != known['documents']:
         raise LabError(f"another number of documents: the certificate is about {known['documents']:,}, "
                        f'{folder} holds {count:,}')
-
-    if not sha256_of(folder / 'train.bin') == facts['train']['sha256'] == known['sha256']:
-        raise LabError(f'another corpus: {folder}/train.bin does not match the hash in the certificate')
-    if sha256_of(folder / 'train_offsets.npy') != known['offsets']:
-        raise LabError(f'other documents: {folder}/train_offsets.npy, where each begins, does not match the hash in '
-                       'the certificate')
+    _check_content(known, facts, folder)
     return folder
 
 # %% ../../nbs/bounds/04_certificates.ipynb #dfa84dd6
+def _check_rebuilt(rebuilt, claimed):
+    "A `LabError` that names the first of `model_facts` in which a rebuilt model is another."
+    for name, value in claimed.items():
+        if rebuilt[name] != value:
+            raise LabError(f'another model: {name} comes out as {rebuilt[name]} and the certificate says {value}; its '
+                           'base weights or the library that makes them differ')
+
+
 def decoded_model(header:dict,    # from `read_certificate`
                   message:bytes,  # likewise
 )->tuple:                         # (model, `Subspace`) with the decoded numbers in it
     "The model of a certificate; a `LabError` when it does not come out as it was."
     model, subspace = build_model(header['spec'])
-    rebuilt = model_facts(model, subspace)
-    for name, value in header['model'].items():
-        if rebuilt[name] != value:
-            raise LabError(f'another model: {name} comes out as {rebuilt[name]} and the certificate says {value}; its '
-                           'base weights or the library that makes them differ')
+    _check_rebuilt(model_facts(model, subspace), header['model'])
 
     values, gates = decode_message(message, subspace.config.dimension, header['gates'], subspace.config.gate_bits)
     if gates:
@@ -261,6 +325,19 @@ def decoded_model(header:dict,    # from `read_certificate`
     return model, subspace
 
 # %% ../../nbs/bounds/04_certificates.ipynb #23603238
+def _compared(claim, again):
+    "A claim beside the same one recomputed."
+    holds = again['bound'] <= claim['bound'] and again['bits'] == claim['bits']
+    return dict(claimed=claim['bound'], recomputed=again['bound'], holds=bool(holds))
+
+
+def _check_same_claims(claims, again):
+    "A `LabError` unless a certificate makes just the claims that its settings give."
+    if set(again) != set(claims):
+        raise LabError(f'the certificate claims {sorted(claims)} and its settings give {sorted(again)}: '
+                       'it was put together by hand')
+
+
 def verify(path,       # a certificate
            data=None,  # folder of the token files; by default the one the certificate names
 )->dict:               # name of a claim -> claimed, recomputed, holds
@@ -271,12 +348,5 @@ def verify(path,       # a certificate
     again, _ = prove(model, folder, message, **header['settings'])
 
     claims = header['claims']
-    if set(again) != set(claims):
-        raise LabError(f'the certificate claims {sorted(claims)} and its settings give {sorted(again)}: '
-                       'it was put together by hand')
-    checked = {}
-    for name, claim in claims.items():
-        recomputed = again[name]
-        holds = recomputed['bound'] <= claim['bound'] and recomputed['bits'] == claim['bits']
-        checked[name] = dict(claimed=claim['bound'], recomputed=recomputed['bound'], holds=bool(holds))
-    return checked
+    _check_same_claims(claims, again)
+    return {name: _compared(claim, again[name]) for name, claim in claims.items()}

@@ -32,15 +32,19 @@ def _uniform(values_D, q):
     return low + (np.arange(q) + .5) / q * (high - low)
 
 
+def _moved(levels_Q, values_D):
+    "Each level moved to the mean of the numbers nearest to it; one without numbers stays."
+    symbols_D = assign(values_D, levels_Q)
+    counts_Q = np.bincount(symbols_D, minlength=len(levels_Q))
+    sums_Q = np.bincount(symbols_D, values_D, minlength=len(levels_Q))
+    return np.sort(np.where(counts_Q > 0, sums_Q / np.maximum(counts_Q, 1), levels_Q))
+
+
 def _kmeans(values_D, q, rounds=100):
     "Lloyd's algorithm from the middle of q equal shares of the numbers."
     levels_Q = np.quantile(values_D, (np.arange(q) + .5) / q)
     for _ in range(rounds):
-        symbols_D = assign(values_D, levels_Q)
-        counts_Q = np.bincount(symbols_D, minlength=q)
-        sums_Q = np.bincount(symbols_D, values_D, minlength=q)
-
-        moved_Q = np.sort(np.where(counts_Q > 0, sums_Q / np.maximum(counts_Q, 1), levels_Q))
+        moved_Q = _moved(levels_Q, values_D)
         if np.array_equal(moved_Q, levels_Q):
             break
         levels_Q = moved_Q
@@ -54,6 +58,15 @@ def _candidates(ends, step, start, d):
     return low, high - low + 1
 
 
+def _first_of_equals(total, best, offsets, sizes):
+    "The place of the first entry of each group of `total` that equals the group's `best`."
+    equal = np.flatnonzero(total == np.repeat(best, sizes))
+    owner = np.searchsorted(offsets, equal, side='right') - 1
+    first = np.zeros(len(best), dtype=np.int64)
+    first[owner[::-1]] = equal[::-1]  # the first of equals is written last
+    return first
+
+
 def _best_cuts(costs, sums, squares, ends, low, sizes):
     "The least cost of the first `ends` numbers with their last cluster cut off, and the first cut that has it."
     offsets = np.cumsum(sizes) - sizes
@@ -62,11 +75,7 @@ def _best_cuts(costs, sums, squares, ends, low, sizes):
     total = costs[cut] + squares[end] - squares[cut] - (sums[end] - sums[cut]) ** 2 / (end - cut)
 
     best = np.minimum.reduceat(total, offsets)
-    equal = np.flatnonzero(total == np.repeat(best, sizes))
-    owner = np.searchsorted(offsets, equal, side='right') - 1
-    cuts = np.zeros(len(ends), dtype=np.int64)
-    cuts[owner[::-1]] = cut[equal[::-1]]  # the first of equal cuts is written last
-    return best, cuts
+    return best, cut[_first_of_equals(total, best, offsets, sizes)]
 
 
 def _one_cluster_more(costs, sums, squares, d):
@@ -83,12 +92,32 @@ def _one_cluster_more(costs, sums, squares, d):
     return best, start
 
 
+def _prefix_sums(x):
+    "The sum of the first j numbers, for j from 0 on."
+    return np.concatenate([[0], np.cumsum(x)])
+
+
+def _cluster_edges(starts, d):
+    "Where the clusters begin, and the end of the last one, read back from the last cluster to the first."
+    edges = [d]
+    for start in reversed(starts):
+        edges.append(start[edges[-1]])
+    edges.reverse()
+    return edges
+
+
+def _cluster_means(sums, edges):
+    "The mean of each cluster that holds a number."
+    return np.array([(sums[end] - sums[begin]) / (end - begin)
+                     for begin, end in zip(edges, edges[1:], strict=False) if end > begin])
+
+
 def _optimal(values_D, q):
     "Levels with the least squared error, by dynamic programming over the sorted numbers."
     x = np.sort(values_D) - values_D.mean()
     d = len(x)
-    sums = np.concatenate([[0], np.cumsum(x)])
-    squares = np.concatenate([[0], np.cumsum(x * x)])
+    sums = _prefix_sums(x)
+    squares = _prefix_sums(x * x)
 
     costs = np.concatenate([[0], np.full(d, np.inf)])
     starts = []
@@ -96,13 +125,7 @@ def _optimal(values_D, q):
         costs, start = _one_cluster_more(costs, sums, squares, d)
         starts.append(start)
 
-    edges = [d]
-    for start in reversed(starts):
-        edges.append(start[edges[-1]])
-    edges.reverse()
-    means = [(sums[end] - sums[begin]) / (end - begin)
-             for begin, end in zip(edges, edges[1:], strict=False) if end > begin]
-    return np.array(means) + values_D.mean()
+    return _cluster_means(sums, _cluster_edges(starts, d)) + values_D.mean()
 
 # %% ../../nbs/bounds/01_coding.ipynb #5a9dc46c
 codebooks = dict(uniform=_uniform, kmeans=_kmeans, optimal=_optimal)  # name -> what places the levels
@@ -113,6 +136,13 @@ def in_float16(codebook_Q):
     return np.unique(np.asarray(codebook_Q).astype(np.float16)).astype(np.float32)
 
 # %% ../../nbs/bounds/01_coding.ipynb #dbbc166f
+def _check_finite(values_D):
+    "A `LabError` for a vector without numbers, or with some that are not finite."
+    if not len(values_D) or not np.isfinite(values_D).all():
+        raise LabError('the vector to code is empty or has values that are not finite: '
+                       'train it with a lower learning rate')
+
+
 def make_codebook(values_D,           # the trained vector, (d,)
                   levels:int=11,      # q, odd, so that zero can be one of them
                   kind:str='kmeans',  # uniform | kmeans | optimal
@@ -122,17 +152,20 @@ def make_codebook(values_D,           # the trained vector, (d,)
     if levels < 1 or levels % 2 == 0:
         raise LabError(f'levels is {levels}: give an odd number, such as 11')
     place_levels = choose('codebook', kind, codebooks)
-    if not len(values_D) or not np.isfinite(values_D).all():
-        raise LabError('the vector to code is empty or has values that are not finite: '
-                       'train it with a lower learning rate')
+    _check_finite(values_D)
     return in_float16(place_levels(values_D, levels))
 
 # %% ../../nbs/bounds/01_coding.ipynb #974f8c24
+def _frequencies(counts_Q):
+    "The share of each symbol that occurs."
+    counts = np.asarray(counts_Q, dtype=np.float64)
+    return counts[counts > 0] / counts.sum()
+
+
 def entropy(counts_Q,  # how often each symbol occurs, (q,)
 )->float:              # bits a symbol
     "The entropy of the symbols' frequencies."
-    counts = np.asarray(counts_Q, dtype=np.float64)
-    share = counts[counts > 0] / counts.sum()
+    share = _frequencies(counts_Q)
     return float(-(share * np.log2(share)).sum()) + 0.0
 
 # %% ../../nbs/bounds/01_coding.ipynb #dcf11b65
@@ -185,8 +218,7 @@ class Bits:
 # %% ../../nbs/bounds/01_coding.ipynb #255fcc37
 def _model(counts_Q):
     "The coder's model of symbols with these counts, all above 0."
-    counts = np.asarray(counts_Q, dtype=np.float64)
-    return stream.model.Categorical(counts / counts.sum(), perfect=False)
+    return stream.model.Categorical(_frequencies(counts_Q), perfect=False)
 
 
 def _coded(symbols_D, counts_Q):
@@ -198,12 +230,16 @@ def _coded(symbols_D, counts_Q):
     return encoder.get_compressed().astype('>u4').tobytes().rstrip(b'\0')
 
 
+def _words(data):
+    "The coder's 32-bit words, with the zero bytes that were left out at the end."
+    return np.frombuffer(data + b'\0' * (-len(data) % 4), dtype='>u4').astype(np.uint32)
+
+
 def _decoded(data, counts_Q, d):
     "The d symbols that `_coded` turned into `data`."
     if len(counts_Q) < 2:
         return np.zeros(d, dtype=np.int32)
-    words = np.frombuffer(data + b'\0' * (-len(data) % 4), dtype='>u4').astype(np.uint32)
-    return stream.queue.RangeDecoder(words).decode(_model(counts_Q), d)
+    return stream.queue.RangeDecoder(_words(data)).decode(_model(counts_Q), d)
 
 # %% ../../nbs/bounds/01_coding.ipynb #96f2fa0e
 _most_levels = 255  # their number is written in one byte
@@ -221,6 +257,23 @@ def _take_level(bits, d):
     return struct.unpack('>e', struct.pack('>H', float16))[0], bits.take(d.bit_length())
 
 
+def _head(levels_Q, counts_Q, d, gates, gate_bits):
+    "What stands before the coded symbols: the levels with their counts, and the gates."
+    bits = Bits().put(len(levels_Q), 8)
+    for level, count in zip(levels_Q, counts_Q, strict=True):
+        _put_level(bits, level, count, d)
+    for gate in gates:
+        bits.put(int(gate), gate_bits)
+    return bits.bytes()
+
+
+def _check_message(message, values_D, gates, gate_bits):
+    "A `LabError` unless the message says the values and gates."
+    decoded_D, decoded_gates = decode_message(message, len(values_D), len(gates), gate_bits)
+    if not (np.array_equal(decoded_D, values_D) and decoded_gates == [int(gate) for gate in gates]):
+        raise LabError('the values are not levels of the codebook: quantise them first')
+
+
 def encode_message(values_D,        # d numbers, each one of the levels
                    codebook_Q,      # levels, exact in float16; those that never occur are left out
                    gates=(),        # whole numbers below 2**gate_bits
@@ -233,34 +286,38 @@ def encode_message(values_D,        # d numbers, each one of the levels
         raise LabError(f'{len(codebook_Q)} levels do not fit one byte: use at most 255')
 
     used, symbols_D = np.unique(assign(values_D, codebook_Q), return_inverse=True)
-    counts = np.bincount(symbols_D)
-    d = len(values_D)
-    bits = Bits().put(len(used), 8)
-    for level, count in zip(codebook_Q[used], counts, strict=True):
-        _put_level(bits, level, count, d)
-    for gate in gates:
-        bits.put(int(gate), gate_bits)
-    message = bits.bytes() + _coded(symbols_D, counts)
-
-    decoded_D, decoded_gates = decode_message(message, d, len(gates), gate_bits)
-    if not (np.array_equal(decoded_D, values_D) and decoded_gates == [int(gate) for gate in gates]):
-        raise LabError('the values are not levels of the codebook: quantise them first')
+    counts_Q = np.bincount(symbols_D)
+    message = _head(codebook_Q[used], counts_Q, len(values_D), gates, gate_bits) + _coded(symbols_D, counts_Q)
+    _check_message(message, values_D, gates, gate_bits)
     return message
 
 # %% ../../nbs/bounds/01_coding.ipynb #b13f4a6d
+def _longest_head(d, gates, gate_bits):
+    "Bytes that hold the head of any message of `d` numbers."
+    return 1 + (_most_levels * (16 + d.bit_length()) + gates * gate_bits) // 8 + 1
+
+
+def _take_levels(bits, d):
+    "(levels, float32; how often each occurs)."
+    pairs = [_take_level(bits, d) for _ in range(bits.take(8))]
+    return np.array([level for level, _ in pairs], dtype=np.float32), [count for _, count in pairs]
+
+
+def _check_counts(counts, d):
+    "A `LabError` unless all levels occur, and `d` times together."
+    if sum(counts) != d or not all(counts):
+        raise LabError(f'the message is for {sum(counts)} numbers and not for {d}: it belongs to another configuration')
+
+
 def decode_message(message:bytes,    # from `encode_message`
                    d:int,            # numbers in the vector
                    gates:int=0,      # number of gates
                    gate_bits:int=0,  # bits a gate
 )->tuple:                            # (values_D float32, list of gates)
     "What the message says; a `LabError` when it cannot be one."
-    longest_head = 1 + (_most_levels * (16 + d.bit_length()) + gates * gate_bits) // 8 + 1
-    bits = Bits(message[:longest_head])
-    levels_and_counts = [_take_level(bits, d) for _ in range(bits.take(8))]
-    levels = np.array([level for level, _ in levels_and_counts], dtype=np.float32)
-    counts = [count for _, count in levels_and_counts]
-    if sum(counts) != d or not all(counts):
-        raise LabError(f'the message is for {sum(counts)} numbers and not for {d}: it belongs to another configuration')
+    bits = Bits(message[:_longest_head(d, gates, gate_bits)])
+    levels, counts = _take_levels(bits, d)
+    _check_counts(counts, d)
 
     gate_values = [bits.take(gate_bits) for _ in range(gates)]
     whole_bytes = -(-bits.read // 8)

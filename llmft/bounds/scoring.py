@@ -39,6 +39,16 @@ class Windows:
         return Windows(self.document[kept], self.start[kept], self.inputs[kept], self.skip[kept])
 
 # %% ../../nbs/bounds/03_scoring.ipynb #afaed9b6
+def _number_within(owners, counts):
+    "The number from 0 of each entry of `owners` among the `counts` entries of its owner."
+    return np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _windows_needed(predicted, block, slide):
+    "How many windows score `predicted` tokens when each after the first scores `slide` new ones."
+    return 1 + np.maximum(0, -(-(predicted - block) // slide))
+
+
 def make_windows(starts,       # first input token of each document, in the file
                  predicted,    # tokens of each document that are predicted
                  block:int,    # positions of the model
@@ -49,9 +59,9 @@ def make_windows(starts,       # first input token of each document, in the file
     predicted = np.asarray(predicted)
     slide = min(slide, block)
 
-    count = 1 + np.maximum(0, -(-(predicted - block) // slide))
+    count = _windows_needed(predicted, block, slide)
     document = np.repeat(np.arange(len(starts)), count)
-    number = np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)
+    number = _number_within(document, count)
 
     end = np.minimum(block + number * slide, predicted[document])
     first = np.maximum(0, end - block)
@@ -59,18 +69,27 @@ def make_windows(starts,       # first input token of each document, in the file
     return Windows(document, starts[document] + first, end - first, scored_before - first)
 
 # %% ../../nbs/bounds/03_scoring.ipynb #679298b3
+def _other_not_smaller(logits_RV, truth_R1):
+    "How many other logits of each row are not smaller than the target's."
+    # written over the logits, which saves a tensor of their size: whole numbers below 2**24 are exact
+    not_smaller_RV = torch.ge(logits_RV, truth_R1, out=logits_RV)
+    return not_smaller_RV.sum(1).long() - 1
+
+
+def _logits_per_row(head):
+    "Tokens that an output head gives a logit to."
+    return getattr(head, 'out_features', None) or head.weight.shape[0]
+
+
 def _score_targets(hidden_RD, head, targets_R, chunk_bytes):
     "(log-probability of each target in nats, number of other logits that are not smaller), float32 and int64."
-    vocabulary = getattr(head, 'out_features', None) or head.weight.shape[0]
     logs = []
     ranks = []
-    for rows in row_chunks(len(targets_R), vocabulary, 8, chunk_bytes):
+    for rows in row_chunks(len(targets_R), _logits_per_row(head), 8, chunk_bytes):
         logits_RV = head(hidden_RD[rows]).float()
         truth_R1 = logits_RV.gather(1, targets_R[rows, None])
         logs.append(-torch.nn.functional.cross_entropy(logits_RV, targets_R[rows], reduction='none'))
-        # written over the logits, which saves a tensor of their size: whole numbers below 2**24 are exact
-        not_smaller_RV = torch.ge(logits_RV, truth_R1, out=logits_RV)
-        ranks.append(not_smaller_RV.sum(1).long() - 1)
+        ranks.append(_other_not_smaller(logits_RV, truth_R1))
     return torch.cat(logs), torch.cat(ranks)
 
 
@@ -93,6 +112,17 @@ def _token_grid(windows, rows):
     return place_BT, counts_BT
 
 
+def _as_tensor(ids, device):
+    "Token ids of any type on the device of the model."
+    return torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(device)
+
+
+def _scored_hidden(model, ids_BT, counts_BT):
+    "The hidden states from which the predictions that count are made, (R, D)."
+    hidden_BTD = hidden_states(model, ids_BT)
+    return hidden_BTD[torch.from_numpy(counts_BT).to(ids_BT.device)]
+
+
 @torch.no_grad()
 def score_windows(model,                  # a causal language model
                   ids,                    # the file's tokens
@@ -105,15 +135,11 @@ def score_windows(model,                  # a causal language model
     device = next(model.parameters()).device
     model.eval()
 
-    def as_tensor(ids):
-        return torch.from_numpy(np.asarray(ids, dtype=np.int64)).to(device)
-
     for rows in _window_batches(windows, batch_tokens):
         place_BT, counts_BT = _token_grid(windows, rows)
         scored = place_BT[counts_BT] + 1
-        hidden_BTD = hidden_states(model, as_tensor(ids[place_BT]))
-        hidden_RD = hidden_BTD[torch.from_numpy(counts_BT).to(device)]
-        logs, ranks = _score_targets(hidden_RD, output_head(model), as_tensor(ids[scored]), chunk_bytes)
+        hidden_RD = _scored_hidden(model, _as_tensor(ids[place_BT], device), counts_BT)
+        logs, ranks = _score_targets(hidden_RD, output_head(model), _as_tensor(ids[scored], device), chunk_bytes)
         window = np.broadcast_to(rows[:, None], place_BT.shape)[counts_BT]
         yield window, scored, logs.double().cpu().numpy(), ranks.cpu().numpy()
 
@@ -158,6 +184,11 @@ def summarise(document,        # which document each token belongs to, (tokens,)
     return Scores(mean_bits, errors, tokens, tuple(alphas), tuple(ks))
 
 # %% ../../nbs/bounds/03_scoring.ipynb #32ca628d
+def _document_windows(examples, rows, block, slide):
+    "The windows over the documents at `rows`."
+    return make_windows(examples.starts[rows], examples.slots[rows], block, slide)
+
+
 def _score_all(model, file, windows, batch_tokens):
     "(window, place, probability, rank) of every token that the windows score."
     batches = list(score_windows(model, file.ids, windows, batch_tokens))
@@ -176,12 +207,16 @@ def score_documents(model,                  # a causal language model
                     slide:int=SLIDE,        # tokens a window is shifted by
 )->Scores:                                  # one entry for each of `rows`
     "All losses and errors of some documents, in one pass."
-    examples = file.examples()
-    windows = make_windows(examples.starts[rows], examples.slots[rows], block, slide)
+    windows = _document_windows(file.examples(), rows, block, slide)
     window, _, probabilities, ranks = _score_all(model, file, windows, batch_tokens)
     return summarise(windows.document[window], probabilities, ranks, len(rows), vocabulary, alphas, ks)
 
 # %% ../../nbs/bounds/03_scoring.ipynb #f14c4e9a
+def _different_numbers(rng, n, m):
+    "Different numbers below `n`, about 2 `m` of them: much less to permute than all `n`."
+    return np.unique(rng.integers(0, n, 2 * m))
+
+
 def draw_sample(n:int,     # documents, or tokens, there are
                 m:int,     # to draw
                 seed:int,  # of the draw
@@ -192,7 +227,7 @@ def draw_sample(n:int,     # documents, or tokens, there are
         raise LabError(f'{m} samples of {n} documents: draw at least 1 and at most as many as there are')
     rng = purpose_rng(seed, 'sample', *purpose)
     if m < n // 2:
-        different = np.unique(rng.integers(0, n, 2 * m))  # much less to permute than n numbers
+        different = _different_numbers(rng, n, m)
         if len(different) >= m:
             return np.sort(rng.permutation(different)[:m])
     return np.sort(rng.permutation(n)[:m])
@@ -213,6 +248,12 @@ def _scoring_any_of(windows, place):
     return windows.select(np.searchsorted(place, last, side='right') > np.searchsorted(place, first, side='left'))
 
 
+def _in_file_order(scored, place):
+    "Which entries of `scored` are wanted, in the order of the ascending places `place`."
+    wanted = np.flatnonzero(np.isin(scored, place))
+    return wanted[np.argsort(scored[wanted])]
+
+
 def score_tokens(model,                  # a causal language model
                  file:TokenFile,         # the documents
                  picked,                 # numbers of predicted tokens, in the order of the file, ascending
@@ -226,12 +267,8 @@ def score_tokens(model,                  # a causal language model
     "Losses and errors of single tokens."
     examples = file.examples()
     document, place = _locate(examples, picked)
-    rows = np.unique(document)
-    windows = make_windows(examples.starts[rows], examples.slots[rows], block, slide)
-    _, scored, probabilities, ranks = _score_all(model, file, _scoring_any_of(windows, place), batch_tokens)
+    windows = _scoring_any_of(_document_windows(examples, np.unique(document), block, slide), place)
+    _, scored, probabilities, ranks = _score_all(model, file, windows, batch_tokens)
 
-    wanted = np.isin(scored, place)
-    order = np.argsort(scored[wanted])
-    probabilities = probabilities[wanted][order]
-    ranks = ranks[wanted][order]
-    return summarise(np.arange(len(place)), probabilities, ranks, len(place), vocabulary, alphas, ks)
+    order = _in_file_order(scored, place)
+    return summarise(np.arange(len(place)), probabilities[order], ranks[order], len(place), vocabulary, alphas, ks)

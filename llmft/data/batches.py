@@ -117,14 +117,18 @@ def _positions(lengths, shape):
     return np.broadcast_to(np.arange(shape[1]), shape).copy()
 
 
+def _padded(rows, fill):
+    "int64 arrays as the rows of one, filled up to the longest with `fill`."
+    padded_BT = np.full((len(rows), max(map(len, rows))), fill, dtype=np.int64)
+    for number, row in enumerate(rows):
+        padded_BT[number, :len(row)] = row
+    return padded_BT
+
+
 def _micro_batch(pairs, lengths, pad) -> MicroBatch:
     "Rows of (inputs, labels), padded to the longest; `lengths` are the documents of a packed row."
-    longest = max(len(ids) for ids, _ in pairs)
-    ids_BT = np.full((len(pairs), longest), pad, dtype=np.int64)
-    labels_BT = np.full((len(pairs), longest), IGNORED, dtype=np.int64)
-    for row, (ids, labels) in enumerate(pairs):
-        ids_BT[row, :len(ids)] = ids
-        labels_BT[row, :len(labels)] = labels
+    ids_BT = _padded([ids for ids, _ in pairs], pad)
+    labels_BT = _padded([labels for _, labels in pairs], IGNORED)
 
     tensors = (torch.from_numpy(array) for array in (ids_BT, labels_BT, _positions(lengths, ids_BT.shape)))
     tokens = sum(len(ids) for ids, _ in pairs)
@@ -136,6 +140,11 @@ def _packed(examples, rows, pad) -> MicroBatch:
     pairs = [_example(examples, row) for row in rows]
     joined = tuple(np.concatenate(parts) for parts in zip(*pairs, strict=True))
     return _micro_batch([joined], [len(ids) for ids, _ in pairs], pad)
+
+
+def _in_turn(rows, size):
+    "`rows` as they come, in groups of `size`."
+    return [rows[first:first + size] for first in range(0, len(rows), size)]
 
 
 def micro_batches(examples:Examples,    # all examples, of which `rows` are laid out
@@ -155,8 +164,7 @@ def micro_batches(examples:Examples,    # all examples, of which `rows` are laid
 
     if chosen.sorts:
         rows = rows[np.argsort(-slots, kind='stable')]
-    groups = [rows[first:first + batch_size] for first in range(0, len(rows), batch_size)]
-    return [_micro_batch([_example(examples, row) for row in group], None, pad) for group in groups]
+    return [_micro_batch([_example(examples, row) for row in group], None, pad) for group in _in_turn(rows, batch_size)]
 
 # %% ../../nbs/data/05_batches.ipynb #e854302b
 def _groups_in_order(examples, rows, capacity):
@@ -186,6 +194,6 @@ def evaluation_batches(examples:Examples,    # held-out examples
     if choose('layout', layout, layouts).joins:
         groups = _groups_in_order(examples, order, batch_size * length)
     else:
-        groups = (order[first:first + batch_size] for first in range(0, len(order), batch_size))
+        groups = _in_turn(order, batch_size)
     for group in groups:
         yield from micro_batches(examples, group, batch_size, length, layout, pad)

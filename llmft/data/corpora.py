@@ -48,6 +48,14 @@ def is_held_out(text:str,     # or a key of it
     return int(sha256_of(f'{seed} {text}')[:12], 16) < share * 16**12
 
 # %% ../../nbs/data/02_corpora.ipynb #ac0282ab
+def _first_rows(documents):
+    "Content key -> row of the first document that has it."
+    rows = {}
+    for row, text in enumerate(documents.texts):
+        rows.setdefault(content_key(text), row)
+    return rows
+
+
 def split_documents(documents:Documents,   # all documents, copies included
                     valid_share:float=.1,  # share of documents to hold out, in (0, 1)
                     seed:int=42,           # another seed, another split
@@ -56,16 +64,12 @@ def split_documents(documents:Documents,   # all documents, copies included
     if not 0 < valid_share < 1:
         raise LabError(f'valid_share is {valid_share}: give a number between 0 and 1')
 
-    rows_of_keys = {}  # the first document with each content
-    for row, text in enumerate(documents.texts):
-        rows_of_keys.setdefault(content_key(text), row)
-
+    rows = _first_rows(documents)
     train = []
     valid = []
-    for content, row in rows_of_keys.items():
+    for content, row in rows.items():
         (valid if is_held_out(content, valid_share, seed) else train).append(row)
-    notes = dict(duplicates=len(documents) - len(rows_of_keys))
-    return Corpus(documents.select(train), documents.select(valid), notes)
+    return Corpus(documents.select(train), documents.select(valid), dict(duplicates=len(documents) - len(rows)))
 
 # %% ../../nbs/data/02_corpora.ipynb #f55dafa2
 def drop_shared(train:Documents,  # loses every document that `valid` holds too
@@ -112,17 +116,18 @@ def _is_wanted(path, modules):
     return top not in _held_out_modules if modules is None else top in modules
 
 
+def _sources(wanted):
+    "(path inside the standard library, text) of its sources for whose path `wanted` is true; empty ones are left out."
+    for file, path in _standard_library():
+        text = file.read_text(encoding='utf-8', errors='replace') if wanted(path) else ''
+        if text.strip():
+            yield path.as_posix(), text
+
+
 def library_files(modules=None,  # top-level names to take; None takes all that no other part holds
 )->Documents:
     "Source files of the standard library as documents named by their path inside it, sorted by name."
-    documents = Documents([], [])
-    for file, path in _standard_library():
-        if not _is_wanted(path, modules):
-            continue
-        text = file.read_text(encoding='utf-8', errors='replace')
-        if text.strip():
-            documents.add(path.as_posix(), text)
-    return documents
+    return Documents.collect(_sources(lambda path: _is_wanted(path, modules)))
 
 # %% ../../nbs/data/02_corpora.ipynb #d5dd9a26
 _broken = '\ufffd'  # stands for bytes that are not UTF-8
@@ -138,28 +143,37 @@ def _is_test(path):
 
 def library_tests() -> Documents:
     "Test files of the standard library, without those of modules that some other part holds."
-    documents = Documents([], [])
-    for file, path in _standard_library():
-        if not _is_test(path):
-            continue
-        text = file.read_text(encoding='utf-8', errors='replace')
-        if text.strip() and _broken not in text:
-            documents.add(path.as_posix(), text)
-    return documents
+    return Documents.collect((name, text) for name, text in _sources(_is_test) if _broken not in text)
 
 # %% ../../nbs/data/02_corpora.ipynb #b594e8d7
+def _wheel_sources(wheel):
+    "(path, text) of the Python sources in an open wheel, sorted by path."
+    for name in sorted(name for name in wheel.namelist() if name.endswith('.py')):
+        yield name, wheel.read(name).decode('utf-8', errors='replace')
+
+
 def bundled_packages() -> Documents:
     "Source files inside the wheels that `ensurepip` carries; none where a distribution removed them."
     folder = Path(sysconfig.get_paths()['stdlib']) / 'ensurepip' / '_bundled'
-    documents = Documents([], [])
-    for wheel in map(zipfile.ZipFile, sorted(folder.glob('*.whl'))):
-        for name in sorted(name for name in wheel.namelist() if name.endswith('.py')):
-            text = wheel.read(name).decode('utf-8', errors='replace')
-            if text.strip() and _broken not in text:
-                documents.add(name, text)
-    return documents
+    wheels = map(zipfile.ZipFile, sorted(folder.glob('*.whl')))
+    return Documents.collect((name, text) for wheel in wheels for name, text in _wheel_sources(wheel)
+                             if text.strip() and _broken not in text)
 
 # %% ../../nbs/data/02_corpora.ipynb #52d6c91e
+def _definitions(tree):
+    "(qualified name, node) of the top-level functions and methods in a syntax tree."
+    classes = [(f'{node.name}.', node) for node in tree.body if isinstance(node, ast.ClassDef)]
+    for prefix, owner in [('', tree), *classes]:
+        for node in owner.body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield prefix + node.name, node
+
+
+def _text_of(node, lines):
+    "The text of a definition, moved to the left margin; `lines` are those of its file."
+    return '\n'.join(line[node.col_offset:] for line in lines[node.lineno - 1:node.end_lineno]) + '\n'
+
+
 def _functions_of(source):
     "(qualified name, text) of the top-level functions and methods of Python `source`; none when it does not parse."
     try:
@@ -168,12 +182,8 @@ def _functions_of(source):
         return
 
     lines = source.splitlines()
-    classes = [(f'{node.name}.', node) for node in tree.body if isinstance(node, ast.ClassDef)]
-    for prefix, owner in [('', tree), *classes]:
-        for node in owner.body:
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                own_lines = lines[node.lineno - 1:node.end_lineno]
-                yield prefix + node.name, '\n'.join(line[node.col_offset:] for line in own_lines) + '\n'
+    for name, node in _definitions(tree):
+        yield name, _text_of(node, lines)
 
 
 def functions_in(files:Documents,   # Python source
@@ -205,6 +215,11 @@ def paragraph_keys(documents: Documents) -> set:
     return {key for text in documents.texts for _, key in paragraphs(text) if key}
 
 # %% ../../nbs/data/02_corpora.ipynb #d99de48e
+def _unseen(text, seen):
+    "`text` without the paragraphs whose keys are in `seen`."
+    return '\n\n'.join(block for block, key in paragraphs(text) if key is None or key not in seen)
+
+
 def without_seen(documents:Documents,  # what to clean
                  seen,                 # set of paragraph keys that may not stand in the result
                  least:int=200,        # characters a document must keep to stay
@@ -212,7 +227,7 @@ def without_seen(documents:Documents,  # what to clean
     "`documents` without the paragraphs in `seen`; a document that loses nearly everything goes."
     remaining = Documents([], [])
     for name, text in documents:
-        kept = '\n\n'.join(block for block, key in paragraphs(text) if key is None or key not in seen)
+        kept = _unseen(text, seen)
         if len(kept.strip()) >= min(least, len(text)):
             remaining.add(name, kept)
     return remaining
@@ -236,10 +251,7 @@ def _topics(names, seen) -> Documents:
 
 def _first_copies(documents) -> Documents:
     "`documents` without further copies of a text."
-    first_rows = {}
-    for row, text in enumerate(documents.texts):
-        first_rows.setdefault(content_key(text), row)
-    return documents.select(first_rows.values())
+    return documents.select(_first_rows(documents).values())
 
 
 def _held_out(part) -> Documents:
@@ -257,19 +269,26 @@ def _base(seen) -> Documents:
     return without_seen(_first_copies(documents), seen | for_fine_tuning)
 
 
+def _held_out_paragraphs():
+    "The keys of all paragraphs of the held-out parts."
+    evaluation = [name for name in builtin_parts if name.endswith('_eval')]
+    return set().union(*(paragraph_keys(builtin_part(name)) for name in evaluation))
+
+
+def _unseen_functions(seen) -> Documents:
+    "The functions to train on of which no paragraph is in `seen`."
+    functions = library_functions(function_modules)
+    return Documents.collect(pair for pair in functions if not seen & paragraph_keys(Documents([pair[1]], [''])))
+
+
 def _trained(part) -> Documents:
     "A part to train on, without any paragraph of a held-out part."
     from pydoc_data.topics import topics
 
-    evaluation = [name for name in builtin_parts if name.endswith('_eval')]
-    seen = set().union(*(paragraph_keys(builtin_part(name)) for name in evaluation))
+    seen = _held_out_paragraphs()
     if part == 'topics':
         return _topics(set(topics) - topic_eval, seen)
-    if part == 'base':
-        return _base(seen)
-
-    functions = library_functions(function_modules)
-    return Documents.collect(pair for pair in functions if not seen & paragraph_keys(Documents([pair[1]], [''])))
+    return _base(seen) if part == 'base' else _unseen_functions(seen)
 
 
 def builtin_part(part:str,  # one of `builtin_parts`
@@ -293,14 +312,34 @@ def _builtin_corpus(data) -> Corpus:
     return Corpus(builtin_part(part), builtin_part(f'{part}_eval'))
 
 
+def _without_empty(documents) -> Documents:
+    "`documents` without those that hold white space only."
+    return documents.select([row for row, text in enumerate(documents.texts) if text.strip()])
+
+
 def _split(splits, valid_share, seed) -> Corpus:
     "A `Corpus` of the splits of a data set, without empty documents."
-    kept = {name: documents.select([row for row, text in enumerate(documents.texts) if text.strip()])
-            for name, documents in splits.items()}
+    kept = {name: _without_empty(documents) for name, documents in splits.items()}
     train, valid = held_out_split(kept)
     corpus = drop_shared(kept[train], kept[valid]) if valid else split_documents(kept[train], valid_share, seed)
     corpus.notes['empty'] = sum(map(len, splits.values())) - sum(map(len, kept.values()))
     return corpus
+
+
+def _read_corpus(data, config, text_field, valid_share, seed) -> Corpus:
+    "The `Corpus` of files or of a hub data set, as `document_splits` reads them."
+    notes = {}
+    splits = document_splits(data, config, text_field, 'data=builtin:topics or --small', notes=notes)
+    corpus = _split({name: Documents.collect(pairs) for name, pairs in splits.items()}, valid_share, seed)
+    corpus.notes.update(notes)
+    return corpus
+
+
+def _keep_first(corpus, num_samples):
+    "Keep the first `num_samples` training documents; 0 keeps all."
+    if 0 < num_samples < len(corpus.train):
+        corpus.notes['beyond_num_samples'] = len(corpus.train) - num_samples
+        corpus.train = corpus.train[:num_samples]
 
 
 def _check_sides(corpus, data):
@@ -321,14 +360,7 @@ def load_corpus(data:str,                # "builtin:topics", a file or folder, o
     if data.startswith('builtin:'):
         corpus = _builtin_corpus(data)
     else:
-        notes = {}
-        instead = 'data=builtin:topics or --small'
-        splits = document_splits(data, config, text_field, instead, notes=notes)
-        corpus = _split({name: Documents.collect(pairs) for name, pairs in splits.items()}, valid_share, seed)
-        corpus.notes.update(notes)
-
-    if 0 < num_samples < len(corpus.train):
-        corpus.notes['beyond_num_samples'] = len(corpus.train) - num_samples
-        corpus.train = corpus.train[:num_samples]
+        corpus = _read_corpus(data, config, text_field, valid_share, seed)
+    _keep_first(corpus, num_samples)
     _check_sides(corpus, data)
     return corpus

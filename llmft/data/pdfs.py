@@ -45,16 +45,23 @@ _break_marks = '[\x02\ufffe\xad]\\s*'  # where PDFium says that a word goes on i
 _longest_reason = 80  # characters of a message of PDFium
 
 
-def _page_text(page):
-    "The text of a page, words broken by hyphens joined, and whether it holds an image and no text."
+def _cleaned(text):
+    "Text as PDFium gives it, with words broken by hyphens joined and without what UTF-8 can't hold."
+    text = text.replace('\r\n', '\n').replace('\r', '\n')
+    return re.sub(_break_marks, '', text).replace('\x00', '').encode('utf-8', 'ignore').decode()
+
+
+def _has_image(page):
+    "Whether a page holds an image."
     from pypdfium2 import raw
 
-    text = page.get_textpage().get_text_range().replace('\r\n', '\n').replace('\r', '\n')
-    text = re.sub(_break_marks, '', text).replace('\x00', '').encode('utf-8', 'ignore').decode()
-    if text.strip():
-        return text, False
-    images = page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE])
-    return text, next(iter(images), None) is not None
+    return next(iter(page.get_objects(filter=[raw.FPDF_PAGEOBJ_IMAGE])), None) is not None
+
+
+def _page_text(page):
+    "The text of a page, words broken by hyphens joined, and whether it holds an image and no text."
+    text = _cleaned(page.get_textpage().get_text_range())
+    return text, not text.strip() and _has_image(page)
 
 
 def _one_line(error):
@@ -122,6 +129,16 @@ def _wrapped(text):
     return lines
 
 
+def _set_page(canvas, lines, height):
+    "Set the lines of one page, from the top down."
+    page = canvas.beginText(_margin, height - _margin)
+    page.setFont('Courier', 9, leading=11.5)
+    for line in lines:
+        page.textLine(line.encode('latin-1', 'replace').decode('latin-1'))
+    canvas.drawText(page)
+    canvas.showPage()
+
+
 def write_pdf(path,                # where the file shall stand
               text:str,            # lines; a long one is wrapped
               password:str='',     # asked for by readers; none by default
@@ -135,32 +152,35 @@ def write_pdf(path,                # where the file shall stand
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas = Canvas(str(path), pagesize=A4, invariant=1, encrypt=password or None)
     for first in range(0, max(1, len(lines)), _page_lines):
-        page = canvas.beginText(_margin, A4[1] - _margin)
-        page.setFont('Courier', 9, leading=11.5)
-        for line in lines[first:first + _page_lines]:
-            page.textLine(line.encode('latin-1', 'replace').decode('latin-1'))
-        canvas.drawText(page)
-        canvas.showPage()
+        _set_page(canvas, lines[first:first + _page_lines], A4[1])
     canvas.save()
     return path
 
 # %% ../../nbs/data/03_pdfs.ipynb #34c91473
-def write_bad_pdfs(folder) -> list:
-    "Five files that a folder of PDFs is known for: encrypted, broken, scanned, empty, and too short; their names."
+def _write_scan(path):
+    "A page that holds an image and no text."
     from PIL import Image
     from reportlab.lib.utils import ImageReader
     from reportlab.pdfgen.canvas import Canvas
 
-    folder = Path(folder)
-    text = 'Nobody will read this. ' * 60
-    write_pdf(folder / 'encrypted.pdf', text, 'secret')
-    whole = write_pdf(folder / 'broken.pdf', text).read_bytes()
-    (folder / 'broken.pdf').write_bytes(whole[40:len(whole) // 3])
-
-    canvas = Canvas(str(folder / 'scanned.pdf'), invariant=1)
+    canvas = Canvas(str(path), invariant=1)
     canvas.drawImage(ImageReader(Image.effect_noise((120, 160), 40)), 50, 50, 480, 640)
     canvas.save()
 
+
+def _write_broken(path, text):
+    "A PDF that lacks its beginning and most of the rest."
+    whole = write_pdf(path, text).read_bytes()
+    path.write_bytes(whole[40:len(whole) // 3])
+
+
+def write_bad_pdfs(folder) -> list:
+    "Five files that a folder of PDFs is known for: encrypted, broken, scanned, empty, and too short; their names."
+    folder = Path(folder)
+    text = 'Nobody will read this. ' * 60
+    write_pdf(folder / 'encrypted.pdf', text, 'secret')
+    _write_broken(folder / 'broken.pdf', text)
+    _write_scan(folder / 'scanned.pdf')
     (folder / 'empty.pdf').write_bytes(b'')
     write_pdf(folder / 'short.pdf', 'One line only.')
     return ['broken.pdf', 'empty.pdf', 'encrypted.pdf', 'scanned.pdf', 'short.pdf']
@@ -169,22 +189,32 @@ def write_bad_pdfs(folder) -> list:
 _most_memory = 2**32  # bytes of address space of a worker
 
 
-def _serve():
-    "A worker: paths in, one a line, and `PdfFile`s out as JSON; it dies rather than take too long or too much memory."
+def _limit_memory():
+    "Let this process have no more than `_most_memory`, where the system knows such a limit."
     import resource
 
-    seconds, max_pages, min_characters = map(int, sys.argv[1:4])
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_AS, (_most_memory, _most_memory))
+
+
+def _read_or_skip(path, max_pages, min_characters, name):
+    "As `read_pdf`; what that raises becomes the reason why the file is skipped."
+    try:
+        return read_pdf(path, max_pages, min_characters, name)
+    except Exception as error:
+        return PdfFile(name, 0, skipped=f'broken: {error.__class__.__name__} {_one_line(error)}')
+
+
+def _serve():
+    "A worker: paths in, one a line, and `PdfFile`s out as JSON; it dies rather than take too long or too much memory."
+    seconds, max_pages, min_characters = map(int, sys.argv[1:4])
+    _limit_memory()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     for line in sys.stdin:
         signal.alarm(seconds)
         path, name = json.loads(line)
-        try:
-            file = read_pdf(path, max_pages, min_characters, name)
-        except Exception as error:
-            file = PdfFile(name, 0, skipped=f'broken: {error.__class__.__name__} {_one_line(error)}')
+        file = _read_or_skip(path, max_pages, min_characters, name)
         signal.alarm(0)
         print(json.dumps(asdict(file)), flush=True)
 
@@ -203,19 +233,27 @@ class _Worker:
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                         text=True, encoding='utf-8')
 
+    def ask(self, path, name):
+        "The `PdfFile` that the process gives for one path."
+        self.process.stdin.write(json.dumps([str(path), name]) + '\n')
+        self.process.stdin.flush()
+        return PdfFile(**json.loads(self.process.stdout.readline()))
+
+    def end(self):
+        "End the process; the reason why it gave no answer."
+        self.process.kill()
+        too_late = self.process.wait() == -signal.SIGALRM
+        self.process = None
+        return f'took more than {self.seconds} s' if too_late else 'made the reader crash'
+
     def read(self, path, name):
         "The `PdfFile` of one path, whatever becomes of the process."
         if self.process is None:
             self.start()
         try:
-            self.process.stdin.write(json.dumps([str(path), name]) + '\n')
-            self.process.stdin.flush()
-            return PdfFile(**json.loads(self.process.stdout.readline()))
+            return self.ask(path, name)
         except (OSError, ValueError):
-            self.process.kill()
-            too_late = self.process.wait() == -signal.SIGALRM
-            self.process = None
-            reason = f'took more than {self.seconds} s' if too_late else 'made the reader crash'
+            reason = self.end()
             return PdfFile(name, path.stat().st_size, skipped=reason)
 
     def close(self):
@@ -252,6 +290,22 @@ def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
 
 
+def _jobs(paths, folder):
+    "A queue of (path, name), the largest file first."
+    jobs = queue.SimpleQueue()
+    for path in sorted(paths, key=lambda path: -path.stat().st_size):
+        jobs.put((path, path.relative_to(folder).as_posix()))
+    return jobs
+
+
+def _started(count, *arguments):
+    "`count` threads that `_work`."
+    threads = [threading.Thread(target=_work, args=arguments, daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
 def read_pdfs(folder,                   # searched with all folders below it
               max_pages:int=30,         # pages to read of each file, 0 for all
               min_characters:int=500,   # files with fewer are skipped
@@ -263,16 +317,9 @@ def read_pdfs(folder,                   # searched with all folders below it
 
     folder = find_path(folder)
     paths = _pdf_paths(folder)
-    jobs = queue.SimpleQueue()
     results = queue.SimpleQueue()
-    for path in sorted(paths, key=lambda path: -path.stat().st_size):
-        jobs.put((path, path.relative_to(folder).as_posix()))
-
-    arguments = jobs, results, (seconds, max_pages, min_characters)
-    threads = [threading.Thread(target=_work, args=arguments, daemon=True)
-               for _ in range(min(workers or _cores(), len(paths)))]
-    for thread in threads:
-        thread.start()
+    settings = seconds, max_pages, min_characters
+    threads = _started(min(workers or _cores(), len(paths)), _jobs(paths, folder), results, settings)
 
     files = [results.get() for _ in tqdm(paths, unit='file', desc='PDFs', disable=not shows_bar())]
     for thread in threads:
@@ -283,11 +330,16 @@ def read_pdfs(folder,                   # searched with all folders below it
 _full_line = 0.75  # of the width that nine lines in ten do not exceed: a shorter line may end a paragraph
 
 
+def _full_width(lines):
+    "Characters that a line inside a paragraph has at least; 0 without text."
+    widths = sorted(len(line) for line in lines if line)
+    return _full_line * widths[int(0.9 * (len(widths) - 1))] if widths else 0
+
+
 def _page_paragraphs(page):
     "The paragraphs of one page."
     lines = [' '.join(line.split()) for line in page.split('\n')]
-    widths = sorted(len(line) for line in lines if line)
-    full = _full_line * widths[int(0.9 * (len(widths) - 1))] if widths else 0
+    full = _full_width(lines)
 
     current = []
     for line in lines:
@@ -307,15 +359,19 @@ def pdf_paragraphs(text:str,  # of a `PdfFile`
     return [paragraph for page in text.split('\f') for paragraph in _page_paragraphs(page)]
 
 # %% ../../nbs/data/03_pdfs.ipynb #48a7482d
+def _divided(paragraphs, most):
+    "The paragraphs, those of more than `most` characters divided between words."
+    return itertools.chain.from_iterable(
+        textwrap.wrap(paragraph, most, break_on_hyphens=False) if len(paragraph) > most else [paragraph]
+        for paragraph in paragraphs)
+
+
 def pack_paragraphs(paragraphs:list,  # texts without line breaks
                     most:int=2000,    # characters of a chunk
 )->list:                              # chunks, paragraphs in them on lines of their own
     "Whole paragraphs packed into chunks of at most `most` characters; longer ones are divided between words."
-    pieces = itertools.chain.from_iterable(
-        textwrap.wrap(paragraph, most, break_on_hyphens=False) if len(paragraph) > most else [paragraph]
-        for paragraph in paragraphs)
     chunks = ['']
-    for piece in pieces:
+    for piece in _divided(paragraphs, most):
         if chunks[-1] and len(chunks[-1]) + 1 + len(piece) > most:
             chunks.append('')
         chunks[-1] += ('\n' if chunks[-1] else '') + piece
@@ -337,17 +393,21 @@ def mark_copies(files:list,  # of `PdfFile`; copies among them are marked as ski
     return files
 
 # %% ../../nbs/data/03_pdfs.ipynb #1951412e
-def split_files(names:list,           # of usable files
-                test_share:float=.1,  # of them that are held out, rounded up
-                seed:int=42,          # another seed, another split
-)->dict:                              # train_files, test_files, train_size, test_size, created_at
-    "Which files are trained on and which are held out."
+def _check_split(names, test_share):
+    "A `LabError` when the files cannot be split, or not into such shares."
     if not 0 < test_share < 1:
         raise LabError(f'test_share is {test_share}: give a number between 0 and 1')
     if len(names) < 2:
         raise LabError(f'{len(names)} usable PDF: a split by file needs two at least; '
                        'add files, or see why others were skipped')
 
+
+def split_files(names:list,           # of usable files
+                test_share:float=.1,  # of them that are held out, rounded up
+                seed:int=42,          # another seed, another split
+)->dict:                              # train_files, test_files, train_size, test_size, created_at
+    "Which files are trained on and which are held out."
+    _check_split(names, test_share)
     order = purpose_rng(seed, 'pdf files').permutation(len(names))
     held_out = min(len(names) - 1, -int(-test_share * len(names) // 1))
     in_order = sorted(names)
@@ -364,6 +424,11 @@ def _chunks(names, texts, most):
                              for number, chunk in enumerate(pack_paragraphs(pdf_paragraphs(texts[name]), most)))
 
 
+def _reasons(files):
+    "Reason why files are skipped -> how many are."
+    return dict(collections.Counter(re.split('[:,]', file.skipped)[0] for file in files if file.skipped))
+
+
 def pdf_corpus(files:list,                  # from `read_pdfs`
                test_share:float=.1,         # of the usable files
                seed:int=42,                 # of the split
@@ -376,8 +441,7 @@ def pdf_corpus(files:list,                  # from `read_pdfs`
     if split_file:
         write_json(split_file, split)
 
-    reasons = collections.Counter(re.split('[:,]', file.skipped)[0] for file in files if file.skipped)
-    notes = dict(files=len(files), used=len(texts), skipped=dict(reasons))
+    notes = dict(files=len(files), used=len(texts), skipped=_reasons(files))
     train = _chunks(split['train_files'], texts, chunk_characters)
     test = _chunks(split['test_files'], texts, chunk_characters)
     return Corpus(train, test, notes), split

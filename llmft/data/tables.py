@@ -105,14 +105,17 @@ def text(self:Row,
     raise LabError(f"{self.where} has no text in the field '{field}': it holds {kind}")
 
 # %% ../../nbs/data/01_tables.ipynb #908240f4
+def _line_and_byte(before, first_line):
+    "(line, byte of that line from 1) of what follows the bytes `before`."
+    return first_line + before.count(b'\n'), len(before) - before.rfind(b'\n')
+
+
 def _utf8(data, path, first_line=1):
     "The bytes `data` as text; a `LabError` names the line and the byte where they are not UTF-8."
     try:
         return data.decode('utf-8')
     except UnicodeDecodeError as error:
-        before = data[:error.start]
-        line = first_line + before.count(b'\n')
-        byte = error.start - before.rfind(b'\n')
+        line, byte = _line_and_byte(data[:error.start], first_line)
         raise LabError(f'{path}:{line} is not UTF-8 text (byte {byte} of the line): convert it first') from None
 
 
@@ -159,12 +162,16 @@ def _jsonl_rows(path, fields):
 _longest_cell = 2**31 - 1  # characters; the csv module stops at 131,072 otherwise
 
 
-def _records(path):
-    "(number of its first line, cells) of each record of a file with separated values."
+def _cell_reader(path):
+    "What gives the cells of each record of a CSV or TSV file, however long a cell is."
     csv.field_size_limit(_longest_cell)
     delimiter = '\t' if path.suffix == '.tsv' else ','
-    reader = csv.reader((line for _, line in numbered_lines(path)), delimiter=delimiter, strict=True)
+    return csv.reader((line for _, line in numbered_lines(path)), delimiter=delimiter, strict=True)
 
+
+def _records(path):
+    "(number of its first line, cells) of each record of a file with separated values."
+    reader = _cell_reader(path)
     while True:
         number = reader.line_num + 1
         try:
@@ -178,6 +185,19 @@ def _records(path):
         yield number, cells
 
 
+def _check_header(header, where):
+    "A `LabError` when a field is named twice."
+    if len(set(header)) < len(header):
+        raise LabError(f"{where} names a field twice ({', '.join(header)}): rename one")
+
+
+def _check_width(cells, header, where):
+    "A `LabError` unless a record has one cell for each field."
+    if len(cells) != len(header):
+        raise LabError(f"{where} has {len(cells)} cells for {len(header)} fields ({', '.join(header)}): "
+                       'correct the row, or quote the cell that holds the separator')
+
+
 def _separated_rows(path, fields):
     "The records of a CSV or TSV file as dicts, by the names in its first record."
     header = None
@@ -186,12 +206,9 @@ def _separated_rows(path, fields):
             yield number, None
         elif header is None:
             header = cells
-            if len(set(header)) < len(header):
-                raise LabError(f"{path}:{number} names a field twice ({', '.join(header)}): rename one")
-        elif len(cells) != len(header):
-            raise LabError(f"{path}:{number} has {len(cells)} cells for {len(header)} fields ({', '.join(header)}): "
-                           'correct the row, or quote the cell that holds the separator')
+            _check_header(header, f'{path}:{number}')
         else:
+            _check_width(cells, header, f'{path}:{number}')
             yield number, dict(zip(header, cells, strict=True))
 
     if header is None:
@@ -202,11 +219,20 @@ _batch_rows = 256  # rows in memory at a time, at most
 _batch_bytes = 2**24  # and about so much of them
 
 
-def _rows_at_a_time(table):
-    "How many rows of an open parquet file are read at a time: fewer of long ones."
-    groups = table.metadata
-    size = sum(groups.row_group(number).total_byte_size for number in range(groups.num_row_groups))
-    return max(1, min(_batch_rows, _batch_bytes * groups.num_rows // max(size, 1)))
+def _uncompressed_bytes(groups):
+    "Bytes of all row groups of a parquet file, uncompressed, from its metadata."
+    return sum(groups.row_group(number).total_byte_size for number in range(groups.num_row_groups))
+
+
+def _rows_at_a_time(groups):
+    "How many rows of a parquet file are read at a time, from its metadata: fewer of long ones."
+    return max(1, min(_batch_rows, _batch_bytes * groups.num_rows // max(_uncompressed_bytes(groups), 1)))
+
+
+def _batches(table, fields):
+    "The rows of an open parquet file, some at a time: of the columns `fields` alone, where it has them all."
+    has_all = fields and set(fields) <= set(table.schema_arrow.names)
+    return table.iter_batches(_rows_at_a_time(table.metadata), columns=list(fields) if has_all else None)
 
 
 def _parquet_rows(path, fields):
@@ -217,8 +243,7 @@ def _parquet_rows(path, fields):
     number = 0
     try:
         with ParquetFile(path) as table:
-            has_all = fields and set(fields) <= set(table.schema_arrow.names)
-            for batch in table.iter_batches(_rows_at_a_time(table), columns=list(fields) if has_all else None):
+            for batch in _batches(table, fields):
                 for values in batch.to_pylist():
                     number += 1
                     yield number, values
@@ -233,6 +258,11 @@ _readers = {'.jsonl': _jsonl_rows, '.csv': _separated_rows, '.tsv': _separated_r
 row_endings = tuple(_readers)
 
 # %% ../../nbs/data/01_tables.ipynb #6de86cad
+def _with_endings(folder, endings):
+    "All files below `folder` with one of `endings`, sorted."
+    return sorted(file for file in folder.rglob('*') if file.suffix in endings and file.is_file())
+
+
 def files_below(path:Path,      # a file or a folder
                 endings:tuple,  # such as `row_endings`
 )->list:                        # paths, sorted
@@ -242,12 +272,18 @@ def files_below(path:Path,      # a file or a folder
             raise LabError(f"{path} ends in '{path.suffix}': give one of {', '.join(endings)}")
         return [path]
 
-    files = sorted(file for file in path.rglob('*') if file.suffix in endings and file.is_file())
+    files = _with_endings(path, endings)
     if not files:
         raise LabError(f"{path} holds no file that ends in {', '.join(endings)}")
     return files
 
 # %% ../../nbs/data/01_tables.ipynb #d1a02695
+def _count(notes, what):
+    "One more of `what` in `notes`, where there are notes."
+    if notes is not None:
+        notes[what] = notes.get(what, 0) + 1
+
+
 def read_rows(path:Path,       # a file with one of `row_endings`, or a folder of such files
               fields=(),       # fields that each row must have; parquet files are read for these alone
               setting:str='',  # the parameter that names the field, for the message
@@ -257,14 +293,19 @@ def read_rows(path:Path,       # a file with one of `row_endings`, or a folder o
     for file in files_below(path, row_endings):
         for number, values in _readers[file.suffix](file, fields):
             if values is None:
-                if notes is not None:
-                    notes['blank_lines'] = notes.get('blank_lines', 0) + 1
+                _count(notes, 'blank_lines')
                 continue
             where = f'{file}:{number}'
             check_fields(values, fields, where, setting)
             yield Row(values, where, f'{file.name}:{number}')
 
 # %% ../../nbs/data/01_tables.ipynb #620fcf85
+def _named_texts(rows, text_field):
+    "(name, text) of each of `rows`."
+    for row in rows:
+        yield row.name, row.text(text_field)
+
+
 def read_documents(path:Path,         # a file or a folder
                    text_field:str='text',  # the field of tables that holds the text
                    notes:dict=None,   # as in `read_rows`
@@ -273,23 +314,28 @@ def read_documents(path:Path,         # a file or a folder
     for file in files_below(path, text_endings + row_endings):
         if file.suffix in text_endings:
             yield file.name, read_text(file)
-            continue
-        for row in read_rows(file, (text_field,), 'text_field', notes):
-            yield row.name, row.text(text_field)
+        else:
+            yield from _named_texts(read_rows(file, (text_field,), 'text_field', notes), text_field)
 
 # %% ../../nbs/data/01_tables.ipynb #8614173a
-def _hub_rows(rows, source, fields, setting):
-    "The rows of a split of a hub data set; `rows` is what `datasets` gives for it."
-    if fields and set(fields) <= set(rows.column_names or ()):
-        rows = rows.select_columns(list(fields))
+def _needed_columns(rows, fields):
+    "A split of `datasets` with the columns `fields` alone, where it has them all."
+    return rows.select_columns(list(fields)) if fields and set(fields) <= set(rows.column_names or ()) else rows
 
-    number = 0
+
+def _row_values(rows):
+    "The rows of a split of `datasets`, a dict each."
     for batch in rows.iter(_batch_rows):
         for cells in zip(*batch.values(), strict=True):
-            number += 1
-            values = dict(zip(batch, cells, strict=True))
-            check_fields(values, fields, f'{source}:{number}', setting)
-            yield Row(values, f'{source}:{number}', f'{source}:{number}')
+            yield dict(zip(batch, cells, strict=True))
+
+
+def _hub_rows(rows, source, fields, setting):
+    "The rows of a split of a hub data set; `rows` is what `datasets` gives for it."
+    for number, values in enumerate(_row_values(_needed_columns(rows, fields)), 1):
+        where = f'{source}:{number}'
+        check_fields(values, fields, where, setting)
+        yield Row(values, where, where)
 
 
 def read_hub(name:str,            # for instance "Salesforce/wikitext"
@@ -346,7 +392,7 @@ def document_splits(data:str,          # a file or folder, or a hub name
     if path:
         return {'': read_documents(path, text_field, notes)}
     splits = read_hub(data, config, (text_field,), 'text_field', instead, streaming)
-    return {split: ((row.name, row.text(text_field)) for row in rows) for split, rows in splits.items()}
+    return {split: _named_texts(rows, text_field) for split, rows in splits.items()}
 
 # %% ../../nbs/data/01_tables.ipynb #a0cc13dd
 def held_out_split(splits) -> tuple:

@@ -136,6 +136,17 @@ def trajectory_texts(count:int,     # documents
 _longest_function = 1200  # characters
 
 
+def _all_modules():
+    "The top-level names of everything in the standard library."
+    root = Path(sysconfig.get_paths()['stdlib'])
+    return {path.relative_to(root).parts[0].removesuffix('.py') for path in root.rglob('*.py')}
+
+
+def _is_moderate(text):
+    "Whether a function is of moderate length and in printable ASCII."
+    return len(text) <= _longest_function and not set(text) - set(printable)
+
+
 def function_texts(everything:bool=False,  # all of the standard library and its tests
                    least:int=120,          # characters a function must have, for `everything`
 )->list:                                   # texts, each once
@@ -143,12 +154,8 @@ def function_texts(everything:bool=False,  # all of the standard library and its
     if not everything:
         return sorted({*builtin_part('functions').texts, *builtin_part('functions_eval').texts}, key=sha256_of)
 
-    root = Path(sysconfig.get_paths()['stdlib'])
-    modules = {path.relative_to(root).parts[0].removesuffix('.py') for path in root.rglob('*.py')}
-    files = Documents.collect([*library_files(modules), *library_tests()])
-    texts = {text for text in functions_in(files, least).texts
-             if len(text) <= _longest_function and not set(text) - set(printable)}
-    return sorted(texts, key=sha256_of)
+    files = Documents.collect([*library_files(_all_modules()), *library_tests()])
+    return sorted({text for text in functions_in(files, least).texts if _is_moderate(text)}, key=sha256_of)
 
 # %% ../../nbs/data/07_token_files.ipynb #15281b88
 def _one_by_one(data, side, config, text_field, valid_share, seed):
@@ -177,6 +184,13 @@ def _simulated(data, side, documents, batch, seed):
 _sources = ('simulated:predator_prey', 'builtin:functions', 'builtin:all_functions')
 
 
+def _check_source(data):
+    "A `LabError` for a source that is called simulated or built in and is not among `_sources`."
+    if data.partition(':')[0] in ('simulated', 'builtin') and data not in _sources:
+        raise LabError(f"there is no data '{data}'{nearest(data, _sources)}: "
+                       f"use one of {', '.join(_sources)}, files, or a hub name")
+
+
 def document_stream(data:str,                # one of `_sources`, a file or folder, or a hub name
                     side:str,                # train | val
                     documents:int=0,         # most documents to give; 0 gives all (simulated data need a number)
@@ -187,9 +201,7 @@ def document_stream(data:str,                # one of `_sources`, a file or fold
                     seed:int=0,              # of simulated documents and of the split
 ):                                           # iterator of lists of texts
     "Batches of documents of one side. `LabError` for a source that is not there."
-    if data.partition(':')[0] in ('simulated', 'builtin') and data not in _sources:
-        raise LabError(f"there is no data '{data}'{nearest(data, _sources)}: "
-                       f"use one of {', '.join(_sources)}, files, or a hub name")
+    _check_source(data)
     if data.startswith('simulated:'):
         yield from _simulated(data, side, documents, batch, seed)
         return
@@ -214,12 +226,17 @@ def _tokenised(batches, encoder):
             yield rows
 
 
-def _with_eots(rows, eot, first, side):
-    "(tokens of all rows, each with an EOT behind it; tokens of each row); a `LabError` for an empty one."
-    lengths = np.array([len(row) + 1 for row in rows], dtype=np.int64)
+def _check_filled(lengths, first, side):
+    "A `LabError` for a document of which there is only the EOT."
     if (lengths < 2).any():
         number = first + int(np.argmax(lengths < 2))
         raise LabError(f'document {number} of {side} is empty: drop empty documents first')
+
+
+def _with_eots(rows, eot, first, side):
+    "(tokens of all rows, each with an EOT behind it; tokens of each row); a `LabError` for an empty one."
+    lengths = np.array([len(row) + 1 for row in rows], dtype=np.int64)
+    _check_filled(lengths, first, side)
 
     ids = np.full(int(lengths.sum()), eot, dtype=np.uint16)
     is_text = np.ones(len(ids), dtype=bool)
@@ -237,6 +254,11 @@ def _progress(folder, side):
     return dict(batches=0, tokens=0, documents=0)
 
 
+def _further(done, rows, ids):
+    "What was written when these rows are added to what was `done`."
+    return dict(batches=done['batches'] + 1, tokens=done['tokens'] + len(ids), documents=done['documents'] + len(rows))
+
+
 def write_side(folder,   # a `Path`
                side:str, # train | val
                batches,  # iterator of lists of texts, the same at every call
@@ -251,8 +273,7 @@ def write_side(folder,   # a `Path`
         for rows in _tokenised(left, encoder):
             ids, lengths = _with_eots(rows, encoder.eot, done['documents'], side)
             writer.write(ids, lengths)
-            done = dict(batches=done['batches'] + 1, tokens=done['tokens'] + len(ids),
-                        documents=done['documents'] + len(rows))
+            done = _further(done, rows, ids)
             if done['batches'] % note_every == 0:
                 writer.flush()
                 write_json(folder / f'.{side}.json', done)
@@ -308,6 +329,13 @@ def _prepare_side(folder, side, batches, encoder, data):
     return facts
 
 
+def _keep_boundaries(folder):
+    "Write where the training documents end, and how long they are."
+    train = read_token_file(folder)
+    np.save(folder / 'eot_indices.npy', train.eot_indices)
+    np.save(folder / 'doc_lengths.npy', train.doc_lengths)
+
+
 def prepare_tokens(folder,         # train.bin, val.bin and what belongs to them
                    data:str,       # as for `document_stream`
                    tokenizer:str,  # as for `make_encoder`
@@ -329,8 +357,6 @@ def prepare_tokens(folder,         # train.bin, val.bin and what belongs to them
             batches = document_stream(data, side, most, **options)
             facts[side] = _prepare_side(folder, side, batches, encoder, data)
 
-        train = read_token_file(folder)
-        np.save(folder / 'eot_indices.npy', train.eot_indices)
-        np.save(folder / 'doc_lengths.npy', train.doc_lengths)
+        _keep_boundaries(folder)
         write_json(folder / 'tokens.json', facts)
         return facts

@@ -262,6 +262,14 @@ def _in_memory(rows, dtype):
     return Examples(np.concatenate(rows) if rows else np.zeros(0, dtype), ends - lengths, ends)
 
 
+def _write_documents(folder, batches, dtype):
+    "Write the side `tokens` of a token folder."
+    with TokenWriter(folder, 'tokens', dtype) as writer:
+        for rows in batches:
+            writer.write(np.concatenate(rows), [len(row) for row in rows])
+        writer.finish()
+
+
 def encode(texts,          # list of documents
            tokenizer,      # as `load_tokenizer` gives it
            folder=None,    # where to keep tokens.bin, tokens_offsets.npy and tokens.json; None keeps all in memory
@@ -274,10 +282,7 @@ def encode(texts,          # list of documents
         return _in_memory(itertools.chain.from_iterable(batches), dtype)
 
     folder = Path(folder)
-    with TokenWriter(folder, 'tokens', dtype) as writer:
-        for rows in batches:
-            writer.write(np.concatenate(rows), [len(row) for row in rows])
-        writer.finish()
+    _write_documents(folder, batches, dtype)
     facts = dict(dtype=np.dtype(dtype).name, tokenizer=tokenizer_hash(tokenizer), tokens=side_facts(folder, 'tokens'))
     write_json(folder / 'tokens.json', facts)
     return read_tokens(folder)
@@ -332,6 +337,14 @@ policies = dict(
 )
 
 # %% ../../nbs/data/04_tokens.ipynb #e6867d3c
+def _cut_notes(examples, length, too_long, targets):
+    "What `cut` counts; `targets` are those of the pieces, the pieces without one included."
+    kept = int(targets.sum())
+    return dict(documents=len(examples), too_long=int((examples.slots > length).sum()), too_long_policy=too_long,
+                examples=int((targets > 0).sum()), targets=kept, targets_lost=int(examples.supervised().sum()) - kept,
+                without_target=int((targets == 0).sum()))
+
+
 def cut(examples:Examples,     # one example per document
         length:int,            # longest example in positions, so length + 1 tokens
         too_long:str='split',  # one of `policies`
@@ -342,17 +355,8 @@ def cut(examples:Examples,     # one example per document
         raise LabError(f'max_length is {length}: give at least 1')
 
     pieces = policy.apply(examples, length)
-    targets_before = int(examples.supervised().sum())
     targets = pieces.supervised()
-    kept = pieces.select(targets > 0)
-    return kept, dict(
-        documents=len(examples),
-        too_long=int((examples.slots > length).sum()),
-        too_long_policy=too_long,
-        examples=len(kept),
-        targets=int(targets.sum()),
-        targets_lost=targets_before - int(targets.sum()),
-        without_target=int((targets == 0).sum()))
+    return pieces.select(targets > 0), _cut_notes(examples, length, too_long, targets)
 
 # %% ../../nbs/data/04_tokens.ipynb #7e41e8c3
 _longest_spelling = 4  # tokens of one character that is spelled in bytes
@@ -371,6 +375,13 @@ def _readable(ids, tokenizer):
         pieces = []
 
 
+def _shaded(text, trained):
+    "The text of one token in a span, shaded where it is trained on."
+    style = 'background:#0072b233' if trained else 'opacity:.6'
+    text = html.escape(text).replace('\n', '⏎<br>')
+    return f'<span style="border-radius:3px;margin-right:1px;{style}">{text}</span>'
+
+
 def show_tokens(examples:Examples,  # where the example is taken from
                 row:int,            # which example
                 tokenizer,          # the one that made the ids
@@ -383,9 +394,7 @@ def show_tokens(examples:Examples,  # where the example is taken from
     shades = []
     for text, number in _readable(examples.ids[start:end], tokenizer):
         trained = number > 0 and (examples.loss is None or examples.loss[start + number])
-        style = 'background:#0072b233' if trained else 'opacity:.6'
-        text = html.escape(text).replace('\n', '⏎<br>')
-        shades.append(f'<span style="border-radius:3px;margin-right:1px;{style}">{text}</span>')
+        shades.append(_shaded(text, trained))
 
     rest = examples.ends[row] - end
     more = f' <i>and {rest:,} more tokens</i>' if rest else ''
