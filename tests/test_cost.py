@@ -25,15 +25,7 @@ from llmft.models.cost import (
     weight_bytes,
     word_bytes,
 )
-from llmft.models.load import (
-    hidden_states,
-    load_model,
-    model_config,
-    output_head,
-    precisions,
-    presets,
-    quantisations,
-)
+from llmft.models.load import hidden_states, load_model, model_config, output_head, precisions, presets, quantisations
 from llmft.models.methods import Method
 from llmft.training.losses import head_cross_entropy
 from llmft.training.recipe import Recipe, make_optimiser, optimisers
@@ -339,9 +331,7 @@ def test_unknown_arguments_are_not_swallowed():
 )
 def test_wrong_words_are_named(method, hint):
     with pytest.raises(LabError, match=f"did you mean '{hint}'"):
-        memory_breakdown(
-            configuration('llama-tiny'), method, tokens=1, longest=1, optimiser=optimisers['adamw']
-        )
+        memory_breakdown(configuration('llama-tiny'), method, tokens=1, longest=1, optimiser=optimisers['adamw'])
 
 
 def test_widths_are_those_of_the_declared_formats():
