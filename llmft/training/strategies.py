@@ -141,11 +141,10 @@ def _check_training(name, strategy, recipe, method):
         )
 
 
-def check_processes(
-    processes: Processes,  # what is asked for
-    recipe: Recipe,  # its batch and optimiser
-    method: Method = None,  # quantisation and precision of its weights; all weights in fp32 when None
-) -> Processes:  # `processes`
+def check_processes(processes:Processes,  # what is asked for
+                    recipe:Recipe,        # its batch and optimiser
+                    method:Method=None,   # quantisation and precision of its weights; all weights in fp32 when None
+)->Processes:                             # `processes`
     "Refuse with a `LabError` what can't be done, before anything is started."
     strategy = choose('strategy', processes.strategy, strategies)
     _check_count(processes, recipe)
@@ -158,9 +157,8 @@ def check_processes(
     return processes
 
 # %% ../../nbs/training/05_strategies.ipynb #651f4dcc
-def check_subspace(
-    strategy: str,  # name of a strategy
-    model=None,  # looked at for `lends_whole_weights`; None: a model that lends them is planned
+def check_subspace(strategy:str,  # name of a strategy
+                   model=None,    # looked at for `lends_whole_weights`; None: a model that lends them is planned
 ):
     "A `LabError` for a strategy that would cut weights which the model lends whole at every step."
     lends = model is None or getattr(model, 'lends_whole_weights', False)
@@ -176,10 +174,9 @@ class ProcessGroup:
 
     casts = True  # Accelerate multiplies in the recipe's mixed precision; where it is False, the model has to
 
-    def __init__(
-        self,
-        accelerator: Accelerator,  # of this process
-        processes: Processes = None,  # what is asked for; None is one process, or DDP where several were started
+    def __init__(self,
+                 accelerator:Accelerator,   # of this process
+                 processes:Processes=None,  # what is asked for; None is one process, or DDP where several were started
     ):
         self.accelerator = accelerator
         self.processes = processes
@@ -437,12 +434,11 @@ def _zero_optimization(processes, trained):
     return settings
 
 
-def zero_config(
-    processes: Processes,  # stage and offloading
-    recipe: Recipe,  # its clipping
-    world: int,  # number of processes
-    trained: list,  # trained parameters: their dtype and number
-) -> dict:
+def zero_config(processes:Processes,  # stage and offloading
+                recipe:Recipe,        # its clipping
+                world:int,            # number of processes
+                trained:list,         # trained parameters: their dtype and number
+)->dict:
     "DeepSpeed's configuration."
     bf16 = dict(enabled=trained[0].dtype == torch.bfloat16)
 
