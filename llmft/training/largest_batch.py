@@ -21,9 +21,9 @@ import torch
 from ..core import LabError, read_json, write_json
 from ..data.tokens import Examples
 from ..models.cost import memory_breakdown
-from ..models.meter import Meter, TensorMemory
+from ..models.meter import Meter, TensorMemory, resident_bytes
 from ..models.methods import Method
-from .fit import resident_bytes
+
 from .recipe import Recipe, make_optimiser, optimisers
 from .step import LossModel, accumulate, set_gradient_checkpointing, step_batches
 
