@@ -11,7 +11,6 @@ import os
 import time
 from dataclasses import dataclass
 
-import torch
 from fastcore.basics import patch
 
 from ..core import LabError, shows_bar

@@ -51,6 +51,12 @@ def _adapter_forward(shape, linear, rank, B, S):
     return B * S * rank * (2 * linear.inputs - 1) + B * S * outputs * (2 * rank - 1)
 
 
+def _head_forward(shape, head, B, S):
+    "Operations of the output matrix, counted as `head` says."
+    per_word = 2 * shape.width - 1 if head == 'rule' else shape.width
+    return B * S * shape.words * per_word
+
+
 def study_forward(config,                        # a transformers config: gated (Llama, Qwen2) layers
                   batch:int,                     # rows
                   length:int,                    # positions of each row
@@ -74,11 +80,7 @@ def study_forward(config,                        # a transformers config: gated 
 
     embedding = batch * length * width
     last_norm = batch * length * (4 * width + 12)
-    if head == 'rule':
-        output = batch * length * shape.words * (2 * width - 1)
-    else:
-        output = batch * length * width * shape.words
-    return embedding + shape.layers * layer + last_norm + output
+    return embedding + shape.layers * layer + last_norm + _head_forward(shape, head, batch, length)
 
 # %% ../../nbs/training/10_ledger.ipynb #5afb33c7
 def study_step(config,                        # a transformers config
@@ -113,13 +115,19 @@ class Account:
 
     def _take(self, line):
         "Let one line of the file count."
-        run = line['run']
         if line['kind'] == 'begin':
-            if self.current.get(run) not in (None, line['mark']):
-                self._set_aside(run)
-            self.current[run] = line['mark']
-            return
+            self._take_beginning(line['run'], line['mark'])
+        else:
+            self._take_step(line['run'], line)
 
+    def _take_beginning(self, run, mark):
+        "Let the fingerprint `mark` of `run` count from now on; steps under another one do not."
+        if self.current.get(run) not in (None, mark):
+            self._set_aside(run)
+        self.current[run] = mark
+
+    def _take_step(self, run, line):
+        "Let a step of `run` count once: a booking takes the place of its reservation."
         old = self.steps.setdefault(run, {}).get((line['what'], line['step']))
         if old and (old['kind'] == 'booked' or line['kind'] == 'reserved'):
             return
@@ -133,18 +141,21 @@ class Account:
         self.spent -= gone
         self.aside[run] = self.aside.get(run, 0) + gone
 
-    def _read_news(self, file):
-        "Count the lines that other processes have appended; cut off one that was left unfinished."
+    def _whole_lines(self, file):
+        "What was appended since the last look; a line that was left unfinished is cut off the file."
         if file.seek(0, os.SEEK_END) < self.offset:
-            raise LabError(
-                f'{self.path} became shorter while it was in use: a ledger only grows; restore it or begin another'
-            )
+            raise LabError(f'{self.path} became shorter while it was in use: a ledger only grows; '
+                           'restore it or begin another')
         file.seek(self.offset)
         news = file.read()
         whole = news[: news.rfind(b'\n') + 1]
         if len(whole) < len(news):
             file.truncate(self.offset + len(whole))
+        return whole
 
+    def _read_news(self, file):
+        "Count the lines that other processes have appended."
+        whole = self._whole_lines(file)
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
         except ValueError:

@@ -108,6 +108,13 @@ def _switched_fit(model, train, recipe, profiler, first, last):
     return {entry['step']: entry['seconds'] for entry in log}
 
 
+def _profiler(cuda, shapes):
+    "PyTorch's profiler, not yet started and without its own log."
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    return profile(activities=activities, record_shapes=shapes, profile_memory=True)
+
+
 def profile_fit(model,             # from `load_model`, with or without an adapter; it is trained in place
                 train,             # training `Examples`
                 recipe,            # how to train; how long and how often to log is decided here
@@ -117,11 +124,8 @@ def profile_fit(model,             # from `load_model`, with or without an adapt
     "Train a few steps without and then `steps` steps under PyTorch's profiler; a `LabError` for less than one step."
     if steps < 1:
         raise LabError(f'steps is {steps}: profile at least 1')
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')
     cuda = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    profiler = profile(activities=activities, record_shapes=shapes, profile_memory=True)
-
+    profiler = _profiler(cuda, shapes)
     first = WARMUP_TIMED + max(2, min(steps, _most_plain_steps))
     last = first + steps
     seconds_at = _switched_fit(model, train, recipe, profiler, first, last)
@@ -208,28 +212,29 @@ def _part_of_event(event, around, forward_parts, phase, kind):
     return 'optimiser' if 'optimiser' in (phase, kind) else 'the rest'
 
 
+def _cpu_events(profiler):
+    "The operations that a profiler saw; kernels count at the operation that started them."
+    return [event for event in profiler.events()
+            if event.device_type == DeviceType.CPU and not event.name.startswith('[memory]')]
+
+
+def _operation(event, forward_parts, microseconds):
+    "One row of `operations`."
+    around = list(_ancestors(event))
+    phase = _phase_of([outer.name for outer in around])
+    kind = kind_of(event.name)
+    part = _part_of_event(event, around, forward_parts, phase, kind)
+    return dict(name=event.name, kind=kind, part=part, phase=phase, seconds=microseconds * 1e-6)
+
+
 def operations(profiled:Profile,  # from `profile_fit`
 )->list:                          # one dict per operation with a self time: name, kind, part, phase, seconds
     "Every operation of the profile with its kind, its part of the model and its phase."
-    events = [
-        event  # kernels count at the operation that started them
-        for event in profiled.profiler.events()
-        if event.device_type == DeviceType.CPU and not event.name.startswith('[memory]')
-    ]
+    events = _cpu_events(profiled.profiler)
     forward_parts = _part_by_sequence(events)
     clock = 'self_device_time_total' if profiled.device == 'cuda' else 'self_cpu_time_total'
 
-    rows = []
-    for event in events:
-        microseconds = getattr(event, clock)
-        if not microseconds:
-            continue
-        around = list(_ancestors(event))
-        phase = _phase_of([outer.name for outer in around])
-        kind = kind_of(event.name)
-        part = _part_of_event(event, around, forward_parts, phase, kind)
-        rows.append(dict(name=event.name, kind=kind, part=part, phase=phase, seconds=microseconds * 1e-6))
-    return rows
+    return [_operation(event, forward_parts, getattr(event, clock)) for event in events if getattr(event, clock)]
 
 # %% ../../nbs/training/12_profiling.ipynb #befacabe
 def shares(rows:list,  # from `operations`
