@@ -89,10 +89,10 @@ def _gpt2(config):
     "GPT-2: one product for queries, keys and values, biases everywhere, dropout."
     width = config.hidden_size
     mlp = config.n_inner or 4 * width
-    return Shape(_gpt2_linears(width, mlp), **_common(config), mlp=mlp, query=width, key_value=width, positions=config.n_positions,
-                 layer_norms=[width] * 4, last_norms=[width] * 2, dropout=config.resid_pdrop,
-                 attention_dropout=config.attn_pdrop, embedding_dropout=config.embd_pdrop, gated=False,
-                 quantisable=False)
+    return Shape(_gpt2_linears(width, mlp), **_common(config), mlp=mlp, query=width, key_value=width,
+                 positions=config.n_positions, layer_norms=[width] * 4, last_norms=[width] * 2,
+                 dropout=config.resid_pdrop, attention_dropout=config.attn_pdrop,
+                 embedding_dropout=config.embd_pdrop, gated=False, quantisable=False)
 
 
 def _llama_attention(config, query, key_value):

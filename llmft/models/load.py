@@ -202,6 +202,7 @@ def documents_attention(module,               # the attention module that asks
         return sdpa_attention_forward(module, query_BHTD, key_BHTD, value_BHTD, attention_mask, dropout=dropout,
                                       scaling=scaling, **kwargs)
     _refuse_changed_scores(kwargs)
+
     documents.seen += 1
     window = kwargs.get('sliding_window')
     key_BHTD, value_BHTD, shared = shared_heads(query_BHTD, key_BHTD, value_BHTD, bool(window))

@@ -189,6 +189,7 @@ def try_batch(model,               # from `load_model`, with or without an adapt
     "Whether a training step on `batch` rows of full length stays within `limit`."
     return_memory()
     trial = Trial(batch, fits=False, predicted_bytes=_predicted(model, recipe, batch, accumulation))
+
     with _training(model, recipe):
         try:
             with _allocator_limit(limit):

@@ -204,6 +204,7 @@ def _head_pass(hidden_ND, head, targets_N,
     index, all_kept = kept
     full = torch.promote_types(hidden_ND.dtype, torch.float32)
     gradients = _head_sums(hidden_ND, parameters, full) if learning else []
+
     loss = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
     for chunk in row_chunks(len(index), _vocabulary(head), _HEAD_LOGIT, chunk_bytes):
         rows = chunk if all_kept else index[chunk]

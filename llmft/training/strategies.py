@@ -496,7 +496,9 @@ class ZeroGroup(ShardedGroup):
     @property
     def flat_weights(self) -> list:
         "What this process holds of the trained weights, flattened and in float32, a tensor for each group."
-        return self.zero.fp32_partitioned_groups_flat if self.cuts_weights else self.zero.single_partition_of_fp32_groups
+        if self.cuts_weights:
+            return self.zero.fp32_partitioned_groups_flat
+        return self.zero.single_partition_of_fp32_groups
 
     @contextlib.contextmanager
     def micro_step(self, last):
