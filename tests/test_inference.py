@@ -13,6 +13,7 @@ from llmft.inference import latency
 from llmft.inference.generation import Generated, generate
 from llmft.inference.latency import answer_all, rates
 from llmft.models.load import load_model
+from llmft.models.meter import resident_bytes
 from llmft.models.precisions import (
     Int4Linear,
     bytes_a_step,
@@ -35,7 +36,6 @@ from llmft.studies.inference.word_problems import (
     word_problems,
     wrong_calculations,
 )
-from llmft.training.fit import resident_bytes
 
 root = project_root()
 gsm8k = Path(os.environ.get('LLMFT_SHARED_DATA', 'nowhere')) / 'gsm8k_test.jsonl'

@@ -64,34 +64,52 @@ def _in_stripes(weight, bias):
     return few
 
 
+def _packing_pays(size, least, rows, packs):
+    "Whether `size` weights may be copied into oneDNN's order, are at least `least`, and meet enough rows."
+    return packs and rows > _few_rows and size >= least and torch.backends.mkldnn.is_available()
+
+
+def _striping_pays(weight, rows):
+    "Whether so few rows meet `weight` that stripes are faster, and it can be cut into them."
+    return rows <= _few_rows and weight.numel() >= _least_striped and len(weight) % _stripe_count == 0
+
+
 def _plain_map(module, rows, packs):
     "The fastest product with the weight of a plain linear layer."
     weight = module.weight
-    bias = module.bias
-    if _on_cpu_in_fp32(weight):
-        packable = weight.numel() >= _least_packed and torch.backends.mkldnn.is_available()
-        if packs and rows > _few_rows and packable:
-            return _packed(weight, bias)
-        if rows <= _few_rows and weight.numel() >= _least_striped and len(weight) % _stripe_count == 0:
-            return _in_stripes(weight, bias)
-    return functools.partial(linear, weight=weight, bias=bias)
+    special = _on_cpu_in_fp32(weight)
+    if special and _packing_pays(weight.numel(), _least_packed, rows, packs):
+        return _packed(weight, module.bias)
+    if special and _striping_pays(weight, rows):
+        return _in_stripes(weight, module.bias)
+    return functools.partial(linear, weight=weight, bias=module.bias)
 
 # %% ../../nbs/inference/01_decoder.ipynb #62e969b2
+def _active_factors(module):
+    "The layers of the active adapters of a LoRA, first those that read, then those that write."
+    return [part[name] for part in (module.lora_A, module.lora_B) for name in module.active_adapters if name in part]
+
+
 def _is_plain_lora(module):
     "Whether `module` is a LoRA on a plain layer that adds plain products in the layer's own dtype."
     if type(module).__name__ != 'Linear' or not hasattr(module, 'lora_A') or not _is_plain(module.base_layer):
         return False
     if module.merged or module.disable_adapters or module.lora_variant:
         return False
-    parts = [part[name] for part in (module.lora_A, module.lora_B) for name in module.active_adapters if name in part]
-    return all(part.bias is None and part.weight.dtype == module.base_layer.weight.dtype for part in parts)
+    dtype = module.base_layer.weight.dtype
+    return all(factor.bias is None and factor.weight.dtype == dtype for factor in _active_factors(module))
+
+
+def _adapter_products(module):
+    "(matrix that reads, transposed matrix that writes, scale) of each active adapter of a LoRA."
+    names = [name for name in module.active_adapters if name in module.lora_A]
+    return [(module.lora_A[name].weight, module.lora_B[name].weight.t(), module.scaling[name]) for name in names]
 
 
 def _lora_map(module, rows, packs):
     "The product with the weight of a linear layer and those of its adapters."
     base = linear_map(module.base_layer, rows, packs)
-    names = [name for name in module.active_adapters if name in module.lora_A]
-    pairs = [(module.lora_A[name].weight, module.lora_B[name].weight.t(), module.scaling[name]) for name in names]
+    pairs = _adapter_products(module)
 
     def adapted(inputs_RI):
         outputs_RO = base(inputs_RI)
@@ -102,11 +120,10 @@ def _lora_map(module, rows, packs):
     return adapted
 
 
-def linear_map(
-    module,  # of a model: a linear layer, quantised or with an adapter, as it may be
-    rows: int = 1,  # rows of a decoding step
-    packs: bool = False,  # whether a copy in another order may be made
-):  # a function (rows, inputs) -> (rows, outputs)
+def linear_map(module,            # of a model: a linear layer, quantised or with an adapter, as it may be
+               rows:int=1,        # rows of a decoding step
+               packs:bool=False,  # whether a copy in another order may be made
+):                                # a function (rows, inputs) -> (rows, outputs)
     "What `module` does in evaluation, with no more Python than it needs."
     if _is_plain(module):
         return _plain_map(module, rows, packs)
@@ -117,38 +134,42 @@ lean_classes = ('LlamaForCausalLM', 'Qwen2ForCausalLM')  # models whose step is 
 steady_ropes = ('default', 'linear', 'llama3', 'yarn')  # rotary positions whose angles do not change with the length
 
 # %% ../../nbs/inference/01_decoder.ipynb #a8e3c8fb
-def is_lean(
-    model,  # a causal language model, with or without an adapter
-) -> bool:
+def _has_lean_layers(config):
+    "Whether layers of this configuration are gated by SiLU and see all that came before."
+    kinds = set(getattr(config, 'layer_types', None) or [])
+    return config.hidden_act == 'silu' and not kinds - {'full_attention'}
+
+
+def _is_hooked(module):
+    "Whether something happens at a call of `module` beside its own forward."
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, '_hf_hook'))
+
+
+def is_lean(model,  # a causal language model, with or without an adapter
+)->bool:
     "Whether the steps of `model` can be taken by `LeanDecoder`."
     net = causal_model(model)
-    if type(net).__name__ not in lean_classes or net.config.hidden_act != 'silu':
-        return False
-    if set(getattr(net.config, 'layer_types', None) or []) - {'full_attention'}:
+    if type(net).__name__ not in lean_classes or not _has_lean_layers(net.config):
         return False
     if net.model.rotary_emb.rope_type not in steady_ropes:
         return False
     if len({weight.device for weight in net.parameters()}) > 1:
         return False
 
-    return not any(
-        module._forward_hooks or module._forward_pre_hooks or hasattr(module, '_hf_hook') for module in net.modules()
-    )
+    return not any(_is_hooked(module) for module in net.modules())
 
 # %% ../../nbs/inference/01_decoder.ipynb #5b005221
-def rotate(
-    heads_BTHD,  # queries or keys
-    cos_BTD,  # cosine of each angle
-    sin_BTD,  # sine of each angle, the first half with the sign turned
-):  # the same shape
+def rotate(heads_BTHD,  # queries or keys
+           cos_BTD,     # cosine of each angle
+           sin_BTD,     # sine of each angle, the first half with the sign turned
+):                      # the same shape
     "Turn each pair of numbers by the angle of its position."
     swapped_BTHD = heads_BTHD.roll(heads_BTHD.shape[-1] // 2, -1)
     return torch.addcmul(heads_BTHD * cos_BTD[:, :, None], swapped_BTHD, sin_BTD[:, :, None])
 
 # %% ../../nbs/inference/01_decoder.ipynb #848fba29
-def prefill_mask(
-    starts_B,  # first real slot of each row
-    slots: int,  # of the padded prompts
+def prefill_mask(starts_B,  # first real slot of each row
+                 slots:int,  # of the padded prompts
 ):  # bool (rows, 1, slots, slots): True where a slot sees another; `None` when no row is padded
     "Causal attention that does not look at padding; a padding slot sees itself, so that no softmax is empty."
     if not starts_B.any():
@@ -163,66 +184,96 @@ _least_joined = 2**16  # weights below which joining maps does not pay
 _least_steps = 16  # steps that repay the copy
 
 
+def _joining_pays(modules, rows, packs):
+    "Whether the weights of `modules` may be copied into one matrix in oneDNN's order, and that pays."
+    if not all(_is_plain(module) and _on_cpu_in_fp32(module.weight) for module in modules):
+        return False
+    return _packing_pays(sum(module.weight.numel() for module in modules), _least_joined, rows, packs)
+
+
+def _side_by_side(modules, rows, packs):
+    "The outputs of `modules` for one input, next to each other, each by a product of its own."
+    maps = [linear_map(module, rows, packs) for module in modules]
+    return lambda inputs_RI: torch.cat([product(inputs_RI) for product in maps], -1)
+
+
+def _joined_bias(modules):
+    "The biases of `modules` next to each other, zeros where one has none; `None` where none has one."
+    if all(module.bias is None for module in modules):
+        return None
+    return torch.cat([torch.zeros(module.out_features) if module.bias is None else module.bias for module in modules])
+
+
 def _joined(modules, norm, rows, packs):
     "Layers that read one input, as one function with outputs side by side; and the norm's weights, None if joined in."
-    plain = all(_is_plain(module) and _on_cpu_in_fp32(module.weight) for module in modules)
-    size = sum(module.weight.numel() for module in modules) if plain else 0
-    if not (packs and rows > _few_rows and size >= _least_joined and torch.backends.mkldnn.is_available()):
-        maps = [linear_map(module, rows, packs) for module in modules]
-        return lambda inputs_RI: torch.cat([product(inputs_RI) for product in maps], -1), norm
-
-    bias = None
-    if any(module.bias is not None for module in modules):
-        biases = [torch.zeros(module.out_features) if module.bias is None else module.bias for module in modules]
-        bias = torch.cat(biases)
+    if not _joining_pays(modules, rows, packs):
+        return _side_by_side(modules, rows, packs), norm
     weight = torch.cat([module.weight for module in modules]) * (norm * len(norm) ** 0.5)
-    return _packed(weight, bias), None
+    return _packed(weight, _joined_bias(modules)), None
+
+
+def _attention_maps(layer, rows, packs):
+    "The norm weights and the linear maps of a layer's attention."
+    attention = layer.self_attn
+    readers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    qkv, before = _joined(readers, layer.input_layernorm.weight, rows, packs)
+    return dict(before=before, qkv=qkv, o=linear_map(attention.o_proj, rows, packs))
+
+
+def _mlp_maps(layer, rows, packs):
+    "The norm weights and the linear maps of a layer's MLP."
+    readers = [layer.mlp.gate_proj, layer.mlp.up_proj]
+    gate_up, after = _joined(readers, layer.post_attention_layernorm.weight, rows, packs)
+    return dict(after=after, gate_up=gate_up, down=linear_map(layer.mlp.down_proj, rows, packs))
 
 
 def _layer_maps(layer, rows, packs):
     "The linear maps and norm weights of one layer."
-    attention = layer.self_attn
-    qkv_modules = [attention.q_proj, attention.k_proj, attention.v_proj]
-    gate_up_modules = [layer.mlp.gate_proj, layer.mlp.up_proj]
-    qkv, before = _joined(qkv_modules, layer.input_layernorm.weight, rows, packs)
-    gate_up, after = _joined(gate_up_modules, layer.post_attention_layernorm.weight, rows, packs)
-
-    o = linear_map(attention.o_proj, rows, packs)
-    down = linear_map(layer.mlp.down_proj, rows, packs)
-    return SimpleNamespace(before=before, qkv=qkv, o=o, after=after, gate_up=gate_up, down=down)
+    return SimpleNamespace(**_attention_maps(layer, rows, packs), **_mlp_maps(layer, rows, packs))
 
 # %% ../../nbs/inference/01_decoder.ipynb #949030a5
+def _calls_modules(net):
+    "Whether a step has to call some linear layer of `net` as a module."
+    linears = [module for module in net.modules() if hasattr(module, 'in_features')]
+    return any(linear_map(module) is module for module in linears)
+
+
+def _copies_pay(net, steps):
+    "Whether a copy of all weights is small enough, and `steps` steps repay it."
+    size = sum(weight.numel() * 4 for weight in net.parameters())
+    return steps >= _least_steps and size <= most_packed
+
+
 class LeanDecoder:
     "Prefill and single steps of a Llama or Qwen2 on its own weights, with a cache reserved for `slots` positions."
 
-    def __init__(
-        self,
-        model,  # one that `is_lean`
-        slots: int,  # prompt and new tokens of the longest row
-        rows: int = 1,  # of the batch
-        steps: int = 0,  # that will be taken; many repay a copy of the weights
+    def __init__(self,
+                 model,        # one that `is_lean`
+                 slots:int,    # prompt and new tokens of the longest row
+                 rows:int=1,   # of the batch
+                 steps:int=0,  # that will be taken; many repay a copy of the weights
     ):
         self.net = causal_model(model)
         self.slots = slots
         self.used = 0  # slots that are filled
-        linears = [module for module in self.net.modules() if hasattr(module, 'in_features')]
-        self.calls_modules = any(linear_map(module) is module for module in linears)
-        size = sum(weight.numel() * 4 for weight in self.net.parameters())
-        self._read_weights(rows, packs=steps >= _least_steps and size <= most_packed)
+        self.calls_modules = _calls_modules(self.net)
+        self._read_heads()
+        self._read_weights(rows, packs=_copies_pay(self.net, steps))
         self._read_positions()
 
-    def _read_weights(self, rows, packs):
-        "The maps and norms of every layer, of embedding and head."
-        config = self.net.config
+    def _read_heads(self):
+        "How many heads attention has, how wide they are, and what their scores are scaled by."
         attention = self.net.model.layers[0].self_attn
         self.head_width = attention.head_dim
         self.scale = attention.scaling
-        self.heads = config.num_attention_heads
-        self.groups = config.num_key_value_heads
+        self.heads = self.net.config.num_attention_heads
+        self.groups = self.net.config.num_key_value_heads
 
+    def _read_weights(self, rows, packs):
+        "The maps and norms of every layer, of embedding and head."
         self.embed = self.net.get_input_embeddings()
         self.norm = self.net.model.norm.weight
-        self.epsilon = config.rms_norm_eps
+        self.epsilon = self.net.config.rms_norm_eps
         self.floor = self.norm.new_tensor(self.epsilon * len(self.norm)).sqrt()
         self.layers = [_layer_maps(layer, rows, packs) for layer in self.net.model.layers]
         self.head, self.last = _joined([self.net.get_output_embeddings()], self.norm, rows, packs)
@@ -239,17 +290,22 @@ class LeanDecoder:
     def begin(self, ids_BT, starts_B):
         "Read the padded prompts; the logits after the last slot, (rows, vocabulary)."
         rows, length = ids_BT.shape
-        shape = (rows, self.groups, self.slots, self.head_width)
-        self.cache = [(self.norm.new_zeros(shape), self.norm.new_zeros(shape)) for _ in self.layers]
+        self.cache = [(self._no_heads(rows), self._no_heads(rows)) for _ in self.layers]
         self.starts_B = starts_B
 
         mask = prefill_mask(starts_B, length)
-        self.mask = None
-        if mask is not None:
-            hidden_BS = torch.arange(self.slots, device=starts_B.device)[None] < starts_B[:, None]
-            zeros_BS = torch.zeros_like(hidden_BS, dtype=self.norm.dtype)
-            self.mask = zeros_BS.masked_fill_(hidden_BS, float('-inf'))[:, None, None]
+        self.mask = None if mask is None else self._padding_mask()
         return self._forward(ids_BT, mask)
+
+    def _no_heads(self, rows):
+        "Zeros where the keys or the values of a layer will be, (rows, key-value heads, slots, head width)."
+        return self.norm.new_zeros((rows, self.groups, self.slots, self.head_width))
+
+    def _padding_mask(self):
+        "What is added to the scores of every slot: nothing, or minus infinity before the first real one of its row."
+        hidden_BS = torch.arange(self.slots, device=self.starts_B.device)[None] < self.starts_B[:, None]
+        zeros_BS = torch.zeros_like(hidden_BS, dtype=self.norm.dtype)
+        return zeros_BS.masked_fill_(hidden_BS, float('-inf'))[:, None, None]
 
     def step(self, ids_B):
         "Append one token to every row; the logits after it, (rows, vocabulary)."
@@ -330,14 +386,15 @@ def _attend_prompt(self: LeanDecoder, query_BHTD, keys, values, mask):
 class ModelDecoder:
     "Prefill and single steps by a model's own forward and cache."
 
-    def __init__(
-        self,
-        model,  # a causal language model, with or without an adapter
-        slots: int,  # prompt and new tokens of the longest row
+    def __init__(self,
+                 model,      # a causal language model, with or without an adapter
+                 slots:int,  # prompt and new tokens of the longest row
     ):
         arguments = inspect.signature(causal_model(model).forward).parameters
         self.model = model
-        self.extra = dict(use_cache=True) | (dict(logits_to_keep=1) if 'logits_to_keep' in arguments else {})
+        self.extra = dict(use_cache=True)
+        if 'logits_to_keep' in arguments:
+            self.extra['logits_to_keep'] = 1
         self.positions = 'position_ids' in arguments
         self.cache = None
 
@@ -363,13 +420,8 @@ class ModelDecoder:
 
     def _forward(self, ids_BT):
         "Logits after the last slot, (rows, vocabulary)."
-        out = self.model(
-            input_ids=ids_BT,
-            attention_mask=self.mask_BT,
-            past_key_values=self.cache,
-            **self._places(ids_BT.shape[1]),
-            **self.extra,
-        )
+        out = self.model(input_ids=ids_BT, attention_mask=self.mask_BT, past_key_values=self.cache,
+                         **self._places(ids_BT.shape[1]), **self.extra)
         if getattr(out, 'past_key_values', None) is None:
             model_type = causal_model(self.model).config.model_type
             raise LabError(f'{model_type} gives no cache of keys and values: it cannot generate here')
@@ -393,23 +445,26 @@ class CompiledDecoder(ModelDecoder):
         blocks = -(-slots // _cache_block)
         self.cache = StaticCache(config=self.net.config, max_cache_len=blocks * _cache_block)
 
-    def _single(self, ids_B1):
-        "One compiled step; its mask is made outside."
-        places = self._places(1)
+    def _step_mask(self, ids_B1, places):
+        "The mask of one step, made outside of what is compiled."
         like = torch.empty((len(ids_B1), 1, 0), dtype=self.net.dtype, device=ids_B1.device)
-        mask = create_masks_for_generate(self.net.config, like, self.mask_BT, self.cache, **places)
+        return create_masks_for_generate(self.net.config, like, self.mask_BT, self.cache, **places)
+
+    def _single(self, ids_B1):
+        "One compiled step."
+        places = self._places(1)
+        mask = self._step_mask(ids_B1, places)
         compiled = self.net.get_compiled_call(None)
         out = compiled(input_ids=ids_B1, attention_mask=mask, past_key_values=self.cache, **places, **self.extra)
         return out.logits[:, -1].clone()  # the next step writes into the same memory where steps are CUDA graphs
 
 # %% ../../nbs/inference/01_decoder.ipynb #40e0d571
-def decoder_for(
-    model,  # a causal language model, with or without an adapter
-    slots: int,  # prompt and new tokens of the longest row
-    rows: int = 1,  # of the batch
-    steps: int = 0,  # that will be taken
-    compiled: bool = False,  # by `torch.compile`
-):  # an object with begin, step and select
+def decoder_for(model,                # a causal language model, with or without an adapter
+                slots:int,            # prompt and new tokens of the longest row
+                rows:int=1,           # of the batch
+                steps:int=0,          # that will be taken
+                compiled:bool=False,  # by `torch.compile`
+):                                    # an object with begin, step and select
     "What takes the steps of `model`: compiled if asked for, written out where that is the same, else its own forward."
     if compiled:
         return CompiledDecoder(model, slots)

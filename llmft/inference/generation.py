@@ -6,6 +6,7 @@
 __all__ = ['Generated', 'check_request', 'choose', 'generate', 'end_tokens', 'complete']
 
 # %% ../../nbs/inference/02_generation.ipynb #499a46c1
+import contextlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -36,77 +37,85 @@ def _check_prompts(prompts, words):
     "Refuse a prompt without tokens, or with a token that is not below `words`."
     for number, row in enumerate(prompts):
         if not len(row):
-            raise LabError(
-                f'prompt {number} has no tokens: a model continues something; begin with the beginning-of-text token'
-            )
+            raise LabError(f'prompt {number} has no tokens: a model continues something; '
+                           'begin with the beginning-of-text token')
         if not 0 <= min(row) <= max(row) < words:
-            raise LabError(
-                f'prompt {number} has a token outside 0 to {words - 1}: encode it with the tokenizer of this model'
-            )
+            raise LabError(f'prompt {number} has a token outside 0 to {words - 1}: '
+                           'encode it with the tokenizer of this model')
 
 
-def check_request(
-    config,  # of the model, as `model_config` gives it without loading weights
-    prompts: list,  # lists of token ids
-    max_new_tokens: int,  # longest continuation, tokens
-    temperature: float = 0.0,  # 0, or what the logits are divided by
-    top_p: float = 1.0,  # probability of the tokens that may be drawn
-    samples: int = 1,  # continuations of each prompt
-    batch_size: int = 0,  # rows at a time, 0 for all
-):
-    "A `LabError` for a request that cannot be met, raised without the model."
-    if not len(prompts):
-        raise LabError('there is no prompt to continue: give at least one')
-
-    counts = (('max_new_tokens', max_new_tokens, 1), ('samples', samples, 1), ('batch_size', batch_size, 0))
-    for name, value, least in counts:
+def _check_counts(**counts):
+    "Refuse a count below one; `batch_size` may be 0."
+    for name, value in counts.items():
+        least = 0 if name == 'batch_size' else 1
         if value < least:
             raise LabError(f'{name} is {value}: give at least {least}')
+
+
+def _check_sampling(temperature, top_p):
+    "Refuse a temperature or a probability out of range."
     if not 0 <= temperature < math.inf:
         raise LabError(f'temperature is {temperature}: give 0 for the most probable token, or a positive number')
     if not 0 < top_p <= 1:
         raise LabError(f'top_p is {top_p}: give a probability above 0 and at most 1')
 
-    _check_prompts(prompts, config.vocab_size)
-    longest = max(map(len, prompts))
+
+def _check_room(config, longest, new):
+    "Refuse a prompt that leaves no room for the new tokens."
     room = getattr(config, 'max_position_embeddings', None)
-    if room and longest + max_new_tokens > room:
-        raise LabError(
-            f'a prompt of {longest} tokens and {max_new_tokens} new ones do not fit the {room} positions '
-            'of this model: shorten the prompt or lower max_new_tokens'
-        )
+    if room and longest + new > room:
+        raise LabError(f'a prompt of {longest} tokens and {new} new ones do not fit the {room} positions '
+                       'of this model: shorten the prompt or lower max_new_tokens')
+
+
+def check_request(config,                 # of the model, as `model_config` gives it without loading weights
+                  prompts:list,           # lists of token ids
+                  max_new_tokens:int,     # longest continuation, tokens
+                  temperature:float=0.0,  # 0, or what the logits are divided by
+                  top_p:float=1.0,        # probability of the tokens that may be drawn
+                  samples:int=1,          # continuations of each prompt
+                  batch_size:int=0,       # rows at a time, 0 for all
+):
+    "A `LabError` for a request that cannot be met, raised without the model."
+    if not len(prompts):
+        raise LabError('there is no prompt to continue: give at least one')
+
+    _check_counts(max_new_tokens=max_new_tokens, samples=samples, batch_size=batch_size)
+    _check_sampling(temperature, top_p)
+    _check_prompts(prompts, config.vocab_size)
+    _check_room(config, max(map(len, prompts)), max_new_tokens)
 
 # %% ../../nbs/inference/02_generation.ipynb #baa21677
 def _draw(chances_BV, draws_B):
-    "The place where the running sum of chances passes each draw, (rows,)."
+    "The place where the running sum of chances passes each draw, (rows, 1)."
     sums_BV = chances_BV.cumsum(-1)
-    spots_B1 = torch.searchsorted(sums_BV, draws_B.double()[:, None] * sums_BV[:, -1:], right=True)
-    return spots_B1
+    return torch.searchsorted(sums_BV, draws_B.double()[:, None] * sums_BV[:, -1:], right=True)
 
 
-def choose(
-    logits_BV,  # logits of the next token; -inf forbids one
-    draws_B=None,  # uniform numbers from 0 to below 1, one per row; None is greedy
-    temperature: float = 1.0,  # the logits are divided by it
-    top_p: float = 1.0,  # probability that the kept tokens reach together
-):  # ids (rows,)
+def _draw_likely(chances_BV, draws_B, top_p):
+    "`_draw` among the most probable tokens that together reach `top_p`."
+    sorted_BV, order_BV = chances_BV.sort(stable=True, dim=-1, descending=True)
+    before_BV = sorted_BV.cumsum(-1) - sorted_BV
+    kept_BV = sorted_BV.masked_fill(before_BV >= top_p, 0.0)
+    return order_BV.gather(-1, _draw(kept_BV, draws_B))
+
+
+def choose(logits_BV,              # logits of the next token; -inf forbids one
+           draws_B=None,           # uniform numbers from 0 to below 1, one per row; None is greedy
+           temperature:float=1.0,  # the logits are divided by it
+           top_p:float=1.0,        # probability that the kept tokens reach together
+):                                 # ids (rows,)
     "The next token of each row; a `LabError` when no token is possible."
     best_B, ids_B = logits_BV.max(-1)
     if not all(map(math.isfinite, best_B.tolist())):
-        raise LabError(
-            'no next token is possible: the logits are not finite, or `allowed` forbids every token; '
-            'check the weights and the mask'
-        )
+        raise LabError('no next token is possible: the logits are not finite, or `allowed` forbids every token; '
+                       'check the weights and the mask')
     if draws_B is None:
         return ids_B
 
     chances_BV = ((logits_BV.double() - best_B.double()[:, None]) / temperature).softmax(-1)
-    if top_p == 1:
-        return _draw(chances_BV, draws_B)[:, 0]
-    sorted_BV, order_BV = chances_BV.sort(stable=True, dim=-1, descending=True)
-    before_BV = sorted_BV.cumsum(-1) - sorted_BV
-    kept_BV = sorted_BV.masked_fill(before_BV >= top_p, 0.0)
-    return order_BV.gather(-1, _draw(kept_BV, draws_B))[:, 0]
+    ids_B1 = _draw(chances_BV, draws_B) if top_p == 1 else _draw_likely(chances_BV, draws_B, top_p)
+    return ids_B1[:, 0]
 
 # %% ../../nbs/inference/02_generation.ipynb #2d0cbf7d
 def _choose_among(logits_RV, may_RV, draws_R, temperature, top_p):
@@ -185,21 +194,26 @@ class _Batch:
             logits_RV = self.decoder.step(self.without_ended(ids_R))
         return self.result()
 
-    def read(self, prompts):
-        "Read the prompts of these rows, each once; logits of the first new token, (rows, vocabulary)."
+    def own_prompts(self, prompts):
+        "(the prompts that these rows continue, for each row which of them)."
         samples = self.request.samples
         first = self.rows[0] // samples
-        wanted = prompts[first : self.rows[-1] // samples + 1]
-        copies = [row // samples - first for row in self.rows]
+        return prompts[first : self.rows[-1] // samples + 1], [row // samples - first for row in self.rows]
 
-        ids_PT, starts_P = _pad_left(wanted, self.request.pad_id, self.device)
+    def make_decoder(self, prompt_slots):
+        "The decoder of this batch, for prompts that were padded to `prompt_slots`."
         steps = self.request.max_new_tokens
-        compiled = self.request.compiled
-        self.decoder = decoder_for(self.model, ids_PT.shape[1] + steps, len(self.rows), steps, compiled)
-        if compiled:  # its cache keeps its shape
+        return decoder_for(self.model, prompt_slots + steps, len(self.rows), steps, self.request.compiled)
+
+    def read(self, prompts):
+        "Read the prompts of these rows, each once; logits of the first new token, (rows, vocabulary)."
+        wanted, copies = self.own_prompts(prompts)
+        ids_PT, starts_P = _pad_left(wanted, self.request.pad_id, self.device)
+        self.decoder = self.make_decoder(ids_PT.shape[1])
+        if self.request.compiled:  # its cache keeps its shape
             return self.decoder.begin(ids_PT[copies], starts_P[copies])
         logits_PV = self.decoder.begin(ids_PT, starts_P)
-        if samples == 1:
+        if self.request.samples == 1:
             return logits_PV
         self.decoder.select(copies)
         return logits_PV[copies]
@@ -218,9 +232,12 @@ class _Batch:
         draws_R = None if self.draws_BN is None else self.draws_BN[self.held, step]
         if request.allowed is None:
             return choose(logits_RV, draws_R, request.temperature, request.top_p)
-        may = torch.as_tensor(request.allowed(step, self.new_BN[:, :step]), device=self.device)
-        may_RV = may.expand(len(self.rows), -1)[self.held]
-        return _choose_among(logits_RV, may_RV, draws_R, request.temperature, request.top_p)
+        return _choose_among(logits_RV, self.allowed(step), draws_R, request.temperature, request.top_p)
+
+    def allowed(self, step):
+        "Which tokens the rows in the decoder may take, bool (rows, vocabulary)."
+        may = torch.as_tensor(self.request.allowed(step, self.new_BN[:, :step]), device=self.device)
+        return may.expand(len(self.rows), -1)[self.held]
 
     def record(self, step, ids_R):
         "Note the tokens of rows that go on, and end those that took a stop token."
@@ -237,7 +254,11 @@ class _Batch:
             else:
                 self.ids[row].append(token)
 
-        self.new_BN[:, step] = torch.tensor(shown, device=self.device)
+        self.show(step, shown)
+
+    def show(self, step, ids):
+        "Keep the token of every row, and tell it to who asked."
+        self.new_BN[:, step] = torch.tensor(ids, device=self.device)
         if self.request.on_token is not None:
             self.request.on_token(step, self.new_BN[:, step])
 
@@ -257,58 +278,65 @@ class _Batch:
         return Generated(self.ids, self.stopped, 0, new_tokens, seconds, self.laps[0], self.laps[1:])
 
 # %% ../../nbs/inference/02_generation.ipynb #00801a95
+def _concatenated(parts, field):
+    "The lists called `field` of all `parts`, one after the other."
+    return [value for part in parts for value in getattr(part, field)]
+
+
 def _joined(parts, prompts):
     "`Generated` of a whole request, from those of its batches."
     return Generated(
-        ids=[row for part in parts for row in part.ids],
-        stopped=[reason for part in parts for reason in part.stopped],
+        ids=_concatenated(parts, 'ids'),
+        stopped=_concatenated(parts, 'stopped'),
         prompt_tokens=sum(map(len, prompts)),
         new_tokens=sum(part.new_tokens for part in parts),
         seconds=sum(part.seconds for part in parts),
         first_token_seconds=sum(part.first_token_seconds for part in parts) / len(parts),
-        step_seconds=[seconds for part in parts for seconds in part.step_seconds],
-    )
+        step_seconds=_concatenated(parts, 'step_seconds'))
 
 
-@torch.no_grad()
-def generate(
-    model,  # a causal language model, with or without an adapter
-    prompts: list,  # lists of token ids, of any lengths
-    max_new_tokens: int = 64,  # longest continuation, tokens
-    temperature: float = 0.0,  # 0 takes the most probable token each time
-    top_p: float = 1.0,  # draws are among the most probable tokens that together reach this probability
-    seed: int = 0,  # of the draws; those of a row depend on it and on the number of the row alone
-    stop_ids=(),  # tokens that end a row
-    samples: int = 1,  # continuations of each prompt; row p * samples + s is the s-th of prompt p
-    allowed=None,  # allowed(step, new ids (rows, step)) -> bool mask (rows, vocabulary) of permitted tokens
-    on_token=None,  # called with (step, ids (rows,)) as tokens come; rows that have ended give `pad_id`
-    batch_size: int = 0,  # rows at a time, 0 for all; `allowed` and `on_token` see the rows of one batch
-    pad_id: int = 0,  # fills short prompts and ended rows
-    compiled: bool = False,  # steps go through `torch.compile`: tens of seconds per batch size, for long work on a GPU
-) -> Generated:
-    "Continue each of `prompts`; a `LabError` for no prompt, one that does not fit, or an option out of range."
-    check_request(causal_model(model).config, prompts, max_new_tokens, temperature, top_p, samples, batch_size)
-    stops = frozenset(stop_ids)
-    request = _Request(
-        max_new_tokens, temperature, top_p, seed, stops, samples, allowed, on_token, pad_id, compiled
-    )
-    rows = range(len(prompts) * samples)
-    size = batch_size or len(rows)
-
+@contextlib.contextmanager
+def _evaluating(model):
+    "`model` in evaluation mode for the block; afterwards each of its modules is in the mode it was in."
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        parts = [_Batch(model, rows[i : i + size], request).run(prompts) for i in range(0, len(rows), size)]
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@torch.no_grad()
+def generate(model,                  # a causal language model, with or without an adapter
+             prompts:list,           # lists of token ids, of any lengths
+             max_new_tokens:int=64,  # longest continuation, tokens
+             temperature:float=0.0,  # 0 takes the most probable token each time
+             top_p:float=1.0,        # draws are among the most probable tokens that together reach this probability
+             seed:int=0,             # of the draws; those of a row depend on it and on the number of the row alone
+             stop_ids=(),            # tokens that end a row
+             samples:int=1,          # continuations of each prompt; row p * samples + s is the s-th of prompt p
+             allowed=None,           # allowed(step, new ids (rows, step)) -> bool mask (rows, vocabulary)
+             on_token=None,          # called with (step, ids (rows,)) as tokens come; ended rows give `pad_id`
+             batch_size:int=0,       # rows at a time, 0 for all; `allowed` and `on_token` see the rows of one batch
+             pad_id:int=0,           # fills short prompts and ended rows
+             compiled:bool=False,    # by `torch.compile`: tens of seconds per batch size, for long work on a GPU
+)->Generated:
+    "Continue each of `prompts`; a `LabError` for no prompt, one that does not fit, or an option out of range."
+    check_request(causal_model(model).config, prompts, max_new_tokens, temperature, top_p, samples, batch_size)
+    request = _Request(max_new_tokens, temperature, top_p, seed, frozenset(stop_ids), samples, allowed, on_token,
+                       pad_id, compiled)
+    rows = range(len(prompts) * samples)
+    size = batch_size or len(rows)
+
+    with _evaluating(model):
+        parts = [_Batch(model, rows[i : i + size], request).run(prompts) for i in range(0, len(rows), size)]
     return _joined(parts, prompts)
 
 # %% ../../nbs/inference/02_generation.ipynb #8bd10a73
-def end_tokens(
-    model,  # a causal language model
-    tokenizer,  # the model's
-) -> set:  # ids
+def end_tokens(model,      # a causal language model
+               tokenizer,  # the model's
+)->set:                    # ids
     "The tokens that end a text: the tokenizer's end of text and those of the model's generation settings."
     settings = getattr(causal_model(model), 'generation_config', None)
     configured = getattr(settings, 'eos_token_id', None)
@@ -317,19 +345,22 @@ def end_tokens(
     return {tokenizer.eos_token_id} | set(configured if isinstance(configured, (list, tuple)) else [configured])
 
 # %% ../../nbs/inference/02_generation.ipynb #b139b50c
-def complete(
-    model,  # a causal language model, with or without an adapter
-    tokenizer,  # the model's, with an end-of-text and a padding token
-    prompts: list,  # texts to continue
-    max_new_tokens: int = 64,  # longest continuation, tokens
-    temperature: float = 0.0,  # 0 takes the most probable token each time
-    seed: int = 0,  # of the draws, when temperature is above 0
-    top_p: float = 1.0,  # draws are among the most probable tokens that together reach this probability
-) -> list:  # the continuations, without the prompts
-    "Continue each of the texts in `prompts`; generation ends at the end-of-text token."
+def _encoded(tokenizer, texts):
+    "Token ids of each text, after the beginning-of-text token where the tokenizer has one."
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    rows = [begin + tokenizer(prompt, add_special_tokens=False)['input_ids'] for prompt in prompts]
+    return [begin + tokenizer(text, add_special_tokens=False)['input_ids'] for text in texts]
 
+
+def complete(model,                  # a causal language model, with or without an adapter
+             tokenizer,              # the model's, with an end-of-text and a padding token
+             prompts:list,           # texts to continue
+             max_new_tokens:int=64,  # longest continuation, tokens
+             temperature:float=0.0,  # 0 takes the most probable token each time
+             seed:int=0,             # of the draws, when temperature is above 0
+             top_p:float=1.0,        # draws are among the most probable tokens that together reach this probability
+)->list:                             # the continuations, without the prompts
+    "Continue each of the texts in `prompts`; generation ends at the end-of-text token."
     options = dict(stop_ids=end_tokens(model, tokenizer), pad_id=tokenizer.pad_token_id)
+    rows = _encoded(tokenizer, prompts)
     generated = generate(model, rows, max_new_tokens, temperature, top_p, seed, **options)
     return [tokenizer.decode(row, skip_special_tokens=True) for row in generated.ids]

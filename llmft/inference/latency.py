@@ -13,8 +13,7 @@ import torch
 
 from ..core import LabError
 from ..models.load import causal_model
-from ..models.meter import Meter, TensorMemory, per_second
-from ..training.fit import resident_bytes
+from ..models.meter import Meter, TensorMemory, per_second, resident_bytes
 from .generation import generate
 
 # %% ../../nbs/inference/03_latency.ipynb #ba9bfe13
@@ -36,17 +35,24 @@ def _timed_batches(model, batches, max_new_tokens, options, say):
     return parts, meter
 
 
-def answer_all(
-    model,  # a causal language model
-    rows: list,  # prompts, lists of token ids
-    batch_size: int,  # prompts at a time, in their order
-    max_new_tokens: int,  # longest answer, tokens
-    stop_ids=(),  # tokens that end an answer
-    pad_id: int = 0,  # fills short prompts
-    warmup_tokens: int = 4,  # tokens of a first call on the first batch, which is not counted; 0 for none
-    say=lambda done: None,  # called with the number of prompts done, ten times at most
-    compiled: bool = False,  # as for `generate`; the warm-up is then the whole first batch, so that all is compiled
-) -> tuple:  # (list of `Generated`, one per batch; peak memory in bytes: the weights and what answering added)
+def _peak_tensors(model, batches, max_new_tokens, options):
+    "Most bytes of tensors while the batch with the longest prompt is answered; `None` in another profiler's block."
+    longest = max(batches, key=lambda batch: max(map(len, batch)))
+    with TensorMemory() as tensors:
+        generate(model, longest, max_new_tokens, **options)
+    return tensors.peak_bytes
+
+
+def answer_all(model,                 # a causal language model
+               rows:list,             # prompts, lists of token ids
+               batch_size:int,        # prompts at a time, in their order
+               max_new_tokens:int,    # longest answer, tokens
+               stop_ids=(),           # tokens that end an answer
+               pad_id:int=0,          # fills short prompts
+               warmup_tokens:int=4,   # tokens of a first call on the first batch, which is not counted; 0 for none
+               say=lambda done: None, # called with the number of prompts done, ten times at most
+               compiled:bool=False,   # as for `generate`; the warm-up is then the whole first batch
+)->tuple:                             # (`Generated` of each batch; peak bytes: weights and what answering added)
     "Greedy answers to all of `rows`, after a warm-up that does not count."
     if batch_size < 1:
         raise LabError(f'batch_size is {batch_size}: give at least 1')
@@ -61,16 +67,13 @@ def answer_all(
     if next(model.parameters()).is_cuda:
         return parts, meter.peak_bytes
 
-    longest = max(batches, key=lambda batch: max(map(len, batch)))
-    with TensorMemory() as tensors:
-        generate(model, longest, max_new_tokens, **options)
-    return parts, resident_bytes(model) + (tensors.peak_bytes or meter.growth_bytes)
+    peak = _peak_tensors(model, batches, max_new_tokens, options)
+    return parts, resident_bytes(model) + (peak or meter.growth_bytes)
 
 # %% ../../nbs/inference/03_latency.ipynb #b9469c49
-def percentile(
-    values,  # numbers, at least one
-    share: float,  # from 0 to 1
-) -> float:  # the value, between neighbours where it falls there
+def percentile(values,       # numbers, at least one
+               share:float,  # from 0 to 1
+)->float:                    # the value, between neighbours where it falls there
     "The value that a `share` of `values` does not exceed."
     return torch.tensor(list(values), dtype=torch.float64).quantile(share).item()
 
@@ -92,11 +95,18 @@ def _step_times(parts, weights, copy_rate):
     )
 
 
-def rates(
-    parts: list,  # `Generated`, one per batch, of one batch size
-    weights: int = None,  # bytes that a step reads, from `bytes_a_step`
-    copy_rate: float = None,  # bytes per second of a copy in memory, from `machine_peaks`
-) -> dict:  # flat metrics; a value that is not known is None
+def _throughput(queries, new, prompt, seconds):
+    "Tokens and queries per second."
+    return dict(
+        throughput_tokens_per_sec=per_second(new, seconds),
+        throughput_with_prompt_tokens_per_sec=per_second(new + prompt, seconds),
+        throughput_queries_per_sec=per_second(queries, seconds))
+
+
+def rates(parts:list,            # `Generated`, one per batch, of one batch size
+          weights:int=None,      # bytes that a step reads, from `bytes_a_step`
+          copy_rate:float=None,  # bytes per second of a copy in memory, from `machine_peaks`
+)->dict:                         # flat metrics; a value that is not known is None
     "Counts, rates and times of all batches."
     queries = sum(len(part.ids) for part in parts)
     seconds = sum(part.seconds for part in parts)
@@ -109,33 +119,33 @@ def rates(
         avg_latency=sum(part.seconds * len(part.ids) for part in parts) / queries,
         total_tokens=new,
         total_tokens_with_prompt=new + prompt,
-        throughput_tokens_per_sec=per_second(new, seconds),
-        throughput_with_prompt_tokens_per_sec=per_second(new + prompt, seconds),
-        throughput_queries_per_sec=per_second(queries, seconds),
+        **_throughput(queries, new, prompt, seconds),
         **_step_times(parts, weights, copy_rate),
     )
 
 # %% ../../nbs/inference/03_latency.ipynb #477c2277
+def _greedy(new):
+    "What the `generate` of transformers is told, to take `new` most probable tokens and not to stop before."
+    choice = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
+    return choice | dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None)
+
+
 @torch.no_grad()
-def peer_greedy(
-    model,  # a causal language model in evaluation mode, without an adapter
-    rows: list,  # prompts of one length, lists of token ids
-    new: int,  # tokens of each continuation; no token ends one
-) -> list:  # new ids of each row
+def peer_greedy(model,      # a causal language model in evaluation mode, without an adapter
+                rows:list,  # prompts of one length, lists of token ids
+                new:int,    # tokens of each continuation; no token ends one
+)->list:                    # new ids of each row
     "Greedy continuation by the `generate` of transformers."
     if len({len(row) for row in rows}) != 1:
         raise LabError('the peer is measured on prompts of one length: cut them')
 
     ids_BT = torch.tensor(rows, device=causal_model(model).device)
-    greedy = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
-    endless = dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None)
-    out_BT = model.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), **greedy, **endless)
+    out_BT = model.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), **_greedy(new))
     return out_BT[:, ids_BT.shape[1] :].tolist()
 
 # %% ../../nbs/inference/03_latency.ipynb #15dab643
-def timed(
-    work,  # a function without arguments
-) -> tuple:  # (seconds, what it gave)
+def timed(work,  # a function without arguments
+)->tuple:        # (seconds, what it gave)
     "Call `work` once, on a clock that waits for the device."
     with Meter() as meter:
         result = work()

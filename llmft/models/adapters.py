@@ -66,6 +66,11 @@ def _tied_weights(model):
     return {id(model.get_input_embeddings().weight), id(output_head(model).weight)}
 
 
+def _modules_called(target, modules):
+    "Those of `modules` that PEFT takes `target` to mean: by whole name, or by its last parts."
+    return [module for name, module in modules.items() if name == target or name.endswith(f'.{target}')]
+
+
 def _check_targets(model, targets):
     "A `LabError` unless each of `targets` names modules of `model` whose weights are their own."
     modules = _adaptable(model)
@@ -77,13 +82,18 @@ def _check_targets(model, targets):
 
     tied = _tied_weights(model)
     for target in targets:
-        matches = [module for name, module in modules.items() if name == target or name.endswith(f'.{target}')]
+        matches = _modules_called(target, modules)
         if not matches:
             raise LabError(f'no module is called {target!r}{nearest(target, names)}: '
                            f'choose all-linear alone, or some of {", ".join(names)}')
         if any(id(module.weight) in tied for module in matches):
             raise LabError(f'{target} shares its weights between input and output and cannot be adapted: '
                            'leave it out of targets')
+
+
+def _has_transposed_weights(model):
+    "Whether linear maps of `model` hold their matrices transposed, as GPT-2's do."
+    return any(isinstance(module, Conv1D) for module in model.modules())
 
 
 @contextlib.contextmanager
@@ -108,10 +118,9 @@ def add_lora(model,             # a model from `load_model`, quantised or not; i
     check_lora(rank, alpha, dropout)
     _check_targets(model, targets)
 
-    transposed = any(isinstance(module, Conv1D) for module in model.modules())
     names = _linear_names(model) if targets == ['all-linear'] else targets
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, task_type='CAUSAL_LM',
-                        fan_in_fan_out=transposed)
+                        fan_in_fan_out=_has_transposed_weights(model))
     with _lora_seed(seed):
         return get_peft_model(model, config)
 
@@ -165,6 +174,17 @@ def _read_tensors(path):
         raise LabError(f'{path} cannot be read ({reason}): save the adapter again') from None
 
 
+def _check_tensor(name, saved, expected):
+    "A `LabError` unless the tensor `saved` has numbers, all of them finite, and they are those of `expected`."
+    if not saved.numel():
+        raise LabError(f'{name} is empty, as sharded weights are when they were not gathered: '
+                       'gather them before saving')
+    if not torch.isfinite(saved).all():
+        raise LabError(f'{name} has values that are not finite: the training diverged, lower its learning rate')
+    if not torch.equal(saved, expected):
+        raise LabError(f'{name} is not what the model holds: save the adapter again')
+
+
 def _check_tensors(path, expected):
     "A `LabError` unless the safetensors file at `path` holds the tensors of `expected`, bit for bit and finite."
     saved = _read_tensors(path)
@@ -172,14 +192,7 @@ def _check_tensors(path, expected):
         raise LabError(f'{path} lacks {len(lost)} tensors of the adapter ({lost[0]} first): save it again')
 
     for name, tensor in expected.items():
-        if not saved[name].numel():
-            raise LabError(f'{path}: {name} is empty, as sharded weights are when they were not gathered: '
-                           'gather them before saving')
-        if not torch.isfinite(saved[name]).all():
-            raise LabError(f'{path}: {name} has values that are not finite: '
-                           'the training diverged, lower its learning rate')
-        if not torch.equal(saved[name], tensor.detach().cpu()):
-            raise LabError(f'{path}: {name} is not what the model holds: save the adapter again')
+        _check_tensor(f'{path}: {name}', saved[name], tensor.detach().cpu())
 
 
 @torch.no_grad()
@@ -192,6 +205,12 @@ def _logits(model, ids_BT):
         model.train(mode)
 
 
+def _reloaded(folder, reload_base, device):
+    "A fresh base model with the adapter in `folder`, on `device`."
+    reloaded = load_adapter(reload_base(), folder)
+    return reloaded if causal_model(reloaded).device == device else reloaded.to(device)
+
+
 def check_adapter(model,           # the `PeftModel` that was saved
                   folder,          # where `save_adapter` put it
                   reload_base,     # called without arguments, it loads the base model again
@@ -202,9 +221,7 @@ def check_adapter(model,           # the `PeftModel` that was saved
     saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     _check_tensors(Path(folder) / 'adapter_model.safetensors', saved)
 
-    reloaded = load_adapter(reload_base(), folder)
-    if causal_model(reloaded).device != causal_model(model).device:
-        reloaded.to(causal_model(model).device)
+    reloaded = _reloaded(folder, reload_base, causal_model(model).device)
     own_BTV = _logits(model, ids_BT)
     difference = (own_BTV - _logits(reloaded, ids_BT)).abs().max().item()
     if not difference <= tolerance * own_BTV.abs().max().item():
@@ -213,13 +230,17 @@ def check_adapter(model,           # the `PeftModel` that was saved
     return difference
 
 # %% ../../nbs/models/03_adapters.ipynb #b2a4ab74
+def _frozen(tensor, dtype):
+    "A parameter of `dtype` that is not trained."
+    return torch.nn.Parameter(tensor.to(dtype), requires_grad=False)
+
+
 def _full_linear(layer, dtype):
     "A `torch.nn.Linear` with the weights of the quantised `layer` written out."
     full = torch.nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device='meta')
-    weight = dequantize_bnb_weight(layer.weight, state=getattr(layer, 'state', None))
-    full.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
+    full.weight = _frozen(dequantize_bnb_weight(layer.weight, state=getattr(layer, 'state', None)), dtype)
     if layer.bias is not None:
-        full.bias = torch.nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
+        full.bias = _frozen(layer.bias.detach(), dtype)
     return full
 
 
@@ -267,6 +288,13 @@ def merge_adapter(model,  # a `PeftModel`; it is not changed
                        'its training diverged, lower its learning rate') from None
 
 # %% ../../nbs/models/03_adapters.ipynb #4d8c3114
+def _save_whole(model, folder, tokenizer):
+    "Save all weights in `folder`, and the tokenizer beside them."
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
 def save_and_check(model,           # trained: a `PreTrainedModel`, or a `PeftModel` around one
                    folder,          # of the run: `model`, or `adapter` and `merged`, are made in it
                    reload_base,     # called without arguments, it loads the base model again
@@ -278,10 +306,7 @@ def save_and_check(model,           # trained: a `PreTrainedModel`, or a `PeftMo
     "Save what was trained in `folder`, and read an adapter back. `LabError` when it is not what was saved."
     folder = Path(folder)
     if not isinstance(model, PeftModel):
-        model.save_pretrained(folder / 'model')
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder / 'model')
-        return None
+        return _save_whole(model, folder / 'model', tokenizer)
 
     save_adapter(model, folder / 'adapter')
     difference = check_adapter(model, folder / 'adapter', reload_base, ids_BT)

@@ -61,6 +61,11 @@ class Shape:
         return sum(linear.size for linear in self.linears)
 
     @property
+    def biases(self):
+        "Sizes of the vectors that the linear maps of one layer add."
+        return [linear.outputs for linear in self.linears if linear.bias]
+
+    @property
     def table(self):
         "Numbers in the embedding, and in the output matrix."
         return self.words * self.width
@@ -72,18 +77,22 @@ def _common(config):
                 words=config.vocab_size, tied=config.tie_word_embeddings)
 
 
+def _gpt2_linears(width, mlp):
+    "The four linear maps of one layer."
+    return [Linear('attn.c_attn', 'attention in', width, 3 * width, True),
+            Linear('attn.c_proj', 'attention out', width, width, True),
+            Linear('mlp.c_fc', 'mlp in', width, mlp, True),
+            Linear('mlp.c_proj', 'mlp out', mlp, width, True)]
+
+
 def _gpt2(config):
     "GPT-2: one product for queries, keys and values, biases everywhere, dropout."
     width = config.hidden_size
     mlp = config.n_inner or 4 * width
-    linears = [Linear('attn.c_attn', 'attention in', width, 3 * width, True),
-               Linear('attn.c_proj', 'attention out', width, width, True),
-               Linear('mlp.c_fc', 'mlp in', width, mlp, True),
-               Linear('mlp.c_proj', 'mlp out', mlp, width, True)]
-    return Shape(linears, **_common(config), mlp=mlp, query=width, key_value=width, positions=config.n_positions,
-                 layer_norms=[width] * 4, last_norms=[width] * 2, dropout=config.resid_pdrop,
-                 attention_dropout=config.attn_pdrop, embedding_dropout=config.embd_pdrop, gated=False,
-                 quantisable=False)
+    return Shape(_gpt2_linears(width, mlp), **_common(config), mlp=mlp, query=width, key_value=width,
+                 positions=config.n_positions, layer_norms=[width] * 4, last_norms=[width] * 2,
+                 dropout=config.resid_pdrop, attention_dropout=config.attn_pdrop,
+                 embedding_dropout=config.embd_pdrop, gated=False, quantisable=False)
 
 
 def _llama_attention(config, query, key_value):
@@ -98,21 +107,24 @@ def _llama_attention(config, query, key_value):
             Linear('self_attn.o_proj', 'attention out', query, width, writes)]
 
 
+def _gated_mlp(config, width, mlp):
+    "The three linear maps of an MLP with a gate."
+    bias = getattr(config, 'mlp_bias', False)
+    return [Linear('mlp.gate_proj', 'mlp in', width, mlp, bias),
+            Linear('mlp.up_proj', 'mlp in', width, mlp, bias),
+            Linear('mlp.down_proj', 'mlp out', mlp, width, bias)]
+
+
 def _llama(config):
     "Llama and its relatives: shared key-value heads and a gated MLP."
     width = config.hidden_size
-    mlp = config.intermediate_size
     head = getattr(config, 'head_dim', None) or width // config.num_attention_heads
     query = config.num_attention_heads * head
     key_value = config.num_key_value_heads * head
-
-    bias = getattr(config, 'mlp_bias', False)
-    gated_mlp = [Linear('mlp.gate_proj', 'mlp in', width, mlp, bias),
-                 Linear('mlp.up_proj', 'mlp in', width, mlp, bias),
-                 Linear('mlp.down_proj', 'mlp out', mlp, width, bias)]
     head_norms = [head] * 2 if config.model_type == 'qwen3' else []
-    return Shape(_llama_attention(config, query, key_value) + gated_mlp, **_common(config), mlp=mlp, query=query,
-                 key_value=key_value, layer_norms=[width] * 2 + head_norms, last_norms=[width],
+    linears = _llama_attention(config, query, key_value) + _gated_mlp(config, width, config.intermediate_size)
+    return Shape(linears, **_common(config), mlp=config.intermediate_size, query=query, key_value=key_value,
+                 layer_norms=[width] * 2 + head_norms, last_norms=[width],
                  attention_dropout=getattr(config, 'attention_dropout', 0.0))
 
 
@@ -137,12 +149,25 @@ def parameter_count(config,  # a transformers config
         embedding=shape.table,
         positions=shape.positions * shape.width,
         linear=shape.layers * shape.layer_size,
-        bias=shape.layers * sum(linear.outputs for linear in shape.linears if linear.bias),
+        bias=shape.layers * sum(shape.biases),
         norm=shape.layers * sum(shape.layer_norms) + sum(shape.last_norms),
         head=0 if shape.tied else shape.table)
     return dict(total=sum(parts.values()), **parts, head_tied=shape.tied)
 
 # %% ../../nbs/models/08_cost.ipynb #f703b0b3
+def _is_called(linear, target):
+    "Whether `target` is the name of a linear map, or its last parts."
+    return f'.{linear.name}'.endswith(f'.{target}')
+
+
+def _check_named(target, linears):
+    "A `LabError` when none of `linears` is called `target`."
+    names = list(dict.fromkeys(linear.name.split('.')[-1] for linear in linears))
+    if not any(_is_called(linear, target) for linear in linears):
+        raise LabError(f'no linear map is called {target!r}{nearest(target, names)}: '
+                       f'choose from {", ".join(names)}, or all-linear')
+
+
 def adapted_linears(config,   # a transformers config
                     targets,  # names of modules, or 'all-linear'
 )->list:                      # the linear maps of one layer that get an adapter
@@ -152,14 +177,9 @@ def adapted_linears(config,   # a transformers config
     if targets == ['all-linear']:
         return linears
 
-    matches = {target: [linear for linear in linears if f'.{linear.name}'.endswith(f'.{target}')]
-               for target in targets}
-    names = list(dict.fromkeys(linear.name.split('.')[-1] for linear in linears))
-    for target, fitting in matches.items():
-        if not fitting:
-            raise LabError(f'no linear map is called {target!r}{nearest(target, names)}: '
-                           f'choose from {", ".join(names)}, or all-linear')
-    return [linear for linear in linears if any(linear in fitting for fitting in matches.values())]
+    for target in targets:
+        _check_named(target, linears)
+    return [linear for linear in linears if any(_is_called(linear, target) for target in targets)]
 
 # %% ../../nbs/models/08_cost.ipynb #62d87219
 def lora_parameter_count(config,   # a transformers config
@@ -179,22 +199,32 @@ class Tensors(NamedTuple):
     hidden: bool  # whether they are matrices between hidden states
 
 # %% ../../nbs/models/08_cost.ipynb #7c79ef63
+def _factor_tensors(config, method):
+    "The factors of an adapter, two for each linear map that it adapts."
+    layers = architecture(config).layers
+    return [Tensors(method.rank * width, layers, True)
+            for linear in adapted_linears(config, method.targets) for width in (linear.inputs, linear.outputs)]
+
+
+def _tables(shape):
+    "Sizes of the embedding, of an output matrix of its own, and of the table of positions."
+    tables = [shape.table] if shape.tied else [shape.table, shape.table]
+    if shape.positions:
+        tables.append(shape.positions * shape.width)
+    return tables
+
+
 def trained_tensors(config,         # a transformers config
                     method:Method,  # what is trained
 )->list:                            # `Tensors`
     "Every tensor that is trained, equal ones together."
     shape = architecture(config)
     if not method.full:
-        return [Tensors(method.rank * width, shape.layers, True)
-                for linear in adapted_linears(config, method.targets) for width in (linear.inputs, linear.outputs)]
+        return _factor_tensors(config, method)
 
-    vectors = [linear.outputs for linear in shape.linears if linear.bias] + shape.layer_norms
-    tables = [shape.table] if shape.tied else [shape.table, shape.table]
-    if shape.positions:
-        tables.append(shape.positions * shape.width)
-    return ([Tensors(linear.size, shape.layers, True) for linear in shape.linears]
-            + [Tensors(size, shape.layers, False) for size in vectors]
-            + [Tensors(size, 1, False) for size in tables + shape.last_norms])
+    matrices = [Tensors(linear.size, shape.layers, True) for linear in shape.linears]
+    vectors = [Tensors(size, shape.layers, False) for size in shape.biases + shape.layer_norms]
+    return matrices + vectors + [Tensors(size, 1, False) for size in _tables(shape) + shape.last_norms]
 
 # %% ../../nbs/models/08_cost.ipynb #e1694334
 def _sizes(lengths):
@@ -208,6 +238,11 @@ def _adapted_names(config, method):
     if method.full or not method.rank or not method.targets:
         return set()
     return {linear.name for linear in adapted_linears(config, method.targets)}
+
+
+def _factor_size(shape, method, adapted):
+    "Numbers in the factors of one layer."
+    return sum(method.rank * (linear.inputs + linear.outputs) for linear in shape.linears if linear.name in adapted)
 
 
 def _head_products(shape, tokens, targets_tokens):
@@ -226,8 +261,7 @@ def flops_forward(config,                 # a transformers config
     shape = architecture(config)
     tokens, squares = _sizes(lengths)
 
-    adapted = _adapted_names(config, method)
-    factors = sum(method.rank * (linear.inputs + linear.outputs) for linear in shape.linears if linear.name in adapted)
+    factors = _factor_size(shape, method, _adapted_names(config, method))
     layer = 2 * tokens * (shape.layer_size + factors) + 4 * shape.query * squares
     return float(2 * _head_products(shape, tokens, targets_tokens) + shape.layers * layer)
 
@@ -563,6 +597,14 @@ def peak_bytes(config,             # a transformers config
     return max(loss, last_layer, end)
 
 # %% ../../nbs/models/08_cost.ipynb #89749e28
+def _working_bytes(config, method, step):
+    "What comes and goes within a step, by tenant."
+    parts = dict(activations=activation_bytes(config, method, step), logits=logit_bytes(config, method, step),
+                 backward=backward_bytes(config, method, step))
+    copies = copied_weight_bytes(config, method, step)
+    return parts if copies is None else parts | dict(copies=copies)
+
+
 def memory_breakdown(config,                       # a transformers config
                      method:Method,                # what is trained, and how the weights are held
                      *,
@@ -581,11 +623,7 @@ def memory_breakdown(config,                       # a transformers config
     step = StepShape(tokens, longest, gradient_checkpointing, mixed, device)
 
     parts = shared_bytes(config, method, held_bytes(config, method, optimiser), sharing, nproc)
-    parts |= dict(activations=activation_bytes(config, method, step), logits=logit_bytes(config, method, step),
-                  backward=backward_bytes(config, method, step))
-    copies = copied_weight_bytes(config, method, step)
-    if copies is not None:
-        parts['copies'] = copies
+    parts |= _working_bytes(config, method, step)
     if device == 'cuda':
         parts |= {name: 0 for name in offloaded}
     return parts | dict(total=peak_bytes(config, method, step, parts, accumulation))

@@ -180,6 +180,13 @@ def _per_document(tensors_BHTD, lengths, window, options):
     return torch.cat([_attend(piece, *run, window, options) for run, piece in zip(runs, pieces, strict=True)])[None]
 
 
+def _refuse_changed_scores(options):
+    "A `LabError` when a model asks for scores other than scaled dot products."
+    if any(options.get(name) is not None for name in ('softcap', 'position_bias', 's_aux')):
+        raise LabError("this architecture changes the attention scores, which attention='documents' does not know: "
+                       "load the model with attention='eager'")
+
+
 def documents_attention(module,               # the attention module that asks
                         query_BHTD,           # (rows, heads, slots, head width)
                         key_BHTD,             # (rows, key-value heads, slots, head width)
@@ -194,9 +201,7 @@ def documents_attention(module,               # the attention module that asks
     if documents is None:
         return sdpa_attention_forward(module, query_BHTD, key_BHTD, value_BHTD, attention_mask, dropout=dropout,
                                       scaling=scaling, **kwargs)
-    if any(kwargs.get(name) is not None for name in ('softcap', 'position_bias', 's_aux')):
-        raise LabError("this architecture changes the attention scores, which attention='documents' does not know: "
-                       "load the model with attention='eager'")
+    _refuse_changed_scores(kwargs)
 
     documents.seen += 1
     window = kwargs.get('sliding_window')
@@ -237,6 +242,11 @@ def _check_packed(config, ids_BT, lengths):
                        'which mix packed documents: use padded rows')
 
 
+def _positions_in(lengths):
+    "Position of each token of a packed row in its own document, (1, slots)."
+    return torch.cat([torch.arange(length) for length in lengths])[None]
+
+
 def hidden_states(model,                  # from `load_model`, with or without an adapter
                   ids_BT,                 # token ids, (rows, slots)
                   position_ids_BT=None,   # position of each token in its document; from `document_lengths` when `None`
@@ -250,7 +260,7 @@ def hidden_states(model,                  # from `load_model`, with or without a
     if document_lengths:
         _check_packed(model.config, ids_BT, document_lengths)
         if position_ids_BT is None:
-            position_ids_BT = torch.cat([torch.arange(n) for n in document_lengths])[None].to(ids_BT.device)
+            position_ids_BT = _positions_in(document_lengths).to(ids_BT.device)
         if model.config._attn_implementation == 'documents':
             # a mask of one element keeps transformers from building one
             packed = dict(documents=DocumentLengths(document_lengths),
@@ -385,17 +395,22 @@ def mend_cpu_dequantising():
     return library
 
 # %% ../../nbs/models/01_load.ipynb #4ff4d9cd
+def _count_of(weight):
+    "(parameters that `weight` stands for, whether it holds them in 4 or 8 bits)."
+    state = getattr(weight, 'quant_state', None)
+    count = weight.numel() if state is None else state.shape.numel()
+    return count, state is not None or weight.dtype == torch.int8
+
+
 def quantised_share(model,  # any model, with or without an adapter
 )->dict:                    # quantised: parameters held in 4 or 8 bits; total: all parameters; share: their ratio
     "How much of `model` is really quantised."
     quantised = 0
     total = 0
     for weight in model.parameters():
-        state = getattr(weight, 'quant_state', None)
-        count = weight.numel() if state is None else state.shape.numel()
+        count, is_quantised = _count_of(weight)
         total += count
-        if state is not None or weight.dtype == torch.int8:
-            quantised += count
+        quantised += count * is_quantised
     return dict(quantised=quantised, total=total, share=quantised / total)
 
 # %% ../../nbs/models/01_load.ipynb #3e15aa2e
@@ -468,6 +483,22 @@ def _mark_tables(model):
     output_head(model).weight.table = True
 
 
+def _loading_options(precision, quantisation, attention):
+    "What transformers is told when it makes a model."
+    dtype = precisions[precision].dtype
+    options = dict(dtype=dtype, attn_implementation=attention)
+    if quantisation != 'none':
+        options['quantization_config'] = quantisations[quantisation].config(dtype)
+    return options
+
+
+def _check_attention(model, attention):
+    "A `LabError` when the architecture lets no attention from outside in, and documents must be kept apart."
+    if attention == 'documents' and not (model._supports_sdpa and model._supports_attention_backend):
+        raise LabError(f"attention='documents' does not work for the architecture {model.config.model_type}: "
+                       "load it with attention='eager'")
+
+
 def load_model(name:str,                   # 'preset:NAME' (random weights), 'base', a folder, or a hub name
                precision:str='fp32',       # name in `precisions`: of all that is not quantised, and of computing
                quantisation:str='none',    # name in `quantisations`
@@ -476,9 +507,7 @@ def load_model(name:str,                   # 'preset:NAME' (random weights), 'ba
 ):                                         # a `PreTrainedModel`
     "Load a causal language model. `LabError` when there is none, when weights are missing, and for unknown options."
     check_model_settings(precision, quantisation=quantisation, attention=attention)
-    options = dict(dtype=precisions[precision].dtype, attn_implementation=attention)
-    if quantisation != 'none':
-        options['quantization_config'] = quantisations[quantisation].config(precisions[precision].dtype)
+    options = _loading_options(precision, quantisation, attention)
     if quantisation == 'nf4':
         mend_cpu_dequantising()
 
@@ -487,10 +516,7 @@ def load_model(name:str,                   # 'preset:NAME' (random weights), 'ba
             model = _random(model_config(name), options)
         else:
             model = _pretrained(_local_folder(name) or name, options)
-    if attention == 'documents' and not (model._supports_sdpa and model._supports_attention_backend):
-        raise LabError(f"attention='documents' does not work for the architecture {model.config.model_type}: "
-                       "load it with attention='eager'")
-
+    _check_attention(model, attention)
     model.name_or_path = model.config._name_or_path = name
     _mark_tables(model)
     return placed(model) if quantisation == 'none' else disable_cpu_repacking(model)

@@ -49,7 +49,7 @@ def frozen_gpt2(layers:int=12,          # transformer blocks
 
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2:
-            parameter.fill_(float(name.endswith('weight')))
+            parameter.fill_(float(name.endswith('weight')))  # norms are 1, biases 0
         else:
             parameter.copy_(_initial_weights(name, parameter.shape, seed, scale, layers))
     model.name_or_path = model.config._name_or_path = f'random:{layers}x{width}'
@@ -114,21 +114,28 @@ def _linear_layers(model):
             if isinstance(module, (nn.Linear, Conv1D, LowRank)) and 'layer' not in name.split('.')]
 
 
+def _whole_layers(layers, target):
+    "(name, module, start, stop) of the layers called `target`."
+    return [(name, module, 0, _outputs_of(module)) for name, module in layers if name.rsplit('.', 1)[-1] == target]
+
+
 def _third(name, module, target):
     "(name, module, start, stop) of the third of a fused layer that `target` means."
     width = _outputs_of(module) // 3
     return name, module, fused[target] * width, (fused[target] + 1) * width
 
 
+def _thirds(layers, target):
+    "`_third` of every fused layer that has one called `target`."
+    return [_third(name, module, target) for name, module in layers if target in fused and name.endswith('c_attn')]
+
+
 def _spans(model, target):
     "(name, module, start, stop) of every layer that `target` means; a `LabError` when there is none."
     layers = _linear_layers(model)
-    whole = [(name, module, 0, _outputs_of(module)) for name, module in layers if name.rsplit('.', 1)[-1] == target]
-    if whole:
-        return whole
-    thirds = [_third(name, module, target) for name, module in layers if target in fused and name.endswith('c_attn')]
-    if thirds:
-        return thirds
+    spans = _whole_layers(layers, target) or _thirds(layers, target)
+    if spans:
+        return spans
 
     names = sorted({name.rsplit('.', 1)[-1] for name, _ in layers})
     parts = f', {", ".join(fused)}' if 'c_attn' in names else ''

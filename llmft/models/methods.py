@@ -35,6 +35,12 @@ def _kind_of(params):
     return 'lora' if getattr(params, 'quantisation', 'none') == 'none' else 'qlora'
 
 
+def _targets_of(params):
+    "The names of adapted modules that the parameters of a notebook give, one or several."
+    targets = getattr(params, 'lora_targets', ())
+    return (targets,) if isinstance(targets, str) else tuple(targets)
+
+
 def _precision_of(base):
     "The name of the dtype of a loaded model."
     from llmft.models.load import precisions
@@ -59,8 +65,8 @@ class Method:
     alpha: float = 0.0  # the adapter is scaled by alpha / rank
     dropout: float = 0.0  # probability of dropping an input of the adapter, in training
     targets: tuple = ()  # names of the modules that are adapted, or 'all-linear'
-    quantisation: str = 'none'  # none | int8 | nf4: of the frozen linear layers
-    precision: str = 'fp32'  # fp32 | bf16 | fp16: of all that is not quantised
+    quantisation: str = 'none'  # name in `llmft.models.load.quantisations`: of the frozen linear layers
+    precision: str = 'fp32'  # name in `llmft.models.load.precisions`: of all that is not quantised
 
     @classmethod
     def from_params(cls, params):
@@ -70,10 +76,9 @@ class Method:
         if kind == 'full':
             return cls(precision=precision)
 
-        targets = getattr(params, 'lora_targets', ())
+        quantisation = getattr(params, 'quantisation', 'nf4') if kind == 'qlora' else 'none'
         return cls(kind, getattr(params, 'lora_rank', 0), getattr(params, 'lora_alpha', 0.0),
-                   getattr(params, 'lora_dropout', 0.0), (targets,) if isinstance(targets, str) else tuple(targets),
-                   getattr(params, 'quantisation', 'nf4') if kind == 'qlora' else 'none', precision)
+                   getattr(params, 'lora_dropout', 0.0), _targets_of(params), quantisation, precision)
 
     @classmethod
     def of(cls, model):
@@ -99,9 +104,12 @@ class Method:
         choose('method', self.kind, methods)
         if self.kind != 'qlora' and self.quantisation != 'none':
             raise LabError(f'method is {self.kind} and quantisation {self.quantisation}: choose qlora, or none')
-        if self.full:
-            return self
+        if not self.full:
+            self._check_adapter()
+        return self
 
+    def _check_adapter(self):
+        "Raise a `LabError` for the first setting of the adapter that makes no sense."
         from llmft.models.adapters import check_lora  # needs PyTorch
 
         check_lora(self.rank, self.alpha, self.dropout)
@@ -109,7 +117,6 @@ class Method:
             raise LabError('targets is empty: give all-linear, or names of modules')
         if self.kind == 'qlora' and self.quantisation == 'none':
             raise LabError('method is qlora and quantisation none: choose nf4 or int8, or method lora')
-        return self
 
     def load(self, name:str,             # as for `load_model`
              seed:int=0,                 # of random weights

@@ -20,15 +20,19 @@ from .meter import resident_bytes
 LEVELS = 16  # values that four bits can tell apart
 
 
+def _scales(groups_OGI):
+    "(scale, zero) of each group in bfloat16: the distance of its levels, and where the middle one lies."
+    low_OG = groups_OGI.amin(-1)
+    scale_OG = ((groups_OGI.amax(-1) - low_OG) / (LEVELS - 1)).clamp(min=1e-8).bfloat16()
+    return scale_OG, (low_OG + LEVELS // 2 * scale_OG.float()).bfloat16()
+
+
 def four_bits(weight_OI,     # matrix, (outputs, inputs)
               group:int=64,  # weights of a row that share a scale and a zero
 )->tuple:                    # codes as int32 (outputs, inputs), bfloat16 scales and zeros (inputs/group, outputs, 2)
     "Round to the nearest of 16 evenly spaced values between the smallest and the largest weight of a group."
     groups_OGI = weight_OI.float().unflatten(1, (-1, group))
-    low_OG = groups_OGI.amin(-1)
-    scale_OG = ((groups_OGI.amax(-1) - low_OG) / (LEVELS - 1)).clamp(min=1e-8).bfloat16()
-    zero_OG = (low_OG + LEVELS // 2 * scale_OG.float()).bfloat16()
-
+    scale_OG, zero_OG = _scales(groups_OGI)
     steps_OGI = (groups_OGI - zero_OG[..., None].float()) / scale_OG[..., None].float()
     codes_OI = (steps_OGI + LEVELS // 2).round().clamp(0, LEVELS - 1).flatten(1).int()
     return codes_OI, torch.stack([scale_OG, zero_OG], -1).transpose(0, 1).contiguous()
@@ -57,6 +61,13 @@ def _packed_for_gpu(codes_OI):
     return torch._convert_weight_to_int4pack((codes_OI[:, ::2] << 4 | codes_OI[:, 1::2]).byte(), tiles)
 
 
+def _kernel_for(codes_OI):
+    "(the product of the device that `codes_OI` are on, the codes in the order that it wants)."
+    if codes_OI.device.type == 'cpu':
+        return torch._weight_int4pack_mm_for_cpu, torch._convert_weight_to_int4pack_for_cpu(codes_OI, 1)
+    return torch._weight_int4pack_mm, _packed_for_gpu(codes_OI)
+
+
 class Int4Linear(torch.nn.Module):
     "A linear layer whose matrix is held in four bits and multiplied as it is; for inference, computed in bfloat16."
 
@@ -66,12 +77,7 @@ class Int4Linear(torch.nn.Module):
         self.group = group_for(self.out_features, self.in_features)
         codes_OI, scales_GO2 = four_bits(layer.weight.detach(), self.group)
 
-        if codes_OI.device.type == 'cpu':
-            self.multiply = torch._weight_int4pack_mm_for_cpu
-            packed = torch._convert_weight_to_int4pack_for_cpu(codes_OI, 1)
-        else:
-            self.multiply = torch._weight_int4pack_mm
-            packed = _packed_for_gpu(codes_OI)
+        self.multiply, packed = _kernel_for(codes_OI)
         self.register_buffer('packed', packed)
         self.register_buffer('scales', scales_GO2)
         self.register_buffer('bias', None if layer.bias is None else layer.bias.detach().bfloat16())
@@ -84,6 +90,12 @@ class Int4Linear(torch.nn.Module):
         return outputs_RO.view(*inputs.shape[:-1], self.out_features).to(inputs.dtype)
 
 # %% ../../nbs/models/07_precisions.ipynb #5b32d37b
+def _can_be_int4(layer):
+    "Whether `layer` is linear, not quantised, and of a shape that the kernels take."
+    plain = isinstance(layer, torch.nn.Linear) and layer.weight.is_floating_point()
+    return bool(plain and group_for(*layer.weight.shape))
+
+
 @torch.no_grad()
 def use_int4(model,  # a causal language model; it is changed in place
 )->int:              # weights that are now held in four bits
@@ -92,8 +104,7 @@ def use_int4(model,  # a causal language model; it is changed in place
     head = output_head(model)
     replaced = 0
     for name, layer in list(base.named_modules()):
-        plain = isinstance(layer, torch.nn.Linear) and layer.weight.is_floating_point()
-        if plain and layer is not head and group_for(*layer.weight.shape):
+        if layer is not head and _can_be_int4(layer):
             base.set_submodule(name, Int4Linear(layer))
             replaced += layer.weight.numel()
 

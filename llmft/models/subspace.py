@@ -74,6 +74,12 @@ def _rounded_shares(total, sizes):
     return [high - low for low, high in pairwise(edges)]
 
 
+def _filled(left, waiting, sizes, caps):
+    "Those of the `waiting` receivers whose proportional shares of `left` reach their caps."
+    weight = sum(sizes[i] for i in waiting)
+    return [i for i in waiting if left * sizes[i] / weight >= caps[i]]
+
+
 def share_out(total:int,  # coordinates
               sizes,      # weight of each receiver
               caps,       # most that each can take
@@ -87,8 +93,7 @@ def share_out(total:int,  # coordinates
     waiting = list(range(len(sizes)))
     while waiting:
         left = total - sum(given)
-        weight = sum(sizes[i] for i in waiting)
-        full = [i for i in waiting if left * sizes[i] / weight >= caps[i]]
+        full = _filled(left, waiting, sizes, caps)
         if not full:
             shares = _rounded_shares(left, [sizes[i] for i in waiting])
             return [shares[waiting.index(i)] if i in waiting else share for i, share in enumerate(given)]
@@ -151,16 +156,21 @@ def _fixed_blocks(names, sizes, config):
             Block('B', _numbers_in(names, sizes, 'B'), cut, d, None, 'B')]
 
 
+def _coordinates_of_layers(layers, numbers, dimension):
+    "How many coordinates each layer reads, in proportion to its numbers and at most those of its smaller factor."
+    given = share_out(dimension, [numbers[layer, 'A'] + numbers[layer, 'B'] for layer in layers],
+                      [min(numbers[layer, 'A'], numbers[layer, 'B']) for layer in layers])
+    if min(given) < 1:
+        raise LabError(f'{dimension} coordinates leave layer {layers[given.index(min(given))]} without any: '
+                       'raise the intrinsic dimension')
+    return given
+
+
 def _learned_blocks(names, sizes, config):
     "Two blocks for each layer, which read the same coordinates."
     layers = _layers(names)
     numbers = {(layer, factor): _numbers_in(names, sizes, factor, layer) for layer in layers for factor in 'AB'}
-    given = share_out(config.dimension, [numbers[layer, 'A'] + numbers[layer, 'B'] for layer in layers],
-                      [min(numbers[layer, 'A'], numbers[layer, 'B']) for layer in layers])
-    if min(given) < 1:
-        raise LabError(f'{config.dimension} coordinates leave layer {layers[given.index(min(given))]} without any: '
-                       'raise the intrinsic dimension')
-
+    given = _coordinates_of_layers(layers, numbers, config.dimension)
     ends = np.cumsum(given).tolist()
     return [Block(f'{layer}|{factor}', numbers[layer, factor], end - count, end, layer, factor)
             for layer, count, end in zip(layers, given, ends, strict=True) for factor in 'AB']
@@ -207,21 +217,24 @@ class Subspace(nn.Module):
         self.layers = list(dict.fromkeys(block.layer for block in self.blocks if block.layer is not None))
         self.projections = nn.ModuleList(self._projection(block) for block in self.blocks)
 
-        flat = torch.cat([p.detach().float().flatten() for p in self.parameters_of])
-        self.register_buffer('start', flat, persistent=False)
-        self.v = nn.Parameter(torch.zeros(config.dimension, device=flat.device))
-        self.v.decayed = True
-        self.gates = nn.Parameter(torch.zeros(len(self.layers) + 1)) if config.mode == 'learned' else None
-        if self.gates is not None:
-            self.gates.data[_STEPS] = -1
-
+        self._make_numbers()
         self.fixed_shares = None  # coded shares of the gates, (layers,)
         self.codebook = None  # levels that stand for the coordinates, (q,)
         self.lent = False  # whether the layers hold computed tensors
         self.written = None  # `state` whose values stand in the layers
         self.computed = None  # (`state`, its values)
         self.counted_v = None  # v at the optimiser step that was counted last
-        self.to(flat.device)
+        self.to(self.start.device)
+
+    def _make_numbers(self):
+        "The starting values, the coordinates v and, where there are any, the gates."
+        flat = torch.cat([p.detach().float().flatten() for p in self.parameters_of])
+        self.register_buffer('start', flat, persistent=False)
+        self.v = nn.Parameter(torch.zeros(self.config.dimension, device=flat.device))
+        self.v.decayed = True
+        self.gates = nn.Parameter(torch.zeros(len(self.layers) + 1)) if self.config.mode == 'learned' else None
+        if self.gates is not None:
+            self.gates.data[_STEPS] = -1
 
     def _projection(self, block):
         label = f'projection|{self.config.seed}|{block.label}'
@@ -394,15 +407,20 @@ def lend(self:Subspace, *_):
     self.lent = True
 
 # %% ../../nbs/models/05_subspace.ipynb #86c270e5
-def _owners(model, parameters):
-    "Name -> (module, attribute) that holds each of `parameters`; a `LabError` for one that is absent or shared."
+def _places_of(model, parameters):
+    "Name -> all (module, attribute) that hold the parameter."
     wanted = {id(parameter): name for name, parameter in parameters.items()}
-    owners = {}
+    places = {}
     for module in model.modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None and id(parameter) in wanted:
-                owners.setdefault(wanted[id(parameter)], []).append((module, attribute))
+                places.setdefault(wanted[id(parameter)], []).append((module, attribute))
+    return places
 
+
+def _owners(model, parameters):
+    "Name -> (module, attribute) that holds each of `parameters`; a `LabError` for one that is absent or shared."
+    owners = _places_of(model, parameters)
     if lost := sorted(set(parameters) - set(owners)):
         raise LabError(f'{lost[0]} is no parameter of this model')
     if shared := [name for name, places in owners.items() if len(places) > 1]:
@@ -433,6 +451,12 @@ def attach(model,             # any transformers model; frozen, and changed in p
 
 # %% ../../nbs/models/05_subspace.ipynb #23332c02
 @patch
+def _nearest_codes(self:Subspace, levels):
+    "The code of each gate whose share lies nearest, of `levels` codes."
+    return torch.clamp((torch.sigmoid(self.gates[:_STEPS]) * levels).floor(), 0, levels - 1)
+
+
+@patch
 @torch.no_grad()
 def code_gates(self:Subspace,
                codes=None,  # whole numbers, one for each layer; the nearest when `None`
@@ -441,10 +465,7 @@ def code_gates(self:Subspace,
     if self.gates is None:
         return []
     levels = 2**self.config.gate_bits
-    if codes is None:
-        codes = torch.clamp((torch.sigmoid(self.gates[:_STEPS]) * levels).floor(), 0, levels - 1)
-    else:
-        codes = torch.tensor(codes, dtype=torch.float32)
+    codes = self._nearest_codes(levels) if codes is None else torch.tensor(codes, dtype=torch.float32)
 
     self.fixed_shares = ((codes + 0.5) / levels).to(self.v.device)
     self.computed = None
@@ -491,13 +512,18 @@ def describe(subspace: Subspace) -> dict:
                          projection_hash=projection_hash))
 
 # %% ../../nbs/models/05_subspace.ipynb #d274b70c
+def _saved_tensors(subspace):
+    "Name -> copy of the trained numbers, in main memory."
+    numbers = dict(v=subspace.v, gates=subspace.gates)
+    return {name: p.detach().cpu().contiguous().clone() for name, p in numbers.items() if p is not None}
+
+
 def save_subspace(subspace:Subspace,  # trained
                   path,               # a .safetensors file
                   **facts,            # anything else to keep with it, JSON-like
 )->Path:                              # `path`
     "Write the trained numbers and everything they depend on."
-    numbers = dict(v=subspace.v, gates=subspace.gates)
-    tensors = {name: p.detach().cpu().contiguous().clone() for name, p in numbers.items() if p is not None}
+    tensors = _saved_tensors(subspace)
     metadata = dict(subspace=json.dumps(describe(subspace)), facts=json.dumps(jsonable(facts)))
     partial = Path(path).with_suffix('.partial')
     save_file(tensors, partial, metadata=metadata)

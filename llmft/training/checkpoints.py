@@ -48,6 +48,13 @@ def counter_device(optimiser,  # a torch or bitsandbytes optimiser
     return parameter.device if fused else torch.device('cpu')
 
 # %% ../../nbs/training/04_checkpoints.ipynb #282377e9
+def _placed(optimiser, parameter, key, value):
+    "The tensor `value` where `optimiser` keeps it for `parameter`; paged memory stays paged."
+    if getattr(optimiser, 'is_paged', False) and key in ('state1', 'state2'):
+        return optimiser.get_state_buffer(parameter, dtype=value.dtype).copy_(value)
+    return value.to(parameter.device if value.ndim else counter_device(optimiser, parameter))
+
+
 def restore_optimiser(optimiser,     # a fresh optimiser over the same parameters
                       names:dict,    # parameter -> name
                       tensors:dict,  # tensors by "name|key"
@@ -55,40 +62,41 @@ def restore_optimiser(optimiser,     # a fresh optimiser over the same parameter
 ):
     "Put back what `optimiser_state` took; tensors go to their parameter, step counts where `counter_device` says."
     parameters = {name: parameter for parameter, name in names.items()}
-    paged = getattr(optimiser, 'is_paged', False)
-
     for label, value in {**tensors, **numbers}.items():
         name, key = label.split('|')
         parameter = parameters[name]
-        if torch.is_tensor(value) and paged and key in ('state1', 'state2'):
-            buffer = optimiser.get_state_buffer(parameter, dtype=value.dtype)
-            value = buffer.copy_(value)  # paged memory stays paged
-        elif torch.is_tensor(value):
-            value = value.to(parameter.device if value.ndim else counter_device(optimiser, parameter))
+        if torch.is_tensor(value):
+            value = _placed(optimiser, parameter, key, value)
         optimiser.state[parameter][key] = value
 
 # %% ../../nbs/training/04_checkpoints.ipynb #316bb73f
+def _torch_states():
+    "The states of PyTorch's generators: `torch`, and `cuda0` and so on where there are GPUs."
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {'torch': torch.get_rng_state()} | {f'cuda{number}': state for number, state in enumerate(cuda_states)}
+
+
 def random_state() -> tuple:
     "The state of all global random generators: (tensors, JSON-like rest)."
-    tensors = {'torch': torch.get_rng_state()}
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    for number, state in enumerate(cuda_states):
-        tensors[f'cuda{number}'] = state
-
+    tensors = _torch_states()
     name, keys, *rest = np.random.get_state()
     tensors['numpy'] = torch.from_numpy(keys.astype(np.int64))
     return tensors, dict(numpy=[name, *rest], python=random.getstate())
 
 # %% ../../nbs/training/04_checkpoints.ipynb #2b6837ad
-def restore_random(tensors:dict,  # states of the generators of PyTorch and NumPy
-                   rest:dict,     # the JSON-like rest
-):
-    "Put back what `random_state` took."
+def _restore_torch(tensors):
+    "Put back PyTorch's generators; those of GPUs only where there are as many as before."
     torch.set_rng_state(tensors['torch'])
     cuda_states = [tensors[name] for name in sorted(tensors) if name.startswith('cuda')]
     if cuda_states and len(cuda_states) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(cuda_states)
 
+
+def restore_random(tensors:dict,  # states of the generators of PyTorch and NumPy
+                   rest:dict,     # the JSON-like rest
+):
+    "Put back what `random_state` took."
+    _restore_torch(tensors)
     name, *numbers = rest['numpy']
     np.random.set_state((name, tensors['numpy'].numpy().astype(np.uint32), *numbers))
     version, keys, gauss = rest['python']
@@ -206,12 +214,16 @@ class Pieces(Mapping):
         self.shapes = {}
         self.places = {}  # name -> [(first element, file, name of the entry)]
         for path in sorted(files):
-            with safe_open(path, 'pt') as file:
-                shapes = json.loads(file.metadata()['shapes'])
-                self.shapes |= {name: tuple(shape) for name, shape in shapes.items()}
-                for entry in file.keys():
-                    name, start = entry.rsplit('@', 1)
-                    self.places.setdefault(name, []).append((int(start), path, entry))
+            self._read_contents(path)
+
+    def _read_contents(self, path):
+        "Note which pieces the file at `path` holds."
+        with safe_open(path, 'pt') as file:
+            shapes = json.loads(file.metadata()['shapes'])
+            self.shapes |= {name: tuple(shape) for name, shape in shapes.items()}
+            for entry in file.keys():
+                name, start = entry.rsplit('@', 1)
+                self.places.setdefault(name, []).append((int(start), path, entry))
 
     def __len__(self):
         return len(self.shapes)
@@ -293,6 +305,15 @@ def _disk_is_full(error):
     return getattr(error, 'errno', None) == errno.ENOSPC or 'No space left' in str(error)
 
 
+def _hashes_of_all(gather, hashes, failure, step):
+    "File name -> hash of what all processes wrote; an error in every one of them when one could not write."
+    reports = gather((hashes, failure and f'{type(failure).__name__}: {failure}'))
+    reason = next((reason for _, reason in reports if reason), None)
+    if reason:
+        raise failure or LabError(f'another process could not write checkpoint {step}: {reason}')
+    return {name: digest for written, _ in reports for name, digest in written.items()}
+
+
 def save_checkpoint(folder,      # the run's checkpoints folder
                     step:int,    # optimiser steps done
                     groups:dict, # file stem -> {name: tensor, or the `Piece` of it that this process holds}
@@ -310,12 +331,9 @@ def save_checkpoint(folder,      # the run's checkpoints folder
 
     hashes, failure = _write_groups(partial, groups, rank)
     try:
-        reports = gather((hashes, failure and f'{type(failure).__name__}: {failure}'))
-        reason = next((reason for _, reason in reports if reason), None)
-        if reason:
-            raise failure or LabError(f'another process could not write checkpoint {step}: {reason}')
+        hashes = _hashes_of_all(gather, hashes, failure, step)
         if rank == 0:
-            _seal(partial, target, {name: digest for written, _ in reports for name, digest in written.items()}, state)
+            _seal(partial, target, hashes, state)
     except Exception as error:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)

@@ -21,9 +21,8 @@ import torch
 from ..core import LabError, read_json, write_json
 from ..data.tokens import Examples
 from ..models.cost import memory_breakdown
-from ..models.meter import Meter, TensorMemory
+from ..models.meter import Meter, TensorMemory, resident_bytes
 from ..models.methods import Method
-from .fit import resident_bytes
 from .recipe import Recipe, make_optimiser, optimisers
 from .step import LossModel, accumulate, set_gradient_checkpointing, step_batches
 
@@ -103,39 +102,44 @@ def _autocast(model, recipe):
     return torch.autocast(next(model.parameters()).device.type, dtype, enabled=enabled)
 
 
+def _worst_batches(model, recipe, batch):
+    "(micro-batches of `batch` rows of full length, their targets)."
+    examples = worst_examples(batch, recipe.max_length, model.config.vocab_size)
+    return step_batches(examples, np.arange(batch), replace(recipe, batch_size=batch))
+
+
+@contextlib.contextmanager
+def _gradients_let_go(parameters, accumulation):
+    "Gradients as earlier micro-batches of the step leave them, if there are any; none after the block."
+    try:
+        if accumulation > 1:
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
+
+
 def _step(model, recipe, batch, accumulation):
     "Forward, backward and optimiser step on `batch` rows of full length; all that was allocated is let go."
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = make_optimiser(parameters, replace(recipe, learning_rate=0.0))
-    examples = worst_examples(batch, recipe.max_length, model.config.vocab_size)
-    batches, targets = step_batches(examples, np.arange(batch), replace(recipe, batch_size=batch))
+    batches, targets = _worst_batches(model, recipe, batch)
     device = next(model.parameters()).device
-
-    try:
+    with _gradients_let_go(parameters, accumulation):
         with _autocast(model, recipe):
-            if accumulation > 1:  # the gradients of earlier micro-batches
-                for parameter in parameters:
-                    parameter.grad = torch.zeros_like(parameter)
             accumulate(LossModel(model), [each.to(device) for each in batches], targets)
         optimiser.step()
-    finally:
-        for parameter in parameters:
-            parameter.grad = None
 
 
 def _predicted(model, recipe, batch, accumulation):
     "Bytes by the formulas, or `None` for an architecture they do not know."
     try:
         return memory_breakdown(
-            model.config,
-            Method.of(model),
-            tokens=batch * recipe.max_length,
-            longest=recipe.max_length,
-            optimiser=optimisers[recipe.optimiser],
-            gradient_checkpointing=recipe.gradient_checkpointing,
-            accumulation=accumulation,
-            device=next(model.parameters()).device.type,
-        )['total']
+            model.config, Method.of(model), tokens=batch * recipe.max_length, longest=recipe.max_length,
+            optimiser=optimisers[recipe.optimiser], gradient_checkpointing=recipe.gradient_checkpointing,
+            accumulation=accumulation, device=next(model.parameters()).device.type)['total']
     except LabError:
         return None
 
@@ -163,6 +167,19 @@ def _measured_step(model, recipe, batch, accumulation):
     return resident + (getattr(tensors, 'peak_bytes', None) or meter.growth_bytes), meter.seconds
 
 
+@contextlib.contextmanager
+def _training(model, recipe):
+    "`model` as `fit` would train it; in its own mode again after the block, and what was freed given back."
+    was_training = model.training
+    set_gradient_checkpointing(model, recipe.gradient_checkpointing)
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        return_memory()
+
+
 def try_batch(model,               # from `load_model`, with or without an adapter; it is left as it was
               recipe:Recipe,       # max_length, optimiser, checkpointing, precision
               batch:int,           # rows of full length
@@ -172,22 +189,17 @@ def try_batch(model,               # from `load_model`, with or without an adapt
     "Whether a training step on `batch` rows of full length stays within `limit`."
     return_memory()
     trial = Trial(batch, fits=False, predicted_bytes=_predicted(model, recipe, batch, accumulation))
-    was_training = model.training
-    set_gradient_checkpointing(model, recipe.gradient_checkpointing)
-    model.train()
 
-    try:
-        with _allocator_limit(limit):
-            trial.peak_bytes, trial.seconds = _measured_step(model, recipe, batch, accumulation)
-        trial.fits = trial.peak_bytes <= limit
-        trial.why = '' if trial.fits else 'peak above the limit'
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        trial.why = 'out of memory'
-    finally:
-        model.train(was_training)
-        return_memory()
+    with _training(model, recipe):
+        try:
+            with _allocator_limit(limit):
+                trial.peak_bytes, trial.seconds = _measured_step(model, recipe, batch, accumulation)
+            trial.fits = trial.peak_bytes <= limit
+            trial.why = '' if trial.fits else 'peak above the limit'
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            trial.why = 'out of memory'
     return trial
 
 # %% ../../nbs/training/11_largest_batch.ipynb #a431740d
@@ -237,6 +249,17 @@ def _in_words(trial, limit):
     return f"batch {trial.batch}: {'fits' if trial.fits else trial.why}{peak}"
 
 
+def _read_search(file):
+    "(batch, trials) of an earlier search."
+    search = read_json(file)
+    return search['batch'], [Trial(**trial) for trial in search['trials']]
+
+
+def _write_search(file, batch, limit, trials):
+    "Keep the result of a search in `file`."
+    write_json(file, dict(batch=batch, limit_bytes=limit, trials=[asdict(trial) for trial in trials]))
+
+
 def largest_batch(model,               # from `load_model`, with or without an adapter; it is left as it was
                   recipe:Recipe,       # max_length, optimiser, checkpointing, precision
                   safe:int=2,          # tried first
@@ -249,8 +272,7 @@ def largest_batch(model,               # from `load_model`, with or without an a
     "The largest batch whose training step stays within the limit. `LabError` when one row does not."
     kept = Path(folder) / 'batch_search.json' if folder else None
     if kept and kept.exists():
-        search = read_json(kept)
-        return search['batch'], [Trial(**trial) for trial in search['trials']]
+        return _read_search(kept)
 
     limit = memory_limit(limit_gb)
     trials = []
@@ -267,7 +289,7 @@ def largest_batch(model,               # from `load_model`, with or without an a
         raise LabError(f'not one row of {recipe.max_length} positions fits {limit / _GIB:.2f} GiB: lower max_length, '
                        'turn on gradient_checkpointing, quantise the model, or raise memory_limit_gb')
     if kept:
-        write_json(kept, dict(batch=best, limit_bytes=limit, trials=[asdict(trial) for trial in trials]))
+        _write_search(kept, best, limit, trials)
     return best, trials
 
 # %% ../../nbs/training/11_largest_batch.ipynb #b8446c1f

@@ -51,14 +51,19 @@ def _adapter_forward(shape, linear, rank, B, S):
     return B * S * rank * (2 * linear.inputs - 1) + B * S * outputs * (2 * rank - 1)
 
 
-def study_forward(
-    config,  # a transformers config: gated (Llama, Qwen2) layers
-    batch: int,  # rows
-    length: int,  # positions of each row
-    rank: int = 0,  # of a LoRA; 0 is none
-    targets=('q_proj', 'v_proj'),  # modules that it adapts
-    head: str = 'rule',  # rule | reference: how the output matrix is counted
-) -> float:  # operations
+def _head_forward(shape, head, B, S):
+    "Operations of the output matrix, counted as `head` says."
+    per_word = 2 * shape.width - 1 if head == 'rule' else shape.width
+    return B * S * shape.words * per_word
+
+
+def study_forward(config,                        # a transformers config: gated (Llama, Qwen2) layers
+                  batch:int,                     # rows
+                  length:int,                    # positions of each row
+                  rank:int=0,                    # of a LoRA; 0 is none
+                  targets=('q_proj', 'v_proj'),  # modules that it adapts
+                  head:str='rule',               # rule | reference: how the output matrix is counted
+)->float:                                        # operations
     "Operations of a forward pass by the study's rules; a `LabError` for an architecture without gated layers."
     shape = architecture(config)
     width = shape.width
@@ -75,20 +80,15 @@ def study_forward(
 
     embedding = batch * length * width
     last_norm = batch * length * (4 * width + 12)
-    if head == 'rule':
-        output = batch * length * shape.words * (2 * width - 1)
-    else:
-        output = batch * length * width * shape.words
-    return embedding + shape.layers * layer + last_norm + output
+    return embedding + shape.layers * layer + last_norm + _head_forward(shape, head, batch, length)
 
 # %% ../../nbs/training/10_ledger.ipynb #5afb33c7
-def study_step(
-    config,  # a transformers config
-    lengths,  # positions of each row or document of the step
-    rank: int = 0,  # of a LoRA; 0 is none
-    targets=('q_proj', 'v_proj'),  # modules that it adapts
-    head: str = 'rule',  # rule | reference: how the output matrix is counted
-) -> float:  # operations
+def study_step(config,                        # a transformers config
+               lengths,                       # positions of each row or document of the step
+               rank:int=0,                    # of a LoRA; 0 is none
+               targets=('q_proj', 'v_proj'),  # modules that it adapts
+               head:str='rule',               # rule | reference: how the output matrix is counted
+)->float:                                     # operations
     "Operations of a training step: three forward passes over all its rows."
     counts = {length: list(lengths).count(length) for length in set(lengths)}
     return 3 * sum(study_forward(config, count, length, rank, targets, head) for length, count in counts.items())
@@ -97,10 +97,9 @@ def study_step(
 class Account:
     "A file of reserved and booked steps, shared by processes."
 
-    def __init__(
-        self,
-        path,  # the file; it is made when missing
-        budget: float = 0.0,  # operations all runs may take together, by the study's rules; 0 is no limit
+    def __init__(self,
+                 path,              # the file; it is made when missing
+                 budget:float=0.0,  # operations all runs may take together, by the study's rules; 0 is no limit
     ):
         self.path = Path(path)
         self.budget = float(budget)
@@ -116,13 +115,19 @@ class Account:
 
     def _take(self, line):
         "Let one line of the file count."
-        run = line['run']
         if line['kind'] == 'begin':
-            if self.current.get(run) not in (None, line['mark']):
-                self._set_aside(run)
-            self.current[run] = line['mark']
-            return
+            self._take_beginning(line['run'], line['mark'])
+        else:
+            self._take_step(line['run'], line)
 
+    def _take_beginning(self, run, mark):
+        "Let the fingerprint `mark` of `run` count from now on; steps under another one do not."
+        if self.current.get(run) not in (None, mark):
+            self._set_aside(run)
+        self.current[run] = mark
+
+    def _take_step(self, run, line):
+        "Let a step of `run` count once: a booking takes the place of its reservation."
         old = self.steps.setdefault(run, {}).get((line['what'], line['step']))
         if old and (old['kind'] == 'booked' or line['kind'] == 'reserved'):
             return
@@ -136,18 +141,21 @@ class Account:
         self.spent -= gone
         self.aside[run] = self.aside.get(run, 0) + gone
 
-    def _read_news(self, file):
-        "Count the lines that other processes have appended; cut off one that was left unfinished."
+    def _whole_lines(self, file):
+        "What was appended since the last look; a line that was left unfinished is cut off the file."
         if file.seek(0, os.SEEK_END) < self.offset:
-            raise LabError(
-                f'{self.path} became shorter while it was in use: a ledger only grows; restore it or begin another'
-            )
+            raise LabError(f'{self.path} became shorter while it was in use: a ledger only grows; '
+                           'restore it or begin another')
         file.seek(self.offset)
         news = file.read()
         whole = news[: news.rfind(b'\n') + 1]
         if len(whole) < len(news):
             file.truncate(self.offset + len(whole))
+        return whole
 
+    def _read_news(self, file):
+        "Count the lines that other processes have appended."
+        whole = self._whole_lines(file)
         try:
             lines = [json.loads(line) for line in whole.splitlines()]
         except ValueError:
@@ -175,10 +183,9 @@ class Account:
 
 # %% ../../nbs/training/10_ledger.ipynb #e3c7698f
 @patch
-def begin(
-    self: Account,
-    run: str,  # name of the run
-    mark: str,  # its fingerprint
+def begin(self:Account,
+          run:str,   # name of the run
+          mark:str,  # its fingerprint
 ):
     "Say which run of this name counts from now on."
     with self.open() as append:
@@ -187,13 +194,12 @@ def begin(
 
 # %% ../../nbs/training/10_ledger.ipynb #ebc5cc5f
 @patch
-def reserve(
-    self: Account,
-    run: str,  # name of the run
-    step: int,  # number of the step, from 1
-    study: float,  # operations by the study's rules
-    hardware: float,  # operations of matrix products
-) -> bool:  # False: the budget does not reach
+def reserve(self:Account,
+            run:str,         # name of the run
+            step:int,        # number of the step, from 1
+            study:float,     # operations by the study's rules
+            hardware:float,  # operations of matrix products
+)->bool:                     # False: the budget does not reach
     "Reserve a step unless it would overdraw the budget."
     with self.open() as append:
         if ('train', step) in self.steps.get(run, {}):
@@ -205,14 +211,13 @@ def reserve(
 
 # %% ../../nbs/training/10_ledger.ipynb #2f2ace4d
 @patch
-def book(
-    self: Account,
-    run: str,  # name of the run
-    step: int,  # number of the step, from 1
-    study: float,  # operations by the study's rules
-    hardware: float,  # operations of matrix products
-    tokens: int = 0,  # real tokens
-    what: str = 'train',  # train counts against the budget; forecast is shown and not counted
+def book(self:Account,
+         run:str,           # name of the run
+         step:int,          # number of the step, from 1
+         study:float,       # operations by the study's rules
+         hardware:float,    # operations of matrix products
+         tokens:int=0,      # real tokens
+         what:str='train',  # train counts against the budget; forecast is shown and not counted
 ):
     "Count a step that was done, once."
     with self.open() as append:
@@ -221,10 +226,9 @@ def book(
 
 # %% ../../nbs/training/10_ledger.ipynb #54f0965d
 @patch
-def left(
-    self: Account,
-    but: str = '',  # a run whose own steps are not counted
-) -> float:  # operations; infinity without a budget
+def left(self:Account,
+         but:str='',  # a run whose own steps are not counted
+)->float:             # operations; infinity without a budget
     "What the budget still holds."
     with self.open():
         own = sum(line['study'] for (what, _), line in self.steps.get(but, {}).items() if what == 'train')
@@ -234,15 +238,14 @@ def left(
 class Ledger:
     "The share of one run in an `Account`: `fit(..., ledger=this)`."
 
-    def __init__(
-        self,
-        account: Account,  # shared by all runs of the study
-        run: str,  # name of the run
-        mark: str,  # its fingerprint
-        config,  # of the model
-        rank: int = 0,  # of a LoRA; 0 is none
-        targets=('q_proj', 'v_proj'),  # modules that it adapts
-        head: str = 'rule',  # rule | reference: how the output matrix is counted
+    def __init__(self,
+                 account:Account,               # shared by all runs of the study
+                 run:str,                       # name of the run
+                 mark:str,                      # its fingerprint
+                 config,                        # of the model
+                 rank:int=0,                    # of a LoRA; 0 is none
+                 targets=('q_proj', 'v_proj'),  # modules that it adapts
+                 head:str='rule',               # rule | reference: how the output matrix is counted
     ):
         self.account = account
         self.run = run
@@ -269,12 +272,11 @@ class Ledger:
         "Operations of a training step over documents of these lengths, by the study's rules."
         return study_step(self.config, lengths, **self.counting)
 
-    def allows(
-        self,
-        flops: float,  # hardware operations of the coming step
-        step: int,  # its number, from 1
-        lengths,  # positions of its documents
-    ) -> bool:  # False: the step would overdraw the budget
+    def allows(self,
+               flops:float,  # hardware operations of the coming step
+               step:int,     # its number, from 1
+               lengths,      # positions of its documents
+    )->bool:                 # False: the step would overdraw the budget
         "Reserve the coming step; a `LabError` when the whole budget is smaller than this one step."
         study = self.count(lengths)
         if self.account.budget and study > self.account.budget:
@@ -284,20 +286,18 @@ class Ledger:
             )
         return self.account.reserve(self.run, step, study, flops)
 
-    def book(
-        self,
-        step: int,  # number of the step done
-        tokens: int,  # its real tokens
-        lengths,  # positions of its documents
-        flops: float,  # hardware operations
+    def book(self,
+             step:int,     # number of the step done
+             tokens:int,   # its real tokens
+             lengths,      # positions of its documents
+             flops:float,  # hardware operations
     ):
         "Count the step that was done."
         self.account.book(self.run, step, self.count(lengths), flops, tokens)
 
-    def steps_left(
-        self,
-        lengths,  # positions of the documents of a usual step
-    ) -> int:  # steps
+    def steps_left(self,
+                   lengths,  # positions of the documents of a usual step
+    )->int:                  # steps
         "How many such steps the budget holds for this run, those it has taken included."
         left = self.account.left(but=self.run)
         return _endless if left == float('inf') else int(left // self.count(lengths))
@@ -307,13 +307,12 @@ _endless = 10**12  # steps: more than any run takes
 
 # %% ../../nbs/training/10_ledger.ipynb #8c47eedd
 @patch
-def book_forecast(
-    self: Ledger,
-    rows: int,  # trajectories
-    samples: int,  # continuations of each
-    prompt: int,  # positions of a prompt
-    length: int,  # positions of a prompt with its continuation
-    number: int = 0,  # which forecast of the run this is
+def book_forecast(self:Ledger,
+                  rows:int,      # trajectories
+                  samples:int,   # continuations of each
+                  prompt:int,    # positions of a prompt
+                  length:int,    # positions of a prompt with its continuation
+                  number:int=0,  # which forecast of the run this is
 ):
     "Note the operations of a forecast, outside of the budget."
     prompts = study_forward(self.config, rows, prompt, **self.counting)
@@ -326,9 +325,8 @@ def book_forecast(
 class GroupLedger:
     "One `Ledger` for all ranks of a run: rank 0 asks and books, and every rank gets its answer."
 
-    def __init__(
-        self,
-        ledger: Ledger,  # of rank 0; the other ranks give None
+    def __init__(self,
+                 ledger:Ledger,  # of rank 0; the other ranks give None
     ):
         self.ledger = ledger
 
@@ -371,9 +369,8 @@ def _run_row(run, lines):
     )
 
 
-def statement(
-    account: Account,  # of the study
-) -> list:  # rows: run, steps, tokens, study, hardware, forecasts, open, share; the last is the sum
+def statement(account:Account,  # of the study
+)->list:                        # rows: run, steps, tokens, study, hardware, forecasts, open, share; the last is the sum
     "What every run took, in the order of their first steps, and the sum."
     with account.open():
         rows = [_run_row(run, lines) for run, lines in account.steps.items()]

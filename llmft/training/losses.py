@@ -28,6 +28,11 @@ _WIDE_LOGIT = 4  # bytes of an fp32 logit
 _HALF_LOGIT = 6  # bytes of a half-precision logit and of its fp32 copy
 
 
+def _logit_size(dtype, full):
+    "Bytes of a logit made from numbers of `dtype` and needed in `full` precision, with all its copies."
+    return _WIDE_LOGIT if dtype == full else _HALF_LOGIT
+
+
 def row_chunks(count:int,            # rows in all
                vocabulary:int,       # logits per row
                bytes_per_logit:int,  # of all copies that live at once
@@ -102,8 +107,7 @@ def _chunked_pass(hidden_ND, weight_VD, bias_V, targets_N,
     index, all_kept = kept
     full = torch.promote_types(hidden_ND.dtype, torch.float32)
     gradients = _gradient_sums(hidden_ND, weight_VD, bias_V, needs, full)
-    bytes_per_logit = _WIDE_LOGIT if hidden_ND.dtype == full else _HALF_LOGIT
-    chunks = row_chunks(len(index), len(weight_VD), bytes_per_logit, chunk_bytes)
+    chunks = row_chunks(len(index), len(weight_VD), _logit_size(hidden_ND.dtype, full), chunk_bytes)
     buffer_RV = hidden_ND.new_empty(chunks[0].stop if chunks else 0, len(weight_VD), dtype=full)
 
     loss = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
@@ -142,6 +146,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *_give_away(ctx, scale), None, None, None, None
 
 
+def _product_dtype(hidden_ND):
+    "In which format products of `hidden_ND` are taken: that of autocast where it is on."
+    device = hidden_ND.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+
+
 def linear_cross_entropy(hidden_ND,          # hidden states before the output matrix, fp32, bf16 or fp16
                          weight_VD,          # output matrix
                          targets_N,          # target of each row; -100 rows are dropped
@@ -149,8 +159,7 @@ def linear_cross_entropy(hidden_ND,          # hidden states before the output m
                          chunk_bytes=2**25,  # most bytes of logits held at once
 )->tuple:                                    # (sum of losses as a float32 scalar in nats, number of targets)
     "Sum of cross-entropies of `hidden_ND @ weight_VD.T`, and their count; a second backward raises a RuntimeError."
-    device = hidden_ND.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+    dtype = _product_dtype(hidden_ND)
     inputs = [None if x is None else x.to(dtype) for x in (hidden_ND, weight_VD, bias_V)]
 
     kept = kept_rows(targets_N)
@@ -180,6 +189,11 @@ def _head_chunk(hidden_RD, head, targets_R, parameters, learning, dtype):
     return loss, torch.autograd.grad(logits_RV, inputs, slope_RV.to(logits_RV.dtype), allow_unused=True)
 
 
+def _head_sums(hidden_ND, parameters, dtype):
+    "Where the gradients of hidden and of each parameter are added up."
+    return [torch.zeros_like(hidden_ND), *(torch.zeros_like(p, dtype=dtype) for p in parameters)]
+
+
 def _head_pass(hidden_ND, head, targets_N,
               kept,         # from `kept_rows`
               chunk_bytes,  # bytes
@@ -189,9 +203,7 @@ def _head_pass(hidden_ND, head, targets_N,
     "Loss and gradients of all rows that have a target, one chunk through `head` at a time."
     index, all_kept = kept
     full = torch.promote_types(hidden_ND.dtype, torch.float32)
-    gradients = []
-    if learning:
-        gradients = [torch.zeros_like(hidden_ND), *(torch.zeros_like(p, dtype=full) for p in parameters)]
+    gradients = _head_sums(hidden_ND, parameters, full) if learning else []
 
     loss = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
     for chunk in row_chunks(len(index), _vocabulary(head), _HEAD_LOGIT, chunk_bytes):
@@ -243,7 +255,7 @@ def token_losses(hidden_ND,          # hidden states before the head
 )->torch.Tensor:                     # losses_N, float32, nats; 0 where the target is -100
     "The cross-entropy of each row under `head`, without gradients."
     index, _ = kept_rows(targets_N)
-    bytes_per_logit = _WIDE_LOGIT if hidden_ND.dtype == torch.float32 else _HALF_LOGIT
+    bytes_per_logit = _logit_size(hidden_ND.dtype, torch.float32)
     losses_N = torch.zeros(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
     for chunk in row_chunks(len(index), _vocabulary(head), bytes_per_logit, chunk_bytes):
         rows = index[chunk]

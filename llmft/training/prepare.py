@@ -110,14 +110,17 @@ def _seed_process(seed, rank, *purpose):
     torch.manual_seed(int(purpose_rng(seed, 'process', rank, *purpose).integers(2**62)))
 
 
+def _accelerator(mixed_precision):
+    "Accelerate's view of this process, on a GPU where there is one."
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    gradients_only = DistributedDataParallelKwargs(broadcast_buffers=False)  # buffers are constants here
+    return Accelerator(mixed_precision=mixed_precision, cpu=not torch.cuda.is_available(),
+                       kwargs_handlers=[gradients_only])
+
+
 def _join_processes(model, recipe, processes):
     "The processes that train together, this one among them."
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    mixed_precision = 'fp16' if _has_fp16_weights(model) else recipe.mixed_precision
-    gradients_only = DistributedDataParallelKwargs(broadcast_buffers=False)  # buffers are constants here
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=not torch.cuda.is_available(),
-                              kwargs_handlers=[gradients_only])
-
+    accelerator = _accelerator('fp16' if _has_fp16_weights(model) else recipe.mixed_precision)
     if processes:
         check_subspace(processes.strategy, model)
     group = make_process_group(accelerator, processes)
@@ -126,15 +129,19 @@ def _join_processes(model, recipe, processes):
     return group
 
 
-def _wrap(run):
-    "Set the model to training, note what is trained, and wrap model and optimiser for the processes."
-    set_gradient_checkpointing(run.model, run.recipe.gradient_checkpointing)
-    run.model.train()
+def _note_trained(run):
+    "Note what is trained, before a strategy cuts it; a `LabError` when it is nothing."
     run.method = Method.of(run.model)
     run.shapes = {name: list(parameter.shape) for name, parameter in trainable_parameters(run.model).items()}
     if not run.shapes:
         raise LabError('no parameter is trainable: add an adapter to a frozen or quantised model')
 
+
+def _wrap(run):
+    "Set the model to training, note what is trained, and wrap model and optimiser for the processes."
+    set_gradient_checkpointing(run.model, run.recipe.gradient_checkpointing)
+    run.model.train()
+    _note_trained(run)
     loss_model = LossModel(run.model, in_bfloat16=run.recipe.mixed_precision == 'bf16' and not run.group.casts)
     run.loss_model, run.optimiser = run.group.wrap(loss_model, run.recipe)
     run.names = run.group.names(run.model)
@@ -200,36 +207,40 @@ def _restore_generators(run, groups, state):
         _seed_process(run.recipe.seed, run.group.rank, state['progress']['step'])
 
 
+def _restore(run, checkpoint):
+    "Put back weights, optimiser, generators, scaler and counters."
+    groups, state = load_checkpoint(checkpoint)
+    _check_identity(run, checkpoint, state)
+    run.group.restore(run.names, groups, state['optimiser'])
+    _restore_generators(run, groups, state)
+    if state.get('scaler'):
+        run.group.accelerator.scaler.load_state_dict(state['scaler'])
+    run.progress = Progress(**state['progress'])
+
+
 def resume(run: Fit):
     "Restore the newest good checkpoint of `run`, if there is one, and cut the log back to it."
     checkpoint = latest_checkpoint(run.folder, run.log.say)
     if checkpoint:
-        groups, state = load_checkpoint(checkpoint)
-        _check_identity(run, checkpoint, state)
-        run.group.restore(run.names, groups, state['optimiser'])
-        _restore_generators(run, groups, state)
-        if state.get('scaler'):
-            run.group.accelerator.scaler.load_state_dict(state['scaler'])
-        run.progress = Progress(**state['progress'])
+        _restore(run, checkpoint)
         run.log.say(f'resumed at step {run.progress.step} of {run.steps}')
 
     run.log.resume(run.progress.log_lines)
     run.started_at = run.progress.step
 
 # %% ../../nbs/training/07_prepare.ipynb #3eb90d90
+def _state_of(run, optimiser_numbers, random_rest):
+    "What a checkpoint of `run` holds beside its tensors."
+    scaler = run.group.accelerator.scaler
+    return dict(identity=_identity(run), progress=asdict(run.progress), optimiser=optimiser_numbers, random=random_rest,
+                scaler=scaler.state_dict() if scaler else None)
+
+
 def save(run: Fit):
     "Write a checkpoint of `run`, each process its part, and delete those no longer wanted."
     groups, numbers = run.group.state(run.names)
     random_tensors, random_rest = random_state()
-    scaler = run.group.accelerator.scaler
-    state = dict(
-        identity=_identity(run),
-        progress=asdict(run.progress),
-        optimiser=numbers,
-        random=random_rest,
-        scaler=scaler.state_dict() if scaler else None,
-    )
-
+    state = _state_of(run, numbers, random_rest)
     groups = groups | {_random_file(run): random_tensors}
     save_checkpoint(run.folder, run.progress.step, groups, state, run.group.rank, run.group.gather)
     if run.group.rank == 0:

@@ -33,9 +33,8 @@ _part_names = [  # how the name of a module begins -> its part of the model
 ]
 
 
-def part_of(
-    name: str,  # dotted name of a module
-):  # a part of the model, or None when the module is a mere container or lies inside a named one
+def part_of(name:str,  # dotted name of a module
+):                     # a part of the model, or None when the module is a mere container or lies inside a named one
     "The part of the model that a module is, by the last piece of its name."
     pieces = name.split('.')
     last = pieces[-1]
@@ -109,21 +108,24 @@ def _switched_fit(model, train, recipe, profiler, first, last):
     return {entry['step']: entry['seconds'] for entry in log}
 
 
-def profile_fit(
-    model,  # from `load_model`, with or without an adapter; it is trained in place
-    train,  # training `Examples`
-    recipe,  # how to train; how long and how often to log is decided here
-    steps: int = 20,  # optimiser steps to profile
-    shapes: bool = True,  # record shapes of inputs
-) -> Profile:
+def _profiler(cuda, shapes):
+    "PyTorch's profiler, not yet started and without its own log."
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
+    return profile(activities=activities, record_shapes=shapes, profile_memory=True)
+
+
+def profile_fit(model,             # from `load_model`, with or without an adapter; it is trained in place
+                train,             # training `Examples`
+                recipe,            # how to train; how long and how often to log is decided here
+                steps:int=20,      # optimiser steps to profile
+                shapes:bool=True,  # record shapes of inputs
+)->Profile:
     "Train a few steps without and then `steps` steps under PyTorch's profiler; a `LabError` for less than one step."
     if steps < 1:
         raise LabError(f'steps is {steps}: profile at least 1')
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')
     cuda = torch.cuda.is_available()
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    profiler = profile(activities=activities, record_shapes=shapes, profile_memory=True)
-
+    profiler = _profiler(cuda, shapes)
     first = WARMUP_TIMED + max(2, min(steps, _most_plain_steps))
     last = first + steps
     seconds_at = _switched_fit(model, train, recipe, profiler, first, last)
@@ -156,9 +158,8 @@ _kinds = {  # kind -> how the names of its operations begin
 }
 
 
-def kind_of(
-    name: str,  # of an operation in the profile
-) -> str:
+def kind_of(name:str,  # of an operation in the profile
+)->str:
     "The kind of work that an operation is."
     for kind, starts in _kinds.items():
         if name.startswith(starts):
@@ -211,35 +212,34 @@ def _part_of_event(event, around, forward_parts, phase, kind):
     return 'optimiser' if 'optimiser' in (phase, kind) else 'the rest'
 
 
-def operations(
-    profiled: Profile,  # from `profile_fit`
-) -> list:  # one dict per operation with a self time: name, kind, part, phase, seconds
+def _cpu_events(profiler):
+    "The operations that a profiler saw; kernels count at the operation that started them."
+    return [event for event in profiler.events()
+            if event.device_type == DeviceType.CPU and not event.name.startswith('[memory]')]
+
+
+def _operation(event, forward_parts, microseconds):
+    "One row of `operations`."
+    around = list(_ancestors(event))
+    phase = _phase_of([outer.name for outer in around])
+    kind = kind_of(event.name)
+    part = _part_of_event(event, around, forward_parts, phase, kind)
+    return dict(name=event.name, kind=kind, part=part, phase=phase, seconds=microseconds * 1e-6)
+
+
+def operations(profiled:Profile,  # from `profile_fit`
+)->list:                          # one dict per operation with a self time: name, kind, part, phase, seconds
     "Every operation of the profile with its kind, its part of the model and its phase."
-    events = [
-        event  # kernels count at the operation that started them
-        for event in profiled.profiler.events()
-        if event.device_type == DeviceType.CPU and not event.name.startswith('[memory]')
-    ]
+    events = _cpu_events(profiled.profiler)
     forward_parts = _part_by_sequence(events)
     clock = 'self_device_time_total' if profiled.device == 'cuda' else 'self_cpu_time_total'
 
-    rows = []
-    for event in events:
-        microseconds = getattr(event, clock)
-        if not microseconds:
-            continue
-        around = list(_ancestors(event))
-        phase = _phase_of([outer.name for outer in around])
-        kind = kind_of(event.name)
-        part = _part_of_event(event, around, forward_parts, phase, kind)
-        rows.append(dict(name=event.name, kind=kind, part=part, phase=phase, seconds=microseconds * 1e-6))
-    return rows
+    return [_operation(event, forward_parts, getattr(event, clock)) for event in events if getattr(event, clock)]
 
 # %% ../../nbs/training/12_profiling.ipynb #befacabe
-def shares(
-    rows: list,  # from `operations`
-    field: str,  # 'kind', 'part', 'phase' or 'name'
-) -> dict:  # value of `field` -> share of all self time, largest first
+def shares(rows:list,  # from `operations`
+           field:str,  # 'kind', 'part', 'phase' or 'name'
+)->dict:               # value of `field` -> share of all self time, largest first
     "How the time divides; a `LabError` when no operation has a time."
     total = sum(row['seconds'] for row in rows)
     if not total:
@@ -251,20 +251,18 @@ def shares(
     return {name: seconds / total for name, seconds in sorted(sums.items(), key=lambda pair: -pair[1])}
 
 # %% ../../nbs/training/12_profiling.ipynb #0155b3ff
-def profile_table(
-    profiled: Profile,  # from `profile_fit`
-    top: int = 30,  # operations
-) -> str:
+def profile_table(profiled:Profile,  # from `profile_fit`
+                  top:int=30,        # operations
+)->str:
     "The `top` operations by self time as a text table."
     averages = profiled.profiler.key_averages()
     clock = 'cuda' if profiled.device == 'cuda' else 'cpu'
     return averages.table(sort_by=f'self_{clock}_time_total', row_limit=top, max_name_column_width=60)
 
 # %% ../../nbs/training/12_profiling.ipynb #372b524a
-def save_trace(
-    profiled: Profile,  # from `profile_fit`
-    path,  # ends in .json.gz
-) -> int:  # bytes written
+def save_trace(profiled:Profile,  # from `profile_fit`
+               path,              # ends in .json.gz
+)->int:                           # bytes written
     "Write the trace of the profile; the file opens in Perfetto."
     profiled.profiler.export_chrome_trace(str(path))
     return os.path.getsize(path)

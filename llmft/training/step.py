@@ -52,6 +52,13 @@ def blank_batch(batch: MicroBatch) -> MicroBatch:
     return MicroBatch(batch.ids_BT, blank_BT, batch.positions_BT, batch.lengths, tokens=0, supervised=0)
 
 # %% ../../nbs/training/06_step.ipynb #a2d50a1f
+def _of_one_length(shares):
+    "The micro-batches of each process, with blank ones at the end of lists that are shorter than the longest."
+    most = max(map(len, shares))
+    blank = blank_batch(next(share[0] for share in shares if share))
+    return [share + [blank] * (most - len(share)) for share in shares]
+
+
 def step_shares(examples:Examples,  # all training examples
                 rows,               # examples of the step, as `Plan.step` gives them
                 recipe:Recipe,      # layout, batch_size and max_length
@@ -62,10 +69,7 @@ def step_shares(examples:Examples,  # all training examples
     settings = (recipe.batch_size, recipe.max_length, recipe.layout, pad)
     deals = [rows[rank::world] for rank in range(world)]
     shares = [micro_batches(examples, own_rows, *settings) if len(own_rows) else [] for own_rows in deals]
-
-    most = max(map(len, shares))
-    blank = blank_batch(next(share[0] for share in shares if share))
-    return [share + [blank] * (most - len(share)) for share in shares]
+    return _of_one_length(shares)
 
 # %% ../../nbs/training/06_step.ipynb #d0eb96fd
 def targets_of(shares) -> int:
@@ -122,6 +126,25 @@ def _dealt(batches, group):
         yield round_of_batches[group.rank] if group.rank < len(round_of_batches) else blank_batch(round_of_batches[0])
 
 
+def _summed_loss(model, batches, group):
+    "(sum of the losses of `batches` in nats, number of their targets), in evaluation mode."
+    loss_model = group.evaluator(LossModel(model)) if group else LossModel(model)
+    device = group.device if group else next(model.parameters()).device
+    was_training = model.training
+
+    loss_model.eval()
+    total = 0.0
+    targets = 0
+    for batch in batches:
+        total += float(loss_model(batch.to(device)))
+        targets += batch.supervised
+    loss_model.train(was_training)
+    return total, targets
+
+
+_largest_exponent = 700  # e to a larger one is no float
+
+
 @torch.no_grad()
 def evaluate_loss(model,                    # a causal language model
                   examples:Examples,        # held-out examples
@@ -131,25 +154,15 @@ def evaluate_loss(model,                    # a causal language model
                   group:ProcessGroup=None,  # processes that share the work, all of which call; None is this one alone
 )->dict:                                    # loss in nats per target, perplexity, number of targets
     "Mean loss of `model` over every target of `examples`; a `LabError` when they have none."
-    loss_model = LossModel(model)
-    if group:
-        loss_model = group.evaluator(loss_model)
-    device = group.device if group else next(model.parameters()).device
-    was_training = model.training
-
-    loss_model.eval()
-    total = 0.0
-    targets = 0
-    for batch in _dealt(evaluation_batches(examples, batch_size, max_length, layout), group):
-        total += float(loss_model(batch.to(device)))
-        targets += batch.supervised
-    loss_model.train(was_training)
-
+    batches = _dealt(evaluation_batches(examples, batch_size, max_length, layout), group)
+    total, targets = _summed_loss(model, batches, group)
     if group:
         total, targets = group.sum([total, targets])
     if not targets:
         raise LabError('the held-out examples have no target: give held-out documents of at least two tokens')
-    return dict(loss=total / targets, perplexity=math.exp(min(total / targets, 700)), targets=int(targets))
+
+    loss = total / targets
+    return dict(loss=loss, perplexity=math.exp(min(loss, _largest_exponent)), targets=int(targets))
 
 # %% ../../nbs/training/06_step.ipynb #d48fa248
 def judge(model,                # a causal language model, with or without an adapter

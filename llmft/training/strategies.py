@@ -110,10 +110,8 @@ def _check_count(processes, recipe):
         names = ', '.join(name for name in strategies if name != 'none')
         raise LabError(f'nproc is {count} and strategy none: choose how they share the work: {names}')
     if count > rows:
-        raise LabError(
-            f'{count} processes share {rows} rows an optimiser step (batch_size {recipe.batch_size} x '
-            f'gradient_accumulation {recipe.gradient_accumulation}): raise one of these, or lower nproc'
-        )
+        raise LabError(f'{count} processes share {rows} rows an optimiser step (batch_size {recipe.batch_size} x '
+                       f'gradient_accumulation {recipe.gradient_accumulation}): raise one of these, or lower nproc')
     if torch.cuda.is_available() and processes.count > torch.cuda.device_count():
         raise LabError(f'nproc is {processes.count} and this machine has {torch.cuda.device_count()} GPUs: lower nproc')
 
@@ -141,11 +139,10 @@ def _check_training(name, strategy, recipe, method):
         )
 
 
-def check_processes(
-    processes: Processes,  # what is asked for
-    recipe: Recipe,  # its batch and optimiser
-    method: Method = None,  # quantisation and precision of its weights; all weights in fp32 when None
-) -> Processes:  # `processes`
+def check_processes(processes:Processes,  # what is asked for
+                    recipe:Recipe,        # its batch and optimiser
+                    method:Method=None,   # quantisation and precision of its weights; all weights in fp32 when None
+)->Processes:                             # `processes`
     "Refuse with a `LabError` what can't be done, before anything is started."
     strategy = choose('strategy', processes.strategy, strategies)
     _check_count(processes, recipe)
@@ -158,9 +155,8 @@ def check_processes(
     return processes
 
 # %% ../../nbs/training/05_strategies.ipynb #651f4dcc
-def check_subspace(
-    strategy: str,  # name of a strategy
-    model=None,  # looked at for `lends_whole_weights`; None: a model that lends them is planned
+def check_subspace(strategy:str,  # name of a strategy
+                   model=None,    # looked at for `lends_whole_weights`; None: a model that lends them is planned
 ):
     "A `LabError` for a strategy that would cut weights which the model lends whole at every step."
     lends = model is None or getattr(model, 'lends_whole_weights', False)
@@ -176,10 +172,9 @@ class ProcessGroup:
 
     casts = True  # Accelerate multiplies in the recipe's mixed precision; where it is False, the model has to
 
-    def __init__(
-        self,
-        accelerator: Accelerator,  # of this process
-        processes: Processes = None,  # what is asked for; None is one process, or DDP where several were started
+    def __init__(self,
+                 accelerator:Accelerator,   # of this process
+                 processes:Processes=None,  # what is asked for; None is one process, or DDP where several were started
     ):
         self.accelerator = accelerator
         self.processes = processes
@@ -273,6 +268,16 @@ class Shard:
         "The elements of a whole tensor that belong to this shard, (n,)."
         return whole.flatten()[self.start : self.start + len(self.weight)]
 
+    def state_pieces(self) -> dict:
+        "\"name|label\" -> `Piece` of the optimiser's state; numbers only with the first element."
+        pieces = {}
+        for label, value in self.state.items():
+            if value.ndim:
+                pieces[f'{self.name}|{label}'] = Piece(self.shape, self.start, value)
+            elif self.start == 0:
+                pieces[f'{self.name}|{label}'] = Piece((), 0, value.reshape(1))
+        return pieces
+
 # %% ../../nbs/training/05_strategies.ipynb #3eb6c84e
 class ShardedGroup(ProcessGroup):
     "A process group whose processes hold shards; `shards` says which."
@@ -301,12 +306,7 @@ class ShardedGroup(ProcessGroup):
         optimiser = {}
         for shard in self.shards(names):
             weights[shard.name] = Piece(shard.shape, shard.start, shard.weight)
-            for label, value in shard.state.items():
-                if value.ndim:
-                    optimiser[f'{shard.name}|{label}'] = Piece(shard.shape, shard.start, value)
-                elif shard.start == 0:
-                    optimiser[f'{shard.name}|{label}'] = Piece((), 0, value.reshape(1))
-
+            optimiser |= shard.state_pieces()
         groups = dict(weights=weights, optimiser=optimiser)
         return {stem: pieces for stem, pieces in groups.items() if pieces}, {}
 
@@ -346,6 +346,25 @@ def _local(value):
     return value.to_local().view(-1) if isinstance(value, DTensor) else value
 
 
+def _marks_of(loss_model):
+    "Name -> what the parameter tells `make_optimiser`."
+    return {name: {mark: getattr(parameter, mark) for mark in _marks if hasattr(parameter, mark)}
+            for name, parameter in loss_model.named_parameters()}
+
+
+def _mark(loss_model, marks):
+    "Let parameters that were made anew tell what their predecessors told."
+    for name, parameter in loss_model.named_parameters():
+        for mark, value in marks[name].items():
+            setattr(parameter, mark, value)
+
+
+def _layers_of(loss_model):
+    "The layers of the model, which transformers names as those that stay in one piece."
+    names = set(causal_model(loss_model.model)._no_split_modules or ())
+    return [module for module in loss_model.modules() if type(module).__name__ in names]
+
+
 class FSDP2Group(ShardedGroup):
     "FSDP2: each weight is cut by rows."
 
@@ -353,20 +372,13 @@ class FSDP2Group(ShardedGroup):
         "Cut the model, layer by layer, and make the optimiser of what is left here."
         from torch.distributed.fsdp import fully_shard
 
-        marks = {
-            name: {mark: getattr(parameter, mark) for mark in _marks if hasattr(parameter, mark)}
-            for name, parameter in loss_model.named_parameters()
-        }
-        layer_names = set(causal_model(loss_model.model)._no_split_modules or ())
+        marks = _marks_of(loss_model)
         options = self._options()
-
-        for module in [module for module in loss_model.modules() if type(module).__name__ in layer_names]:
-            fully_shard(module, **options)
+        for layer in _layers_of(loss_model):
+            fully_shard(layer, **options)
         self.loss_model = fully_shard(loss_model, **options)
 
-        for name, parameter in self.loss_model.named_parameters():
-            for mark, value in marks[name].items():
-                setattr(parameter, mark, value)
+        _mark(self.loss_model, marks)
         self.optimiser = make_optimiser([p for p in loss_model.parameters() if p.requires_grad], recipe)
         return self.loss_model, self.optimiser
 
@@ -437,12 +449,11 @@ def _zero_optimization(processes, trained):
     return settings
 
 
-def zero_config(
-    processes: Processes,  # stage and offloading
-    recipe: Recipe,  # its clipping
-    world: int,  # number of processes
-    trained: list,  # trained parameters: their dtype and number
-) -> dict:
+def zero_config(processes:Processes,  # stage and offloading
+                recipe:Recipe,        # its clipping
+                world:int,            # number of processes
+                trained:list,         # trained parameters: their dtype and number
+)->dict:
     "DeepSpeed's configuration."
     bf16 = dict(enabled=trained[0].dtype == torch.bfloat16)
 
@@ -476,19 +487,18 @@ class ZeroGroup(ShardedGroup):
                 deepspeed.zero.register_external_parameter(loss_model, parameter)
 
         self.optimiser = make_optimiser(trained, recipe)
-        self.loss_model, *_ = deepspeed.initialize(
-            model=loss_model,
-            optimizer=self.optimiser,
-            config=zero_config(self.processes, recipe, self.world, trained),
-            dist_init_required=False,
-        )
-
+        config = zero_config(self.processes, recipe, self.world, trained)
+        self.loss_model, *_ = deepspeed.initialize(model=loss_model, optimizer=self.optimiser, config=config,
+                                                   dist_init_required=False)
         self.zero = self.loss_model.optimizer
-        if self.cuts_weights:
-            self.flat_weights = self.zero.fp32_partitioned_groups_flat
-        else:
-            self.flat_weights = self.zero.single_partition_of_fp32_groups
         return self.loss_model, self.optimiser
+
+    @property
+    def flat_weights(self) -> list:
+        "What this process holds of the trained weights, flattened and in float32, a tensor for each group."
+        if self.cuts_weights:
+            return self.zero.fp32_partitioned_groups_flat
+        return self.zero.single_partition_of_fp32_groups
 
     @contextlib.contextmanager
     def micro_step(self, last):
@@ -526,19 +536,24 @@ class ZeroGroup(ShardedGroup):
                 continue
             group, offset, start, size = place
             flat = self.flat_weights[group]
-            state = {}
-            for label, value in self.optimiser.state[flat].items():
-                if torch.is_tensor(value):
-                    state[label] = value[offset : offset + size] if value.ndim else value
+            state = self._state_of(flat, slice(offset, offset + size))
             yield Shard(name, shape, start, flat.detach()[offset : offset + size], state)
+
+    def _state_of(self, flat, elements):
+        "The optimiser's state of some elements of a flat tensor; a number that all share as it is."
+        tensors = {label: value for label, value in self.optimiser.state[flat].items() if torch.is_tensor(value)}
+        return {label: value[elements] if value.ndim else value for label, value in tensors.items()}
+
+    def _place_of_share(self, parameter, count):
+        "`_place` under stage 3, where every process holds an equal share of each parameter."
+        group, offset, share = self.zero.grad_position[self.zero.get_param_id(parameter)]
+        size = min(share, count - self.rank * share)
+        return (group, offset, self.rank * share, size) if size > 0 else None
 
     def _place(self, parameter, count):
         "Where this process holds `parameter`: (flat tensor, offset in it, start in the parameter, size), or None."
         if self.cuts_weights:
-            group, offset, share = self.zero.grad_position[self.zero.get_param_id(parameter)]
-            size = min(share, count - self.rank * share)
-            return (group, offset, self.rank * share, size) if size > 0 else None
-
+            return self._place_of_share(parameter, count)
         held = parameter._hp_mapping
         if not held:
             return None
@@ -563,10 +578,9 @@ class ZeroGroup(ShardedGroup):
 _group_classes = dict(none=ProcessGroup, ddp=ProcessGroup, fsdp2=FSDP2Group, zero2=ZeroGroup, zero3=ZeroGroup)
 
 
-def make_process_group(
-    accelerator: Accelerator,  # of this process
-    processes: Processes = None,  # what is asked for; None is one process, or DDP where several were started
-) -> ProcessGroup:
+def make_process_group(accelerator:Accelerator,   # of this process
+                       processes:Processes=None,  # what is asked for; None: one process, or DDP of those started
+)->ProcessGroup:
     "The process group of a strategy."
     group_class = choose('strategy', processes.strategy if processes else 'none', _group_classes)
     return group_class(accelerator, processes)

@@ -10,10 +10,9 @@ __all__ = ['check_batch_sizes', 'held_size', 'size_table', 'answer_batches', 'sp
 from ...core import LabError
 from ...inference.generation import end_tokens
 from ...inference.latency import answer_all, rates
-from ...models.meter import machine_peaks
+from ...models.meter import machine_peaks, resident_bytes
 from ...models.precisions import bytes_a_step, held_share
 from ...runs.tables import column, table
-from ...training.fit import resident_bytes
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #d51867db
 def check_batch_sizes(batch_sizes:list,  # questions at a time
