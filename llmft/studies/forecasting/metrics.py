@@ -14,7 +14,7 @@ import math
 import numpy as np
 
 from ...core import LabError
-from .series import fixed_step_predator_prey
+from ...data.dynamics import solve_logs
 
 # %% ../../../nbs/studies/forecasting/04_metrics.ipynb #11b600d2
 def point_forecast(samples_NSHV, # decoded samples; NaN where malformed
@@ -223,12 +223,19 @@ def _first_guess(given_NTV, step_time, floor):
 
 runge_kutta_parts = 4  # steps of the solver in one time step
 nudge = 1e-5  # of a logarithm, for the slope of the residuals
+_rate_range = -12, 6  # logarithms of rates that are told apart
+
+
+def _solve(unknown_M6, steps, step_time):
+    "Populations (M, steps, 2), from the logarithms of four rates and two initial values; finite for any of them."
+    rates_4M = np.exp(np.clip(unknown_M6[:, :4], *_rate_range)).T
+    return solve_logs(rates_4M, unknown_M6[:, 4:], steps, step_time, runge_kutta_parts)
 
 
 def _residuals(unknown_M6, given_NTV, step_time):
     "Solution minus given steps, flat, (M, T * V); M is a multiple of the number of trajectories."
     count, steps = given_NTV.shape[:2]
-    solved = fixed_step_predator_prey(unknown_M6, steps, step_time, runge_kutta_parts)
+    solved = _solve(unknown_M6, steps, step_time)
     return (solved - np.tile(given_NTV, (len(unknown_M6) // count, 1, 1))).reshape(len(unknown_M6), -1)
 
 
@@ -264,7 +271,7 @@ def refit_predator_prey(given_NTV,     # given steps, scaled or not
         residuals = np.where(better_N[:, None], then, residuals)
         damping_N = np.clip(np.where(better_N, damping_N / 5, damping_N * 4), 1e-9, 1e6)
 
-    return fixed_step_predator_prey(unknown_N6, steps + horizon, step_time, runge_kutta_parts)[:, steps:]
+    return _solve(unknown_N6, steps + horizon, step_time)[:, steps:]
 
 # %% ../../../nbs/studies/forecasting/04_metrics.ipynb #c7f793a0
 def baselines(given_NTV, # given steps, as they stand in the prompts
