@@ -176,8 +176,8 @@ def paired_test(differences) -> dict:
         return dict(n=n, mean=mean, p=None)
 
     spread = float(values.std(ddof=1))
-    varies = spread > _least_spread * max(_least_spread, abs(mean))
-    return dict(n=n, mean=mean, p=_t_test(mean, spread, n) if varies else None)
+    constant = spread <= _least_spread * max(_least_spread, abs(mean))
+    return dict(n=n, mean=mean, p=None if constant else _t_test(mean, spread, n))
 
 # %% ../../../nbs/studies/sublora/03_allocation.ipynb #3285d4e9
 uneven = 'an uneven split lowers the bound'
