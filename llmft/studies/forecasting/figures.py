@@ -32,6 +32,11 @@ panel_style = style | {'axes.titlesize': type_scale['text']}
 variable_names = ('prey', 'predator')
 
 
+def _colour(index):
+    "The colour of a line by its number."
+    return palette[index % len(palette)]
+
+
 def shared_legend(plot, # the figure
                   axes, # whose lines are named
 ):
@@ -40,6 +45,14 @@ def shared_legend(plot, # the figure
     plot.legend(handles, labels, loc='outside lower left', ncols=3, frameon=False, fontsize=type_scale['small'])
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #3e69c5fc
+def _draw_series(axis, times_T, values_TV, given):
+    "One trajectory, with a line where its given steps end."
+    for v, name in enumerate(variable_names[:values_TV.shape[1]]):
+        axis.plot(times_T, values_TV[:, v], color=palette[v], linewidth=1.2, label=name)
+    if given and given < len(times_T):
+        axis.axvline(times_T[given - 1], color=muted, linewidth=0.8)
+
+
 @mpl.rc_context(panel_style)
 def series_figure(times_T,         # times
                   values_NTV,      # trajectories
@@ -50,30 +63,30 @@ def series_figure(times_T,         # times
     "The first trajectories, a panel each; a `LabError` when there is none."
     something(values_NTV, 'series_figure', 'at least one trajectory')
     shown = min(first_n, len(values_NTV))
-    note = f'the first {shown} of {len(values_NTV):,}; {unit}'
-    if given:
-        note += f'; the line marks the {given} given steps'
+    marked = f'; the line marks the {given} given steps' if given else ''
+    note = f'the first {shown} of {len(values_NTV):,}; {unit}{marked}'
     plot, axes = panels(shown, 1, 'Trajectories', note, 1.25, sharex=True)
 
     for axis, values_TV in zip(axes[:, 0], values_NTV, strict=False):
-        for v, name in enumerate(variable_names[:values_TV.shape[1]]):
-            axis.plot(times_T, values_TV[:, v], color=palette[v], linewidth=1.2, label=name)
-        if given and given < len(times_T):
-            axis.axvline(times_T[given - 1], color=muted, linewidth=0.8)
+        _draw_series(axis, times_T, values_TV, given)
     axes[-1, 0].set_xlabel('time')
     shared_legend(plot, axes[0, 0])
     return plot
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #842fd9ee
+def _windowed(values_NTV):
+    "Trajectories around their mean, under Hann's window."
+    centred = values_NTV - values_NTV.mean(1, keepdims=True)
+    return centred * np.hanning(values_NTV.shape[1])[None, :, None]
+
+
 def spectrum(values_NTV,  # trajectories
              step_time,   # time between two steps
 ):                        # (periods_F in time units, share of the power (N, F, V))
     "Power by period, each trajectory and variable summing to 1."
-    steps = values_NTV.shape[1]
-    centred = values_NTV - values_NTV.mean(1, keepdims=True)
-    windowed = centred * np.hanning(steps)[None, :, None]
-    power_NFV = np.abs(np.fft.rfft(windowed, axis=1))[:, 1:] ** 2
-    return 1 / np.fft.rfftfreq(steps, step_time)[1:], power_NFV / power_NFV.sum(1, keepdims=True)
+    power_NFV = np.abs(np.fft.rfft(_windowed(values_NTV), axis=1))[:, 1:] ** 2
+    frequencies_F = np.fft.rfftfreq(values_NTV.shape[1], step_time)[1:]
+    return 1 / frequencies_F, power_NFV / power_NFV.sum(1, keepdims=True)
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #1fc38390
 def _band_and_line(axis, x, quantiles, colour, band_label=None, line_label=None):
@@ -99,28 +112,52 @@ def spectra_figure(values_NTV,  # trajectories
     return plot
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #c064dedd
+def _peakedness(values_NTV):
+    "The 99th percentile over the median of each trajectory and variable, (N, V)."
+    return np.percentile(values_NTV, 99, axis=1) / np.maximum(np.median(values_NTV, axis=1), 1e-6)
+
+
 def trajectory_features(values_NTV,  # trajectories
                         step_time,   # time between two steps
 )->np.ndarray:                       # (N, 1 + V): dominant period, peakedness of each variable
     "What trajectories are clustered by."
     periods_F, power_NFV = spectrum(values_NTV, step_time)
-    peaked_NV = np.percentile(values_NTV, 99, axis=1) / np.maximum(np.median(values_NTV, axis=1), 1e-6)
-    return np.column_stack([periods_F[power_NFV.sum(2).argmax(1)], peaked_NV])
+    dominant_N = periods_F[power_NFV.sum(2).argmax(1)]
+    return np.column_stack([dominant_N, _peakedness(values_NTV)])
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #9fa2366f
+def _standardised_logs(features):
+    "Logarithms with mean 0 and standard deviation 1 in each column."
+    logs = np.log(features)
+    return (logs - logs.mean(0)) / np.maximum(logs.std(0), 1e-9)
+
+
+def _largest_first(labels, clusters):
+    "The same clusters, numbered by their size."
+    order = np.argsort(-np.bincount(labels, minlength=clusters), kind='stable')
+    return np.argsort(order)[labels]
+
+
 def kinds(features,     # from `trajectory_features`
           clusters=3,   # how many kinds
           seed=0,       # of the start
 )->np.ndarray:          # (N,) numbers of kinds, 0 for the largest
     "k-means clusters of trajectories by period and peakedness."
     from scipy.cluster.vq import kmeans2
-    logs = np.log(features)
-    logs = (logs - logs.mean(0)) / np.maximum(logs.std(0), 1e-9)
+    logs = _standardised_logs(features)
     labels = kmeans2(logs, min(clusters, len(logs)), seed=seed, minit='++')[1]
-    largest_first = np.argsort(-np.bincount(labels, minlength=clusters), kind='stable')
-    return np.argsort(largest_first)[labels]
+    return _largest_first(labels, clusters)
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #7fefa042
+def _draw_kinds(axis, features, labels, v):
+    "Dominant period against the peakedness of variable `v`, one colour per kind."
+    for kind in np.unique(labels):
+        members = features[labels == kind]
+        axis.plot(members[:, 1 + v], members[:, 0], 'o', markersize=3, alpha=0.7, color=palette[kind],
+                  label=f'kind {kind + 1}: {len(members)}')
+    axis.set(xscale='log', xlabel=f'{variable_names[v]}: 99th percentile / median')
+
+
 @mpl.rc_context(panel_style)
 def clusters_figure(values_NTV, # trajectories
                     step_time,  # time between two steps
@@ -132,11 +169,7 @@ def clusters_figure(values_NTV, # trajectories
     plot, axes = panels(1, features.shape[1] - 1, 'Kinds of trajectories', note, 2.8, sharey=True)
 
     for v, axis in enumerate(axes[0]):
-        for kind in np.unique(labels):
-            members = features[labels == kind]
-            axis.plot(members[:, 1 + v], members[:, 0], 'o', markersize=3, alpha=0.7, color=palette[kind],
-                      label=f'kind {kind + 1}: {len(members)}')
-        axis.set(xscale='log', xlabel=f'{variable_names[v]}: 99th percentile / median')
+        _draw_kinds(axis, features, labels, v)
     axes[0, 0].set_ylabel('dominant period, time units')
     shared_legend(plot, axes[0, 0])
     return plot
@@ -149,16 +182,19 @@ def _sample_quantiles(samples_SH):
     return np.nanquantile(samples_SH, [0.1, 0.5, 0.9], axis=0)
 
 
+def _draw_truth(axis, times_T, truth_T, given):
+    "What happened, with a line where the given steps end; forecasts may go beyond it and be cut."
+    axis.plot(times_T, truth_T, color=muted, linewidth=1.1, label='truth')
+    axis.axvline(times_T[given - 1], color=muted, linewidth=0.7)
+    axis.set_ylim(-0.05 * truth_T.max(), 1.6 * truth_T.max())
+
+
 def _draw_forecast(axis, times_T, truth_T, samples_SH, given, colour):
     "One variable of one trajectory: truth, band and median of the samples."
-    horizon = samples_SH.shape[1]
-    axis.plot(times_T[:given + horizon], truth_T[:given + horizon], color=muted, linewidth=1.1, label='truth')
-    ahead_H = times_T[given:given + horizon]
-    _band_and_line(axis, ahead_H, _sample_quantiles(samples_SH), colour, '10-90 %', 'median forecast')
-    axis.axvline(times_T[given - 1], color=muted, linewidth=0.7)
-
-    top = truth_T[:given + horizon].max()
-    axis.set_ylim(-0.05 * top, 1.6 * top)
+    end = given + samples_SH.shape[1]
+    _draw_truth(axis, times_T[:end], truth_T[:end], given)
+    quantiles = _sample_quantiles(samples_SH)
+    _band_and_line(axis, times_T[given:end], quantiles, colour, '10-90 %', 'median forecast')
 
 
 @mpl.rc_context(panel_style)
@@ -187,6 +223,15 @@ def forecasts_figure(times_T,        # times of all steps
 given_grey = '#B8C0C8'  # lighter than the truth
 
 
+def _draw_phases(axis, truth_TV, forecast_HV, given):
+    "Given steps, truth and forecast of one trajectory, prey against predators."
+    end = given + len(forecast_HV)
+    axis.plot(*truth_TV[:given].T, color=given_grey, linewidth=1, label='given')
+    axis.plot(*truth_TV[given - 1:end].T, color=muted, linewidth=1.3, label='truth')
+    axis.plot(*forecast_HV.T, color=palette[1], linewidth=1.4, label='median forecast')
+    axis.plot(*forecast_HV[:1].T, 'o', color=palette[1], markersize=4)
+
+
 @mpl.rc_context(panel_style)
 def phase_figure(truth_NTV,      # given and true steps, scaled
                  forecast_NHV,   # point forecasts
@@ -194,23 +239,27 @@ def phase_figure(truth_NTV,      # given and true steps, scaled
                  first_n:int=3,  # trajectories shown
 )->Plot:
     "Prey against predators: given steps, truth and forecast."
-    count, horizon = forecast_NHV.shape[:2]
+    count = len(forecast_NHV)
     shown = min(first_n, count)
     note = f'scaled units; the first {shown} of {count:,} trajectories; a dot where the forecast begins'
     plot, axes = panels(1, shown, 'Phase portraits', note, 2.7)
 
     for axis, truth_TV, forecast_HV in zip(axes[0], truth_NTV, forecast_NHV, strict=False):
-        axis.plot(*truth_TV[:given].T, color=given_grey, linewidth=1, label='given')
-        axis.plot(*truth_TV[given - 1:given + horizon].T, color=muted, linewidth=1.3, label='truth')
-        axis.plot(*forecast_HV.T, color=palette[1], linewidth=1.4, label='median forecast')
-        axis.plot(*forecast_HV[:1].T, 'o', color=palette[1], markersize=4)
-        axis.set(xlabel='prey', xlim=(0, 1.3 * truth_TV[:, 0].max()), ylim=(0, 1.3 * truth_TV[:, 1].max()))
+        _draw_phases(axis, truth_TV, forecast_HV, given)
+        widest, highest = 1.3 * truth_TV.max(0)
+        axis.set(xlabel='prey', xlim=(0, widest), ylim=(0, highest))
     axes[0, 0].set_ylabel('predator')
     shared_legend(plot, axes[0, 0])
     return plot
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #005a8a20
 least_error = 1e-4  # smallest error drawn on a logarithmic axis
+
+
+def _draw_curve(axis, curve_H, name, colour):
+    "An error by forecast step."
+    axis.plot(np.arange(1, len(curve_H) + 1), np.maximum(curve_H, least_error), linewidth=1.5, marker='o',
+              markersize=3, color=colour, label=name)
 
 
 @mpl.rc_context(panel_style)
@@ -224,28 +273,36 @@ def horizon_figure(errors:dict, # name -> median absolute error by step (H,), or
     axis = axes[0, 0]
 
     for index, (name, curve_H) in enumerate(curves.items()):
-        axis.plot(np.arange(1, len(curve_H) + 1), np.maximum(curve_H, least_error), linewidth=1.5, marker='o',
-                  markersize=3, color=palette[index % len(palette)], label=name)
+        _draw_curve(axis, curve_H, name, _colour(index))
     axis.set(xlabel='steps ahead', ylabel='median absolute error, scaled units', yscale='log')
     axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     shared_legend(plot, axis)
     return plot
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #604e6bb9
+def _known_errors(values):
+    "The known ones of some errors, in order, for a logarithmic axis."
+    return np.maximum(np.sort(values[np.isfinite(values)]), least_error)
+
+
+def _draw_distribution(axis, values, name, colour):
+    "The share of errors that are at most so large."
+    share = np.arange(1, len(values) + 1) / len(values)
+    axis.step(values, share, where='post', color=colour, linewidth=1.5, label=name)
+
+
 @mpl.rc_context(panel_style)
 def distribution_figure(errors:dict, # name -> mean absolute error of each trajectory
                         note='',     # n and units
 )->Plot:
     "The share of trajectories whose error is at most so much; a `LabError` when none is known."
-    shown = {name: np.sort(values[np.isfinite(values)]) for name, values in errors.items() if np.isfinite(values).any()}
+    shown = {name: _known_errors(values) for name, values in errors.items() if np.isfinite(values).any()}
     something(shown, 'distribution_figure', 'at least one known error')
     plot, axes = panels(1, 1, 'Errors over trajectories', note, 3.2)
     axis = axes[0, 0]
 
     for index, (name, values) in enumerate(shown.items()):
-        share = np.arange(1, len(values) + 1) / len(values)
-        axis.step(np.maximum(values, least_error), share, where='post', color=palette[index % len(palette)],
-                  linewidth=1.5, label=name)
+        _draw_distribution(axis, values, name, _colour(index))
     axis.set(xlabel='mean absolute error of a trajectory, scaled units', ylabel='share of trajectories',
              xscale='log', ylim=(0, 1.02))
     shared_legend(plot, axis)
@@ -254,10 +311,7 @@ def distribution_figure(errors:dict, # name -> mean absolute error of each traje
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #00baca2f
 def _draw_boxes(axis, errors, v):
     "Horizontal box plots of the mean error of each trajectory in variable `v`."
-    drawn_errors = []
-    for gap_NHV in errors.values():
-        mean_N = np.maximum(gap_NHV[:, :, v].mean(1), least_error)
-        drawn_errors.append(mean_N[np.isfinite(mean_N)])
+    drawn_errors = [_known_errors(gap_NHV[:, :, v].mean(1)) for gap_NHV in errors.values()]
     drawn = axis.boxplot(drawn_errors, orientation='horizontal', widths=0.6, patch_artist=True,
                          medianprops=dict(color=ink), flierprops=dict(markersize=2.5, markeredgecolor=muted))
     for patch in drawn['boxes']:
@@ -293,6 +347,18 @@ def _draw_heat_map(axis, table_RK, norm, best):
     axis.grid(False)
 
 
+def _error_table(cells, precision, rates, ranks):
+    "The numbers of one precision, learning rates by ranks; NaN where none is known."
+    return np.array([[cells.get((precision, rate, rank)) or np.nan for rank in ranks] for rate in rates], float)
+
+
+def _name_search_axes(axis, rates, ranks, precision):
+    "Ranks along the one axis, learning rates along the other."
+    axis.set_xticks(range(len(ranks)), ranks)
+    axis.set_yticks(range(len(rates)), [f'{rate:g}' for rate in rates])
+    axis.set(title=f'{precision} decimals', xlabel='LoRA rank')
+
+
 @mpl.rc_context(panel_style)
 def heat_maps(rows:list,     # dicts with precision, learning_rate, lora_rank and `value`
               value:str='valid_mae',  # what is shown
@@ -307,11 +373,8 @@ def heat_maps(rows:list,     # dicts with precision, learning_rate, lora_rank an
     plot, axes = panels(1, len(precisions), 'Search', note, 2.6, sharey=True)
 
     for axis, precision in zip(axes[0], precisions, strict=True):
-        table_RK = np.array([[cells.get((precision, rate, rank)) or np.nan for rank in ranks] for rate in rates], float)
-        _draw_heat_map(axis, table_RK, norm, min(numbers))
-        axis.set_xticks(range(len(ranks)), ranks)
-        axis.set_yticks(range(len(rates)), [f'{rate:g}' for rate in rates])
-        axis.set(title=f'{precision} decimals', xlabel='LoRA rank')
+        _draw_heat_map(axis, _error_table(cells, precision, rates, ranks), norm, min(numbers))
+        _name_search_axes(axis, rates, ranks, precision)
     axes[0, 0].set_ylabel('learning rate')
     return plot
 
@@ -324,6 +387,18 @@ def _precision_pairs(rows, value):
     return [pair for pair in pairs if known(pair[0]) and known(pair[1])]
 
 
+def _draw_diagonal(axis, pairs):
+    "A line on which both precisions are equally good."
+    ends = [0.9 * min(min(pair[:2]) for pair in pairs), 1.1 * max(max(pair[:2]) for pair in pairs)]
+    axis.plot(ends, ends, color=muted, linewidth=0.8)
+
+
+def _draw_pairs(axis, pairs, rate, colour):
+    "The pairs of one learning rate."
+    two, three = zip(*[pair[:2] for pair in pairs if pair[2] == rate], strict=True)
+    axis.plot(two, three, 'o', color=colour, markersize=6, label=f'learning rate {rate:g}')
+
+
 @mpl.rc_context(panel_style)
 def precision_figure(rows:list,  # dicts with precision, learning_rate, lora_rank and `value`
                      value:str='valid_mae',  # what is compared
@@ -333,12 +408,9 @@ def precision_figure(rows:list,  # dicts with precision, learning_rate, lora_ran
     pairs = something(_precision_pairs(rows, value), 'precision_figure', 'runs with 2 and with 3 decimals')
     plot, axes = panels(1, 1, 'Two decimals against three', note, 3.4)
     axis = axes[0, 0]
-    ends = [0.9 * min(min(pair[:2]) for pair in pairs), 1.1 * max(max(pair[:2]) for pair in pairs)]
-    axis.plot(ends, ends, color=muted, linewidth=0.8)
-
+    _draw_diagonal(axis, pairs)
     for index, rate in enumerate(sorted({pair[2] for pair in pairs})):
-        two, three = zip(*[pair[:2] for pair in pairs if pair[2] == rate], strict=True)
-        axis.plot(two, three, 'o', color=palette[index % len(palette)], markersize=6, label=f'learning rate {rate:g}')
+        _draw_pairs(axis, pairs, rate, _colour(index))
     axis.set(xscale='log', yscale='log', xlabel='validation error with 2 decimals', ylabel='with 3 decimals')
     shared_legend(plot, axis)
     return plot

@@ -75,6 +75,13 @@ def simulate(count:int,            # trajectories
     return Series(values_NTV, times_T, notes)
 
 # %% ../../../nbs/studies/forecasting/01_series.ipynb #da98920d
+def _faults(values_NTV):
+    "What can be wrong with trajectories -> where it is, an array over (N, ...)."
+    return {'a value that is not finite': ~np.isfinite(values_NTV),
+            'a negative value': values_NTV < 0,
+            'a variable that never changes': np.ptp(values_NTV, axis=1, keepdims=True) == 0}
+
+
 def check_series(values_NTV, # trajectories
                  where:str,  # what to call their source in an error
 )->np.ndarray:               # float32
@@ -84,27 +91,27 @@ def check_series(values_NTV, # trajectories
         raise LabError(f'{where}: trajectories have the shape {values_NTV.shape}: '
                        '(trajectories, steps, variables) is needed, none of them 0')
 
-    constant_N1V = np.ptp(values_NTV, axis=1, keepdims=True) == 0
-    faults = {'a value that is not finite': ~np.isfinite(values_NTV),
-              'a negative value': values_NTV < 0,
-              'a variable that never changes': constant_N1V}
-    for fault, wrong in faults.items():
-        if wrong.any():
-            wrong_N = wrong.any((1, 2))
+    for fault, wrong in _faults(values_NTV).items():
+        wrong_N = wrong.any((1, 2))
+        if wrong_N.any():
             raise LabError(f'{where}: trajectory {int(np.argmax(wrong_N))} has {fault} '
                            f'({int(wrong_N.sum())} of {len(values_NTV)} have): leave such trajectories out')
     return values_NTV
 
 # %% ../../../nbs/studies/forecasting/01_series.ipynb #7b4ae578
-def _read_hdf5(path):
-    "The arrays `trajectories` and `time` of an HDF5 file."
+def _open_hdf5(path):
+    "The HDF5 file at `path`, open; a `LabError` when it is none."
     import h5py
     try:
-        file = h5py.File(path, 'r')
+        return h5py.File(path, 'r')
     except OSError as error:
         reason = ' '.join(str(error).split())[:80]
         raise LabError(f'{path} is no HDF5 file ({reason}): give one with `trajectories` and `time`') from None
-    with file:
+
+
+def _read_hdf5(path):
+    "The arrays `trajectories` and `time` of an HDF5 file."
+    with _open_hdf5(path) as file:
         for name in ('trajectories', 'time'):
             if name not in file:
                 raise LabError(f"{path} has no '{name}'{nearest(name, file)}, only {', '.join(file) or 'nothing'}: "
@@ -123,7 +130,6 @@ def load_series(path,  # HDF5 file with `trajectories` and `time`
     if values.ndim != 3 or times.shape != values.shape[1:2]:
         raise LabError(f'{path}: trajectories {values.shape} and time {times.shape} do not belong together: '
                        '(N, T, V) and (T,) are needed')
-
     notes = dict(source=path.name, trajectories=len(values), steps=values.shape[1], seed=None)
     return Series(check_series(values, str(path)), times.astype(float), notes)
 
@@ -149,6 +155,24 @@ def _check_scaling(scaling, alpha, context, train_rows, steps):
         raise LabError('scaling global needs the rows of the training split')
 
 
+def _shared_tops(values_NTV, train_rows):
+    "The 99th percentile of each variable over the training split, (1, V)."
+    train_MV = values_NTV[train_rows].astype(np.float64).reshape(-1, values_NTV.shape[2])
+    return np.percentile(train_MV, 99, axis=0)[None]
+
+
+def _own_tops(values_NTV):
+    "The 99th percentile of each trajectory and variable, (N, V)."
+    return np.percentile(values_NTV.astype(np.float64), 99, axis=1)
+
+
+def _check_tops(tops):
+    "A `LabError` for a trajectory without a scale."
+    if not (tops > 0).all():
+        first = int(np.argwhere(~(tops > 0))[0][0])
+        raise LabError(f'trajectory {first}: the 99th percentile is 0, so it has no scale: leave it out')
+
+
 def scale_factors(values_NTV,         # trajectories, float32
                   scaling='context',  # context | per_trajectory | global
                   alpha=10.,          # what the 99th percentile becomes
@@ -160,15 +184,10 @@ def scale_factors(values_NTV,         # trajectories, float32
     _check_scaling(scaling, alpha, context, train_rows, steps)
 
     if scaling == 'global':
-        train_MV = values_NTV[train_rows].astype(np.float64).reshape(-1, variables)
-        tops = np.percentile(train_MV, 99, axis=0)[None]
+        tops = _shared_tops(values_NTV, train_rows)
     else:
-        seen_NTV = values_NTV[:, :context] if scaling == 'context' else values_NTV
-        tops = np.percentile(seen_NTV.astype(np.float64), 99, axis=1)
-
-    if not (tops > 0).all():
-        first = int(np.argwhere(~(tops > 0))[0][0])
-        raise LabError(f'trajectory {first}: the 99th percentile is 0, so it has no scale: leave it out')
+        tops = _own_tops(values_NTV[:, :context] if scaling == 'context' else values_NTV)
+    _check_tops(tops)
     return np.broadcast_to((alpha / tops).astype(np.float32), (count, variables)).copy()
 
 # %% ../../../nbs/studies/forecasting/01_series.ipynb #031d89f1
@@ -187,16 +206,19 @@ def unscale(values_NTV, # scaled values
     return np.asarray(values_NTV, float) / np.asarray(factors_NV, float)[:, None]
 
 # %% ../../../nbs/studies/forecasting/01_series.ipynb #b4eafd41
+def _cut_in_three(order, shares):
+    "train, valid, test: parts of `order` by their shares; the rest is the test split."
+    train_end = round(len(order) * shares[0])
+    valid_end = train_end + round(len(order) * shares[1])
+    return dict(train=order[:train_end], valid=order[train_end:valid_end], test=order[valid_end:])
+
+
 def split_rows(count:int,          # trajectories
                seed=42,            # of the permutation
                shares=(.7, .15),   # of training and validation; the rest is the test split
 )->dict:                           # train, valid, test: row numbers in permuted order
     "The permuted rows of each split; a `LabError` when one would be empty."
-    order = np.random.default_rng(seed).permutation(count)
-    train_end = round(count * shares[0])
-    valid_end = train_end + round(count * shares[1])
-    rows = dict(train=order[:train_end], valid=order[train_end:valid_end], test=order[valid_end:])
-
+    rows = _cut_in_three(np.random.default_rng(seed).permutation(count), shares)
     for split, part in rows.items():
         if not len(part):
             raise LabError(f'{count} trajectories leave the {split} split empty: give more of them')
