@@ -45,6 +45,29 @@ def _error_at(curve, step):
     return None if median_H is None or len(median_H) < step else float(median_H[step - 1])
 
 
+def _baseline_scores(forecast_NHV, future_NHV):
+    "Scores of a forecast without a language model; it has no text and no likelihood."
+    return score_forecast(forecast_NHV[:, None], future_NHV) | dict(success_rate=None, nll_per_value=None)
+
+
+def _original_scores(forecast_NHV, future_NHV, factors_N1V):
+    "Scores of a point forecast in original units."
+    return score_forecast(forecast_NHV[:, None] / factors_N1V[:, None], future_NHV / factors_N1V)
+
+
+def _compared_points(split, forecasts, count, given, horizon):
+    "(point forecasts by name, those of the baselines alone)."
+    given_NTV = split.scaled_NTV[:count, :given]
+    step_time = float(split.times_T[1] - split.times_T[0])
+    simple = baselines(given_NTV, horizon, step_time)
+    return {name: point_forecast(made.samples_NSHV) for name, made in forecasts.items()} | simple, simple
+
+
+def _mapped(function, values):
+    "The same names with `function` of each value."
+    return {name: function(value) for name, value in values.items()}
+
+
 def compare_forecasts(split:Split,     # that was forecast
                       forecasts:dict,  # name -> `Forecast` of its first trajectories
                       scores:dict,     # name -> scores of these forecasts
@@ -56,21 +79,27 @@ def compare_forecasts(split:Split,     # that was forecast
     truth_NTV = split.scaled_NTV[:count]
     future_NHV = truth_NTV[:, given:given + horizon]
     factors_N1V = split.factors_NV[:count, None].astype(float)
-    step_time = float(split.times_T[1] - split.times_T[0])
-    simple = baselines(truth_NTV[:, :given], horizon, step_time)
+    points, simple = _compared_points(split, forecasts, count, given, horizon)
 
-    points = {name: point_forecast(made.samples_NSHV) for name, made in forecasts.items()} | simple
-    rows = dict(scores)
-    for name, forecast_NHV in simple.items():
-        rows[name] = score_forecast(forecast_NHV[:, None], future_NHV) | dict(success_rate=None, nll_per_value=None)
-
-    originals = {name: score_forecast(forecast_NHV[:, None] / factors_N1V[:, None], future_NHV / factors_N1V)
-                 for name, forecast_NHV in points.items()}
-    ahead = {name: horizon_errors(forecast_NHV, future_NHV) for name, forecast_NHV in points.items()}
-    at_ten = {name: _error_at(curve, judged_step) for name, curve in ahead.items()}
+    rows = scores | _mapped(lambda made_NHV: _baseline_scores(made_NHV, future_NHV), simple)
+    originals = _mapped(lambda made_NHV: _original_scores(made_NHV, future_NHV, factors_N1V), points)
+    ahead = _mapped(lambda made_NHV: horizon_errors(made_NHV, future_NHV), points)
+    at_ten = _mapped(lambda curve: _error_at(curve, judged_step), ahead)
     return Comparison(split.times_T, truth_NTV, future_NHV, points, list(simple), rows, originals, ahead, at_ten)
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #b51371fe
+_error_columns = (
+    column('run', 'forecast'),
+    column('mae', 'MAE', 'mean', n='trajectories'),
+    column('mae_median', 'MAE', 'median'),
+    column('at_ten', 'error', 'median, 10 steps ahead'),
+    column('mse', 'MSE', 'mean'),
+    column('rmse', 'RMSE'),
+    column('r2', 'R²'),
+    column('success_rate', 'readable', 'share'),
+)
+
+
 def error_table(comparison:Comparison,  # of one evaluation
                 scaling:str,            # of the data
 ):                                      # a displayed table
@@ -79,49 +108,62 @@ def error_table(comparison:Comparison,  # of one evaluation
     rows = [dict(run=name, **row, at_ten=comparison.at_ten[name]) for name, row in comparison.rows.items()]
     caption = ('Scaled units. Published: Qwen2.5-0.5B, n = 150, 50 steps, scale from all steps, regex repair; '
                f'here {horizon} steps, scaling {scaling}, no repair')
-    return table(rows + published['test'], [
-        column('run', 'forecast'), column('mae', 'MAE', 'mean', n='trajectories'),
-        column('mae_median', 'MAE', 'median'),
-        column('at_ten', 'error', 'median, 10 steps ahead'), column('mse', 'MSE', 'mean'), column('rmse', 'RMSE'),
-        column('r2', 'R²'), column('success_rate', 'readable', 'share')], caption)
+    return table(rows + published['test'], _error_columns, caption)
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #e5aec3b4
+_spread_columns = (
+    column('run', 'forecast'),
+    column('crps', 'CRPS', 'mean', best='low', n='samples'),
+    column('crps_median', 'CRPS', 'median', best='low'),
+    column('coverage_80', 'in the band', 'share, 0.8 wanted'),
+    column('band_width', 'width of the band', 'scaled units'),
+    column('nll_per_value', 'NLL', 'nats/value', best='low'),
+    column('original_nll_per_value', 'NLL', 'nats/value, original units', best='low'),
+)
+
+
 def spread_table(scores:dict,  # name -> scores of a model
 ):                             # a displayed table
     "Scores of the spread of the samples, and the likelihood of the truth."
-    return table([dict(run=name, **row) for name, row in scores.items()], [
-        column('run', 'forecast'), column('crps', 'CRPS', 'mean', best='low', n='samples'),
-        column('crps_median', 'CRPS', 'median', best='low'), column('coverage_80', 'in the band', 'share, 0.8 wanted'),
-        column('band_width', 'width of the band', 'scaled units'),
-        column('nll_per_value', 'NLL', 'nats/value', best='low'),
-        column('original_nll_per_value', 'NLL', 'nats/value, original units', best='low')],
-        'Scaled units; n: samples of each trajectory')
+    rows = [dict(run=name, **row) for name, row in scores.items()]
+    return table(rows, _spread_columns, 'Scaled units; n: samples of each trajectory')
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #aa4e379b
+_variable_columns = (
+    column('mae_prey', 'MAE prey', 'mean'),
+    column('mae_median_prey', 'MAE prey', 'median'),
+    column('mae_predator', 'MAE predator', 'mean'),
+    column('mae_median_predator', 'MAE predator', 'median'),
+    column('r2_prey', 'R² prey'),
+    column('r2_predator', 'R² predator'),
+)
+
+
+def _variable_row(name, row, original):
+    "Errors of one forecast per variable, and in original units."
+    shown = {each['key']: row[each['key']] for each in _variable_columns}
+    return dict(run=name, **shown, original=original['mae'], original_median=original['mae_median'])
+
+
 def variable_table(comparison:Comparison,  # of one evaluation
 ):                                         # a displayed table
     "Errors per variable, and in the units of the data."
-    shown = [f'{error}_{variable}' for error in ('mae', 'mae_median', 'r2') for variable in ('prey', 'predator')]
-    rows = []
-    for name, row in comparison.rows.items():
-        original = comparison.originals[name]
-        rows.append(dict(run=name, **{error: row[error] for error in shown}, original=original['mae'],
-                         original_median=original['mae_median']))
-    return table(rows, [
-        column('run', 'forecast'), column('mae_prey', 'MAE prey', 'mean'),
-        column('mae_median_prey', 'MAE prey', 'median'),
-        column('mae_predator', 'MAE predator', 'mean'), column('mae_median_predator', 'MAE predator', 'median'),
-        column('r2_prey', 'R² prey'), column('r2_predator', 'R² predator'),
-        column('original', 'MAE', 'mean, original units'), column('original_median', 'MAE', 'median, original units')])
+    rows = [_variable_row(name, row, comparison.originals[name]) for name, row in comparison.rows.items()]
+    originals = (column('original', 'MAE', 'mean, original units'),
+                 column('original_median', 'MAE', 'median, original units'))
+    return table(rows, [column('run', 'forecast'), *_variable_columns, *originals])
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #f241e18a
+_speed_columns = (column('run', 'forecast'), column('seconds', 'generation', 's'), column('new', 'new tokens'),
+                  column('speed', 'new tokens', '1/s'))
+
+
 def speed_table(forecasts:dict,  # name -> `Forecast`
 ):                               # a displayed table
     "What generation took."
     rows = [dict(run=name, seconds=made.seconds, new=made.new_tokens, speed=made.new_tokens / made.seconds)
             for name, made in forecasts.items()]
-    return table(rows, [column('run', 'forecast'), column('seconds', 'generation', 's'), column('new', 'new tokens'),
-                        column('speed', 'new tokens', '1/s')])
+    return table(rows, _speed_columns)
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #92799512
 def compared(before:float,  # an error
@@ -136,18 +178,29 @@ def _shown(error):
     return 'unknown' if error is None else f'{error:.3f}'
 
 
+def _listed(names, errors):
+    "Names with their errors."
+    return ', '.join(f'{name} ({_shown(errors[name])})' for name in names)
+
+
 def _against_baselines(comparison, judged):
     "The sentence that says which simple forecasts the model beats ten steps ahead, and which not."
-    own = comparison.at_ten[judged]
-    beaten = [name for name in comparison.simple if own is not None and own < comparison.at_ten[name]]
+    errors = comparison.at_ten
+    own = errors[judged]
+    beaten = [name for name in comparison.simple if own is not None and own < errors[name]]
     unbeaten = [name for name in comparison.simple if name not in beaten]
 
-    def listed(names):
-        return ', '.join(f'{name} ({_shown(comparison.at_ten[name])})' for name in names)
-
     sentence = f'. Ten steps ahead its median error is {_shown(own)}; '
-    sentence += f"it beats {listed(beaten) or 'none of the simple forecasts'}"
-    return sentence + (f' and not {listed(unbeaten)}' if unbeaten else '')
+    sentence += f"it beats {_listed(beaten, errors) or 'none of the simple forecasts'}"
+    return sentence + (f' and not {_listed(unbeaten, errors)}' if unbeaten else '')
+
+
+def _against_untrained(own, untrained):
+    "How the median error stands to that before training; nothing where one of them is unknown."
+    if not (untrained and own['mae_median'] and untrained['mae_median']):
+        return ''
+    ratio = compared(untrained['mae_median'], own['mae_median'])
+    return f", {ratio} untrained ({_shown(untrained['mae_median'])})"
 
 
 def comparison_verdict(comparison:Comparison,  # of one evaluation
@@ -157,13 +210,10 @@ def comparison_verdict(comparison:Comparison,  # of one evaluation
     "The result of an evaluation in words."
     own = comparison.rows[judged]
     count, horizon = comparison.future_NHV.shape[:2]
-
     verdict = (f"The {judged} model's forecasts have a median MAE of {_shown(own['mae_median'])} "
                f"(mean {_shown(own['mae'])}; scaled units, {own['trajectories']} of {count} trajectories readable, "
                f'{horizon} steps)')
-    if untrained and own['mae_median'] and untrained['mae_median']:
-        ratio = compared(untrained['mae_median'], own['mae_median'])
-        verdict += f", {ratio} untrained ({_shown(untrained['mae_median'])})"
+    verdict += _against_untrained(own, untrained)
     if horizon >= judged_step:
         verdict += _against_baselines(comparison, judged)
     return verdict + '.'
@@ -183,17 +233,23 @@ def example_text(made,         # `Forecast`
             f'The first forecast as written:\n{text[:shown_characters]}{ending}')
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #882618d8
+_untrained_scores = ('mae', 'mae_median', 'mse', 'success_rate')
+
+
+def _baseline_metrics(comparison, name):
+    "The scores of one baseline under its name."
+    row = comparison.rows[name]
+    errors = dict(mae=row['mae'], mae_median=row['mae_median'], error_at_10=comparison.at_ten[name])
+    return {f"{name.replace(' ', '_')}_{error}": value for error, value in errors.items()}
+
+
 def comparison_metrics(comparison:Comparison,  # of one evaluation
                        untrained=None,         # scores of the model before training, where it was judged as well
 )->dict:                                       # flat
     "Scores of the model before training, and of every baseline."
-    metrics = {}
-    if untrained:
-        metrics |= {f'untrained_{name}': untrained[name] for name in ('mae', 'mae_median', 'mse', 'success_rate')}
+    metrics = {f'untrained_{name}': untrained[name] for name in _untrained_scores} if untrained else {}
     for name in comparison.simple:
-        errors = dict(mae=comparison.rows[name]['mae'], mae_median=comparison.rows[name]['mae_median'],
-                      error_at_10=comparison.at_ten[name])
-        metrics |= {f"{name.replace(' ', '_')}_{error}": value for error, value in errors.items()}
+        metrics |= _baseline_metrics(comparison, name)
     return metrics
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #1c2c4f57

@@ -86,6 +86,13 @@ class Grammar:
         self.mask_SV[:, ids_A] = self.next_SA >= 0
         self.mask_SV[[self.finished - 1, self.finished], self.end_id] = True
 
+    def _after_number(self, character, variable, may_end_step):
+        "(next variable, whether a step was completed) after the character behind a number; `None` if not allowed."
+        final = variable == self.variables - 1
+        if character != (';' if final else ',') or (final and not may_end_step):
+            return None
+        return (variable + 1) % self.variables, final
+
     def _move(self, state, text, last):
         "(state after `text`, whether a step was completed); the state is -1 where `text` is not allowed."
         variable, inner = divmod(state, len(self.number))
@@ -93,12 +100,12 @@ class Grammar:
 
         for character in text:
             if inner == len(self.number) - 1:
-                final = variable == self.variables - 1
-                if character != (';' if final else ',') or (final and (last or completes)):
+                following = self._after_number(character, variable, not (last or completes))
+                if following is None:
                     return -1, False
-                variable = (variable + 1) % self.variables
+                variable, ends_step = following
                 inner = 0
-                completes = completes or final
+                completes = completes or ends_step
             elif character in self.number[inner]:
                 inner = self.number[inner][character]
             else:
@@ -180,12 +187,17 @@ def _check_given(texts, given):
         raise LabError(f'{given} steps are to be given and a trajectory has {shortest}: give fewer')
 
 
+def _continuations(texts, samples):
+    "Rows of `samples` texts, one row per trajectory."
+    return [texts[first:first + samples] for first in range(0, len(texts), samples)]
+
+
 def _as_forecast(made, written, read, samples, prompt_length):
     "What was generated, written and read, as rows of `samples` continuations."
     count = len(written) // samples
     return Forecast(
         samples_NSHV=read.values_NTV.reshape(count, samples, *read.values_NTV.shape[1:]),
-        texts=[written[i * samples:(i + 1) * samples] for i in range(count)],
+        texts=_continuations(written, samples),
         malformed_steps=int(read.malformed_N.sum()),
         success_rate=read.success_rate,
         seconds=made.seconds,
@@ -239,6 +251,14 @@ def _alphabet_columns(serialisation, vocabulary, device):
     return ids_A, column_V
 
 
+def _continuation_loss(model, row, first, hidden_TD, ids_A, column_V):
+    "Nats of the tokens of one row from `first` on, among the alphabet; the separator behind the last step is left out."
+    last = len(row) - 1
+    logits_NA = output_head(model)(hidden_TD[first - 1:last - 1])[:, ids_A].float()
+    targets_N = column_V[torch.tensor(row[first:last], device=column_V.device)]
+    return float(torch.nn.functional.cross_entropy(logits_NA, targets_N, reduction='sum'))
+
+
 def _padded(rows, pad_id, device):
     "Rows of ids filled up on the right to one length, (B, T)."
     longest = max(map(len, rows))
@@ -268,10 +288,7 @@ def continuation_nats(model,      # a causal language model, with or without an 
         rows = whole[begin:begin + batch_size]
         hidden_BTD = hidden_states(model, _padded(rows, tokenizer.pad_token_id, device))
         for row, first, hidden_TD in zip(rows, first_scored[begin:], hidden_BTD, strict=False):
-            last = len(row) - 1  # the separator behind the last step is not scored
-            logits_NA = output_head(model)(hidden_TD[first - 1:last - 1])[:, ids_A].float()
-            targets_N = column_V[torch.tensor(row[first:last], device=device)]
-            nats.append(float(torch.nn.functional.cross_entropy(logits_NA, targets_N, reduction='sum')))
+            nats.append(_continuation_loss(model, row, first, hidden_TD, ids_A, column_V))
     model.train(was_training)
     return np.array(nats)
 
@@ -282,6 +299,26 @@ def _scores_in_both_units(samples_NSHV, truth_NHV, factors_NV, names):
     scaled = score_forecast(samples_NSHV, truth_NHV, names)
     original = score_forecast(samples_NSHV / factors_N1V[:, None], truth_NHV / factors_N1V, names)
     return scaled | {f'original_{name}': value for name, value in original.items()}
+
+
+def _check_steps(given, horizon, steps):
+    "A `LabError` when a trajectory is too short for what is given and asked for."
+    if given + horizon > steps:
+        raise LabError(f'{given} given and {horizon} forecast steps are more than the {steps} of a trajectory: '
+                       'ask for fewer')
+
+
+def _reading_scores(made, count):
+    "How much could be read, and what generation took."
+    forecasts, samples = made.samples_NSHV.shape[:2]
+    return dict(success_rate=made.success_rate, malformed_steps=made.malformed_steps, forecasts=forecasts * samples,
+                asked=count, forecast_seconds=made.seconds, new_tokens=made.new_tokens)
+
+
+def _likelihood_scores(nats, values, precision, factors_NV):
+    "Negative log-likelihood per value, in scaled and in original units."
+    return dict(nll_per_value=nll_per_value(nats, values, precision),
+                original_nll_per_value=nll_per_value(nats, values, precision, factors_NV))
 
 
 def evaluate_forecasts(model,         # a causal language model, with or without an adapter
@@ -295,9 +332,7 @@ def evaluate_forecasts(model,         # a causal language model, with or without
 ):                                    # (Forecast, flat scores)
     "Forecast the first `trajectories` of a split and score them; a `LabError` when the steps asked for are not there."
     steps, variables, precision = (split.metadata[name] for name in ('steps', 'variables', 'precision'))
-    if given + horizon > steps:
-        raise LabError(f'{given} given and {horizon} forecast steps are more than the {steps} of a trajectory: '
-                       'ask for fewer')
+    _check_steps(given, horizon, steps)
     count = min(trajectories or len(split), len(split))
     texts = split.texts[:count]
     factors_NV = split.factors_NV[:count]
@@ -307,14 +342,6 @@ def evaluate_forecasts(model,         # a causal language model, with or without
 
     truth_NHV = split.scaled_NTV[:count, given:given + horizon]
     scores = _scores_in_both_units(made.samples_NSHV, truth_NHV, factors_NV, names)
-    scores |= dict(
-        success_rate=made.success_rate,
-        malformed_steps=made.malformed_steps,
-        forecasts=made.samples_NSHV.shape[0] * made.samples_NSHV.shape[1],
-        asked=count,
-        nll_per_value=nll_per_value(nats, horizon * variables, precision),
-        original_nll_per_value=nll_per_value(nats, horizon * variables, precision, factors_NV),
-        forecast_seconds=made.seconds,
-        new_tokens=made.new_tokens,
-    )
+    scores |= _reading_scores(made, count)
+    scores |= _likelihood_scores(nats, horizon * variables, precision, factors_NV)
     return made, scores

@@ -14,7 +14,7 @@ import math
 import numpy as np
 
 from ...core import LabError
-from .series import fixed_step_predator_prey
+from ...data.dynamics import solve_logs
 
 # %% ../../../nbs/studies/forecasting/04_metrics.ipynb #11b600d2
 def point_forecast(samples_NSHV, # decoded samples; NaN where malformed
@@ -131,14 +131,20 @@ def last_value(given_NTV, # given steps
     return np.repeat(np.asarray(given_NTV, float)[:, -1:], horizon, axis=1)
 
 # %% ../../../nbs/studies/forecasting/04_metrics.ipynb #fd8deaa4
+def _autocorrelations(centred, lags):
+    "How alike a series is to itself so many steps later, over the shorter overlap."
+    length = len(centred)
+    norm = np.maximum((centred**2).sum(0), 1e-12)
+    return np.array([((centred[lag:] * centred[:-lag]) / norm).sum() * length / (length - lag) for lag in lags])
+
+
 def period(given_TV, # given steps of one trajectory
 )->int:              # steps
     "The lag of the highest autocorrelation after its first minimum; the length of the series when there is none."
     centred = given_TV - given_TV.mean(0)
     length = len(centred)
-    norm = np.maximum((centred**2).sum(0), 1e-12)
     lags = np.arange(1, length * 3 // 4)
-    alike = np.array([((centred[lag:] * centred[:-lag]) / norm).sum() * length / (length - lag) for lag in lags])
+    alike = _autocorrelations(centred, lags)
 
     turn = next((i for i in range(1, len(alike)) if alike[i] > alike[i - 1]), None)
     return length if turn is None else int(lags[turn + int(np.argmax(alike[turn:]))])
@@ -160,14 +166,20 @@ ridges = (1e-6, 0.1, 1.0, 10.0)
 judged_steps = 10  # last given steps, which choose order and penalty
 
 
+def _fit_lags(past_TV, order, ridge):
+    "Coefficients (order * V, V) of a step as a linear function of the steps before it, the latest first."
+    length = len(past_TV)
+    inputs = np.concatenate([past_TV[order - lag:length - lag] for lag in range(1, order + 1)], axis=1)
+    penalty = ridge * np.eye(inputs.shape[1])
+    return np.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ past_TV[order:])
+
+
 def _run_forward(given_TV, order, ridge, horizon):
     "A vector autoregression with a ridge penalty on its lags, fitted to the given steps and run on; (horizon, V)."
     centre = given_TV.mean(0)
     length = len(given_TV)
     past = given_TV - centre
-    inputs = np.concatenate([past[order - lag:length - lag] for lag in range(1, order + 1)], axis=1)
-    penalty = ridge * np.eye(inputs.shape[1])
-    coefficients = np.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ past[order:])
+    coefficients = _fit_lags(past, order, ridge)
 
     history = list(past)
     for _ in range(horizon):
@@ -176,16 +188,22 @@ def _run_forward(given_TV, order, ridge, horizon):
     return np.array(history[length:]) + centre
 
 
+def _usable_orders(length, held):
+    "Orders that so many steps can be fitted by; a `LabError` when there is none."
+    usable = [order for order in orders if length >= 2 * order + 4]
+    if not usable:
+        raise LabError(f'{length + held} given steps are too few for an autoregression that is tried on the last '
+                       f'{held}: give at least {held + 6}')
+    return usable
+
+
 def choose_regression(given_TV,            # given steps of one trajectory
                       held:int=judged_steps, # last of them, forecast from the others to judge
 )->tuple:                                  # (order, ridge)
     "Order and penalty that forecast the last given steps best; a `LabError` when there are too few steps."
     known = given_TV[:-held]
     wanted = given_TV[-held:]
-    usable = [order for order in orders if len(known) >= 2 * order + 4]
-    if not usable:
-        raise LabError(f'{len(given_TV)} given steps are too few for an autoregression that is tried on the last '
-                       f'{held}: give at least {held + 6}')
+    usable = _usable_orders(len(known), held)
 
     def error(choice):
         return np.abs(_run_forward(known, *choice, held) - wanted).mean()
@@ -209,34 +227,50 @@ def _line_fit(slope, values):
     return np.linalg.lstsq(np.stack([np.ones(len(values)), values], 1), slope, rcond=None)[0]
 
 
+def _guess_rates(slope_TV, values_TV):
+    "Logarithms of a, b, g and d of one trajectory, from the slopes of its logarithms."
+    a, b = _line_fit(slope_TV[:, 0], values_TV[:, 1])
+    g, d = _line_fit(slope_TV[:, 1], values_TV[:, 0])
+    return np.log(np.maximum([a, -b, -g, d], 1e-3))
+
+
 def _first_guess(given_NTV, step_time, floor):
     "Logarithms of the six unknowns, from the slopes of the logarithms."
     logs = np.log(np.maximum(given_NTV, floor))
     slopes = (logs[:, 2:] - logs[:, :-2]) / (2 * step_time)
-    guess = []
-    for slope, values in zip(slopes, given_NTV[:, 1:-1], strict=True):
-        a, b = _line_fit(slope[:, 0], values[:, 1])
-        g, d = _line_fit(slope[:, 1], values[:, 0])
-        guess.append(np.log(np.maximum([a, -b, -g, d], 1e-3)))
+    guess = [_guess_rates(slope_TV, values_TV)
+             for slope_TV, values_TV in zip(slopes, given_NTV[:, 1:-1], strict=True)]
     return np.concatenate([np.array(guess), logs[:, 0]], 1)
 
 
 runge_kutta_parts = 4  # steps of the solver in one time step
 nudge = 1e-5  # of a logarithm, for the slope of the residuals
+_rate_range = -12, 6  # logarithms of rates that are told apart
+
+
+def _solve(unknown_M6, steps, step_time):
+    "Populations (M, steps, 2), from the logarithms of four rates and two initial values; finite for any of them."
+    rates_4M = np.exp(np.clip(unknown_M6[:, :4], *_rate_range)).T
+    return solve_logs(rates_4M, unknown_M6[:, 4:], steps, step_time, runge_kutta_parts)
 
 
 def _residuals(unknown_M6, given_NTV, step_time):
     "Solution minus given steps, flat, (M, T * V); M is a multiple of the number of trajectories."
     count, steps = given_NTV.shape[:2]
-    solved = fixed_step_predator_prey(unknown_M6, steps, step_time, runge_kutta_parts)
+    solved = _solve(unknown_M6, steps, step_time)
     return (solved - np.tile(given_NTV, (len(unknown_M6) // count, 1, 1))).reshape(len(unknown_M6), -1)
+
+
+def _slopes(unknown_N6, residuals, given_NTV, step_time):
+    "Derivative of each residual by each unknown, (N, T * V, 6)."
+    nudged = np.concatenate([unknown_N6 + nudge * np.eye(6)[i] for i in range(6)])
+    around = _residuals(nudged, given_NTV, step_time).reshape(6, len(unknown_N6), -1)
+    return ((around - residuals) / nudge).transpose(1, 2, 0)
 
 
 def _levenberg_marquardt_move(unknown_N6, residuals, damping_N, given_NTV, step_time):
     "The damped least-squares step of each trajectory, (N, 6)."
-    nudged = np.concatenate([unknown_N6 + nudge * np.eye(6)[i] for i in range(6)])
-    around = _residuals(nudged, given_NTV, step_time).reshape(6, len(unknown_N6), -1)
-    slopes = ((around - residuals) / nudge).transpose(1, 2, 0)
+    slopes = _slopes(unknown_N6, residuals, given_NTV, step_time)
     square = slopes.transpose(0, 2, 1) @ slopes
     diagonal = damping_N[:, None, None] * (np.eye(6) * square + 1e-9 * np.eye(6))
     downhill = -(slopes.transpose(0, 2, 1) @ residuals[:, :, None])
@@ -264,7 +298,7 @@ def refit_predator_prey(given_NTV,     # given steps, scaled or not
         residuals = np.where(better_N[:, None], then, residuals)
         damping_N = np.clip(np.where(better_N, damping_N / 5, damping_N * 4), 1e-9, 1e6)
 
-    return fixed_step_predator_prey(unknown_N6, steps + horizon, step_time, runge_kutta_parts)[:, steps:]
+    return _solve(unknown_N6, steps + horizon, step_time)[:, steps:]
 
 # %% ../../../nbs/studies/forecasting/04_metrics.ipynb #c7f793a0
 def baselines(given_NTV, # given steps, as they stand in the prompts

@@ -31,6 +31,17 @@ from .codec import check_precision, decode, encode, probe
 file_names = dict(train='train', valid='val', test='test')
 
 
+def _texts_file(folder, split):
+    "Where the texts of a split stand."
+    return folder / f'{file_names.get(split, split)}_texts.txt'
+
+
+def _series_facts(series, rows):
+    "Where the series come from, how long they are, and how many are in each split."
+    sizes = {split: len(part) for split, part in rows.items()}
+    return series.notes | dict(sizes=sizes, variables=series.values_NTV.shape[2], steps=series.values_NTV.shape[1])
+
+
 def write_series(folder,      # receives train_texts.txt, val_texts.txt, test_texts.txt, factors.npz, metadata.json
                  series,      # `Series`
                  rows:dict,   # from `split_rows`
@@ -42,14 +53,11 @@ def write_series(folder,      # receives train_texts.txt, val_texts.txt, test_te
     precision = settings['precision']
     for split, part in rows.items():
         lines = encode(round_series(series.values_NTV[part], factors_NV[part], precision), precision)
-        write_atomic(folder / f'{file_names[split]}_texts.txt', '\n'.join(lines) + '\n')
+        write_atomic(_texts_file(folder, split), '\n'.join(lines) + '\n')
 
     row_arrays = {f'{split}_rows': part for split, part in rows.items()}
     np.savez(folder / 'factors.npz', factors_NV=factors_NV, times_T=series.times_T, **row_arrays)
-
-    shape = dict(sizes={split: len(part) for split, part in rows.items()}, variables=series.values_NTV.shape[2],
-                 steps=series.values_NTV.shape[1])
-    metadata = settings | series.notes | shape
+    metadata = settings | _series_facts(series, rows)
     write_json(folder / 'metadata.json', metadata)
     return metadata
 
@@ -93,7 +101,24 @@ class Split:
 # %% ../../../nbs/studies/forecasting/03_prepared.ipynb #0413e10c
 def _read_texts(folder, split):
     "The lines of a split."
-    return (folder / f'{file_names.get(split, split)}_texts.txt').read_text().splitlines()
+    return _texts_file(folder, split).read_text().splitlines()
+
+
+def _read_metadata(folder):
+    "How the series in a folder were prepared; a `LabError` when it holds none."
+    if not (folder / 'metadata.json').exists():
+        raise LabError(f'{folder} holds no prepared series (metadata.json is missing): run forecast_data first, '
+                       'as in llmft run params/forecast_data/p2.yaml (with --small, where this run has it)')
+    return read_json(folder / 'metadata.json')
+
+
+def _numbers_of(texts, metadata, folder, split):
+    "The numbers in the texts of a split; a `LabError` names the first line that can not be read."
+    decoded = decode(texts, metadata['steps'], metadata['variables'], metadata['precision'])
+    if decoded.malformed_N.any():
+        line = int(np.argmax(decoded.malformed_N > 0)) + 1
+        raise LabError(f'{folder}: line {line} of the {split} texts can not be read: prepare the data again')
+    return decoded.values_NTV
 
 
 def read_split(folder,  # of a forecast_data run
@@ -101,20 +126,13 @@ def read_split(folder,  # of a forecast_data run
 )->Split:
     "One split that `write_series` left; a `LabError` when the folder holds none or a line can not be read."
     folder = find_path(folder)
-    if not (folder / 'metadata.json').exists():
-        raise LabError(f'{folder} holds no prepared series (metadata.json is missing): run forecast_data first, '
-                       'as in llmft run params/forecast_data/p2.yaml (with --small, where this run has it)')
-
-    metadata = read_json(folder / 'metadata.json')
+    metadata = _read_metadata(folder)
     texts = _read_texts(folder, split)
-    decoded = decode(texts, metadata['steps'], metadata['variables'], metadata['precision'])
-    if decoded.malformed_N.any():
-        line = int(np.argmax(decoded.malformed_N > 0)) + 1
-        raise LabError(f'{folder}: line {line} of the {split} texts can not be read: prepare the data again')
+    scaled_NTV = _numbers_of(texts, metadata, folder, split)
 
     arrays = np.load(folder / 'factors.npz')
     factors_NV = arrays['factors_NV'][arrays[f'{split}_rows']]
-    return Split(texts, decoded.values_NTV, factors_NV, arrays['times_T'], metadata)
+    return Split(texts, scaled_NTV, factors_NV, arrays['times_T'], metadata)
 
 # %% ../../../nbs/studies/forecasting/03_prepared.ipynb #c1399ddf
 def check_decimals(split:Split,   # from `read_split`
@@ -128,6 +146,23 @@ def check_decimals(split:Split,   # from `read_split`
                        'name the run of forecast_data that fits')
 
 # %% ../../../nbs/studies/forecasting/03_prepared.ipynb #d3530db7
+def _window_starts(document_start, document_end, length, stride):
+    "Where the windows over one document begin; the last of them ends no earlier than the document."
+    last_start = max(document_start + 1, document_end - 1 - (length - stride))
+    return np.arange(document_start, last_start, stride)
+
+
+def _window_bounds(examples, length, stride):
+    "(starts, ends) of all windows over all documents."
+    starts = []
+    ends = []
+    for document_start, document_end in zip(examples.starts, examples.ends, strict=True):
+        window_starts = _window_starts(document_start, document_end, length, stride)
+        starts.append(window_starts)
+        ends.append(np.minimum(window_starts + length + 1, document_end))
+    return np.concatenate(starts), np.concatenate(ends)
+
+
 def windows(examples:Examples,  # one document per trajectory
             length:int,         # positions of a window
             stride:int,         # positions from one window to the next
@@ -137,16 +172,7 @@ def windows(examples:Examples,  # one document per trajectory
     if length < 1 or stride < 1:
         raise LabError(f'windows of {length} positions every {stride}: both must be at least 1')
 
-    starts = []
-    ends = []
-    for document_start, document_end in zip(examples.starts, examples.ends, strict=True):
-        last_start = max(document_start + 1, document_end - 1 - (length - stride))
-        window_starts = np.arange(document_start, last_start, stride)
-        starts.append(window_starts)
-        ends.append(np.minimum(window_starts + length + 1, document_end))
-    starts = np.concatenate(starts)
-    ends = np.concatenate(ends)
-
+    starts, ends = _window_bounds(examples, length, stride)
     kept = (ends - starts > 1) if keep_tail else (ends - starts == length + 1)
     if not kept.any():
         raise LabError(f'no trajectory has {length} positions and tails are dropped: '
@@ -154,6 +180,18 @@ def windows(examples:Examples,  # one document per trajectory
     return type(examples)(examples.ids, starts[kept], ends[kept], examples.loss)
 
 # %% ../../../nbs/studies/forecasting/03_prepared.ipynb #42bafb32
+def _encode_split(folder, split, tokenizer, precision):
+    "The texts of a split as tokens."
+    serialisation = probe(tokenizer, precision)
+    return encode_texts([serialisation.write(text) for text in _read_texts(folder, split)], tokenizer)
+
+
+def _were_made_with(token_folder, tokenizer):
+    "Whether there are token files, made with this tokenizer."
+    facts = token_folder / 'tokens.json'
+    return facts.exists() and read_json(facts)['tokenizer'] == tokenizer_hash(tokenizer)
+
+
 def series_documents(folder,     # of a forecast_data run
                      split,      # train | valid | test
                      tokenizer,  # the model's
@@ -163,13 +201,10 @@ def series_documents(folder,     # of a forecast_data run
     "The trajectories of a split as tokens, from the token files where they were made with this tokenizer."
     folder = find_path(folder)
     token_folder = folder / 'tokens' / split
-    facts = token_folder / 'tokens.json'
-
-    if facts.exists() and read_json(facts)['tokenizer'] == tokenizer_hash(tokenizer):
+    if _were_made_with(token_folder, tokenizer):
         documents = read_tokens(token_folder)
     else:
-        serialisation = probe(tokenizer, precision)
-        documents = encode_texts([serialisation.write(text) for text in _read_texts(folder, split)], tokenizer)
+        documents = _encode_split(folder, split, tokenizer, precision)
     return documents.select(np.arange(min(trajectories or len(documents), len(documents))))
 
 # %% ../../../nbs/studies/forecasting/03_prepared.ipynb #44e0aad0

@@ -34,25 +34,32 @@ def split_hashes(splits:dict,  # name -> `Split`
             for split, part in splits.items()}
 
 # %% ../../../nbs/studies/forecasting/11_report.ipynb #85d14f49
+def _split_row(split, part):
+    "Number and size of the texts of one split, and the range of the numbers in them."
+    scaled = part.scaled_NTV
+    return dict(split=split, trajectories=len(part), characters=sum(map(len, part.texts)), smallest=scaled.min(),
+                median=np.median(scaled), largest=scaled.max())
+
+
 def split_table(splits:dict,  # name -> `Split`
 ):                            # a displayed table
     "Number and size of the texts of each split, and the range of the numbers in them."
-    rows = [dict(split=split, trajectories=len(part), characters=sum(map(len, part.texts)),
-                 smallest=part.scaled_NTV.min(), median=np.median(part.scaled_NTV), largest=part.scaled_NTV.max())
-            for split, part in splits.items()]
+    rows = [_split_row(split, part) for split, part in splits.items()]
     return table(rows, caption='Scaled values, as they stand in the text')
 
 # %% ../../../nbs/studies/forecasting/11_report.ipynb #0022644d
+def _lost(split, original_NTV):
+    "The largest difference between the numbers of a split and the original ones."
+    back_NTV = unscale(split.scaled_NTV, split.factors_NV)
+    return float(np.abs(back_NTV - original_NTV).max())
+
+
 def round_trip_loss(series,       # `Series`, the original numbers
                     rows:dict,    # rows of each split
                     splits:dict,  # name -> `Split`, read back from the texts
 )->float:                         # original units
     "The largest difference between an original number and the one read back."
-    losses = []
-    for split, part in rows.items():
-        back_NTV = unscale(splits[split].scaled_NTV, splits[split].factors_NV)
-        losses.append(float(np.abs(back_NTV - series.values_NTV[part]).max()))
-    return max(losses)
+    return max(_lost(splits[split], series.values_NTV[part]) for split, part in rows.items())
 
 # %% ../../../nbs/studies/forecasting/11_report.ipynb #e2e6f3e0
 @dataclass
@@ -95,21 +102,26 @@ def reached_share(flops_per_sec,  # achieved in training; None when unknown
     return share_of_peak(flops_per_sec, peaks, 'bf16' if params.mixed_precision == 'bf16' else params.precision)
 
 # %% ../../../nbs/studies/forecasting/11_report.ipynb #cfab8ad1
+_cost_columns = (
+    column('steps'),
+    column('flops_study', 'operations', "study's rules"),
+    column('flops', 'operations', 'hardware count'),
+    column('total_time_seconds', 'training', 's'),
+    column('tokens_per_sec', 'real tokens', '1/s'),
+    column('share_of_peak', 'of the peak', 'share'),
+    column('spent', 'whole study so far', "study's rules"),
+    column('share', 'of the budget', 'share'),
+)
+
+
 def training_cost_table(result,                   # `FitResult`
                         outcome:TrainingOutcome,  # its operations and its share of the peak
                         account,                  # `Account` of the study, or of the run alone
 ):                                                # a displayed table
     "Steps, operations, time and what the study has spent so far."
-    progress = result.progress
-    row = dict(steps=progress.step, study=outcome.flops_study, hardware=progress.flops, seconds=progress.seconds,
-               tokens=result.tokens_per_sec, reached=outcome.share_of_peak, spent=account.spent,
-               share=account.spent / account.budget if account.budget else None)
-    return table([row], [
-        column('steps'), column('study', 'operations', "study's rules"),
-        column('hardware', 'operations', 'hardware count'), column('seconds', 'training', 's'),
-        column('tokens', 'real tokens', '1/s'),
-        column('reached', 'of the peak', 'share'), column('spent', 'whole study so far', "study's rules"),
-        column('share', 'of the budget', 'share')])
+    share = account.spent / account.budget if account.budget else None
+    own = dict(flops_study=outcome.flops_study, share_of_peak=outcome.share_of_peak, spent=account.spent, share=share)
+    return table([result.metrics() | own], _cost_columns)
 
 # %% ../../../nbs/studies/forecasting/11_report.ipynb #acc7f21b
 def _why_it_ended(params, outcome, progress):
@@ -134,25 +146,33 @@ def training_verdict(params,                   # max_steps, valid_horizon
             f"{outcome.flops_study:.3g} operations by the study's rules, {progress.flops:.3g} by the hardware count.")
 
 # %% ../../../nbs/studies/forecasting/11_report.ipynb #067bdeb6
+def _own_settings(params, model):
+    "The settings that the summary compares runs by."
+    return dict(part=params.part, precision=params.decimals, learning_rate=params.learning_rate,
+                lora_rank=adapter_of(model)[0], context_length=params.max_length)
+
+
+def _forecast_errors(outcome, horizon):
+    "The errors of the forecasts, before training and of the best checkpoint."
+    before = outcome.before
+    best = outcome.best
+    return dict(valid_mae=best['mae'], valid_mae_median=best['mae_median'], valid_trajectories=best['trajectories'],
+                valid_horizon=horizon, valid_mae_before=before['mae'], valid_mae_median_before=before['mae_median'])
+
+
+_of_training = ('steps', 'planned_steps', 'stopped', 'trainable_parameters', 'total_time_seconds', 'tokens_per_sec',
+                'train_tokens')  # what the summary reads of `FitResult.metrics`
+
+
 def training_metrics(params,                   # part, decimals, learning_rate, max_length, valid_horizon
                      outcome:TrainingOutcome,  # of the run
                      result,                   # `FitResult`
                      model,                    # that was trained, with its adapter
 )->dict:                                       # flat
     "The numbers of a training run under the names that the summary reads."
-    before = outcome.before
-    best = outcome.best
-    progress = result.progress
-
-    settings = dict(part=params.part, precision=params.decimals, learning_rate=params.learning_rate,
-                    lora_rank=adapter_of(model)[0], context_length=params.max_length)
-    errors = dict(valid_mae=best['mae'], valid_mae_median=best['mae_median'], valid_trajectories=best['trajectories'],
-                  valid_horizon=params.valid_horizon, valid_mae_before=before['mae'],
-                  valid_mae_median_before=before['mae_median'])
-    course = dict(best_step=best['step'], steps=progress.step, planned_steps=outcome.planned, stopped=progress.stopped,
-                  loss=progress.best_loss,
-                  trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
-    cost = dict(flops_study=outcome.flops_study, flops_hardware=progress.flops, total_time_seconds=progress.seconds,
-                tokens_per_sec=result.tokens_per_sec, share_of_peak=outcome.share_of_peak,
-                train_tokens=progress.tokens, reload_difference=outcome.reload_difference)
-    return settings | errors | course | cost
+    training = result.metrics()
+    course = {name: training[name] for name in _of_training}
+    course |= dict(best_step=outcome.best['step'], loss=result.progress.best_loss)
+    cost = dict(flops_study=outcome.flops_study, flops_hardware=training['flops'],
+                share_of_peak=outcome.share_of_peak, reload_difference=outcome.reload_difference)
+    return _own_settings(params, model) | _forecast_errors(outcome, params.valid_horizon) | course | cost

@@ -24,12 +24,17 @@ from .published import published, published_search
 notebooks = ('forecast_train', 'forecast_eval')
 
 
+def _finished_runs(outputs):
+    "The folders of all finished runs of the study."
+    return [run['folder'] for run in list_runs(outputs)
+            if run['run']['notebook'] in notebooks and run['run']['status'] == 'done']
+
+
 def study_results(runs:list,   # run folders; [] takes all finished runs of the study under `outputs`
                   outputs:str, # folder of all runs
 )->list:                       # what `read_result` gives, runs of other notebooks left out
     "The finished runs of a forecasting study; a `LabError` when there is none."
-    folders = runs or [run['folder'] for run in list_runs(outputs)
-                       if run['run']['notebook'] in notebooks and run['run']['status'] == 'done']
+    folders = runs or _finished_runs(outputs)
     results = [result for result in map(read_result, folders) if result['record']['run']['notebook'] in notebooks]
     if not results:
         raise LabError(f'there is no finished run of forecast_train or forecast_eval under {outputs}: run the study '
@@ -66,19 +71,26 @@ def _source_text(series):
             f"alpha {series.get('alpha'):g}")
 
 
+def _row(result):
+    "The metrics of a run with its name and notebook; a run of search or context with the published error."
+    run = result['record']['run']
+    row = dict(run=run['name'], notebook=run['notebook'], **result['metrics'])
+    repeats_one = row['notebook'] == 'forecast_train' and row['part'] in ('search', 'context')
+    return row | (dict(published=_published_error(row)) if repeats_one else {})
+
+
+def _sources(results):
+    "The data of all runs in words, each once."
+    series = [result['record']['meta'].get('series', {}) for result in results]
+    return sorted({_source_text(one) for one in series if one})
+
+
 def study_rows(results:list,  # from `study_results`
 )->StudyRows:
     "The rows of a study, with the published errors in those of its search and context runs."
-    rows = [dict(run=result['record']['run']['name'], notebook=result['record']['run']['notebook'], **result['metrics'])
-            for result in results]
+    rows = [_row(result) for result in results]
     trained = [row for row in rows if row['notebook'] == 'forecast_train']
-    for row in trained:
-        if row['part'] in ('search', 'context'):
-            row['published'] = _published_error(row)
-
-    series = [result['record']['meta'].get('series', {}) for result in results]
-    sources = sorted({_source_text(one) for one in series if one})
-    return StudyRows(trained, [row for row in rows if row['notebook'] == 'forecast_eval'], sources)
+    return StudyRows(trained, [row for row in rows if row['notebook'] == 'forecast_eval'], _sources(results))
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #43ee9bee
 def study_text(study:StudyRows,  # from `study_rows`
@@ -108,6 +120,16 @@ def judged_by(search:list,  # rows of the search
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #c10adf73
 error_columns = (column('valid_mae', 'MAE', 'mean', best='low', n='valid_trajectories'),
                  column('valid_mae_median', 'MAE', 'median', best='low'))
+_search_columns = (
+    column('run'),
+    column('precision', 'decimals'),
+    column('learning_rate'),
+    column('lora_rank', 'rank'),
+    *error_columns,
+    column('published', 'published', 'MAE'),
+    column('best_step'),
+    column('flops_study', 'operations', "study's rules"),
+)
 
 
 def search_table(search:list,  # rows of the search
@@ -115,24 +137,43 @@ def search_table(search:list,  # rows of the search
     "The runs of the search, best first."
     if not search:
         return print('no runs of the search')
-    return table(by_error(search), [
-        column('run'), column('precision', 'decimals'), column('learning_rate'), column('lora_rank', 'rank'),
-        *error_columns, column('published', 'published', 'MAE'), column('best_step'),
-        column('flops_study', 'operations', "study's rules")], judged_by(search))
+    return table(by_error(search), _search_columns, judged_by(search))
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #e2dfba59
+_context_columns = (
+    column('run'),
+    column('context_length', 'context', 'tokens'),
+    error_columns[0],
+    column('published', 'published', 'MAE'),
+    column('steps'),
+    column('flops_study', 'operations', "study's rules", best='low'),
+)
+
+
 def context_table(context:list,  # rows of the context study
 ):                               # a displayed table, or None
     "The runs of the context study, shortest first."
     if not context:
         return print('no runs of the context study')
-    return table(sorted(context, key=lambda row: row['context_length']), [
-        column('run'), column('context_length', 'context', 'tokens'), error_columns[0],
-        column('published', 'published', 'MAE'), column('steps'),
-        column('flops_study', 'operations', "study's rules", best='low')])
+    return table(sorted(context, key=lambda row: row['context_length']), _context_columns)
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #8947719a
 seconds_per_hour = 3600
+_final_columns = (
+    column('run'),
+    column('valid_mae', 'MAE', 'mean', n='valid_trajectories'),
+    column('valid_mae_median', 'MAE', 'median'),
+    column('best_step'),
+    column('steps'),
+    column('hours', 'training', 'hours'),
+)
+
+
+def _published_final():
+    "The row of the published final run."
+    final = published['final']
+    return dict(run='published', valid_mae=final['valid_mae'], best_step=final['step'],
+                hours=published['hours']['final'])
 
 
 def final_table(final:list,  # final runs
@@ -142,16 +183,28 @@ def final_table(final:list,  # final runs
         return print('no final run')
     ours = [dict(row, hours=row['total_time_seconds'] / seconds_per_hour) for row in final]
     hours = published['hours']
-    theirs = dict(run='published', valid_mae=published['final']['valid_mae'], best_step=published['final']['step'],
-                  hours=hours['final'])
-    return table([*ours, theirs], [
-        column('run'), column('valid_mae', 'MAE', 'mean', n='valid_trajectories'),
-        column('valid_mae_median', 'MAE', 'median'), column('best_step'), column('steps'),
-        column('hours', 'training', 'hours')],
-        f"The published search took {hours['search']:g} hours and the context study {hours['context']:g}, on one A100")
+    caption = (f"The published search took {hours['search']:g} hours and the context study {hours['context']:g}, "
+               'on one A100')
+    return table([*ours, _published_final()], _final_columns, caption)
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #9bd5f5a2
 published_horizon = 50  # steps of the published test errors
+_test_columns = (
+    column('run'),
+    column('precision', 'decimals'),
+    column('forecast_steps', 'horizon', 'steps'),
+    column('mae', 'MAE', 'mean', n='trajectories'),
+    column('mae_median', 'MAE', 'median'),
+    column('error_at_10', 'error', 'median, 10 steps ahead'),
+    column('linear_autoregression_error_at_10', 'linear autoregression', 'the same'),
+    column('last_value_error_at_10', 'last value', 'the same'),
+    column('success_rate', 'readable', 'share'),
+)
+
+
+def _published_test(row):
+    "A published test error with its decimals and steps."
+    return dict(row, precision=3 if 'p3' in row['run'] else 2, forecast_steps=published_horizon)
 
 
 def evaluation_table(tests:list,  # runs of forecast_eval
@@ -160,16 +213,21 @@ def evaluation_table(tests:list,  # runs of forecast_eval
     if not tests:
         return print('no evaluations')
     ours = [dict(row, n=row['asked'], forecast_steps=row['horizon']) for row in tests]
-    theirs = [dict(row, precision=3 if 'p3' in row['run'] else 2, forecast_steps=published_horizon)
-              for row in published['test']]
-    return table(ours + theirs, [
-        column('run'), column('precision', 'decimals'), column('forecast_steps', 'horizon', 'steps'),
-        column('mae', 'MAE', 'mean', n='trajectories'), column('mae_median', 'MAE', 'median'),
-        column('error_at_10', 'error', 'median, 10 steps ahead'),
-        column('linear_autoregression_error_at_10', 'linear autoregression', 'the same'),
-        column('last_value_error_at_10', 'last value', 'the same'), column('success_rate', 'readable', 'share')])
+    return table([*ours, *map(_published_test, published['test'])], _test_columns)
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #310665ba
+_budget_columns = (
+    column('run'),
+    column('steps'),
+    column('tokens'),
+    column('study', 'training', "operations, study's rules"),
+    column('share', 'of the budget', 'share', digits=4),
+    column('hardware', 'training', 'operations, hardware'),
+    column('forecasts', 'forecasts', "operations, study's rules"),
+    column('open', 'steps cut off'),
+)
+
+
 def budget_table(lines:list,  # from `statement`; [] without a ledger
                  account,     # `Account`, or None
 ):                            # a displayed table, or None
@@ -178,10 +236,7 @@ def budget_table(lines:list,  # from `statement`; [] without a ledger
         return print('no ledger')
     caption = (f'Budget: {account.budget:.4g} operations. Set aside and outside the sum: '
                f"{sum(account.aside.values()):.4g}. Published: {published['flops']:.4e} of 1e17")
-    return table(lines, [
-        column('run'), column('steps'), column('tokens'), column('study', 'training', "operations, study's rules"),
-        column('share', 'of the budget', 'share', digits=4), column('hardware', 'training', 'operations, hardware'),
-        column('forecasts', 'forecasts', "operations, study's rules"), column('open', 'steps cut off')], caption)
+    return table(lines, _budget_columns, caption)
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #3b78fd6b
 def operations_by_part(study:StudyRows,  # from `study_rows`
@@ -192,6 +247,11 @@ def operations_by_part(study:StudyRows,  # from `study_rows`
     return flops | (dict(budget=max_flops) if max_flops else {})
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #94ae099d
+def _known_values(row):
+    "The row with nothing where a value is unknown."
+    return {name: '' if value is None else value for name, value in row.items()}
+
+
 def write_csv(path,       # where the table shall stand
               rows:list,  # dicts; the columns are the names in the first
 )->None:
@@ -201,7 +261,7 @@ def write_csv(path,       # where the table shall stand
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), extrasaction='ignore')
     writer.writeheader()
-    writer.writerows([{name: '' if value is None else value for name, value in row.items()} for row in rows])
+    writer.writerows(map(_known_values, rows))
     write_atomic(path, text.getvalue())
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #66a6ff6b
@@ -213,17 +273,24 @@ def _search_sentence(search):
             f"(n = {best['valid_trajectories']}); one seed a run, so near values may be chance.")
 
 
+def _ahead_sentence(row):
+    "How the error ten steps ahead compares with that of the simple forecasts."
+    last_value = row['last_value_error_at_10']
+    linear = row['linear_autoregression_error_at_10']
+    wins = 'beats both' if row['error_at_10'] < min(last_value, linear) else 'does not beat both'
+    return (f"Ten steps ahead its median error is {row['error_at_10']:.3f}, against {last_value:.3f} for "
+            f'the last value and {linear:.3f} for linear autoregression: it {wins}.')
+
+
 def _test_sentences(row):
-    "How a fine-tuned model compares with the untrained one and with the simple forecasts."
-    untrained = row['untrained_mae_median']
-    sentences = [f"On the test split the fine-tuned model's median MAE is {row['mae_median']:.3f}, "
-                 f"{compared(untrained, row['mae_median'])} untrained ({untrained:.3f}; n = {row['trajectories']})."]
-    if row['error_at_10'] is not None:
-        last_value, linear = (row[f'{name}_error_at_10'] for name in ('last_value', 'linear_autoregression'))
-        wins = 'beats both' if row['error_at_10'] < min(last_value, linear) else 'does not beat both'
-        sentences.append(f"Ten steps ahead its median error is {row['error_at_10']:.3f}, against {last_value:.3f} for "
-                         f'the last value and {linear:.3f} for linear autoregression: it {wins}.')
-    return sentences
+    "How a fine-tuned model compares with the untrained one and with the simple forecasts; none where it is unknown."
+    untrained = row.get('untrained_mae_median')
+    if not (untrained and row['mae_median']):
+        return []
+    against_untrained = (f"On the test split the fine-tuned model's median MAE is {row['mae_median']:.3f}, "
+                         f"{compared(untrained, row['mae_median'])} untrained ({untrained:.3f}; "
+                         f"n = {row['trajectories']}).")
+    return [against_untrained] if row['error_at_10'] is None else [against_untrained, _ahead_sentence(row)]
 
 
 def _budget_sentence(spent, max_flops):
@@ -246,23 +313,29 @@ def summary_verdict(study:StudyRows,  # from `study_rows`
         sentences.append(f"The best context length was {by_error(context)[0]['context_length']} tokens.")
 
     for row in study.tests:
-        if row.get('untrained_mae_median') and row['mae_median']:
-            sentences += _test_sentences(row)
+        sentences += _test_sentences(row)
     if spent is not None:
         sentences.append(_budget_sentence(spent, max_flops))
     return ' '.join(sentences) or f'{len(study)} runs, nothing to conclude.'
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #2aa259ed
+_errors_by_run = ('mae', 'mae_median', 'error_at_10', 'untrained_mae_median', 'linear_autoregression_error_at_10',
+                  'last_value_error_at_10')
+
+
+def _run_errors(row):
+    "The errors of an evaluation under the name of its run."
+    return {f"{row['run']}_{error}": row.get(error) for error in _errors_by_run}
+
+
 def summary_metrics(study:StudyRows,  # from `study_rows`
                     spent,            # operations by the account, None without one
                     max_flops:float,  # operations that all runs may take together, 0 for no limit
 )->dict:                              # flat
     "The numbers of the study: what it spent, and the errors of every run under the name of the run."
-    shown = ('mae', 'mae_median', 'error_at_10', 'untrained_mae_median', 'linear_autoregression_error_at_10',
-             'last_value_error_at_10')
-    metrics = dict(runs=len(study), flops_study=spent, max_flops=max_flops or None,
-                   share_of_budget=spent / max_flops if spent is not None and max_flops else None)
+    share = spent / max_flops if spent is not None and max_flops else None
+    metrics = dict(runs=len(study), flops_study=spent, max_flops=max_flops or None, share_of_budget=share)
     metrics |= {f"{row['run']}_valid_mae": row['valid_mae'] for row in study.trained}
     for row in study.tests:
-        metrics |= {f"{row['run']}_{error}": row.get(error) for error in shown}
+        metrics |= _run_errors(row)
     return metrics

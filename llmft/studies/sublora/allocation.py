@@ -34,21 +34,50 @@ def group_name(mode:str,      # uniform | fixed | learned
 mode_order = ('uniform', 'fixed', 'learned')  # in tables and figures
 
 
-def _group_key(row):
+def _ratio(row):
+    "B's share of the coordinates, where the allocation is fixed."
+    return row['b_ratio'] if row['allocation_mode'] == 'fixed' else None
+
+
+def _place(row):
     "(d, place of the mode, ratio) of a run, in the order of the table."
-    mode = row['allocation_mode']
-    ratio = row['b_ratio'] if mode == 'fixed' else None
-    return row['intrinsic_dim'], mode_order.index(mode), -1 if ratio is None else ratio
+    ratio = _ratio(row)
+    return row['intrinsic_dim'], mode_order.index(row['allocation_mode']), -1 if ratio is None else ratio
+
+
+def _members(rows):
+    "The runs of each group, a list per group, in the order of the table."
+    members = {}
+    for row in rows:
+        members.setdefault(_place(row), []).append(row)
+    return [members[place] for place in sorted(members)]
+
+
+def _by_seed(members, measure, group):
+    "Seed -> one measure of the runs of a group; a `LabError` when two of them have one seed."
+    values = {row['seed']: float(row[measure]) for row in members}
+    if len(values) < len(members):
+        raise LabError(f"two runs of d = {group['budget']}, {group['name']} have the same seed: leave one of them out")
+    return values
 
 
 def _over_seeds(members, measure, group):
     "Mean, spread and single values of one measure of a group."
-    values = {row['seed']: float(row[measure]) for row in members}
-    if len(values) < len(members):
-        raise LabError(f"two runs of d = {group['budget']}, {group['name']} have the same seed: leave one of them out")
+    values = _by_seed(members, measure, group)
     numbers = list(values.values())
     spread = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
     return {measure: float(np.mean(numbers)), f'{measure}_std': spread, f'{measure}_by_seed': values}
+
+
+def _group(members):
+    "What a group is, and its measures over seeds."
+    first = members[0]
+    mode = first['allocation_mode']
+    ratio = _ratio(first)
+    group = dict(budget=first['intrinsic_dim'], mode=mode, ratio=ratio, name=group_name(mode, ratio), n=len(members))
+    for measure in MEASURES:
+        group |= _over_seeds(members, measure, group)
+    return group
 
 
 def aggregate(rows:list,  # dicts with intrinsic_dim, allocation_mode, b_ratio, seed and the measures
@@ -56,25 +85,23 @@ def aggregate(rows:list,  # dicts with intrinsic_dim, allocation_mode, b_ratio, 
     "Means over seeds; a `LabError` without rows, or when two rows of a group have one seed."
     if not rows:
         raise LabError('there are no runs to sum up: run params/sweeps/sublora_allocation.yaml')
-    members = {}
-    for row in rows:
-        members.setdefault(_group_key(row), []).append(row)
-
-    groups = []
-    for key in sorted(members):
-        first = members[key][0]
-        mode = first['allocation_mode']
-        ratio = first['b_ratio'] if mode == 'fixed' else None
-        group = dict(budget=first['intrinsic_dim'], mode=mode, ratio=ratio, name=group_name(mode, ratio),
-                     n=len(members[key]))
-        for measure in MEASURES:
-            group |= _over_seeds(members[key], measure, group)
-        groups.append(group)
-    return groups
+    return [_group(members) for members in _members(rows)]
 
 # %% ../../../nbs/studies/sublora/03_allocation.ipynb #80d53b90
 csv_header = ('Budget', 'Mode', 'Ratio', 'BPD', 'BPD std', 'KL', 'KL std', 'Bound', 'Bound std', 'Size', 'Size std',
               'Seeds')
+
+
+def _csv_number(number):
+    "A number with six significant digits, nothing for an unknown one."
+    return '' if number is None else f'{number:.6g}'
+
+
+def _csv_line(group):
+    "One group in the order of the header."
+    numbers = [_csv_number(group[name]) for measure in MEASURES for name in (measure, f'{measure}_std')]
+    ratio = '' if group['ratio'] is None else group['ratio']
+    return [group['budget'], group['mode'], ratio, *numbers, group['n']]
 
 
 def summary_csv(groups) -> str:
@@ -82,11 +109,7 @@ def summary_csv(groups) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(csv_header)
-    for group in groups:
-        numbers = [group[name] for measure in MEASURES for name in (measure, f'{measure}_std')]
-        shown = ['' if number is None else f'{number:.6g}' for number in numbers]
-        writer.writerow([group['budget'], group['mode'], '' if group['ratio'] is None else group['ratio'], *shown,
-                         group['n']])
+    writer.writerows(map(_csv_line, groups))
     return text.getvalue()
 
 # %% ../../../nbs/studies/sublora/03_allocation.ipynb #ba77ec8c
@@ -100,30 +123,50 @@ def _tex_number(group, measure):
     return f'${group[measure]:.{tex_places[measure]}f}{shown_spread}$'
 
 
+def _tex_line(group):
+    "One group as a row of the tabular."
+    ratio = '--' if group['ratio'] is None else group['ratio']
+    numbers = [_tex_number(group, measure) for measure in tex_places]
+    return ' & '.join(map(str, (group['budget'], group['mode'], ratio, *numbers))) + r' \\'
+
+
 def summary_tex(groups) -> str:
     "The same as a LaTeX tabular."
-    lines = []
-    for group in groups:
-        ratio = '--' if group['ratio'] is None else group['ratio']
-        numbers = [_tex_number(group, measure) for measure in tex_places]
-        lines.append(' & '.join(map(str, (group['budget'], group['mode'], ratio, *numbers))) + r' \\')
     header = r'Budget & Mode & Ratio & BPD & KL (nats) & Bound & Size (bits) \\'
     beginning = [r'\begin{tabular}{rlrrrrr}', r'\hline', header, r'\hline']
-    return '\n'.join([*beginning, *lines, r'\hline', r'\end{tabular}', ''])
+    return '\n'.join([*beginning, *map(_tex_line, groups), r'\hline', r'\end{tabular}', ''])
 
 # %% ../../../nbs/studies/sublora/03_allocation.ipynb #b9a761a2
+def _learned_runs(rows, budget):
+    "The runs of a budget with learned gates, by seed."
+    learned = [row for row in rows if row['intrinsic_dim'] == budget and row['allocation_mode'] == 'learned']
+    return sorted(learned, key=lambda row: row['seed'])
+
+
+def _layers_of(row):
+    "The layers whose gates a run reports."
+    return [name.removeprefix('gamma_') for name in row if name.startswith('gamma_')]
+
+
 def gates_of(rows:list,   # the runs' rows; learned ones carry gamma_<layer>
              budget:int,  # d
 )->tuple:                 # (seeds, layers, gamma_SL)
     "The final gates of the learned runs of a budget."
-    learned = [row for row in rows if row['intrinsic_dim'] == budget and row['allocation_mode'] == 'learned']
-    learned.sort(key=lambda row: row['seed'])
-    first = learned[0] if learned else {}
-    layers = [name.removeprefix('gamma_') for name in first if name.startswith('gamma_')]
+    learned = _learned_runs(rows, budget)
+    layers = _layers_of(learned[0]) if learned else []
     gamma_SL = np.array([[row[f'gamma_{layer}'] for layer in layers] for row in learned])
     return [row['seed'] for row in learned], layers, gamma_SL
 
 # %% ../../../nbs/studies/sublora/03_allocation.ipynb #98cf5978
+_least_spread = 1e-12  # relative to the mean; below it a t-test has no meaning
+
+
+def _t_test(mean, spread, n):
+    "The two-sided p-value of a mean of `n` values against zero."
+    from scipy.stats import t
+    return float(2 * t.sf(abs(mean) / (spread / math.sqrt(n)), n - 1))
+
+
 def paired_test(differences) -> dict:
     "Mean of paired differences, its t-test against zero: n, mean, p (None where it can not be computed)."
     values = np.asarray(list(differences), dtype=float)
@@ -131,12 +174,10 @@ def paired_test(differences) -> dict:
     mean = float(values.mean()) if n else None
     if n < 2:
         return dict(n=n, mean=mean, p=None)
-    spread = float(values.std(ddof=1))
-    if spread <= 1e-12 * max(1e-12, abs(mean)):
-        return dict(n=n, mean=mean, p=None)
 
-    from scipy.stats import t
-    return dict(n=n, mean=mean, p=float(2 * t.sf(abs(mean) / (spread / math.sqrt(n)), n - 1)))
+    spread = float(values.std(ddof=1))
+    constant = spread <= _least_spread * max(_least_spread, abs(mean))
+    return dict(n=n, mean=mean, p=None if constant else _t_test(mean, spread, n))
 
 # %% ../../../nbs/studies/sublora/03_allocation.ipynb #3285d4e9
 uneven = 'an uneven split lowers the bound'
@@ -144,33 +185,62 @@ leaving = 'gates leave one half'
 depth = 'gates follow depth'
 
 
+def _test(hypothesis, comparison, unit, differences):
+    "One comparison of a hypothesis."
+    return dict(hypothesis=hypothesis, comparison=comparison, unit=unit, **paired_test(differences))
+
+
+def _bounds_by_seed(groups, budget):
+    "Name of each group of a budget -> its bounds by seed."
+    return {group['name']: group['bound_value_by_seed'] for group in groups if group['budget'] == budget}
+
+
 def _uneven_tests(groups, budget):
     "Fixed splits against the even one, paired by seed."
-    bounds = {group['name']: group['bound_value_by_seed'] for group in groups if group['budget'] == budget}
+    bounds = _bounds_by_seed(groups, budget)
     even = bounds.get('fixed 0.5', {})
     tests = []
     for name in ('fixed 0.2', 'fixed 0.8'):
         differences = [bound - even[seed] for seed, bound in bounds.get(name, {}).items() if seed in even]
-        tests.append(dict(hypothesis=uneven, comparison=f'{name} against fixed 0.5, d = {budget:,}',
-                          unit='bits per token', **paired_test(differences)))
+        tests.append(_test(uneven, f'{name} against fixed 0.5, d = {budget:,}', 'bits per token', differences))
     return tests
+
+
+def _layer_name(layer):
+    "A layer in words."
+    return 'the head' if layer == 'head' else f'layer {layer}'
+
+
+def _leaving_tests(layers, gamma_SL, budget):
+    "Each layer's gate against one half."
+    return [_test(leaving, f'{_layer_name(layer)}, d = {budget:,}', 'share', gamma_SL[:, index] - 0.5)
+            for index, layer in enumerate(layers)]
+
+
+def _depth_tests(layers, gamma_SL, budget):
+    "The slope of the gates through the depth; nothing for a single block."
+    blocks = len([layer for layer in layers if layer != 'head'])
+    if blocks < 2:
+        return []
+    slopes = np.round(np.polyfit(np.arange(blocks), gamma_SL[:, :blocks].T, 1)[0], 9)
+    return [_test(depth, f'slope by layer, d = {budget:,}', 'share per layer', slopes)]
 
 
 def _gate_tests(rows, budget):
-    "Each layer's gate against one half, and the slope of the gates through the depth."
+    "The tests of the learned gates of a budget."
     _, layers, gamma_SL = gates_of(rows, budget)
-    tests = []
-    for index, layer in enumerate(layers):
-        where = 'the head' if layer == 'head' else f'layer {layer}'
-        tests.append(dict(hypothesis=leaving, comparison=f'{where}, d = {budget:,}', unit='share',
-                          **paired_test(gamma_SL[:, index] - 0.5)))
+    return _leaving_tests(layers, gamma_SL, budget) + _depth_tests(layers, gamma_SL, budget)
 
-    blocks = len([layer for layer in layers if layer != 'head'])
-    if blocks > 1:
-        slopes = np.round(np.polyfit(np.arange(blocks), gamma_SL[:, :blocks].T, 1)[0], 9)
-        tests.append(dict(hypothesis=depth, comparison=f'slope by layer, d = {budget:,}', unit='share per layer',
-                          **paired_test(slopes)))
-    return tests
+
+def _corrected(test, tests):
+    "The p-value of a test times the number of comparisons of its hypothesis."
+    comparisons = sum(other['hypothesis'] == test['hypothesis'] for other in tests)
+    return None if test['p'] is None else min(1.0, test['p'] * comparisons)
+
+
+def _has_right_direction(test):
+    "Whether the mean difference is on the side that the hypothesis names; only one of them names one."
+    return test['hypothesis'] != uneven or (test['mean'] is not None and test['mean'] < 0)
 
 
 def hypotheses(rows:list,    # the runs' rows
@@ -183,25 +253,29 @@ def hypotheses(rows:list,    # the runs' rows
         tests += _uneven_tests(groups, budget) + _gate_tests(rows, budget)
 
     for test in tests:
-        comparisons = sum(other['hypothesis'] == test['hypothesis'] for other in tests)
-        test['p'] = None if test['p'] is None else min(1.0, test['p'] * comparisons)
-        right_direction = test['hypothesis'] != uneven or (test['mean'] is not None and test['mean'] < 0)
-        test['shown'] = test['p'] is not None and test['p'] < level and right_direction
+        test['p'] = _corrected(test, tests)
+        test['shown'] = test['p'] is not None and test['p'] < level and _has_right_direction(test)
     return tests
 
 # %% ../../../nbs/studies/sublora/03_allocation.ipynb #0c56c824
+def _shown_text(test):
+    "A comparison that showed what its hypothesis says, with its numbers."
+    return f"{test['comparison']} ({test['mean']:+.3f} {test['unit']}, p = {test['p']:.3f})"
+
+
+def _answer(tests):
+    "What the comparisons of one hypothesis say."
+    shown = [_shown_text(test) for test in tests if test['shown']]
+    if shown:
+        return f"shown for {'; '.join(shown)}."
+    seeds = min(test['n'] for test in tests)
+    return f'not shown by {len(tests)} comparisons with n = {seeds} seeds each.'
+
+
 def answers(tests:list,  # from `hypotheses`
 )->list:
     "One sentence per hypothesis."
-    lines = []
-    for hypothesis in dict.fromkeys(test['hypothesis'] for test in tests):
-        members = [test for test in tests if test['hypothesis'] == hypothesis]
-        shown = [f"{test['comparison']} ({test['mean']:+.3f} {test['unit']}, p = {test['p']:.3f})"
-                 for test in members if test['shown']]
-        if shown:
-            answer = f"shown for {'; '.join(shown)}."
-        else:
-            seeds = min(test['n'] for test in members)
-            answer = f'not shown by {len(members)} comparisons with n = {seeds} seeds each.'
-        lines.append(f'{hypothesis[0].upper()}{hypothesis[1:]}: {answer}')
-    return lines
+    by_hypothesis = {}
+    for test in tests:
+        by_hypothesis.setdefault(test['hypothesis'], []).append(test)
+    return [f'{name[0].upper()}{name[1:]}: {_answer(members)}' for name, members in by_hypothesis.items()]

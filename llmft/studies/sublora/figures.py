@@ -11,7 +11,7 @@ import matplotlib as mpl
 import numpy as np
 
 from ...core import LabError
-from ...runs.figures import Plot, ground, ink, muted, palette, place_labels, style, type_scale
+from ...runs.figures import Plot, ground, ink, muted, palette, panels, place_labels, style, type_scale
 from .allocation import MEASURES, gates_of
 
 # %% ../../../nbs/studies/sublora/04_figures.ipynb #717dac20
@@ -23,20 +23,27 @@ def colour_of(name: str) -> str:
     return palette[coloured_groups.index(name)] if name in coloured_groups else palette[-1]
 
 # %% ../../../nbs/studies/sublora/04_figures.ipynb #d33dc303
-def _panels(title, note, rows, columns, size):
-    "A `Plot` of several axes under one title; (plot, list of axes)."
-    plot = Plot(figsize=size, layout='constrained')
-    heading = title + '\n' * (1 + (rows > 1))
-    plot.suptitle(heading, x=0.01, ha='left', fontsize=type_scale['title'], fontweight='bold', color=ink)
-    plot.text(0.01, 1 - 28 / 72 / size[1], note, fontsize=type_scale['small'], color=muted, va='top')
-    return plot, [plot.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
+def _single(title, note, height, width=6.4):
+    "A `Plot` of one panel under a title and a note; (plot, axes)."
+    plot, axes = panels(1, 1, title, note, height, width)
+    return plot, axes[0, 0]
+
+
+def _of_budget(groups, budget):
+    "The groups whose subspace has `budget` coordinates."
+    return [group for group in groups if group['budget'] == budget]
+
+
+def _draw_group(axes, group, x, y):
+    "The mean of two measures of one group, with their spreads."
+    axes.errorbar(group[x], group[y], xerr=group[f'{x}_std'], yerr=group[f'{y}_std'], fmt='o', capsize=3,
+                  color=colour_of(group['name']), markersize=6, linewidth=1.2)
 
 
 def _draw_groups(axes, groups, x, y):
     "Means of two measures with their spreads, one labelled point per group."
     for group in groups:
-        axes.errorbar(group[x], group[y], xerr=group[f'{x}_std'], yerr=group[f'{y}_std'], fmt='o', capsize=3,
-                      color=colour_of(group['name']), markersize=6, linewidth=1.2)
+        _draw_group(axes, group, x, y)
     axes.set(xlabel=MEASURES[x], ylabel=MEASURES[y])
     axes.margins(x=0.2, y=0.15)
     place_labels(axes, {group['name']: (group[x], group[y]) for group in groups})
@@ -52,31 +59,37 @@ def pareto_frontier(groups:list,  # from `aggregate`, all budgets
                     budget:int,   # d
 )->Plot:
     "Complexity against risk for one budget."
-    members = [group for group in groups if group['budget'] == budget]
+    members = _of_budget(groups, budget)
     note = f'{_seeds_note(members)}; lower is better on both axes'
-    plot, (axes,) = _panels(f'Complexity and risk, d = {budget:,}', note, 1, 1, (6.4, 4.4))
+    plot, axes = _single(f'Complexity and risk, d = {budget:,}', note, 3.7)
     _draw_groups(axes, members, 'kl_divergence', 'empirical_bpd')
     return plot
 
 # %% ../../../nbs/studies/sublora/04_figures.ipynb #9feaf198
 bits_per_kilobyte = 8192
+_by_size = dict(bound_value=('-', 'bound'), empirical_bpd=('--', 'on the sample'))  # measure -> (dashes, name)
+
+
+def _log_sizes(axes, sizes):
+    "A logarithmic axis of sizes, marked at the smallest and the largest."
+    axes.set_xscale('log')
+    axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f'{value:.3g}'))
+    axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    axes.set_xticks([min(sizes), max(sizes)])
+    axes.minorticks_off()
 
 
 def _draw_by_size(axes, groups):
     "Bound and risk against the size of the message."
-    size = [group['compressed_size_bits'] / bits_per_kilobyte for group in groups]
-    for measure, dashes, name in (('bound_value', '-', 'bound'), ('empirical_bpd', '--', 'on the sample')):
-        axes.plot(size, [group[measure] for group in groups], dashes, color=muted, linewidth=1.2, label=name, zorder=1)
-    for group, x in zip(groups, size, strict=True):
-        for measure in ('bound_value', 'empirical_bpd'):
-            axes.plot(x, group[measure], 'o', color=colour_of(group['name']), markersize=6)
+    sizes = [group['compressed_size_bits'] / bits_per_kilobyte for group in groups]
+    colours = [colour_of(group['name']) for group in groups]
+    for measure, (dashes, name) in _by_size.items():
+        values = [group[measure] for group in groups]
+        axes.plot(sizes, values, dashes, color=muted, linewidth=1.2, label=name, zorder=1)
+        axes.scatter(sizes, values, 36, colours, zorder=2)
 
-    axes.set_xscale('log')
     axes.set(xlabel='size, KB (log scale)', ylabel='bits per token')
-    axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f'{value:.3g}'))
-    axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-    axes.set_xticks([min(size), max(size)])
-    axes.minorticks_off()
+    _log_sizes(axes, sizes)
     axes.legend()
 
 
@@ -85,10 +98,10 @@ def compression_comparison(groups:list,  # from `aggregate`, all budgets
                            budget:int,   # d
 )->Plot:
     "Complexity against risk, against the bound, and both against the size."
-    members = sorted((group for group in groups if group['budget'] == budget),
-                     key=lambda group: group['compressed_size_bits'])
+    members = sorted(_of_budget(groups, budget), key=lambda group: group['compressed_size_bits'])
     note = f'{_seeds_note(members)}; lower is better on both axes'
-    plot, (left, middle, right) = _panels(f'What the bits buy, d = {budget:,}', note, 1, 3, (11, 4))
+    plot, axes = panels(1, 3, f'What the bits buy, d = {budget:,}', note, 3.3, 11)
+    left, middle, right = axes[0]
     _draw_groups(left, members, 'kl_divergence', 'empirical_bpd')
     _draw_groups(middle, members, 'kl_divergence', 'bound_value')
     _draw_by_size(right, members)
@@ -100,52 +113,79 @@ def _gain_over_uniform(group, uniform):
     return 100 * (1 - group['bound_value'] / uniform['bound_value']) if uniform else None
 
 
-def _draw_bars(axes, groups, names, budgets, value, spread):
+def _bar_places(groups, names, shift):
+    "Where the bars of some groups stand: at the place of their name, moved by `shift`."
+    return [names.index(group['name']) + shift for group in groups]
+
+
+def _draw_bars(axes, groups, value, spread=None):
     "One bar per group, the budgets next to each other; `value` and `spread` are functions of a group."
+    names = list(dict.fromkeys(group['name'] for group in groups))
+    budgets = sorted({group['budget'] for group in groups})
     width = 0.8 / len(budgets)
     for index, budget in enumerate(budgets):
-        members = [(names.index(group['name']), group) for group in groups if group['budget'] == budget]
-        places = [place + (index - (len(budgets) - 1) / 2) * width for place, _ in members]
-        spreads = [spread(group) or 0 for _, group in members] if spread else None
-        axes.bar(places, [value(group) or 0 for _, group in members], 0.95 * width, color=palette[index],
+        members = _of_budget(groups, budget)
+        places = _bar_places(members, names, (index - (len(budgets) - 1) / 2) * width)
+        spreads = [spread(group) or 0 for group in members] if spread else None
+        axes.bar(places, [value(group) or 0 for group in members], 0.95 * width, color=palette[index],
                  label=f'd = {budget:,}', yerr=spreads, error_kw=dict(ecolor=ink, capsize=2, linewidth=1))
+
     axes.set_xticks(range(len(names)), names, rotation=15)
     axes.grid(axis='x', visible=False)
 
 
-def _cut_axis(axes, values):
-    "Begin the axis a little below the lowest value."
-    lowest = min(values)
-    highest = max(values)
-    axes.set_ylim(max(0, lowest - 0.35 * (highest - lowest) - 0.02 * highest), None)
+def _draw_measure(axes, groups, measure):
+    "Bars of one measure with their spreads."
+    _draw_bars(axes, groups, lambda group: group[measure], lambda group: group[f'{measure}_std'])
+    axes.set_ylabel(MEASURES[measure])
+
+
+def _draw_cut_measure(axes, groups, measure):
+    "Bars of one measure on an axis that begins a little below the lowest value."
+    _draw_measure(axes, groups, measure)
+    values = [group[measure] for group in groups]
+    axes.set_ylim(max(0, min(values) - 0.35 * np.ptp(values) - 0.02 * max(values)), None)
+    axes.set_ylabel(MEASURES[measure] + ' (axis cut)')
+
+
+def _draw_gains(axes, groups):
+    "Bars of how much the bound gains over the uniform allocation of the same budget."
+    uniform = {group['budget']: group for group in groups if group['name'] == 'uniform'}
+    _draw_bars(axes, groups, lambda group: _gain_over_uniform(group, uniform.get(group['budget'])))
+    axes.set_ylabel('bound against uniform, % lower')
+    axes.axhline(0, color=muted, linewidth=0.8)
 
 
 @mpl.rc_context(style)
 def allocation_grid(groups:list,  # from `aggregate`
 )->Plot:
     "Bars of risk, bound, size and improvement over uniform for every group."
-    budgets = sorted({group['budget'] for group in groups})
-    names = list(dict.fromkeys(group['name'] for group in groups))
-    uniform = {group['budget']: group for group in groups if group['name'] == 'uniform'}
-    plot, panels = _panels('Allocations compared', _seeds_note(groups), 2, 2, (9, 6.6))
-
-    for axes, measure in zip(panels, ('empirical_bpd', 'bound_value', 'compressed_size_bits'), strict=False):
-        _draw_bars(axes, groups, names, budgets, lambda group, name=measure: group[name],
-                   lambda group, name=measure: group[f'{name}_std'])
-        axes.set_ylabel(MEASURES[measure])
-    for axes, measure in zip(panels, ('empirical_bpd', 'bound_value'), strict=False):
-        _cut_axis(axes, [group[measure] for group in groups])
-        axes.set_ylabel(MEASURES[measure] + ' (axis cut)')
-
-    _draw_bars(panels[3], groups, names, budgets, lambda group: _gain_over_uniform(group, uniform.get(group['budget'])),
-               None)
-    panels[3].set_ylabel('bound against uniform, % lower')
-    panels[3].axhline(0, color=muted, linewidth=0.8)
-    panels[0].legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=len(budgets))
+    plot, axes = panels(2, 2, 'Allocations compared', _seeds_note(groups), 2.95, 9)
+    risk, bound, size, gain = axes.flat
+    _draw_cut_measure(risk, groups, 'empirical_bpd')
+    _draw_cut_measure(bound, groups, 'bound_value')
+    _draw_measure(size, groups, 'compressed_size_bits')
+    _draw_gains(gain, groups)
+    risk.legend(loc='lower center', bbox_to_anchor=(0.5, 1), ncols=len({group['budget'] for group in groups}))
     return plot
 
 # %% ../../../nbs/studies/sublora/04_figures.ipynb #7c36db75
 light_cell = 0.55  # share from which the text of a cell is dark
+
+
+def _write_shares(axes, gamma_SL):
+    "The share of each cell as text in it, readable on its colour."
+    for (row, column), share in np.ndenumerate(gamma_SL):
+        axes.text(column, row, f'{share:.2f}', ha='center', va='center', fontsize=type_scale['small'],
+                  color=ground if share < light_cell else ink)
+
+
+def _name_cells(axes, layers, seeds):
+    "Layers along the one axis, seeds along the other."
+    axes.set_xticks(range(len(layers)), layers)
+    axes.set_yticks(range(len(seeds)), seeds)
+    axes.set(xlabel='layer', ylabel='seed')
+    axes.grid(visible=False)
 
 
 @mpl.rc_context(style)
@@ -156,39 +196,39 @@ def gating_heatmap(rows:list,   # the runs' rows
     seeds, layers, gamma_SL = gates_of(rows, budget)
     if not seeds:
         raise LabError(f'no learned run has d = {budget}: its gates cannot be drawn')
-    note = f'n = {len(seeds)} seeds; 0: all coordinates to A, 1: all to B'
-    size = (max(6.4, 0.62 * len(layers) + 2), 1.9 + 0.42 * len(seeds))
-    plot, (axes,) = _panels(f'Learned share of B, d = {budget:,}', note, 1, 1, size)
 
+    note = f'n = {len(seeds)} seeds; 0: all coordinates to A, 1: all to B'
+    plot, axes = _single(f'Learned share of B, d = {budget:,}', note, 1.2 + 0.42 * len(seeds),
+                         max(6.4, 0.62 * len(layers) + 2))
     image = axes.imshow(gamma_SL, cmap='cividis', vmin=0, vmax=1, aspect='auto')
-    for (row, column), share in np.ndenumerate(gamma_SL):
-        axes.text(column, row, f'{share:.2f}', ha='center', va='center', fontsize=type_scale['small'],
-                  color=ground if share < light_cell else ink)
-    axes.set_xticks(range(len(layers)), layers)
-    axes.set_yticks(range(len(seeds)), seeds)
-    axes.set(xlabel='layer', ylabel='seed')
-    axes.grid(visible=False)
+    _write_shares(axes, gamma_SL)
+    _name_cells(axes, layers, seeds)
     plot.colorbar(image, ax=axes, label='γ', shrink=0.9)
     return plot
 
 # %% ../../../nbs/studies/sublora/04_figures.ipynb #de198157
+def _draw_trend(axes, rows, budget, colour):
+    "Mean and spread over seeds of the gates of one budget, by layer; nothing without learned runs."
+    seeds, layers, gamma_SL = gates_of(rows, budget)
+    if not seeds:
+        return
+    place = np.arange(len(layers))
+    mean = gamma_SL.mean(0)
+    spread = gamma_SL.std(0, ddof=1) if len(seeds) > 1 else 0 * gamma_SL[0]
+    axes.plot(place, mean, 'o-', color=colour, label=f'd = {budget:,} (n = {len(seeds)})')
+    axes.fill_between(place, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0)
+    axes.set_xticks(place, layers)
+
+
 @mpl.rc_context(style)
 def gating_trend(rows:list,     # the runs' rows
                  budgets:list,  # of d
 )->Plot:
     "Gates against depth, mean and spread over seeds, one line per budget."
     note = 'mean over seeds, band: sample standard deviation; dashed: equal shares'
-    plot, (axes,) = _panels('Learned share of B through the depth', note, 1, 1, (6.4, 4))
+    plot, axes = _single('Learned share of B through the depth', note, 3.3)
     for colour, budget in zip(palette, budgets, strict=False):
-        seeds, layers, gamma_SL = gates_of(rows, budget)
-        if not seeds:
-            continue
-        place = np.arange(len(layers))
-        mean = gamma_SL.mean(0)
-        spread = gamma_SL.std(0, ddof=1) if len(seeds) > 1 else 0 * gamma_SL[0]
-        axes.plot(place, mean, 'o-', color=colour, label=f'd = {budget:,} (n = {len(seeds)})')
-        axes.fill_between(place, mean - spread, mean + spread, color=colour, alpha=0.18, linewidth=0)
-        axes.set_xticks(place, layers)
+        _draw_trend(axes, rows, budget, colour)
 
     axes.axhline(0.5, color=muted, linestyle='--', linewidth=1)
     axes.set(xlabel='layer', ylabel='γ, share of B', ylim=(0, 1))

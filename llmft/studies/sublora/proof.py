@@ -66,6 +66,13 @@ def retraining_recipe(trained:TrainedRun,   # whose recipe it was
                    save_every=steps, log_every=steps)
 
 # %% ../../../nbs/studies/sublora/05_proof.ipynb #38216e79
+def _take_decoded(subspace, path, gates, gate_bits):
+    "Give the subspace the coordinates that the message at `path` holds."
+    values, _ = decode_message(Path(path).read_bytes(), subspace.config.dimension, len(gates), gate_bits)
+    with torch.no_grad():
+        subspace.v.copy_(torch.from_numpy(values))
+
+
 def write_message(path,                # where the message shall stand
                   subspace:Subspace,   # quantised; it holds the decoded numbers afterwards
                   gates,               # codes of the gates, from `code_gates`; empty without gates
@@ -76,35 +83,40 @@ def write_message(path,                # where the message shall stand
     message = encode_message(subspace.v.detach().cpu().numpy(), levels, gates, gate_bits if gates else 0)
     write_atomic(path, message)
 
-    values, _ = decode_message(Path(path).read_bytes(), subspace.config.dimension, len(gates), gate_bits)
-    with torch.no_grad():
-        subspace.v.copy_(torch.from_numpy(values))
+    _take_decoded(subspace, path, gates, gate_bits)
     counts = torch.unique(subspace.v.detach().cpu(), return_counts=True)[1].numpy()
     return message, counts
 
 # %% ../../../nbs/studies/sublora/05_proof.ipynb #ca1a9f14
+def _sizes(message, counts, configurations):
+    "Way of counting -> bits of the message."
+    size = 8 * len(message)
+    return {'entropy of the symbols alone': int(counts.sum()) * entropy(counts),
+            'published formula': reference_bits(counts),
+            'the file': size,
+            'the file with its prefix': prefixed_bits(size),
+            'K: with the choices paid for': charged_bits(message, configurations, len(ALPHAS))}
+
+
 def size_table(message:bytes,       # the coded vector and gates
                counts,              # how often each level occurs
                configurations:int,  # settings that were tried, this one included
 ):                                  # a displayed table
     "The size of a message, counted in five ways."
-    size = 8 * len(message)
-    bits = {'entropy of the symbols alone': int(counts.sum()) * entropy(counts),
-            'published formula': reference_bits(counts),
-            'the file': size,
-            'the file with its prefix': prefixed_bits(size),
-            'K: with the choices paid for': charged_bits(message, configurations, len(ALPHAS))}
-    return table([dict(what=what, bits=count) for what, count in bits.items()],
-                 [column('what'), column('bits', digits=6)])
+    rows = [dict(what=what, bits=bits) for what, bits in _sizes(message, counts, configurations).items()]
+    return table(rows, ['what', column('bits', digits=6)])
 
 # %% ../../../nbs/studies/sublora/05_proof.ipynb #ffad5294
+_claim_columns = (column('claim'), column('risk', 'on the sample', digits=4), column('bound', digits=4),
+                  column('alpha', 'smoothing'), column('m', 'scored'), column('n', 'of'),
+                  column('delta', 'fails with at most'))
+
+
 def claim_table(claims:dict,  # from `prove`
 ):                            # a displayed table
     "All claims of one predictor."
-    return table([dict(claim=name.replace('_', ' '), **claim) for name, claim in claims.items()], [
-        column('claim'), column('risk', 'on the sample', digits=4), column('bound', digits=4),
-        column('alpha', 'smoothing'), column('m', 'scored'), column('n', 'of'),
-        column('delta', 'fails with at most')])
+    rows = [dict(claim=name.replace('_', ' '), **claim) for name, claim in claims.items()]
+    return table(rows, _claim_columns)
 
 # %% ../../../nbs/studies/sublora/05_proof.ipynb #d541fa8f
 @dataclass
@@ -149,25 +161,41 @@ def bounds_metrics(proof:Proof,  # of one predictor
 carried_over = ('intrinsic_dim', 'allocation_mode', 'b_ratio', 'projection', 'seed', 'parameters', 'valid_bits_after')
 
 
+def _coding_metrics(proof):
+    "The size of the message, counted in several ways."
+    return dict(charged_bits=proof.best['bits'], prefixed_bits=prefixed_bits(8 * len(proof.message)),
+                reference_bits=reference_bits(proof.counts), levels_used=len(proof.counts))
+
+
+def _sample_metrics(best):
+    "On how much, and with which smoothing, the best claim was made."
+    return dict(alpha=best['alpha'], width_bits=best['width'], documents=best['n'], scored=best['m'])
+
+
+def _held_out_metrics(proof):
+    "What the bound is compared with."
+    return dict(held_out_bpd=proof.held_out_bpd, held_out_documents=proof.held_out_documents,
+                random_guess_bits=proof.guess)
+
+
+def _claim_metrics(proof):
+    "The claims beside the best one, and what all of them promise together."
+    claims = proof.claims
+    errors = {name: claim['bound'] for name, claim in claims.items() if name.startswith('top')}
+    return errors | dict(delta=proof.delta, claims=len(claims), configurations=proof.configurations,
+                         hoeffding_bound=claims['bits_per_token_hoeffding']['bound'],
+                         token_bound=claims.get('bits_per_token_of_tokens', {}).get('bound'), verified=proof.verified)
+
+
 def proof_metrics(proof:Proof,         # of one predictor
                   trained:TrainedRun,  # whose predictor it is
                   subspace:Subspace,   # with its gates, where there are any
 )->dict:                               # flat
     "The numbers of a proof, with those of the training run that a comparison needs."
-    best = proof.best
-    size = 8 * len(proof.message)
-    coding = dict(charged_bits=best['bits'], prefixed_bits=prefixed_bits(size),
-                  reference_bits=reference_bits(proof.counts), levels_used=len(proof.counts))
-    sample = dict(alpha=best['alpha'], width_bits=best['width'], documents=best['n'], scored=best['m'],
-                  delta=proof.delta, claims=len(proof.claims), configurations=proof.configurations,
-                  hoeffding_bound=proof.claims['bits_per_token_hoeffding']['bound'],
-                  held_out_bpd=proof.held_out_bpd, held_out_documents=proof.held_out_documents,
-                  random_guess_bits=proof.guess)
-
-    errors = {name: claim['bound'] for name, claim in proof.claims.items() if name.startswith('top')}
-    tokens = dict(token_bound=proof.claims.get('bits_per_token_of_tokens', {}).get('bound'), verified=proof.verified)
     training = {name: trained.result['metrics'][name] for name in carried_over}
-    return bounds_metrics(proof) | coding | sample | errors | tokens | training | gate_shares(subspace)
+    own = (bounds_metrics(proof) | _coding_metrics(proof) | _sample_metrics(proof.best) | _held_out_metrics(proof)
+           | _claim_metrics(proof))
+    return own | training | gate_shares(subspace)
 
 # %% ../../../nbs/studies/sublora/05_proof.ipynb #afaf83ea
 def gate_shares(subspace:Subspace,  # with its gates, where there are any
@@ -179,17 +207,19 @@ def gate_shares(subspace:Subspace,  # with its gates, where there are any
     return {f'gamma_{layer}': share for layer, share in zip(subspace.layers, shares, strict=True)}
 
 # %% ../../../nbs/studies/sublora/05_proof.ipynb #8f1c837f
+def _tried_text(configurations):
+    "How many configurations were tried, in words."
+    return 'One configuration was' if configurations == 1 else f'{configurations} configurations were'
+
+
 def proof_verdict(proof:Proof,  # of one predictor
 )->str:
     "What was proved, in words."
     best = proof.best
     side = 'below' if best['bound'] < proof.guess else 'NOT below'
-    tried = ('One configuration was' if proof.configurations == 1
-             else f'{proof.configurations} configurations were')
-
     return (f'With probability {1 - proof.delta:.0%} all {len(proof.claims)} claims hold together; the first: on '
             f"documents of the same source the smoothed loss is at most {best['bound']:.3f} bits per token, {side} "
             f"random guessing ({proof.guess:.3f}): {best['risk']:.3f} on m = {best['m']:,} training documents and "
             f"{best['bound'] - best['risk']:.3f} for K = {best['bits']:,.0f} bits and n = {best['n']:,}. "
             f'On {proof.held_out_documents:,} held-out documents it is {proof.held_out_bpd:.3f}. '
-            f'{tried} tried and paid for.')
+            f'{_tried_text(proof.configurations)} tried and paid for.')

@@ -23,15 +23,25 @@ def _row(what, bound, risk, guess, top1):
     return dict(what=what, bound=bound, risk=risk, rest=complexity, guess=guess, share=bound / guess, top1=top1)
 
 
+def _published_row(row):
+    "The row of a published method."
+    return _row(f"published: {row['method']}", row['bound'], row['risk'], published_guess, row['top1'])
+
+
+_columns = (
+    column('what'),
+    column('bound', 'bound', 'bits per token', digits=4),
+    column('risk', 'risk', 'on the sample', digits=4),
+    column('rest', 'complexity', 'bits per token', digits=3),
+    column('guess', 'random guess', 'bits per token', digits=4),
+    column('share', 'bound / guess'),
+    column('top1', 'top-1 error', 'bound'),
+)
+
+
 def beside_published(best:dict,    # row of the best run: run, bound_value, empirical_bpd, top1_error
                      guess:float,  # bits per token of random guessing here
 ):                                 # a displayed table
     "The published bounds and the best one here."
-    theirs = [_row(f"published: {row['method']}", row['bound'], row['risk'], published_guess, row['top1'])
-              for row in published]
     ours = _row(f"here: {best['run']}", best['bound_value'], best['empirical_bpd'], guess, best.get('top1_error'))
-    return table([*theirs, ours], [
-        column('what'), column('bound', 'bound', 'bits per token', digits=4),
-        column('risk', 'risk', 'on the sample', digits=4), column('rest', 'complexity', 'bits per token', digits=3),
-        column('guess', 'random guess', 'bits per token', digits=4), column('share', 'bound / guess'),
-        column('top1', 'top-1 error', 'bound')])
+    return table([*map(_published_row, published), ours], _columns)

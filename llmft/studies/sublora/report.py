@@ -21,11 +21,16 @@ from .allocation import answers
 from .proof import gate_shares
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #74f65925
+def _document_row(side, file):
+    "Documents and tokens of one side, and how long its documents are."
+    return dict(side=side, documents=len(file), tokens=len(file.ids), length=float(file.doc_lengths.mean()),
+                longest=int(file.doc_lengths.max()))
+
+
 def document_table(files:dict,  # train, val -> `TokenFile`
 ):                              # a displayed table
     "Documents and tokens of each side, and how long the documents are."
-    rows = [dict(side=side, documents=len(file), tokens=len(file.ids), length=float(file.doc_lengths.mean()),
-                 longest=int(file.doc_lengths.max())) for side, file in files.items()]
+    rows = [_document_row(side, file) for side, file in files.items()]
     return table(rows, ['side', 'documents', 'tokens', column('length', 'mean length', 'tokens'), 'longest'])
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #273b28d1
@@ -40,24 +45,30 @@ class HeldOut:
     documents: int  # of them
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #324995e5
+def _bits(judged):
+    "The loss of an evaluation, in bits per token."
+    return judged['loss'] / math.log(2)
+
+
 def held_out(before:dict,     # from `evaluate_loss`, untrained
              after:dict,      # the same after training
              vocabulary:int,  # tokens the model can predict
              documents:int,   # held-out documents
 )->HeldOut:
     "Losses in nats as bits per token, with random guessing."
-    return HeldOut(before['loss'] / math.log(2), after['loss'] / math.log(2), math.log2(vocabulary), after['targets'],
-                   documents)
+    return HeldOut(_bits(before), _bits(after), math.log2(vocabulary), after['targets'], documents)
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #e94cd474
+_held_out_columns = ('when', column('bits', 'bits per token', best='low'), column('tokens', 'n', 'tokens'),
+                     column('documents', 'n', 'documents'))
+
+
 def held_out_table(losses:HeldOut,  # of one run
 ):                                  # a displayed table
     "Bits per token of random guessing, before and after training."
+    judged_on = dict(tokens=losses.targets, documents=losses.documents)
     bits = {'random guess': losses.guess, 'before': losses.before, 'after': losses.after}
-    rows = [dict(when=when, bits=value, tokens=losses.targets, documents=losses.documents)
-            for when, value in bits.items()]
-    return table(rows, ['when', column('bits', 'bits per token', best='low'), column('tokens', 'n', 'tokens'),
-                        column('documents', 'n', 'documents')])
+    return table([dict(when=when, bits=value, **judged_on) for when, value in bits.items()], _held_out_columns)
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #b0bc597d
 def trained_numbers(subspace,  # coordinates, and gates where there are any
@@ -66,6 +77,22 @@ def trained_numbers(subspace,  # coordinates, and gates where there are any
     return sum(p.numel() for p in subspace.trained())
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #d19f8956
+def _settings(params, subspace):
+    "What a run was asked for, as far as a comparison needs it."
+    ratio = params.b_ratio if params.allocation_mode == 'fixed' else None
+    return dict(intrinsic_dim=subspace.config.dimension, allocation_mode=params.allocation_mode, b_ratio=ratio,
+                projection=params.projection, seed=params.seed)
+
+
+def _sizes(facts, subspace):
+    "How large data, model and subspace are."
+    return dict(documents=facts['train']['documents'], vocabulary=facts['vocabulary'],
+                parameters=subspace.start.numel(), trained=trained_numbers(subspace))
+
+
+_of_training = ('steps', 'train_tokens', 'total_time_seconds', 'tokens_per_sec', 'best_step', 'stopped')
+
+
 def training_metrics(params,          # allocation_mode, b_ratio, projection, seed
                      subspace,        # trained
                      facts:dict,      # of the token files
@@ -73,18 +100,11 @@ def training_metrics(params,          # allocation_mode, b_ratio, projection, se
                      losses:HeldOut,  # of the run
 )->dict:                              # flat
     "The numbers of a training run under the names that bound and analysis read."
-    progress = result.progress
-    settings = dict(intrinsic_dim=subspace.config.dimension, allocation_mode=params.allocation_mode,
-                    b_ratio=params.b_ratio if params.allocation_mode == 'fixed' else None,
-                    projection=params.projection, seed=params.seed, documents=facts['train']['documents'],
-                    vocabulary=facts['vocabulary'], parameters=subspace.start.numel(),
-                    trained=trained_numbers(subspace))
-    course = dict(steps=progress.step, train_tokens=progress.tokens, total_time_seconds=progress.seconds,
-                  tokens_per_sec=result.tokens_per_sec)
-
+    training = result.metrics()
+    course = {name: training[name] for name in _of_training}
     bits = dict(valid_bits_before=losses.before, valid_bits_after=losses.after, random_guess_bits=losses.guess,
-                valid_targets=losses.targets, best_step=progress.best_step, stopped=progress.stopped)
-    return settings | course | bits | gate_shares(subspace)
+                valid_targets=losses.targets)
+    return _settings(params, subspace) | _sizes(facts, subspace) | course | bits | gate_shares(subspace)
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #a7e6d36e
 def training_verdict(params,          # allocation_mode, b_ratio
@@ -109,25 +129,40 @@ def source_text(results:dict,  # name -> what `read_result` gives
     return f"{len(results)} runs, n = {', '.join(f'{count:,}' for count in sorted(counts))} documents, {same}"
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #19bb4492
+_group_columns = (
+    column('budget', 'd'),
+    column('name', 'allocation'),
+    column('empirical_bpd', 'BPD', 'on the sample', best='low', n='n', digits=4),
+    column('empirical_bpd_std', '±'),
+    column('bound_value', 'bound', 'bits per token', best='low', digits=4),
+    column('bound_value_std', '±'),
+    column('kl_divergence', 'KL', 'nats', best='low', digits=4),
+    column('compressed_size_bits', 'size', 'bits', best='low', digits=4),
+)
+
+
 def group_table(groups:list,  # from `aggregate`
 ):                            # a displayed table
     "Means over seeds with their spreads, the best of each measure bold."
-    return table(groups, [
-        column('budget', 'd'), column('name', 'allocation'),
-        column('empirical_bpd', 'BPD', 'on the sample', best='low', n='n', digits=4), column('empirical_bpd_std', '±'),
-        column('bound_value', 'bound', 'bits per token', best='low', digits=4), column('bound_value_std', '±'),
-        column('kl_divergence', 'KL', 'nats', best='low', digits=4),
-        column('compressed_size_bits', 'size', 'bits', best='low', digits=4)])
+    return table(groups, _group_columns)
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #6b76cee7
+_hypothesis_columns = (column('hypothesis'), column('comparison'), column('n', 'seeds'),
+                       column('mean', 'mean difference'), column('unit'), column('p', 'p, corrected'), column('shown'))
+
+
 def hypothesis_table(tests:list,  # from `hypotheses`
 ):                                # a displayed table
     "Every comparison with its corrected p-value."
-    return table(tests, [column('hypothesis'), column('comparison'), column('n', 'seeds'),
-                         column('mean', 'mean difference'), column('unit'), column('p', 'p, corrected'),
-                         column('shown')])
+    return table(tests, _hypothesis_columns)
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #b12952ad
+def _held_out_bits(results):
+    "Bits of every held-out document of each run that left them, by smoothing weight."
+    files = [result['folder'] / 'held_out_scores.safetensors' for result in results.values()]
+    return [load_file(file)['bits'] for file in files if file.exists()]
+
+
 def play_coverage(results:dict,  # name -> what `read_result` gives
                   alpha:float,   # smoothing weight of the best run
                   guess:float,   # bits per token of random guessing
@@ -137,8 +172,7 @@ def play_coverage(results:dict,  # name -> what `read_result` gives
                   delta:float,   # probability that a bound of a game may fail with
 ):                               # what `coverage` gives, or None when it can not be played
     "How often the bound of the run that looks best lies above its true risk."
-    files = [result['folder'] / 'held_out_scores.safetensors' for result in results.values()]
-    scored = [load_file(file)['bits'] for file in files if file.exists()]
+    scored = _held_out_bits(results)
     comparable = len(scored) == len(results) and len({len(bits) for bits in scored}) == 1
     if not games or not comparable:
         return None
@@ -154,25 +188,34 @@ def coverage_table(played:dict,  # from `play_coverage`
     "In what share of the games each form of the bound held."
     rows = [dict(form=form, held=played[form], slack=played[f'{form}_slack'], games=played['games'])
             for form in ('hoeffding', 'kl')]
-    promised = f"held (at least {1 - played['delta']:g} is promised)"
-    return table(rows, [column('form'), column('held', promised, n='games', digits=4),
-                        column('slack', 'mean slack', 'bits per token'), 'games'])
+    held = column('held', f"held (at least {1 - played['delta']:g} is promised)", n='games', digits=4)
+    return table(rows, ['form', held, column('slack', 'mean slack', 'bits per token'), 'games'])
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #701b19f6
+def _count(rows, holds):
+    "How many rows there are of which `holds` is true."
+    return sum(bool(holds(row)) for row in rows)
+
+
+def _coverage_metrics(played):
+    "How often the bounds held in the games; unknown without games."
+    games = played or dict(kl=None, hoeffding=None, kl_slack=None)
+    return dict(coverage_kl=games['kl'], coverage_hoeffding=games['hoeffding'], coverage_kl_slack=games['kl_slack'])
+
+
 def analysis_metrics(rows:list,   # one per run
                      best:dict,   # of them, the one with the lowest bound
                      tests:list,  # from `hypotheses`
                      played=None, # from `play_coverage`
 )->dict:                          # flat
     "The numbers of the study."
-    games = played or dict(kl=None, hoeffding=None, kl_slack=None)
-    return dict(runs=len(rows), best=best['run'], best_bound=best['bound_value'],
-                best_empirical_bpd=best['empirical_bpd'], random_guess_bits=rows[0]['random_guess_bits'],
-                non_vacuous=sum(row['bound_value'] < row['random_guess_bits'] for row in rows),
-                above_held_out=sum(row['bound_value'] >= row['held_out_bpd'] for row in rows),
-                verified=sum(bool(row['verified']) for row in rows),
-                hypotheses_shown=sum(test['shown'] for test in tests), coverage_kl=games['kl'],
-                coverage_hoeffding=games['hoeffding'], coverage_kl_slack=games['kl_slack'])
+    winner = dict(runs=len(rows), best=best['run'], best_bound=best['bound_value'],
+                  best_empirical_bpd=best['empirical_bpd'], random_guess_bits=rows[0]['random_guess_bits'])
+    counts = dict(non_vacuous=_count(rows, lambda row: row['bound_value'] < row['random_guess_bits']),
+                  above_held_out=_count(rows, lambda row: row['bound_value'] >= row['held_out_bpd']),
+                  verified=_count(rows, lambda row: row['verified']),
+                  hypotheses_shown=_count(tests, lambda test: test['shown']))
+    return winner | counts | _coverage_metrics(played)
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #43ab7cd8
 def analysis_verdict(metrics:dict,  # from `analysis_metrics`

@@ -37,21 +37,34 @@ def prepare_run_tokens(params,  # outputs, and what `token_source` reads
     return prepare_tokens(run_tokens(params), **token_source(params))
 
 # %% ../../../nbs/studies/sublora/01_setup.ipynb #912ec21b
-def model_spec(params,          # the parameters of sublora_train that describe base, LoRA and subspace
-               vocabulary:int,  # tokens that the data can hold
-)->dict:                        # base, lora, subspace, for `build_model`
-    "The description of a run's model."
+def _base_spec(params, vocabulary):
+    "The model under the adapter: a name, or the shape and seed of a random one."
     base = dict(model=params.model)
     if params.model == 'random':
         base |= dict(layers=params.layers, heads=params.heads, width=params.width, block=params.max_length,
                      vocabulary=vocabulary, seed=params.seed, scale=params.init_scale)
-    lora = dict(targets=params.lora_targets, rank=params.lora_rank, alpha=params.lora_alpha,
+    return base
+
+
+def _lora_spec(params):
+    "The adapter whose factors the subspace moves."
+    return dict(targets=params.lora_targets, rank=params.lora_rank, alpha=params.lora_alpha,
                 dropout=params.lora_dropout, seed=params.seed)
-    subspace = dict(dimension=params.intrinsic_dim, mode=params.allocation_mode, ratio=params.b_ratio,
-                    projection=params.projection, seed=params.seed, gate_bits=params.gate_bits,
-                    temperature=params.gate_temperature, final_temperature=params.gate_final_temperature,
-                    anneal_steps=params.max_steps)
-    return dict(base=base, lora=lora, subspace=subspace)
+
+
+def _subspace_spec(params):
+    "Size, allocation and projection of the subspace, and how its gates are trained."
+    return dict(dimension=params.intrinsic_dim, mode=params.allocation_mode, ratio=params.b_ratio,
+                projection=params.projection, seed=params.seed, gate_bits=params.gate_bits,
+                temperature=params.gate_temperature, final_temperature=params.gate_final_temperature,
+                anneal_steps=params.max_steps)
+
+
+def model_spec(params,          # the parameters of sublora_train that describe base, LoRA and subspace
+               vocabulary:int,  # tokens that the data can hold
+)->dict:                        # base, lora, subspace, for `build_model`
+    "The description of a run's model."
+    return dict(base=_base_spec(params, vocabulary), lora=_lora_spec(params), subspace=_subspace_spec(params))
 
 # %% ../../../nbs/studies/sublora/01_setup.ipynb #13160e6c
 def subspace_of(model,  # from `build_model`
@@ -60,28 +73,42 @@ def subspace_of(model,  # from `build_model`
     return next(module for module in model.modules() if isinstance(module, Subspace))
 
 # %% ../../../nbs/studies/sublora/01_setup.ipynb #a92cb300
+def _start_values(subspace):
+    "Name -> copy of each parameter that the subspace moves, before training."
+    named = zip(subspace.names, subspace.parameters_of, strict=True)
+    return {name: parameter.detach().clone() for name, parameter in named}
+
+
 def write_description(folder,    # of the run: spec.json, names.json, trainable_initparams.safetensors
                       params,    # outputs, and what `token_source` reads
                       spec:dict, # from `model_spec`
                       model,     # from `build`, untrained
 ):
     "Write what the run's model is, and the values its parameters start from."
+    folder = Path(folder)
     subspace = subspace_of(model)
     facts = dict(spec=spec, model=model_facts(model, subspace), tokens=str(run_tokens(params)))
-    write_json(Path(folder) / 'spec.json', facts)
-    write_json(Path(folder) / 'names.json', subspace.names)
-    start = {name: p.detach().clone() for name, p in zip(subspace.names, subspace.parameters_of, strict=True)}
-    save_file(start, Path(folder) / 'trainable_initparams.safetensors')
+    write_json(folder / 'spec.json', facts)
+    write_json(folder / 'names.json', subspace.names)
+    save_file(_start_values(subspace), folder / 'trainable_initparams.safetensors')
 
 # %% ../../../nbs/studies/sublora/01_setup.ipynb #5ecf74fc
+def _set_gate_training(gates, params):
+    "Have the gates trained at a learning rate of their own, without weight decay."
+    gates.learning_rate_ratio = params.gate_learning_rate / params.learning_rate
+    gates.decayed = False
+
+
+def _examples(tokens, side, max_length):
+    "The documents of one side, cut into pieces of at most `max_length` positions."
+    return cut(read_token_file(tokens, side).examples(), max_length)[0]
+
+
 def build(params,  # of sublora_train; the token files are there already
 )->tuple:          # (model, training examples, held-out examples)
     "Everything `fit` needs of a run in a subspace, built from its parameters alone."
     tokens = run_tokens(params)
     model, subspace = build_model(model_spec(params, read_json(tokens / 'tokens.json')['vocabulary']))
     if subspace.gates is not None:
-        subspace.gates.learning_rate_ratio = params.gate_learning_rate / params.learning_rate
-        subspace.gates.decayed = False
-
-    train, valid = (cut(read_token_file(tokens, side).examples(), params.max_length)[0] for side in ('train', 'val'))
-    return model, train, valid
+        _set_gate_training(subspace.gates, params)
+    return model, _examples(tokens, 'train', params.max_length), _examples(tokens, 'val', params.max_length)
