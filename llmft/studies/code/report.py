@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data_table', 'lost_rows', 'attempts_at', 'measured', 'loss_table', 'checkpoint_rows', 'checkpoint_table',
-           'answer_rows', 'training_metrics', 'final_score', 'instruct_metrics', 'instruct_verdict']
+           'answer_rows', 'final_score', 'instruct_metrics', 'instruct_verdict']
 
 # %% ../../../nbs/studies/code/06_report.ipynb #252ff135
 from pathlib import Path
@@ -121,18 +121,6 @@ def answer_rows(attempts:list,  # of `Attempt`
     return [dict(problem=attempt.name, answer=attempt.answer[:length], outcome=attempt.status, reason=attempt.reason)
             for attempt in attempts[:count]]
 
-# %% ../../../nbs/studies/code/06_report.ipynb #9de39b72
-def training_metrics(result:FitResult,  # from `launch`
-)->dict:
-    "What the training itself reports: steps, tokens, speed, memory, trained parameters."
-    progress = result.progress
-    return dict(
-        steps=progress.step, planned_steps=result.steps, steps_per_epoch=result.steps_per_epoch,
-        warmup_steps=result.warmup, best_step=progress.best_step, stopped=progress.stopped,
-        trainable_parameters=result.trainable, real_tokens=progress.tokens, processed_tokens=progress.slots,
-        fill=progress.tokens / progress.slots, tokens_per_sec=result.tokens_per_sec,
-        total_time_seconds=progress.seconds, peak_memory_gb=result.peak_bytes / 2**30, flops=progress.flops)
-
 # %% ../../../nbs/studies/code/06_report.ipynb #7aba40c8
 def final_score(attempts:list,  # of `Attempt`, `samples` to each problem
                 samples:int,    # answers to each problem
@@ -147,6 +135,21 @@ def _pass_metrics(final, before, samples):
                 samples=samples) | {f'pass_at_{k}': final.get(f'pass@{k}') for k in sorted({1, samples})}
 
 # %% ../../../nbs/studies/code/06_report.ipynb #b4cc1fe0
+def _losses(before, after):
+    "The losses of `measured` under the names of the metrics."
+    def loss(moment, split):
+        return moment[split] and moment[split]['loss']
+
+    return dict(eval_loss_before=loss(before, 'valid'), eval_loss=loss(after, 'valid'),
+                test_loss_before=loss(before, 'test'), test_loss=loss(after, 'test'))
+
+
+def _padded_fill(progress, steps_per_epoch, rows, max_length):
+    "The share of real tokens if each of the training `rows` were padded to `max_length`."
+    padded_slots_per_step = float(rows) / steps_per_epoch * max_length
+    return progress.tokens / progress.step / padded_slots_per_step
+
+
 def instruct_metrics(params,            # max_length and samples
                      data:TaskData,     # of the run
                      result:FitResult,  # from `launch`
@@ -155,17 +158,15 @@ def instruct_metrics(params,            # max_length and samples
                      rows:list,         # from `checkpoint_rows`
 )->dict:
     "Every number of an instruction-tuning run under its own name."
-    def loss(moment, split):
-        return moment[split] and moment[split]['loss']
-
     progress = result.progress
     train = len(data.examples['train'])
-    padded_slots_per_step = float(train) / result.steps_per_epoch * params.max_length
     final = final_score(after['attempts'], params.samples)
-    return training_metrics(result) | _pass_metrics(final, rows[0]['pass@1'], params.samples) | dict(
-        eval_loss_before=loss(before, 'valid'), eval_loss=loss(after, 'valid'), test_loss_before=loss(before, 'test'),
-        test_loss=loss(after, 'test'), train_rows=train, test_rows=len(data.examples['test']),
-        padded_fill=progress.tokens / progress.step / padded_slots_per_step)
+
+    training = result.metrics() | dict(real_tokens=progress.tokens)  # the name of the study
+    passed = _pass_metrics(final, rows[0]['pass@1'], params.samples)
+    counts = dict(train_rows=train, test_rows=len(data.examples['test']),
+                  padded_fill=_padded_fill(progress, result.steps_per_epoch, train, params.max_length))
+    return training | passed | _losses(before, after) | counts
 
 # %% ../../../nbs/studies/code/06_report.ipynb #7bd98b43
 def instruct_verdict(metrics:dict,    # from `instruct_metrics`

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['most_files_shown', 'blanks', 'data_table', 'file_table', 'files_in_words', 'trial_table', 'trial_bars',
-           'learning_rate_curve', 'perplexity_band', 'before_and_after', 'log_line', 'training_log', 'write_stats',
-           'final_facts', 'fill_report', 'report_values', 'conclude', 'training_metrics', 'search_metrics',
-           'quality_metrics']
+           'perplexity_band', 'before_and_after', 'log_line', 'training_log', 'write_stats', 'final_facts',
+           'fill_report', 'report_values', 'conclude', 'search_metrics', 'quality_metrics']
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #6669f468
 import datetime
@@ -18,7 +17,7 @@ from matplotlib import rc_context
 
 from ...core import write_atomic
 from ...runs.figures import Plot, byte_unit, ink, muted, new_plot, palette, style
-from ...runs.tables import column, table
+from ...runs.tables import column, evaluation_table, table
 from ...training.fit import FitResult
 from ...training.recipe import Recipe
 from .setup import PdfData
@@ -104,18 +103,6 @@ def trial_bars(trials:list,  # with batch, fits, peak_bytes and predicted_bytes,
     axes.grid(axis='x', visible=False)
     return plot
 
-# %% ../../../nbs/studies/pdfs/03_report.ipynb #04da1c61
-@rc_context(style)
-def learning_rate_curve(log:list,   # objects of log.jsonl
-                        steps:int,  # planned
-)->Plot:
-    "The learning rate of every logged step, on an axis as long as the run was planned."
-    rows = [row for row in log if 'learning_rate' in row]
-    plot, axes = new_plot('Learning rate', f'each logged step · {steps:,} steps were planned', height=3)
-    axes.plot([row['step'] for row in rows], [row['learning_rate'] for row in rows], color=palette[0], linewidth=1.8)
-    axes.set(xlabel='optimiser step', ylabel='learning rate', xlim=(0, steps), ylim=(0, None))
-    return plot
-
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #0a9a5ef5
 _bands = {10: 'very good', 50: 'decent', 100: 'fair', 1000: 'poor'}  # highest perplexity -> what it is called
 
@@ -132,11 +119,8 @@ def before_and_after(before:dict,  # from `judge`, before training
                      after:dict,   # the same afterwards
 ):                                 # a table for display
     "Loss and perplexity of the held-out chunks before and after training, with what the study calls them."
-    rows = [dict(when=when, band=perplexity_band(judged['perplexity']), **judged)
-            for when, judged in (('before', before), ('after', after))]
-    return table(rows, [column('when'), column('loss', 'loss', 'nats/token'), column('perplexity', best='low'),
-                        column('bits_per_byte', best='low'), column('targets', 'tokens'),
-                        column('documents', 'chunks'), column('band', 'interpretation')])
+    named_before, named_after = (dict(judged, band=perplexity_band(judged['perplexity'])) for judged in (before, after))
+    return evaluation_table(named_before, named_after, [column('band', 'interpretation')], documents='chunks')
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #5b965301
 def log_line(entry:dict,  # an object that `fit` logs
@@ -237,16 +221,6 @@ def conclude(params,        # lora_rank, quantisation, gradient_checkpointing, o
             f"({ended}). Training on {split['train_size']} files {direction} the perplexity of "
             f"{split['test_size']} others from "
             f'{before:.1f} to {after:.1f} ({abs(change):.0%}).')
-
-# %% ../../../nbs/studies/pdfs/03_report.ipynb #59f91a2e
-def training_metrics(result:FitResult,  # from `launch`
-)->dict:
-    "What the training itself reports: steps, tokens, speed, memory, trained parameters."
-    progress = result.progress
-    return dict(steps=progress.step, planned_steps=result.steps, stopped=progress.stopped,
-                best_step=progress.best_step, total_time_seconds=progress.seconds, real_tokens=progress.tokens,
-                fill=progress.tokens / progress.slots, tokens_per_sec=result.tokens_per_sec, flops=progress.flops,
-                trainable_parameters=result.trainable, peak_memory_gb=result.peak_bytes / 2**30)
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #8d3cf3a3
 def search_metrics(trials:list,    # of `Trial`
