@@ -81,17 +81,24 @@ def _allow_only(call, argument):
     return [(_jump_equal, 0, 4, call), (_load, 0, 0, _first_argument), (_jump_equal, 0, 1, argument), _allow, _deny]
 
 
+def _native_only(architecture):
+    "Rows that refuse calls of another processor, and of another interface of this one."
+    other_interface = 0x40000000  # 32-bit calls on x86-64
+    return [(_load, 0, 0, _architecture), (_jump_equal, 1, 0, architecture), _deny,
+            (_load, 0, 0, _call_number), (_jump_at_least, 0, 1, other_interface), _deny]
+
+
+def _threads_only(clone):
+    "Rows that allow `clone` to make threads and refuse it processes."
+    new_thread = 0x10000
+    return [(_jump_equal, 0, 4, clone), (_load, 0, 0, _first_argument), (_jump_any_bit, 0, 1, new_thread),
+            _allow, _deny]
+
+
 def _filter(machine, pid):
     "A seccomp program as (code, jump if true, jump if false, constant) rows; what it refuses gets EPERM."
     numbers = _machines[machine]
-    other_interface = 0x40000000  # 32-bit calls on x86-64
-    new_thread = 0x10000
-    rows = [(_load, 0, 0, _architecture), (_jump_equal, 1, 0, numbers.architecture), _deny,
-            (_load, 0, 0, _call_number), (_jump_at_least, 0, 1, other_interface), _deny]
-
-    rows += _refuse_calls(numbers.column)
-    rows += [(_jump_equal, 0, 4, numbers.clone), (_load, 0, 0, _first_argument), (_jump_any_bit, 0, 1, new_thread),
-             _allow, _deny]
+    rows = _native_only(numbers.architecture) + _refuse_calls(numbers.column) + _threads_only(numbers.clone)
     for call, commands in zip(numbers.descriptor_calls, _owner_commands, strict=True):
         rows += _refuse_commands(call, commands)
     for signal_call in numbers.signals:
@@ -127,6 +134,22 @@ def _landlock_rights(version):
     return changing | (_ioctl_device if version >= 5 else 0)
 
 
+def _new_ruleset(libc, rights):
+    "The descriptor of a set of rules that takes `rights` away wherever no rule gives them."
+    rules = libc.syscall(_create_ruleset, struct.pack('Q', rights), 8, 0)
+    if rules < 0:
+        raise OSError(ctypes.get_errno(), 'landlock')
+    return rules
+
+
+def _allow_below(libc, rules, path, allowed):
+    "Give the rights in `allowed` back below `path`."
+    place = os.open(path, os.O_PATH)
+    if libc.syscall(_add_rule, rules, 1, struct.pack('=Qi', allowed, place), 0):
+        raise OSError(ctypes.get_errno(), 'landlock rule')
+    os.close(place)
+
+
 def _landlock(folder):
     "Allow this process to write below `folder` and to /dev/null only; an OSError where the kernel cannot."
     libc = ctypes.CDLL(None, use_errno=True)
@@ -135,16 +158,9 @@ def _landlock(folder):
         raise OSError('no Landlock that knows truncation')
 
     rights = _landlock_rights(version)
-    rules = libc.syscall(_create_ruleset, struct.pack('Q', rights), 8, 0)
-    if rules < 0:
-        raise OSError(ctypes.get_errno(), 'landlock')
-
-    null_rights = rights & (_write_file | _truncate | _ioctl_device)
-    for path, allowed in ((folder, rights), ('/dev/null', null_rights)):
-        place = os.open(path, os.O_PATH)
-        if libc.syscall(_add_rule, rules, 1, struct.pack('=Qi', allowed, place), 0):
-            raise OSError(ctypes.get_errno(), 'landlock rule')
-        os.close(place)
+    rules = _new_ruleset(libc, rights)
+    _allow_below(libc, rules, folder, rights)
+    _allow_below(libc, rules, '/dev/null', rights & (_write_file | _truncate | _ioctl_device))
 
     if libc.syscall(_restrict_self, rules, 0):
         raise OSError(ctypes.get_errno(), 'landlock')
@@ -375,24 +391,43 @@ def _order(place, cpu_seconds, memory_mb, file_mb, may_exit):
                            packages=packages))
 
 
+def _environment(work):
+    "The variables of the process: folders inside `work`, and one thread for the libraries of numbers."
+    return dict(PATH=os.defpath, HOME=str(work), TMPDIR=str(work), LANG='C.UTF-8', PYTHONDONTWRITEBYTECODE='1',
+                OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1')
+
+
+def _end_all(process):
+    "End a process and all it has started."
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 def _run(place, order, seconds, disk_mb):
     "Run the ordered program and end all it has started: (exit status, the limit it ran into or '')."
     import subprocess
 
     work = place/'work'
-    environment = dict(PATH=os.defpath, HOME=str(work), TMPDIR=str(work), LANG='C.UTF-8', PYTHONDONTWRITEBYTECODE='1',
-                       OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1')
     command = [sys.executable, '-I', '-S', '-X', 'utf8', '-c', _start, _home(), order]
     with (place/'stdin').open('rb') as stdin, (place/'stdout').open('wb') as out, (place/'stderr').open('wb') as err:
-        process = subprocess.Popen(command, cwd=work, env=environment, stdin=stdin, stdout=out, stderr=err,
+        process = subprocess.Popen(command, cwd=work, env=_environment(work), stdin=stdin, stdout=out, stderr=err,
                                    start_new_session=True)
         try:
             limit = _wait(process, work, seconds, disk_mb)
         finally:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end_all(process)
     return process.returncode, limit
+
+
+def _outcome(place, code, limit, cpu_seconds, spent):
+    "The `Outcome` of a program from its exit status, the limit it ran into or '', and what it left in `place`."
+    out = (place/'stdout').read_bytes()
+    err = (place/'stderr').read_bytes()[-_kept_stderr:].decode(errors='replace')
+    finished = (place/'done').read_bytes() == b'done'
+    status, reason = limit.split(': ', 1) if limit else _verdict(code, finished, err, cpu_seconds)
+    shown = out if status == 'passed' else out[:_kept_stdout]
+    return Outcome(status, reason, shown.decode(errors='replace'), err, spent)
 
 
 def run_program(program:str,         # Python source
@@ -415,14 +450,7 @@ def run_program(program:str,         # Python source
 
         start = time.perf_counter()
         code, limit = _run(place, order, seconds, 16 * file_mb)
-        spent = time.perf_counter() - start
-
-        out = (place/'stdout').read_bytes()
-        err = (place/'stderr').read_bytes()[-_kept_stderr:].decode(errors='replace')
-        finished = (place/'done').read_bytes() == b'done'
-        status, reason = limit.split(': ', 1) if limit else _verdict(code, finished, err, cpu_seconds)
-        shown = out if status == 'passed' else out[:_kept_stdout]
-        return Outcome(status, reason, shown.decode(errors='replace'), err, spent)
+        return _outcome(place, code, limit, cpu_seconds, time.perf_counter() - start)
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #6f53a393
 def same_output(printed:str,   # by the program

@@ -35,6 +35,23 @@ class TaskData:
                 for split, tasks in self.tasks.items()}
 
 # %% ../../../nbs/studies/code/04_setup.ipynb #d9fd7292
+def _encode_splits(tasks, tokenizer, params):
+    "The examples and the counts of every split."
+    encoded = {split: encode_tasks(rows, tokenizer, params.max_length, params.template, params.system_prompt,
+                                   params.loss_on, params.too_long) for split, rows in tasks.items()}
+    return ({split: examples for split, (examples, _) in encoded.items()},
+            {split: notes for split, (_, notes) in encoded.items()})
+
+
+def _check_filled(examples, max_length):
+    "A `LabError` when there is nothing to train on, or nothing to choose the weights by."
+    train = len(examples['train'])
+    valid = len(examples['valid'])
+    if not train or not valid:
+        raise LabError(f'{train} training and {valid} validation rows are left within max_length {max_length}: '
+                       'raise it, or give shorter rows')
+
+
 def task_data(params,  # model, data and its fields, num_samples, template and its settings, max_length, seed
 )->TaskData:
     "The data of a run; a `LabError` for a template that cannot be used, or when no training or validation row is left."
@@ -43,31 +60,24 @@ def task_data(params,  # model, data and its fields, num_samples, template and i
     tasks, counts = load_tasks(params.data, params.data_config, params.input_field, params.training_field,
                                params.split_field, params.num_samples, seed=params.seed)
 
-    examples = {}
-    row_notes = {}
-    for split, rows in tasks.items():
-        examples[split], row_notes[split] = encode_tasks(rows, tokenizer, params.max_length, params.template,
-                                                         params.system_prompt, params.loss_on, params.too_long)
-
-    train = len(examples['train'])
-    valid = len(examples['valid'])
-    if not train or not valid:
-        raise LabError(f'{train} training and {valid} validation rows are left within max_length {params.max_length}: '
-                       'raise it, or give shorter rows')
+    examples, row_notes = _encode_splits(tasks, tokenizer, params)
+    _check_filled(examples, params.max_length)
     return TaskData(tokenizer, tasks, counts, examples, row_notes)
 
 # %% ../../../nbs/studies/code/04_setup.ipynb #6e6a09aa
+def _problem_tasks(params, data):
+    "All tasks that `problems` names: the test rows of the run, or those of a file."
+    if params.problems == 'test':
+        return data.tasks['test']
+    sides, _ = load_tasks(params.problems, split_field=params.split_field, valid_share=.5, seed=params.seed, needs=())
+    return sides['train'] + sides['valid'] + sides['test']
+
+
 def runnable_tasks(params,        # problems: test or a file; split_field, num_problems, seed
                    data:TaskData, # whose test rows are meant by test
 )->list:                          # of `Task`
     "The first `num_problems` tasks whose answers can be checked."
-    tasks = data.tasks['test']
-    if params.problems != 'test':
-        sides, _ = load_tasks(params.problems, split_field=params.split_field, valid_share=.5, seed=params.seed,
-                              needs=())
-        tasks = sides['train'] + sides['valid'] + sides['test']
-
-    testable = [task for task in tasks if task.tests or task.cases]
+    testable = [task for task in _problem_tasks(params, data) if task.tests or task.cases]
     return testable[:params.num_problems or None]
 
 # %% ../../../nbs/studies/code/04_setup.ipynb #dfa833e4

@@ -39,31 +39,45 @@ def same_held_out(results:dict,  # from `by_short_name`
     return len(set(held_out_hashes(results).values())) == 1
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #215976f5
+def _terms(name, result):
+    "What one run was trained on and judged on."
+    record = result['record']
+    metrics = result['metrics']
+    return dict(
+        run=name, model=record['params']['model'], data=record['params']['data'],
+        held_out=record['meta']['data']['valid']['sha256'], rows=metrics['num_samples'], epochs=metrics['num_epochs'],
+        steps=metrics['steps'], learning_rate=metrics['learning_rate'], batch=metrics['batch_size'],
+        commit=(record['meta']['git']['commit'] or '')[:10])
+
+
 def terms_table(results:dict,  # from `by_short_name`
 ):                             # a table for display
     "What each run was trained on and judged on."
-    rows = []
-    for name, result in results.items():
-        record = result['record']
-        metrics = result['metrics']
-        rows.append(dict(
-            run=name, model=record['params']['model'], data=record['params']['data'],
-            held_out=record['meta']['data']['valid']['sha256'], rows=metrics['num_samples'],
-            epochs=metrics['num_epochs'], steps=metrics['steps'], learning_rate=metrics['learning_rate'],
-            batch=metrics['batch_size'], commit=(record['meta']['git']['commit'] or '')[:10]))
-    return table(rows)
+    return table([_terms(name, result) for name, result in results.items()])
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #703c9ba5
+_quality_columns = [column('run'), column('perplexity_before', 'perplexity', 'before'),
+                    column('perplexity_after', 'perplexity', 'after', best='low', n='valid_targets'),
+                    column('bits_per_byte_after', 'bits per byte', 'after', best='low'),
+                    column('trainable_parameters', 'trained', 'parameters'),
+                    column('quantised_share', 'in 8 bits or fewer', 'share')]
+
+
 def quality_table(rows:list,  # from `run_metrics`
 ):                            # a table for display
     "How well each model predicts the held-out documents, and how much of it was trained."
-    return table(rows, [column('run'), column('perplexity_before', 'perplexity', 'before'),
-                        column('perplexity_after', 'perplexity', 'after', best='low', n='valid_targets'),
-                        column('bits_per_byte_after', 'bits per byte', 'after', best='low'),
-                        column('trainable_parameters', 'trained', 'parameters'),
-                        column('quantised_share', 'in 8 bits or fewer', 'share')])
+    return table(rows, _quality_columns)
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #0a30ab97
+_cost_columns = [
+    column('run'), column('total_time_seconds', 'training', 's', best='low'),
+    column('time_per_epoch_seconds', 'an epoch', 's', best='low'),
+    column('tokens_per_sec', 'real tokens', '1/s', best='high'), column('share', 'achieved', "of the machine's peak"),
+    column('predicted_memory_gb', 'peak memory', 'GiB, predicted'),
+    column('peak_memory_gb', 'peak memory', 'GiB, measured', best='low'), column('error', 'prediction', '% off'),
+    column('process_memory_gb', 'process', 'GiB')]
+
+
 def _cost_row(row):
     "The metrics of a run with its share of the machine's peak and the error of its prediction in per cent."
     achieved = row['flops_per_sec']
@@ -76,14 +90,7 @@ def _cost_row(row):
 def costs_table(rows:list,  # from `run_metrics`
 ):                          # a table for display
     "What each run cost in time and memory, and what had been predicted."
-    return table([_cost_row(row) for row in rows], [
-        column('run'), column('total_time_seconds', 'training', 's', best='low'),
-        column('time_per_epoch_seconds', 'an epoch', 's', best='low'),
-        column('tokens_per_sec', 'real tokens', '1/s', best='high'),
-        column('share', 'achieved', "of the machine's peak"),
-        column('predicted_memory_gb', 'peak memory', 'GiB, predicted'),
-        column('peak_memory_gb', 'peak memory', 'GiB, measured', best='low'), column('error', 'prediction', '% off'),
-        column('process_memory_gb', 'process', 'GiB')])
+    return table([_cost_row(row) for row in rows], _cost_columns)
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #f116aef0
 def reference_table(beside:list,    # from `beside_reference`
@@ -120,19 +127,23 @@ def best_run(rows:list,  # from `run_metrics`
     return min(rows, key=lambda row: row['perplexity_after'])
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #5bf093e3
+def _winners(rows):
+    "Which run predicts best, which is fastest and which needs the least memory, in two sentences."
+    best = best_run(rows)
+    fastest = min(rows, key=lambda row: row['time_per_epoch_seconds'])
+    leanest = min(rows, key=lambda row: row['peak_memory_gb'] or math.inf)
+    return (f"{best['run']} reached the lowest held-out perplexity, {best['perplexity_after']:.1f} "
+            f"(from {best['perplexity_before']:.1f}; n = {best['valid_targets']:,} tokens). "
+            f"{fastest['run']} was the fastest at {fastest['time_per_epoch_seconds']:.1f} s per epoch and "
+            f"{leanest['run']} needed the least memory, {leanest['peak_memory_gb']:.2f} GiB.")
+
+
 def comparison_verdict(results:dict,  # from `by_short_name`
 )->str:
     "Which run is best by each measure, what each change did, and how well memory was foreseen."
     rows = run_metrics(results)
-    best = best_run(rows)
-    fastest = min(rows, key=lambda row: row['time_per_epoch_seconds'])
-    leanest = min(rows, key=lambda row: row['peak_memory_gb'] or math.inf)
-
     sentences = [
-        f"{best['run']} reached the lowest held-out perplexity, {best['perplexity_after']:.1f} "
-        f"(from {best['perplexity_before']:.1f}; n = {best['valid_targets']:,} tokens).",
-        f"{fastest['run']} was the fastest at {fastest['time_per_epoch_seconds']:.1f} s per epoch and "
-        f"{leanest['run']} needed the least memory, {leanest['peak_memory_gb']:.2f} GiB.",
+        _winners(rows),
         '' if same_held_out(results) else
         'The runs were judged on different documents, so the perplexities can not be compared.',
         matrix_verdict(matrix_of(results)), prediction_verdict({row['run']: row for row in rows}),

@@ -47,6 +47,11 @@ def _write_files(path, files):
     write_atomic(path, json.dumps(facts, indent=1))
 
 
+def _examples(documents, tokenizer, folder, max_length):
+    "Documents as examples of at most `max_length` positions, with their counts; the tokens stay in `folder`."
+    return cut(encode(documents.texts, tokenizer, folder), max_length)
+
+
 def pdf_data(params,  # data, max_pages, min_characters, test_share, seed, chunk_characters, max_length, model
              folder,  # the run's folder; receives split_info.json, files.json and tokens/
 )->PdfData:
@@ -58,8 +63,8 @@ def pdf_data(params,  # data, max_pages, min_characters, test_share, seed, chunk
     corpus, split = pdf_corpus(files, params.test_share, params.seed, params.chunk_characters, folder/'split_info.json')
     _write_files(folder/'files.json', files)
 
-    train, train_notes = cut(encode(corpus.train.texts, tokenizer, folder/'tokens'/'train'), params.max_length)
-    valid, valid_notes = cut(encode(corpus.valid.texts, tokenizer, folder/'tokens'/'valid'), params.max_length)
+    train, train_notes = _examples(corpus.train, tokenizer, folder/'tokens'/'train', params.max_length)
+    valid, valid_notes = _examples(corpus.valid, tokenizer, folder/'tokens'/'valid', params.max_length)
     return PdfData(tokenizer, files, split, corpus, train, valid, train_notes, valid_notes)
 
 # %% ../../../nbs/studies/pdfs/01_setup.ipynb #3b5530f7
