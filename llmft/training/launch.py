@@ -36,7 +36,7 @@ from .recipe import Recipe
 from .strategies import Processes, check_processes, check_subspace
 
 # %% ../../nbs/training/09_launch.ipynb #bfe48096
-def training_settings(params,      # settings of `Recipe`, `Method` and `Processes`, and attention, as far as they are there
+def training_settings(params,      # settings of `Recipe`, `Method` and `Processes`, and attention, where they are there
                       rows:int=0,  # examples per optimiser step, where a search finds batch_size; 0: the recipe's
 )->tuple:                          # (`Recipe`, `Processes`)
     "How a run trains and in how many processes; a `LabError` for what cannot be done."
@@ -80,34 +80,35 @@ def check_built(
         )
 
 # %% ../../nbs/training/09_launch.ipynb #b1af93d3
-def write_order(
-    build,  # a function of a module: `build(params)` gives (model, training examples, held-out examples or None)
-    params,  # attributes that `build` reads, literals only
-    folder,  # the run's folder, on a disk that all hosts share
-    recipe: Recipe,  # how to train
-    processes: Processes,  # how many, and how they share the work
-    ledger: Ledger = None,  # books the operations of the run, or None
-    built: dict = None,  # `built_facts` of the notebook; None compares nothing
-) -> Path:  # the file
-    "Write down what the ranks are to do, and forget what earlier ones left."
+def _check_importable(build):
+    "A `LabError` for a build function that other processes cannot find."
     if build.__module__ == '__main__':
         raise LabError(
-            f'{build.__qualname__} is defined in a notebook, where other processes cannot find it: move it to a module'
-        )
+            f'{build.__qualname__} is defined in a notebook, where other processes cannot find it: move it to a module')
 
-    launch_folder = Path(folder).absolute() / 'launch'
+
+def _forget(launch_folder):
+    "Delete the order of an earlier launch, and what its ranks left."
     for old in launch_folder.glob('*.json') if launch_folder.exists() else []:
         old.unlink()
 
-    order = dict(
-        build=[build.__module__, build.__qualname__],
-        params=vars(params),
-        folder=str(launch_folder.parent),
-        recipe=asdict(recipe),
-        processes=asdict(processes),
-        ledger=ledger.settings if ledger else None,
-        built=built,
-    )
+
+def write_order(build,                # function of a module: `build(params)` gives (model, training, held-out examples)
+                params,               # attributes that `build` reads, literals only
+                folder,               # the run's folder, on a disk that all hosts share
+                recipe:Recipe,        # how to train
+                processes:Processes,  # how many, and how they share the work
+                ledger:Ledger=None,   # books the operations of the run, or None
+                built:dict=None,      # `built_facts` of the notebook; None compares nothing
+)->Path:                              # the file
+    "Write down what the ranks are to do, and forget what earlier ones left."
+    _check_importable(build)
+    launch_folder = Path(folder).absolute() / 'launch'
+    _forget(launch_folder)
+
+    order = dict(build=[build.__module__, build.__qualname__], params=vars(params), folder=str(launch_folder.parent),
+                 recipe=asdict(recipe), processes=asdict(processes), ledger=ledger.settings if ledger else None,
+                 built=built)
     return write_json(launch_folder / 'order.json', order)
 
 # %% ../../nbs/training/09_launch.ipynb #196a9412
@@ -140,19 +141,29 @@ def _send_log(entry):
     print(log_mark + json.dumps(entry), flush=True)
 
 
+def _build(order, first):
+    "(model, training, held-out examples) as `order` says; a `LabError` when they are not those of the notebook."
+    module, name = order['build']
+    built = getattr(import_module(module), name)(SimpleNamespace(**order['params']))
+    if order['built']:
+        check_built(order['built'], built_facts(*built, weights=first))
+    return built
+
+
+def _group_ledger(order, config, first):
+    "The ledger of `order`, which the first rank keeps for all; `None` where nothing is booked."
+    if not order['ledger']:
+        return None
+    return GroupLedger(Ledger.open(order['ledger'], config) if first else None)
+
+
 def _train(order) -> FitResult:
     "Build what `order` says, join the other ranks and train."
-    module, name = order['build']
-    build = getattr(import_module(module), name)
     first = os.environ['RANK'] == '0'  # its host is the notebook's, so its weights are drawn alike
-    model, train, valid = build(SimpleNamespace(**order['params']))
-    if order['built']:
-        check_built(order['built'], built_facts(model, train, valid, weights=first))
-
+    model, train, valid = _build(order, first)
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
-    ledger = None
-    if order['ledger']:
-        ledger = GroupLedger(Ledger.open(order['ledger'], model.config) if first else None)
+    ledger = _group_ledger(order, model.config, first)
+
     recipe = Recipe(**order['recipe'])
     processes = Processes(**order['processes'])
     return fit(model, train, valid, order['folder'], recipe, _send_log, ledger, processes)
@@ -331,6 +342,15 @@ def _end(process):
         process.wait()
 
 
+def _show(entry, bar, on_log):
+    "Move the bar to a logged object and hand it on."
+    bar.n = entry['step']
+    if 'loss' in entry:
+        bar.set_postfix(loss=f"{entry['loss']:.3f}")
+    if on_log:
+        on_log(entry)
+
+
 def follow(
     process: subprocess.Popen,  # torchrun
     on_log=None,  # called with every logged object
@@ -345,12 +365,7 @@ def follow(
             if not line.startswith(log_mark):
                 print(line, end='', flush=True)
                 continue
-            entry = json.loads(line[len(log_mark) :])
-            bar.n = entry['step']
-            if 'loss' in entry:
-                bar.set_postfix(loss=f"{entry['loss']:.3f}")
-            if on_log:
-                on_log(entry)
+            _show(json.loads(line[len(log_mark):]), bar, on_log)
         return process.wait()
 
     finally:
@@ -408,13 +423,16 @@ def take_weights(
         parameter.copy_(saved)
 
 # %% ../../nbs/training/09_launch.ipynb #d33d46d3
+def _print_join(run_folder):
+    "Print the command that the other hosts need."
+    command = f"{sys.executable} -c 'from llmft.training.launch import join; join(\"{run_folder}\")'"
+    print(f'on each other host, with its own NODE_RANK: {command}', flush=True)
+
+
 def _run_ranks(order, processes, model, on_log, steps):
     "Start the ranks, follow them to their end, and raise what stopped them."
     if processes.hosts > 1:
-        run_folder = order.parent.parent
-        command = f"{sys.executable} -c 'from llmft.training.launch import join; join(\"{run_folder}\")'"
-        print(f'on each other host, with its own NODE_RANK: {command}', flush=True)
-
+        _print_join(order.parent.parent)
     with set_apart(model):
         if follow(start_ranks(order, processes.count), on_log, steps):
             raise tell_failure(order.parent, processes.count * processes.hosts)
@@ -427,17 +445,16 @@ def _read_result(order) -> FitResult:
     return FitResult(**result | dict(progress=Progress(**result['progress']), log=[json.loads(line) for line in lines]))
 
 
-def launch(
-    build,  # a function of a module: `build(params)` gives (model, training examples, held-out examples or None)
-    params,  # what `build` reads; nproc, strategy and offloading are read here
-    model,  # what `build` gives, built already; it is trained
-    train,  # training examples
-    valid,  # held-out examples, or None
-    folder,  # the run's folder
-    recipe: Recipe,  # how to train
-    on_log=None,  # called with every object that is logged
-    ledger: Ledger = None,  # the run's share of a budget that several runs draw on, or None
-) -> FitResult:
+def launch(build,               # function of a module: `build(params)` gives (model, training, held-out examples)
+           params,              # what `build` reads; nproc, strategy and offloading are read here
+           model,               # what `build` gives, built already; it is trained
+           train,               # training examples
+           valid,               # held-out examples, or None
+           folder,              # the run's folder
+           recipe:Recipe,       # how to train
+           on_log=None,         # called with every object that is logged
+           ledger:Ledger=None,  # the run's share of a budget that several runs draw on, or None
+)->FitResult:
     "`fit` in as many processes as `params` say; a run that stopped goes on, with any number of processes."
     processes = Processes.from_params(params)
     if processes.alone and processes.count == 1:
@@ -449,8 +466,8 @@ def launch(
     _run_ranks(order, processes, model, on_log, planned_steps(len(train), recipe))
 
     result = _read_result(order)
-    progress = result.progress
-    take_weights(model, folder, progress.best_step if valid is not None and recipe.keep_best else progress.step)
+    keeps_best = valid is not None and recipe.keep_best
+    take_weights(model, folder, result.progress.best_step if keeps_best else result.progress.step)
     if ledger:
         ledger.account.left()  # reads what the ranks booked
     return result

@@ -120,13 +120,17 @@ def check_answer(task:Task,          # with tests or cases
     return Attempt(task.name, sample, answer, status, reason, spent)
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #209468ab
+def _cores():
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
 def check_all(pairs:list,          # (task, answer, number of the sample)
               seconds:float=5.,    # longest time of one program
               workers:int=0,       # programs at a time, 0 for one a core
 )->list:                           # of `Attempt`, in the order given
     "Check answers, as many at a time as there are cores."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    with ThreadPoolExecutor(workers or cores) as pool:
+    with ThreadPoolExecutor(workers or _cores()) as pool:
         return list(pool.map(lambda pair: check_answer(*pair, seconds=seconds), pairs))
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #c68098bb
@@ -234,9 +238,11 @@ def solve(model,                    # a causal language model, with or without a
     "Have `model` answer `tasks` and run the answers."
     rows = prompt_rows(tasks, tokenizer, template, system_prompt)
     fitting = _that_fit(rows, model, max_new_tokens)
+
     texts = _answers(model, tokenizer, [rows[number] for number in fitting], samples, temperature, max_new_tokens,
                      batch_size, seed)
     attempts = _checked(tasks, fitting, texts, seconds)
+
     return [attempts.get((number, sample)) or _too_long(task, sample, len(rows[number]), max_new_tokens)
             for number, task in enumerate(tasks) for sample in range(samples)]
 

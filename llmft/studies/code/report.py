@@ -68,8 +68,9 @@ def measured(model,          # at any moment of the run
     return dict(losses, attempts=attempts_at(problems, model, data, params))
 
 # %% ../../../nbs/studies/code/06_report.ipynb #1e69d5b5
-_loss_columns = [column('rows'), column('before', 'before', 'nats/token'), column('after', 'after', 'nats/token', n='n'),
-                 column('perplexity', 'perplexity after'), column('targets', 'tokens')]
+_loss_columns = [column('rows'), column('before', 'before', 'nats/token'),
+                 column('after', 'after', 'nats/token', n='n'), column('perplexity', 'perplexity after'),
+                 column('targets', 'tokens')]
 
 
 def _loss_row(split, before, after, rows):

@@ -191,13 +191,17 @@ def _opens_to_write(mode, flags):
     return bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
 
 
+def _check_open(path, mode, flags, inside):
+    "A PermissionError for opening a file elsewhere to write."
+    writes = _opens_to_write(mode, flags)
+    if writes and not isinstance(path, int) and not inside(path) and path != os.devnull:
+        raise PermissionError(f'writing to {path} is not allowed here')
+
+
 def _check_file(event, arguments, inside):
     "A PermissionError for an event that writes or changes a file elsewhere."
     if event == 'open':
-        path, mode, flags = arguments
-        writes = _opens_to_write(mode, flags)
-        if writes and not isinstance(path, int) and not inside(path) and path != os.devnull:
-            raise PermissionError(f'writing to {path} is not allowed here')
+        _check_open(*arguments, inside)
     if event.startswith(_changing):
         if not all(inside(path) for path in arguments if isinstance(path, (str, bytes))):
             raise PermissionError(f'{event} outside the working directory is not allowed here')
@@ -219,6 +223,16 @@ def _audit(folder, files, calls):
     sys.addaudithook(hook)
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #4e258997
+def _set_limit(name, most):
+    "Set one limit, soft and hard, where this system has it and lets it be set."
+    number = getattr(resource, f'RLIMIT_{name}', None)
+    if number is None:
+        return
+    hard = most + 1 if name == 'CPU' else most
+    with suppress(ValueError, OSError):
+        resource.setrlimit(number, (most, hard))
+
+
 def _limit(cpu_seconds, memory_mb, file_mb, processes):
     "Limits of this process; new processes are forbidden by number where no filter does it."
     limits = dict(CPU=cpu_seconds, AS=memory_mb * 2**20, FSIZE=int(file_mb * 2**20), CORE=0, NOFILE=64)
@@ -226,12 +240,7 @@ def _limit(cpu_seconds, memory_mb, file_mb, processes):
         limits['NPROC'] = 0
 
     for name, most in limits.items():
-        number = getattr(resource, f'RLIMIT_{name}', None)
-        if number is None:
-            continue
-        hard = most + 1 if name == 'CPU' else most
-        with suppress(ValueError, OSError):
-            resource.setrlimit(number, (most, hard))
+        _set_limit(name, most)
 
 
 def _guard(order):
@@ -354,9 +363,14 @@ def _wait(process, folder, seconds, disk_mb):
     return ''
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #47c4f601
+def _last_line(text):
+    "The last line that is not blank, without white space around it; '' when there is none."
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), '')
+
+
 def _verdict(code, finished, stderr, cpu_seconds):
     "(status, reason) of a program that ended by itself."
-    last = next((line.strip() for line in reversed(stderr.splitlines()) if line.strip()), '')
+    last = _last_line(stderr)
     if code == 0 and finished:
         return 'passed', ''
     if last.startswith('MemoryError') or 'Cannot allocate memory' in last:
@@ -381,14 +395,18 @@ def _lay_out(place, program, stdin):
         (place/name).write_text(text, encoding='utf-8', errors='replace', newline='')
 
 
-def _order(place, cpu_seconds, memory_mb, file_mb, may_exit):
-    "What the process shall run, and its limits, as JSON."
+def _package_folders():
+    "Where this Python keeps installed packages."
     import sysconfig
 
-    packages = sorted({sysconfig.get_paths()[kind] for kind in ('purelib', 'platlib')})
+    return sorted({sysconfig.get_paths()[kind] for kind in ('purelib', 'platlib')})
+
+
+def _order(place, cpu_seconds, memory_mb, file_mb, may_exit):
+    "What the process shall run, and its limits, as JSON."
     return json.dumps(dict(program=str(place/'program.py'), done=str(place/'done'), guards=list(guards()),
                            cpu_seconds=cpu_seconds, memory_mb=memory_mb, file_mb=file_mb, may_exit=may_exit,
-                           packages=packages))
+                           packages=_package_folders()))
 
 
 def _environment(work):

@@ -45,15 +45,18 @@ def _mbpp_split(number):
     return 'train' if number > 600 else 'prompt'
 
 
+def _mbpp_problem(row):
+    "The text of a row of MBPP with its first test, which says what the function is called."
+    text = row.get('text') or row.get('prompt')
+    tests = list(row['test_list'])
+    return f'{text}\nIt must pass this test:\n{tests[0]}' if tests else text
+
+
 def _mbpp(row, name):
     "A row of MBPP, full or sanitised."
-    tests = list(row['test_list'])
-    text = row.get('text') or row.get('prompt')
-    if tests:
-        text = f'{text}\nIt must pass this test:\n{tests[0]}'
     setup = row.get('test_setup_code') or '\n'.join(row.get('test_imports') or [])
-    return Task(name, text, (row['code'] or '').replace('\r\n', '\n'), _mbpp_split(row.get('task_id')), setup=setup,
-                tests=tests)
+    return Task(name, _mbpp_problem(row), (row['code'] or '').replace('\r\n', '\n'), _mbpp_split(row.get('task_id')),
+                setup=setup, tests=list(row['test_list']))
 
 
 def _human_eval(row, name):
@@ -89,6 +92,10 @@ def _plain(row, name, input_field, training_field, split_field):
                 tests=[test for test in row.get('tests') or [] if isinstance(test, str)])
 
 
+_human_eval_fields = {'prompt', 'canonical_solution', 'test', 'entry_point'}
+_mbpp_fields = {'code', 'test_list'}
+
+
 def as_task(row:dict,                  # one object of a table
             name:str,                  # how the row is called in messages
             input_field:str='input',   # field of the problem
@@ -96,9 +103,9 @@ def as_task(row:dict,                  # one object of a table
             split_field:str='split',   # field of the split
 )->Task:
     "A row of any of the known kinds as a `Task`; a `LabError` that lists the fields when it has none of them."
-    if {'prompt', 'canonical_solution', 'test', 'entry_point'} <= row.keys():
+    if _human_eval_fields <= row.keys():
         return _human_eval(row, name)
-    if {'code', 'test_list'} <= row.keys() and input_field not in row:
+    if _mbpp_fields <= row.keys() and input_field not in row:
         return _mbpp(row, name)
 
     check_fields(row, [input_field], name, 'input_field')
@@ -206,9 +213,14 @@ def _not_held_out(sides):
     return [task for task in sides['train'] if content_key(task.input) not in held_out]
 
 
+def _is_complete(task):
+    "Whether a task has a problem and a solution."
+    return task.input.strip() and task.solution.strip()
+
+
 def _by_split(tasks, counts):
     "Tasks by split, without empty ones and without training tasks whose problem is held out."
-    kept = [task for task in tasks if task.input.strip() and task.solution.strip()]
+    kept = [task for task in tasks if _is_complete(task)]
     sides = {split: [task for task in kept if task.split == split] for split in ('train', 'valid', 'test')}
     clean = _not_held_out(sides)
 
@@ -323,28 +335,27 @@ losses = ('completion', 'all')  # what loss_on may be
 long_policies = ('truncate', 'drop', 'error')  # what too_long may be: half an answer is no example of its own
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #30bb146f
+def _token_rows(texts, tokenizer):
+    "The token ids of each text, without special tokens."
+    return tokenizer(texts, add_special_tokens=False, verbose=False)['input_ids'] if texts else []
+
+
 def prompt_rows(tasks:list,         # of `Task`
                 tokenizer,          # as `load_tokenizer` gives it
                 template:str,       # as in `check_template`
                 system_prompt:str,  # put where the template says
 )->list:                            # token ids of each prompt, with the beginning of text
     "What a model is given to answer `tasks`; in training the same tokens stand before each answer."
-    if not tasks:
-        return []
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompts = [prompt_of(task, template, system_prompt, tokenizer) for task in tasks]
-    rows = tokenizer(prompts, add_special_tokens=False, verbose=False)['input_ids']
-    return [row if begin and row[:1] == begin else begin + row for row in rows]
+    return [row if begin and row[:1] == begin else begin + row for row in _token_rows(prompts, tokenizer)]
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #8302478c
 def _answer_rows(tasks, tokenizer, template, system_prompt):
     "The token ids of each answer, with one end of text."
-    if not tasks:
-        return []
     end = tokenizer.eos_token_id
     answers = [answer_of(task, template, system_prompt, tokenizer) for task in tasks]
-    rows = tokenizer(answers, add_special_tokens=False, verbose=False)['input_ids']
-    return [[*itertools.takewhile(lambda token: token != end, row), end] for row in rows]
+    return [[*itertools.takewhile(lambda token: token != end, row), end] for row in _token_rows(answers, tokenizer)]
 
 
 def _targets_mask(size, starts, prompts, loss_on):
@@ -388,6 +399,14 @@ def _cut_examples(examples, without_answer, max_length, too_long):
     return cut(examples.select(~without_answer) if too_long == 'truncate' else examples, max_length, too_long)
 
 
+def _length_notes(examples, without_answer, cut_notes, max_length, too_long):
+    "How many examples are beyond `max_length`, and what became of their answers."
+    beyond = int((examples.slots > max_length).sum())
+    return dict(too_long=beyond, too_long_policy=too_long,
+                answer_cut_away=beyond if too_long == 'drop' else int(without_answer.sum()),
+                answer_shortened=cut_notes['too_long'] if too_long == 'truncate' else 0)
+
+
 def encode_tasks(tasks:list,                      # of `Task`
                  tokenizer,                       # as `load_tokenizer` gives it
                  max_length:int,                  # longest example, positions
@@ -403,9 +422,7 @@ def encode_tasks(tasks:list,                      # of `Task`
     without_answer = np.array([size > max_length for size in prompt_sizes], dtype=bool)
     kept, cut_notes = _cut_examples(examples, without_answer, max_length, too_long)
 
-    beyond = int((examples.slots > max_length).sum())
-    return kept, dict(rows=len(tasks), examples=len(kept), too_long=beyond, too_long_policy=too_long,
-                      answer_cut_away=beyond if too_long == 'drop' else int(without_answer.sum()),
-                      answer_shortened=cut_notes['too_long'] if too_long == 'truncate' else 0, tokens=int(kept.slots.sum()),
-                      targets=cut_notes['targets'], loss_on=loss_on,
-                      targets_lost=int(examples.supervised().sum()) - cut_notes['targets'])
+    lengths = _length_notes(examples, without_answer, cut_notes, max_length, too_long)
+    lost = int(examples.supervised().sum()) - cut_notes['targets']
+    return kept, dict(rows=len(tasks), examples=len(kept), **lengths, tokens=int(kept.slots.sum()),
+                      targets=cut_notes['targets'], loss_on=loss_on, targets_lost=lost)
