@@ -23,27 +23,44 @@ from .sandbox import run_program, same_output
 from .tasks import Task, prompt_rows
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #aec81af9
+_closing = (')', ']', '}', '#')  # at the margin, these still belong to the body
+
+
+def _ends_body(line):
+    "Whether a line stands outside the body before it."
+    return line.strip() and not line[0].isspace() and not line.startswith(_closing)
+
+
 def _body(code):
     "The indented lines at the start of `code`; a first line without its indentation gets it."
     lines = code.strip('\n').split('\n')
     if lines[0] and not lines[0][0].isspace():
         lines[0] = '    ' + lines[0]
 
-    closing = (')', ']', '}', '#')  # at the margin, these still belong to the body
     for row, line in enumerate(lines):
-        if line.strip() and not line[0].isspace() and not line.startswith(closing):
+        if _ends_body(line):
             return '\n'.join(lines[:row])
     return '\n'.join(lines)
+
+
+def _code_in(answer):
+    "The first fenced block of an answer, or all of it where nothing is fenced."
+    fenced = re.search(r'```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)', answer, flags=re.DOTALL)
+    return (fenced[1] if fenced else answer).replace('\r\n', '\n')
+
+
+def _continues(code):
+    "Whether `code` goes on inside a function: it is indented, or defines and imports nothing at the margin."
+    defines = re.search(r'^(async def|def|class|import|from|@)', code, flags=re.MULTILINE)
+    return code.strip('\n')[:1].isspace() or not defines
 
 
 def program_of(task:Task,    # its `setup`, `lead`
                answer:str,   # what the model wrote
 )->str:                      # Python source without tests
     "The program that an answer stands for."
-    fenced = re.search(r'```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)', answer, flags=re.DOTALL)
-    code = (fenced[1] if fenced else answer).replace('\r\n', '\n')
-    defines = re.search(r'^(async def|def|class|import|from|@)', code, flags=re.MULTILINE)
-    if task.lead and (code.strip('\n')[:1].isspace() or not defines):
+    code = _code_in(answer)
+    if task.lead and _continues(code):
         code = _body(code)
     return '\n'.join(part.rstrip('\n') for part in (task.setup, task.lead, code) if part) + '\n'
 
@@ -83,6 +100,13 @@ def _run_cases(program, cases, seconds, memory_mb):
     return 'passed', '', spent
 
 
+def _run_checks(program, task, seconds, memory_mb):
+    "(status, reason, seconds) of a program under the tests, or else the cases, of its task."
+    if task.tests:
+        return _run_tests(program, task.tests, seconds, memory_mb)
+    return _run_cases(program, task.cases, seconds, memory_mb)
+
+
 def check_answer(task:Task,          # with tests or cases
                  answer:str,         # what the model wrote
                  sample:int=0,       # which of the answers to the task this is
@@ -92,21 +116,21 @@ def check_answer(task:Task,          # with tests or cases
     "Run the tests of `task` on an answer; a `LabError` when it has none."
     if not task.tests and not task.cases:
         raise LabError(f'{task.name} has neither tests nor cases: nothing can be checked; leave it out')
-    program = program_of(task, answer)
-    if task.tests:
-        status, reason, spent = _run_tests(program, task.tests, seconds, memory_mb)
-    else:
-        status, reason, spent = _run_cases(program, task.cases, seconds, memory_mb)
+    status, reason, spent = _run_checks(program_of(task, answer), task, seconds, memory_mb)
     return Attempt(task.name, sample, answer, status, reason, spent)
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #209468ab
+def _cores():
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
 def check_all(pairs:list,          # (task, answer, number of the sample)
               seconds:float=5.,    # longest time of one program
               workers:int=0,       # programs at a time, 0 for one a core
 )->list:                           # of `Attempt`, in the order given
     "Check answers, as many at a time as there are cores."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    with ThreadPoolExecutor(workers or cores) as pool:
+    with ThreadPoolExecutor(workers or _cores()) as pool:
         return list(pool.map(lambda pair: check_answer(*pair, seconds=seconds), pairs))
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #c68098bb
@@ -142,19 +166,25 @@ def _mean_and_error(values):
     return mean, math.sqrt(sum((value - mean)**2 for value in values) / (count - 1) / count)
 
 
-def score(attempts:list,  # of `Attempt`, equally many for each problem
-          ks=(1,),        # which pass@k
-)->dict:                  # pass@k and its error for each k, problems, samples, statuses (answers by status)
-    "pass@k over problems, and what became of the answers; a `LabError` when problems have unequally many answers."
+def _passed_by_problem(attempts):
+    "Problem -> for each answer to it whether it passed; a `LabError` when some problems have more answers than others."
     passed = collections.defaultdict(list)
     for attempt in attempts:
         passed[attempt.name].append(attempt.passed)
+
     counts = {len(answers) for answers in passed.values()}
     if len(counts) != 1:
         raise LabError(f'the problems have {sorted(counts) or "no"} answers each: '
                        'give equally many, and at least one problem')
+    return passed
 
-    samples = counts.pop()
+
+def score(attempts:list,  # of `Attempt`, equally many for each problem
+          ks=(1,),        # which pass@k
+)->dict:                  # pass@k and its error for each k, problems, samples, statuses (answers by status)
+    "pass@k over problems, and what became of the answers; a `LabError` when problems have unequally many answers."
+    passed = _passed_by_problem(attempts)
+    samples = len(next(iter(passed.values())))
     statuses = dict(collections.Counter(attempt.status for attempt in attempts))
     scored = dict(problems=len(passed), samples=samples, statuses=statuses)
     for k in ks:
@@ -179,6 +209,20 @@ def _too_long(task, sample, prompt_tokens, max_new_tokens):
     return Attempt(task.name, sample, '', 'too long', reason, 0.)
 
 
+def _that_fit(rows, model, max_new_tokens):
+    "The numbers of the prompts that leave room for an answer."
+    limit = getattr(model.config, 'max_position_embeddings', None) or math.inf
+    return [number for number, row in enumerate(rows) if len(row) + max_new_tokens <= limit]
+
+
+def _checked(tasks, numbers, texts, seconds):
+    "(number of the task, number of the sample) -> `Attempt`, for the texts written to the tasks in `numbers`."
+    answers = [(number, sample, text) for number, written in zip(numbers, texts, strict=True)
+               for sample, text in enumerate(written)]
+    attempts = check_all([(tasks[number], text, sample) for number, sample, text in answers], seconds)
+    return {(number, sample): attempt for (number, sample, _), attempt in zip(answers, attempts, strict=True)}
+
+
 def solve(model,                    # a causal language model, with or without an adapter
           tokenizer,                # the model's
           tasks:list,               # of `Task`, with tests or cases
@@ -193,16 +237,11 @@ def solve(model,                    # a causal language model, with or without a
 )->list:                            # of `Attempt`, `samples` of each task
     "Have `model` answer `tasks` and run the answers."
     rows = prompt_rows(tasks, tokenizer, template, system_prompt)
-    limit = getattr(model.config, 'max_position_embeddings', None) or math.inf
-    fitting = [number for number, row in enumerate(rows) if len(row) + max_new_tokens <= limit]
+    fitting = _that_fit(rows, model, max_new_tokens)
 
     texts = _answers(model, tokenizer, [rows[number] for number in fitting], samples, temperature, max_new_tokens,
                      batch_size, seed)
-    answers = [(number, sample, text) for number, written in zip(fitting, texts, strict=True)
-               for sample, text in enumerate(written)]
-    checked = check_all([(tasks[number], text, sample) for number, sample, text in answers], seconds)
-    attempts = {(number, sample): attempt
-                for (number, sample, _), attempt in zip(answers, checked, strict=True)}
+    attempts = _checked(tasks, fitting, texts, seconds)
 
     return [attempts.get((number, sample)) or _too_long(task, sample, len(rows[number]), max_new_tokens)
             for number, task in enumerate(tasks) for sample in range(samples)]

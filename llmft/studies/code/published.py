@@ -15,20 +15,30 @@ reference_model = 'Qwen/Qwen2.5-Coder-1.5B-Instruct'
 reference_losses = {100: .8506, 200: .8382, 300: .8302, 400: .8245, 500: .8158, 600: .8197, 700: .8225}  # step -> nats
 
 # %% ../../../nbs/studies/code/05_published.ipynb #0008c24e
+_course_columns = [column('study'), column('step'), column('best', 'best so far'),
+                   column('valid_loss', 'validation loss', 'nats/token', digits=5)]
+
+
+def _reference_course():
+    "The course of the reference, a row per evaluation."
+    best = min(reference_losses, key=reference_losses.get)
+    return [dict(study='reference', step=step, valid_loss=loss, best=step == best)
+            for step, loss in reference_losses.items()]
+
+
+def _caption(params, test_rows):
+    "What the two courses were measured on."
+    differs = '' if params.model == reference_model else '; another model and other rows'
+    return (f'Reference: best at 500, stopped at 700, test loss 0.9336 (n = 451 rows). '
+            f'Here: {params.model}, loss on {params.loss_on}, n = {test_rows} test rows{differs}')
+
+
 def course_table(name:str,       # of our run
                  params,         # model and loss_on, for the caption
                  log:list,       # of our run, as `fit` wrote it
                  test_rows:int,  # rows our test loss was measured on
 ):                               # a table for display
     "Validation losses of the reference and of our run, step by step."
-    best = min(reference_losses, key=reference_losses.get)
-    rows = [dict(study='reference', step=step, valid_loss=loss, best=step == best)
-            for step, loss in reference_losses.items()]
-    rows += [dict(study=name, step=row['step'], valid_loss=row['valid_loss'], best=row['best'])
-             for row in log if 'valid_loss' in row]
-
-    differs = '' if params.model == reference_model else '; another model and other rows'
-    caption = (f'Reference: best at 500, stopped at 700, test loss 0.9336 (n = 451 rows). '
-               f'Here: {params.model}, loss on {params.loss_on}, n = {test_rows} test rows{differs}')
-    return table(rows, [column('study'), column('step'), column('best', 'best so far'),
-                        column('valid_loss', 'validation loss', 'nats/token', digits=5)], caption)
+    ours = [dict(study=name, step=row['step'], valid_loss=row['valid_loss'], best=row['best'])
+            for row in log if 'valid_loss' in row]
+    return table(_reference_course() + ours, _course_columns, _caption(params, test_rows))

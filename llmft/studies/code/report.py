@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['data_table', 'lost_rows', 'attempts_at', 'measured', 'loss_table', 'checkpoint_rows', 'checkpoint_table',
-           'answer_rows', 'training_metrics', 'final_score', 'instruct_metrics', 'instruct_verdict']
+           'answer_rows', 'final_score', 'instruct_metrics', 'instruct_verdict']
 
 # %% ../../../nbs/studies/code/06_report.ipynb #252ff135
 from pathlib import Path
@@ -17,14 +17,17 @@ from .pass_at_k import load_weights, score, solve
 from .setup import TaskData
 
 # %% ../../../nbs/studies/code/06_report.ipynb #9afc16a9
+_lost_columns = [column('answer_shortened', 'shortened'), column('answer_cut_away', 'without answer')]
+_target_columns = [column('tokens', 'real tokens'), column('targets', 'targets'), column('targets_lost', 'lost')]
+
+
 def data_table(data:TaskData,   # of the run
                max_length:int,  # longest example, positions
 ):                              # a table for display
     "Rows, examples and targets of each split, with what was lost."
     return table([dict(split=split, **notes) for split, notes in data.row_notes.items()],
-                 ['split', 'rows', column('too_long', f'beyond {max_length}'),
-                  column('answer_shortened', 'shortened'), column('answer_cut_away', 'without answer'), 'examples',
-                  column('tokens', 'real tokens'), column('targets', 'targets'), column('targets_lost', 'lost')])
+                 ['split', 'rows', column('too_long', f'beyond {max_length}'), *_lost_columns, 'examples',
+                  *_target_columns])
 
 # %% ../../../nbs/studies/code/06_report.ipynb #828e284c
 def lost_rows(data:TaskData,  # of the run
@@ -48,38 +51,57 @@ def attempts_at(problems:list,   # of `Task`; none gives no attempt
                  params.temperature, params.sample_tokens, seconds=params.program_seconds, seed=params.seed)
 
 # %% ../../../nbs/studies/code/06_report.ipynb #9b8e435b
+def _split_loss(model, examples, params):
+    "What `evaluate_loss` gives for the rows of a split; `None` without rows."
+    if not len(examples):
+        return None
+    return evaluate_loss(model, examples, params.batch_size, params.max_length, params.layout)
+
+
 def measured(model,          # at any moment of the run
              data:TaskData,  # of the run
              problems:list,  # of `Task` that are run
              params,         # batch_size, max_length, layout, and as for `attempts_at`
 )->dict:                     # valid and test: from `evaluate_loss`, or None; attempts: list of `Attempt`
     "The losses of the held-out rows and the answers to the problems."
-    losses = {split: None for split in ('valid', 'test')}
-    for split in losses:
-        if len(data.examples[split]):
-            losses[split] = evaluate_loss(model, data.examples[split], params.batch_size, params.max_length,
-                                          params.layout)
+    losses = {split: _split_loss(model, data.examples[split], params) for split in ('valid', 'test')}
     return dict(losses, attempts=attempts_at(problems, model, data, params))
 
 # %% ../../../nbs/studies/code/06_report.ipynb #1e69d5b5
+_loss_columns = [column('rows'), column('before', 'before', 'nats/token'),
+                 column('after', 'after', 'nats/token', n='n'), column('perplexity', 'perplexity after'),
+                 column('targets', 'tokens')]
+
+
+def _loss_row(split, before, after, rows):
+    "The losses of one split before and after training."
+    return dict(rows=split, before=before['loss'], after=after['loss'], perplexity=after['perplexity'],
+                targets=after['targets'], n=rows)
+
+
 def loss_table(before:dict,    # from `measured`, before training
                after:dict,     # the same afterwards
                data:TaskData,  # of the run
 ):                             # a table for display
     "Losses of the validation and test rows before and after training."
-    rows = [dict(rows=split, before=before[split]['loss'], after=after[split]['loss'],
-                 perplexity=after[split]['perplexity'], targets=after[split]['targets'], n=len(data.examples[split]))
-            for split in ('valid', 'test') if before[split]]
-
-    return table(rows, [column('rows'), column('before', 'before', 'nats/token'),
-                        column('after', 'after', 'nats/token', n='n'), column('perplexity', 'perplexity after'),
-                        column('targets', 'tokens')])
+    return table([_loss_row(split, before[split], after[split], len(data.examples[split]))
+                  for split in ('valid', 'test') if before[split]], _loss_columns)
 
 # %% ../../../nbs/studies/code/06_report.ipynb #af247be8
 def _checkpoint_row(step, valid_loss, attempts, best_step):
     "Validation loss and solved problems of the weights at one step."
     scored = score(attempts) if attempts else {'pass@1': None, 'pass@1_error': None, 'problems': 0}
     return dict(step=step, valid_loss=valid_loss, chosen=step == best_step, **scored)
+
+
+def _valid_losses(log):
+    "Step -> validation loss of every evaluation that was logged."
+    return {entry['step']: entry['valid_loss'] for entry in log if 'valid_loss' in entry}
+
+
+def _step_of(checkpoint):
+    "The optimiser step of a checkpoint, from the name of its folder."
+    return int(checkpoint.name.removeprefix('step-'))
 
 
 def checkpoint_rows(model,             # of the run; it ends with the best weights
@@ -94,23 +116,27 @@ def checkpoint_rows(model,             # of the run; it ends with the best weigh
     best_step = result.progress.best_step
     kept = Path(folder)/'checkpoints'
     best = kept/f'step-{best_step:06d}'
-    losses = {entry['step']: entry['valid_loss'] for entry in result.log if 'valid_loss' in entry}
+    losses = _valid_losses(result.log)
 
     rows = [_checkpoint_row(0, before['valid']['loss'], before['attempts'], best_step)]
     for checkpoint in sorted(checkpoints(kept)) if params.every_checkpoint else [best]:
         load_weights(model, checkpoint)
-        step = int(checkpoint.name.removeprefix('step-'))
+        step = _step_of(checkpoint)
         rows.append(_checkpoint_row(step, losses.get(step), attempts_at(problems, model, data, params), best_step))
     load_weights(model, best)
     return rows
 
 # %% ../../../nbs/studies/code/06_report.ipynb #637a49e1
+_checkpoint_columns = [
+    column('step'), column('valid_loss', 'validation loss', 'nats/token', best='low', digits=5),
+    column('pass@1', 'pass@1', 'share of problems', best='high', n='problems'),
+    column('pass@1_error', 'standard error'), column('chosen')]
+
+
 def checkpoint_table(rows:list,  # from `checkpoint_rows`
 ):                               # a table for display
     "The checkpoints, the best of each column in bold."
-    return table(rows, [column('step'), column('valid_loss', 'validation loss', 'nats/token', best='low', digits=5),
-                        column('pass@1', 'pass@1', 'share of problems', best='high', n='problems'),
-                        column('pass@1_error', 'standard error'), column('chosen')])
+    return table(rows, _checkpoint_columns)
 
 # %% ../../../nbs/studies/code/06_report.ipynb #e694ee64
 def answer_rows(attempts:list,  # of `Attempt`
@@ -120,18 +146,6 @@ def answer_rows(attempts:list,  # of `Attempt`
     "The first answers and what became of them."
     return [dict(problem=attempt.name, answer=attempt.answer[:length], outcome=attempt.status, reason=attempt.reason)
             for attempt in attempts[:count]]
-
-# %% ../../../nbs/studies/code/06_report.ipynb #9de39b72
-def training_metrics(result:FitResult,  # from `launch`
-)->dict:
-    "What the training itself reports: steps, tokens, speed, memory, trained parameters."
-    progress = result.progress
-    return dict(
-        steps=progress.step, planned_steps=result.steps, steps_per_epoch=result.steps_per_epoch,
-        warmup_steps=result.warmup, best_step=progress.best_step, stopped=progress.stopped,
-        trainable_parameters=result.trainable, real_tokens=progress.tokens, processed_tokens=progress.slots,
-        fill=progress.tokens / progress.slots, tokens_per_sec=result.tokens_per_sec,
-        total_time_seconds=progress.seconds, peak_memory_gb=result.peak_bytes / 2**30, flops=progress.flops)
 
 # %% ../../../nbs/studies/code/06_report.ipynb #7aba40c8
 def final_score(attempts:list,  # of `Attempt`, `samples` to each problem
@@ -147,6 +161,21 @@ def _pass_metrics(final, before, samples):
                 samples=samples) | {f'pass_at_{k}': final.get(f'pass@{k}') for k in sorted({1, samples})}
 
 # %% ../../../nbs/studies/code/06_report.ipynb #b4cc1fe0
+def _losses(before, after):
+    "The losses of `measured` under the names of the metrics."
+    def loss(moment, split):
+        return moment[split] and moment[split]['loss']
+
+    return dict(eval_loss_before=loss(before, 'valid'), eval_loss=loss(after, 'valid'),
+                test_loss_before=loss(before, 'test'), test_loss=loss(after, 'test'))
+
+
+def _padded_fill(progress, steps_per_epoch, rows, max_length):
+    "The share of real tokens if each of the training `rows` were padded to `max_length`."
+    padded_slots_per_step = float(rows) / steps_per_epoch * max_length
+    return progress.tokens / progress.step / padded_slots_per_step
+
+
 def instruct_metrics(params,            # max_length and samples
                      data:TaskData,     # of the run
                      result:FitResult,  # from `launch`
@@ -155,19 +184,25 @@ def instruct_metrics(params,            # max_length and samples
                      rows:list,         # from `checkpoint_rows`
 )->dict:
     "Every number of an instruction-tuning run under its own name."
-    def loss(moment, split):
-        return moment[split] and moment[split]['loss']
-
     progress = result.progress
     train = len(data.examples['train'])
-    padded_slots_per_step = float(train) / result.steps_per_epoch * params.max_length
     final = final_score(after['attempts'], params.samples)
-    return training_metrics(result) | _pass_metrics(final, rows[0]['pass@1'], params.samples) | dict(
-        eval_loss_before=loss(before, 'valid'), eval_loss=loss(after, 'valid'), test_loss_before=loss(before, 'test'),
-        test_loss=loss(after, 'test'), train_rows=train, test_rows=len(data.examples['test']),
-        padded_fill=progress.tokens / progress.step / padded_slots_per_step)
+
+    training = result.metrics() | dict(real_tokens=progress.tokens)  # the name of the study
+    passed = _pass_metrics(final, rows[0]['pass@1'], params.samples)
+    counts = dict(train_rows=train, test_rows=len(data.examples['test']),
+                  padded_fill=_padded_fill(progress, result.steps_per_epoch, train, params.max_length))
+    return training | passed | _losses(before, after) | counts
 
 # %% ../../../nbs/studies/code/06_report.ipynb #7bd98b43
+def _solved(metrics, problems):
+    "The share of solved problems in words."
+    if metrics['pass_at_1'] is None:
+        return 'no problem could be run'
+    return (f"{metrics['pass_at_1']:.1%} of {problems} problems are solved "
+            f"(before: {metrics['pass_at_1_before']:.1%})")
+
+
 def instruct_verdict(metrics:dict,    # from `instruct_metrics`
                      data:TaskData,   # of the run
                      problems:int,    # that were run
@@ -182,10 +217,7 @@ def instruct_verdict(metrics:dict,    # from `instruct_metrics`
         return f'The validation loss went from {old:.3f} to {new:.3f}; there is no test row. {real}'
 
     direction = 'fell' if old - new > 0 else 'rose'
-    solved = 'no problem could be run'
-    if metrics['pass_at_1'] is not None:
-        solved = (f"{metrics['pass_at_1']:.1%} of {problems} problems are solved "
-                  f"(before: {metrics['pass_at_1_before']:.1%})")
+    solved = _solved(metrics, problems)
     return (f"The validation loss {direction} from {old:.3f} to {new:.3f} nats per token "
             f"(n = {len(data.examples['valid'])} rows), best at step {metrics['best_step']}; training ended at step "
             f"{metrics['steps']} of {metrics['planned_steps']} ({metrics['stopped']}). "

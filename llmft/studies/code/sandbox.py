@@ -81,17 +81,24 @@ def _allow_only(call, argument):
     return [(_jump_equal, 0, 4, call), (_load, 0, 0, _first_argument), (_jump_equal, 0, 1, argument), _allow, _deny]
 
 
+def _native_only(architecture):
+    "Rows that refuse calls of another processor, and of another interface of this one."
+    other_interface = 0x40000000  # 32-bit calls on x86-64
+    return [(_load, 0, 0, _architecture), (_jump_equal, 1, 0, architecture), _deny,
+            (_load, 0, 0, _call_number), (_jump_at_least, 0, 1, other_interface), _deny]
+
+
+def _threads_only(clone):
+    "Rows that allow `clone` to make threads and refuse it processes."
+    new_thread = 0x10000
+    return [(_jump_equal, 0, 4, clone), (_load, 0, 0, _first_argument), (_jump_any_bit, 0, 1, new_thread),
+            _allow, _deny]
+
+
 def _filter(machine, pid):
     "A seccomp program as (code, jump if true, jump if false, constant) rows; what it refuses gets EPERM."
     numbers = _machines[machine]
-    other_interface = 0x40000000  # 32-bit calls on x86-64
-    new_thread = 0x10000
-    rows = [(_load, 0, 0, _architecture), (_jump_equal, 1, 0, numbers.architecture), _deny,
-            (_load, 0, 0, _call_number), (_jump_at_least, 0, 1, other_interface), _deny]
-
-    rows += _refuse_calls(numbers.column)
-    rows += [(_jump_equal, 0, 4, numbers.clone), (_load, 0, 0, _first_argument), (_jump_any_bit, 0, 1, new_thread),
-             _allow, _deny]
+    rows = _native_only(numbers.architecture) + _refuse_calls(numbers.column) + _threads_only(numbers.clone)
     for call, commands in zip(numbers.descriptor_calls, _owner_commands, strict=True):
         rows += _refuse_commands(call, commands)
     for signal_call in numbers.signals:
@@ -127,6 +134,22 @@ def _landlock_rights(version):
     return changing | (_ioctl_device if version >= 5 else 0)
 
 
+def _new_ruleset(libc, rights):
+    "The descriptor of a set of rules that takes `rights` away wherever no rule gives them."
+    rules = libc.syscall(_create_ruleset, struct.pack('Q', rights), 8, 0)
+    if rules < 0:
+        raise OSError(ctypes.get_errno(), 'landlock')
+    return rules
+
+
+def _allow_below(libc, rules, path, allowed):
+    "Give the rights in `allowed` back below `path`."
+    place = os.open(path, os.O_PATH)
+    if libc.syscall(_add_rule, rules, 1, struct.pack('=Qi', allowed, place), 0):
+        raise OSError(ctypes.get_errno(), 'landlock rule')
+    os.close(place)
+
+
 def _landlock(folder):
     "Allow this process to write below `folder` and to /dev/null only; an OSError where the kernel cannot."
     libc = ctypes.CDLL(None, use_errno=True)
@@ -135,16 +158,9 @@ def _landlock(folder):
         raise OSError('no Landlock that knows truncation')
 
     rights = _landlock_rights(version)
-    rules = libc.syscall(_create_ruleset, struct.pack('Q', rights), 8, 0)
-    if rules < 0:
-        raise OSError(ctypes.get_errno(), 'landlock')
-
-    null_rights = rights & (_write_file | _truncate | _ioctl_device)
-    for path, allowed in ((folder, rights), ('/dev/null', null_rights)):
-        place = os.open(path, os.O_PATH)
-        if libc.syscall(_add_rule, rules, 1, struct.pack('=Qi', allowed, place), 0):
-            raise OSError(ctypes.get_errno(), 'landlock rule')
-        os.close(place)
+    rules = _new_ruleset(libc, rights)
+    _allow_below(libc, rules, folder, rights)
+    _allow_below(libc, rules, '/dev/null', rights & (_write_file | _truncate | _ioctl_device))
 
     if libc.syscall(_restrict_self, rules, 0):
         raise OSError(ctypes.get_errno(), 'landlock')
@@ -175,13 +191,17 @@ def _opens_to_write(mode, flags):
     return bool((flags or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC))
 
 
+def _check_open(path, mode, flags, inside):
+    "A PermissionError for opening a file elsewhere to write."
+    writes = _opens_to_write(mode, flags)
+    if writes and not isinstance(path, int) and not inside(path) and path != os.devnull:
+        raise PermissionError(f'writing to {path} is not allowed here')
+
+
 def _check_file(event, arguments, inside):
     "A PermissionError for an event that writes or changes a file elsewhere."
     if event == 'open':
-        path, mode, flags = arguments
-        writes = _opens_to_write(mode, flags)
-        if writes and not isinstance(path, int) and not inside(path) and path != os.devnull:
-            raise PermissionError(f'writing to {path} is not allowed here')
+        _check_open(*arguments, inside)
     if event.startswith(_changing):
         if not all(inside(path) for path in arguments if isinstance(path, (str, bytes))):
             raise PermissionError(f'{event} outside the working directory is not allowed here')
@@ -203,6 +223,16 @@ def _audit(folder, files, calls):
     sys.addaudithook(hook)
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #4e258997
+def _set_limit(name, most):
+    "Set one limit, soft and hard, where this system has it and lets it be set."
+    number = getattr(resource, f'RLIMIT_{name}', None)
+    if number is None:
+        return
+    hard = most + 1 if name == 'CPU' else most
+    with suppress(ValueError, OSError):
+        resource.setrlimit(number, (most, hard))
+
+
 def _limit(cpu_seconds, memory_mb, file_mb, processes):
     "Limits of this process; new processes are forbidden by number where no filter does it."
     limits = dict(CPU=cpu_seconds, AS=memory_mb * 2**20, FSIZE=int(file_mb * 2**20), CORE=0, NOFILE=64)
@@ -210,12 +240,7 @@ def _limit(cpu_seconds, memory_mb, file_mb, processes):
         limits['NPROC'] = 0
 
     for name, most in limits.items():
-        number = getattr(resource, f'RLIMIT_{name}', None)
-        if number is None:
-            continue
-        hard = most + 1 if name == 'CPU' else most
-        with suppress(ValueError, OSError):
-            resource.setrlimit(number, (most, hard))
+        _set_limit(name, most)
 
 
 def _guard(order):
@@ -338,9 +363,14 @@ def _wait(process, folder, seconds, disk_mb):
     return ''
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #47c4f601
+def _last_line(text):
+    "The last line that is not blank, without white space around it; '' when there is none."
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), '')
+
+
 def _verdict(code, finished, stderr, cpu_seconds):
     "(status, reason) of a program that ended by itself."
-    last = next((line.strip() for line in reversed(stderr.splitlines()) if line.strip()), '')
+    last = _last_line(stderr)
     if code == 0 and finished:
         return 'passed', ''
     if last.startswith('MemoryError') or 'Cannot allocate memory' in last:
@@ -365,14 +395,31 @@ def _lay_out(place, program, stdin):
         (place/name).write_text(text, encoding='utf-8', errors='replace', newline='')
 
 
-def _order(place, cpu_seconds, memory_mb, file_mb, may_exit):
-    "What the process shall run, and its limits, as JSON."
+def _package_folders():
+    "Where this Python keeps installed packages."
     import sysconfig
 
-    packages = sorted({sysconfig.get_paths()[kind] for kind in ('purelib', 'platlib')})
+    return sorted({sysconfig.get_paths()[kind] for kind in ('purelib', 'platlib')})
+
+
+def _order(place, cpu_seconds, memory_mb, file_mb, may_exit):
+    "What the process shall run, and its limits, as JSON."
     return json.dumps(dict(program=str(place/'program.py'), done=str(place/'done'), guards=list(guards()),
                            cpu_seconds=cpu_seconds, memory_mb=memory_mb, file_mb=file_mb, may_exit=may_exit,
-                           packages=packages))
+                           packages=_package_folders()))
+
+
+def _environment(work):
+    "The variables of the process: folders inside `work`, and one thread for the libraries of numbers."
+    return dict(PATH=os.defpath, HOME=str(work), TMPDIR=str(work), LANG='C.UTF-8', PYTHONDONTWRITEBYTECODE='1',
+                OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1')
+
+
+def _end_all(process):
+    "End a process and all it has started."
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _run(place, order, seconds, disk_mb):
@@ -380,19 +427,25 @@ def _run(place, order, seconds, disk_mb):
     import subprocess
 
     work = place/'work'
-    environment = dict(PATH=os.defpath, HOME=str(work), TMPDIR=str(work), LANG='C.UTF-8', PYTHONDONTWRITEBYTECODE='1',
-                       OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1', MKL_NUM_THREADS='1')
     command = [sys.executable, '-I', '-S', '-X', 'utf8', '-c', _start, _home(), order]
     with (place/'stdin').open('rb') as stdin, (place/'stdout').open('wb') as out, (place/'stderr').open('wb') as err:
-        process = subprocess.Popen(command, cwd=work, env=environment, stdin=stdin, stdout=out, stderr=err,
+        process = subprocess.Popen(command, cwd=work, env=_environment(work), stdin=stdin, stdout=out, stderr=err,
                                    start_new_session=True)
         try:
             limit = _wait(process, work, seconds, disk_mb)
         finally:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _end_all(process)
     return process.returncode, limit
+
+
+def _outcome(place, code, limit, cpu_seconds, spent):
+    "The `Outcome` of a program from its exit status, the limit it ran into or '', and what it left in `place`."
+    out = (place/'stdout').read_bytes()
+    err = (place/'stderr').read_bytes()[-_kept_stderr:].decode(errors='replace')
+    finished = (place/'done').read_bytes() == b'done'
+    status, reason = limit.split(': ', 1) if limit else _verdict(code, finished, err, cpu_seconds)
+    shown = out if status == 'passed' else out[:_kept_stdout]
+    return Outcome(status, reason, shown.decode(errors='replace'), err, spent)
 
 
 def run_program(program:str,         # Python source
@@ -415,14 +468,7 @@ def run_program(program:str,         # Python source
 
         start = time.perf_counter()
         code, limit = _run(place, order, seconds, 16 * file_mb)
-        spent = time.perf_counter() - start
-
-        out = (place/'stdout').read_bytes()
-        err = (place/'stderr').read_bytes()[-_kept_stderr:].decode(errors='replace')
-        finished = (place/'done').read_bytes() == b'done'
-        status, reason = limit.split(': ', 1) if limit else _verdict(code, finished, err, cpu_seconds)
-        shown = out if status == 'passed' else out[:_kept_stdout]
-        return Outcome(status, reason, shown.decode(errors='replace'), err, spent)
+        return _outcome(place, code, limit, cpu_seconds, time.perf_counter() - start)
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #6f53a393
 def same_output(printed:str,   # by the program

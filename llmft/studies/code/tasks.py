@@ -45,15 +45,18 @@ def _mbpp_split(number):
     return 'train' if number > 600 else 'prompt'
 
 
+def _mbpp_problem(row):
+    "The text of a row of MBPP with its first test, which says what the function is called."
+    text = row.get('text') or row.get('prompt')
+    tests = list(row['test_list'])
+    return f'{text}\nIt must pass this test:\n{tests[0]}' if tests else text
+
+
 def _mbpp(row, name):
     "A row of MBPP, full or sanitised."
-    tests = list(row['test_list'])
-    text = row.get('text') or row.get('prompt')
-    if tests:
-        text = f'{text}\nIt must pass this test:\n{tests[0]}'
     setup = row.get('test_setup_code') or '\n'.join(row.get('test_imports') or [])
-    return Task(name, text, (row['code'] or '').replace('\r\n', '\n'), _mbpp_split(row.get('task_id')), setup=setup,
-                tests=tests)
+    return Task(name, _mbpp_problem(row), (row['code'] or '').replace('\r\n', '\n'), _mbpp_split(row.get('task_id')),
+                setup=setup, tests=list(row['test_list']))
 
 
 def _human_eval(row, name):
@@ -74,16 +77,23 @@ def _apps_cases(pairs):
 _split_names = {'validation': 'valid', 'dev': 'valid'}  # what data sets call a split -> what it is called here
 
 
+def _cases_of(row):
+    "(standard input, expected output) of a row's tests, and of what APPS calls input_output."
+    cases = [(case['input'], case['output']) for case in row.get('tests') or [] if isinstance(case, dict)]
+    cases += _apps_cases(row.get('input_output'))
+    return [case for case in cases if all(isinstance(text, str) for text in case)]
+
+
 def _plain(row, name, input_field, training_field, split_field):
     "A row with a problem, an answer and perhaps a split and tests."
-    tests = row.get('tests') or []
-    cases = [(case['input'], case['output']) for case in tests if isinstance(case, dict)]
-    cases += _apps_cases(row.get('input_output'))
     split = row.get(split_field)
-
     return Task(name, row.get(input_field) or '', row.get(training_field) or '', _split_names.get(split, split) or '',
-                setup=row.get('setup') or '', tests=[test for test in tests if isinstance(test, str)],
-                cases=[case for case in cases if all(isinstance(text, str) for text in case)])
+                setup=row.get('setup') or '', cases=_cases_of(row),
+                tests=[test for test in row.get('tests') or [] if isinstance(test, str)])
+
+
+_human_eval_fields = {'prompt', 'canonical_solution', 'test', 'entry_point'}
+_mbpp_fields = {'code', 'test_list'}
 
 
 def as_task(row:dict,                  # one object of a table
@@ -93,9 +103,9 @@ def as_task(row:dict,                  # one object of a table
             split_field:str='split',   # field of the split
 )->Task:
     "A row of any of the known kinds as a `Task`; a `LabError` that lists the fields when it has none of them."
-    if {'prompt', 'canonical_solution', 'test', 'entry_point'} <= row.keys():
+    if _human_eval_fields <= row.keys():
         return _human_eval(row, name)
-    if {'code', 'test_list'} <= row.keys() and input_field not in row:
+    if _mbpp_fields <= row.keys() and input_field not in row:
         return _mbpp(row, name)
 
     check_fields(row, [input_field], name, 'input_field')
@@ -126,6 +136,13 @@ def _reference_setup(module):
             'globals().update({k: v for k, v in vars(_reference).items() if not k.startswith("__")})\n')
 
 
+def _function_tests(module, function):
+    "(setup, tests) that compare a function with the module's own; without checks both are empty."
+    calls = builtin_checks.get(module, {}).get(function, [])
+    tests = [f'assert {function}({call}) == _reference.{function}({call})' for call in calls]
+    return _reference_setup(module.removesuffix('.py')) if calls else '', tests
+
+
 def _function_task(name, text):
     "A function's source as a task, or `None` when it has no docstring, or no body but the docstring."
     node = ast.parse(text).body[0]
@@ -137,10 +154,7 @@ def _function_task(name, text):
     head = ''.join(lines[:docstring_end])
     body = ''.join(lines[docstring_end:]).lstrip('\n')
 
-    module, function = name.split(':')
-    calls = builtin_checks.get(module, {}).get(function, [])
-    tests = [f'assert {function}({call}) == _reference.{function}({call})' for call in calls]
-    setup = _reference_setup(module.removesuffix('.py')) if calls else ''
+    setup, tests = _function_tests(*name.split(':'))
     return Task(name, head, body, lead=head, setup=setup, tests=tests)
 
 
@@ -193,18 +207,36 @@ def _table_tasks(table, input_field, training_field, split_field, valid_share, s
     return tasks
 
 
+def _not_held_out(sides):
+    "The training tasks whose problem is in neither of the held-out splits."
+    held_out = {content_key(task.input) for task in sides['valid'] + sides['test']}
+    return [task for task in sides['train'] if content_key(task.input) not in held_out]
+
+
+def _is_complete(task):
+    "Whether a task has a problem and a solution."
+    return task.input.strip() and task.solution.strip()
+
+
 def _by_split(tasks, counts):
     "Tasks by split, without empty ones and without training tasks whose problem is held out."
-    kept = [task for task in tasks if task.input.strip() and task.solution.strip()]
+    kept = [task for task in tasks if _is_complete(task)]
     sides = {split: [task for task in kept if task.split == split] for split in ('train', 'valid', 'test')}
-
-    held_out = {content_key(task.input) for task in sides['valid'] + sides['test']}
-    clean = [task for task in sides['train'] if content_key(task.input) not in held_out]
+    clean = _not_held_out(sides)
 
     empty = counts.get('empty', 0) + len(tasks) - len(kept)
     other_splits = len(kept) - sum(map(len, sides.values()))
     counts = dict(counts, empty=empty, also_held_out=len(sides['train']) - len(clean), other_splits=other_splits)
     return dict(sides, train=clean), counts
+
+
+def _check_needed(sides, needs, tasks, data):
+    "A `LabError` for a split that is needed and empty; it names the splits there are."
+    for split in needs:
+        if not sides[split]:
+            named = ', '.join(sorted({repr(task.split) for task in tasks})) or 'none'
+            raise LabError(f"data {data} has no usable row in the split '{split}': its splits are {named}; "
+                           'set split_field, or add rows')
 
 
 def load_tasks(data:str,                       # "builtin:functions", a .jsonl or .parquet file, or a hub name
@@ -228,11 +260,7 @@ def load_tasks(data:str,                       # "builtin:functions", a .jsonl o
         counts = dict(rows=len(table))
 
     sides, counts = _by_split(tasks, counts)
-    for split in needs:
-        if not sides[split]:
-            named = ', '.join(sorted({repr(task.split) for task in tasks})) or 'none'
-            raise LabError(f"data {data} has no usable row in the split '{split}': its splits are {named}; "
-                           'set split_field, or add rows')
+    _check_needed(sides, needs, tasks, data)
     return dict(sides, train=sides['train'][:num_samples or None]), counts
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #6d3d8739
@@ -242,6 +270,16 @@ problem_template = '{system_prompt}\n\nProblem:\n{input}\n\nSolution:\n{solution
 expert_prompt = 'You are an expert Python programmer. Please read the problem carefully before writing any Python code.'
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #e8115f73
+def _check_markers(template):
+    "A `LabError` unless the problem stands once in the template, and the answer once after it."
+    for marker, marked in (('{input}', 'problem'), ('{solution}', 'answer')):
+        if template.count(marker) != 1:
+            raise LabError(f'the template has {template.count(marker)} times {marker}, and needs it once: '
+                           f'it marks where the {marked} stands')
+    if template.index('{solution}') < template.index('{input}'):
+        raise LabError('in the template {solution} stands before {input}: the model would answer before it has read')
+
+
 def check_template(template:str,  # text with {input} and {solution}, or 'chat'
                    tokenizer,     # whose chat template 'chat' means
 )->str:                           # `template`
@@ -252,12 +290,7 @@ def check_template(template:str,  # text with {input} and {solution}, or 'chat'
                            'give text with {input} and {solution}')
         return template
 
-    for marker, marked in (('{input}', 'problem'), ('{solution}', 'answer')):
-        if template.count(marker) != 1:
-            raise LabError(f'the template has {template.count(marker)} times {marker}, and needs it once: '
-                           f'it marks where the {marked} stands')
-    if template.index('{solution}') < template.index('{input}'):
-        raise LabError('in the template {solution} stands before {input}: the model would answer before it has read')
+    _check_markers(template)
     return template
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #31b55287
@@ -302,28 +335,36 @@ losses = ('completion', 'all')  # what loss_on may be
 long_policies = ('truncate', 'drop', 'error')  # what too_long may be: half an answer is no example of its own
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #30bb146f
+def _token_rows(texts, tokenizer):
+    "The token ids of each text, without special tokens."
+    return tokenizer(texts, add_special_tokens=False, verbose=False)['input_ids'] if texts else []
+
+
 def prompt_rows(tasks:list,         # of `Task`
                 tokenizer,          # as `load_tokenizer` gives it
                 template:str,       # as in `check_template`
                 system_prompt:str,  # put where the template says
 )->list:                            # token ids of each prompt, with the beginning of text
     "What a model is given to answer `tasks`; in training the same tokens stand before each answer."
-    if not tasks:
-        return []
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     prompts = [prompt_of(task, template, system_prompt, tokenizer) for task in tasks]
-    rows = tokenizer(prompts, add_special_tokens=False, verbose=False)['input_ids']
-    return [row if begin and row[:1] == begin else begin + row for row in rows]
+    return [row if begin and row[:1] == begin else begin + row for row in _token_rows(prompts, tokenizer)]
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #8302478c
 def _answer_rows(tasks, tokenizer, template, system_prompt):
     "The token ids of each answer, with one end of text."
-    if not tasks:
-        return []
     end = tokenizer.eos_token_id
     answers = [answer_of(task, template, system_prompt, tokenizer) for task in tasks]
-    rows = tokenizer(answers, add_special_tokens=False, verbose=False)['input_ids']
-    return [[*itertools.takewhile(lambda token: token != end, row), end] for row in rows]
+    return [[*itertools.takewhile(lambda token: token != end, row), end] for row in _token_rows(answers, tokenizer)]
+
+
+def _targets_mask(size, starts, prompts, loss_on):
+    "Which of `size` tokens are targets: all, or all but the prompts."
+    loss = np.ones(size, dtype=bool)
+    if loss_on == 'completion':
+        for start, prompt in zip(starts, prompts, strict=True):
+            loss[start:start + len(prompt)] = False
+    return loss
 
 
 def _as_examples(prompts, answers, loss_on, dtype):
@@ -332,12 +373,7 @@ def _as_examples(prompts, answers, loss_on, dtype):
     sizes = np.array([len(row) for row in rows], dtype=np.int64)
     ends = np.cumsum(sizes)
     ids = np.fromiter(itertools.chain.from_iterable(rows), dtype=dtype, count=int(sizes.sum()))
-
-    loss = np.ones(len(ids), dtype=bool)
-    if loss_on == 'completion':
-        for start, prompt in zip(ends - sizes, prompts, strict=True):
-            loss[start:start + len(prompt)] = False
-    return Examples(ids, ends - sizes, ends, loss)
+    return Examples(ids, ends - sizes, ends, _targets_mask(len(ids), ends - sizes, prompts, loss_on))
 
 
 def _check_policies(loss_on, too_long):
@@ -346,6 +382,29 @@ def _check_policies(loss_on, too_long):
     if too_long not in long_policies:
         raise LabError(f"too_long is '{too_long}'{nearest(too_long, long_policies)}: "
                        f"choose from {', '.join(long_policies)}; half an answer is no example of its own")
+
+
+def _task_examples(tasks, tokenizer, template, system_prompt, loss_on):
+    "Tasks as examples of any length, and the tokens of each prompt."
+    prompts = prompt_rows(tasks, tokenizer, template, system_prompt)
+    answers = _answer_rows(tasks, tokenizer, template, system_prompt)
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    return _as_examples(prompts, answers, loss_on, dtype), [len(prompt) for prompt in prompts]
+
+
+def _cut_examples(examples, without_answer, max_length, too_long):
+    "(examples within `max_length`, counts of `cut`); cutting drops those whose answer begins beyond it."
+    if too_long == 'error':
+        cut(examples, max_length, too_long)
+    return cut(examples.select(~without_answer) if too_long == 'truncate' else examples, max_length, too_long)
+
+
+def _length_notes(examples, without_answer, cut_notes, max_length, too_long):
+    "How many examples are beyond `max_length`, and what became of their answers."
+    beyond = int((examples.slots > max_length).sum())
+    return dict(too_long=beyond, too_long_policy=too_long,
+                answer_cut_away=beyond if too_long == 'drop' else int(without_answer.sum()),
+                answer_shortened=cut_notes['too_long'] if too_long == 'truncate' else 0)
 
 
 def encode_tasks(tasks:list,                      # of `Task`
@@ -359,20 +418,11 @@ def encode_tasks(tasks:list,                      # of `Task`
     "Tasks as examples of at most `max_length` positions with their targets marked, and a count of what was lost."
     check_template(template, tokenizer)
     _check_policies(loss_on, too_long)
-    prompts = prompt_rows(tasks, tokenizer, template, system_prompt)
-    answers = _answer_rows(tasks, tokenizer, template, system_prompt)
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    examples = _as_examples(prompts, answers, loss_on, dtype)
+    examples, prompt_sizes = _task_examples(tasks, tokenizer, template, system_prompt, loss_on)
+    without_answer = np.array([size > max_length for size in prompt_sizes], dtype=bool)
+    kept, cut_notes = _cut_examples(examples, without_answer, max_length, too_long)
 
-    if too_long == 'error':
-        cut(examples, max_length, too_long)
-    truncates = too_long == 'truncate'
-    without_answer = np.array([len(prompt) > max_length for prompt in prompts], dtype=bool)
-    kept, cut_notes = cut(examples.select(~without_answer) if truncates else examples, max_length, too_long)
-
-    beyond = int((examples.slots > max_length).sum())
-    return kept, dict(rows=len(tasks), examples=len(kept), too_long=beyond, too_long_policy=too_long,
-                      answer_cut_away=beyond if too_long == 'drop' else int(without_answer.sum()),
-                      answer_shortened=cut_notes['too_long'] if truncates else 0, tokens=int(kept.slots.sum()),
-                      targets=cut_notes['targets'], loss_on=loss_on,
-                      targets_lost=int(examples.supervised().sum()) - cut_notes['targets'])
+    lengths = _length_notes(examples, without_answer, cut_notes, max_length, too_long)
+    lost = int(examples.supervised().sum()) - cut_notes['targets']
+    return kept, dict(rows=len(tasks), examples=len(kept), **lengths, tokens=int(kept.slots.sum()),
+                      targets=cut_notes['targets'], loss_on=loss_on, targets_lost=lost)

@@ -4,21 +4,15 @@
 
 # %% auto #0
 __all__ = ['TrainingData', 'finetuning_data', 'finetuning_base', 'finetuning_model', 'finetuning', 'pretraining_data',
-           'pretraining_model', 'pretraining', 'training_settings', 'save_finetuned']
+           'pretraining_model', 'pretraining']
 
 # %% ../../../nbs/studies/finetuning/01_setup.ipynb #1250a2a6
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from ...data.corpora import Corpus, load_corpus
 from ...data.tokens import Examples, cut, encode, load_tokenizer, train_tokenizer
-from ...models.adapters import check_adapter, merge_adapter, save_adapter
 from ...models.load import load_model, model_config
 from ...models.methods import Method
-from ...training.recipe import Recipe
-from ...training.strategies import Processes, check_processes
 
 # %% ../../../nbs/studies/finetuning/01_setup.ipynb #f9e98e0a
 @dataclass
@@ -98,30 +92,3 @@ def pretraining(params,  # as for `pretraining_data` and `pretraining_model`
     "Everything `fit` needs of a pretraining run, built from its parameters alone."
     data = pretraining_data(params)
     return pretraining_model(params, data.tokenizer), data.train, data.valid
-
-# %% ../../../nbs/studies/finetuning/01_setup.ipynb #2cd50906
-def training_settings(params,  # settings of `Recipe` and `Processes`; precision, method, quantisation if there
-)->tuple:                      # (Recipe, Processes)
-    "How the run trains and in how many processes; a `LabError` for what cannot be done."
-    recipe = Recipe.from_params(params)
-    return recipe, check_processes(Processes.from_params(params), recipe, Method.from_params(params))
-
-# %% ../../../nbs/studies/finetuning/01_setup.ipynb #6d1f6c01
-def save_finetuned(model,     # as trained
-                   data,      # from `finetuning_data`
-                   params,    # as for `finetuning_model`, and merge: save the model with its adapter merged in as well
-                   folder,    # the run's folder
-)->float:                     # largest difference of a logit after reading the adapter back; None for a whole model
-    "Save what was trained under `folder`: model/, or adapter/ and perhaps merged/."
-    folder = Path(folder)
-    if params.method == 'full':
-        model.save_pretrained(folder/'model')
-        data.tokenizer.save_pretrained(folder/'model')
-        return None
-
-    save_adapter(model, folder/'adapter')
-    ids_BT = torch.tensor(data.valid[0][None].astype('int64'))
-    difference = check_adapter(model, folder/'adapter', lambda: finetuning_base(params), ids_BT)
-    if params.merge:
-        merge_adapter(model).save_pretrained(folder/'merged')
-    return difference

@@ -18,20 +18,24 @@ def memory_unit(rows:list,  # with peak_memory_gb
     return byte_unit([row['peak_memory_gb'] * 2**30 for row in rows])
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #f8255b14
+def _device_of(record):
+    "The first GPU of a run's machine, or its processor."
+    machine = record['meta']['machine']
+    return machine['gpus'][0] if machine['gpus'] else machine['cpu']
+
+
+def _in_unit(row, size):
+    "The row with its weights and its memory in units of `size` bytes."
+    return dict(row, weights=row['model_size_gb'] * 2**30 / size, memory=row['peak_memory_gb'] * 2**30 / size)
+
+
 def compared_rows(results:dict,  # name of the run -> what `read_result` gives
 )->list:                         # one dict per run: metrics, run, model, device; weights and memory in `memory_unit`
     "What the tables, the figures and the verdict read."
-    rows = []
-    for name, result in results.items():
-        machine = result['record']['meta']['machine']
-        device = machine['gpus'][0] if machine['gpus'] else machine['cpu']
-        rows.append(dict(result['metrics'], run=name, model=result['record']['params']['model'], device=device))
-
+    rows = [dict(result['metrics'], run=name, model=result['record']['params']['model'],
+                 device=_device_of(result['record'])) for name, result in results.items()]
     _, size = memory_unit(rows)
-    for row in rows:
-        row['weights'] = row['model_size_gb'] * 2**30 / size
-        row['memory'] = row['peak_memory_gb'] * 2**30 / size
-    return rows
+    return [_in_unit(row, size) for row in rows]
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #0f0a1a8f
 def baseline_of(rows:list,      # from `compared_rows`
@@ -46,60 +50,74 @@ def baseline_of(rows:list,      # from `compared_rows`
     return name
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #03c465f2
+def _terms(record):
+    "What has to be the same for runs to be compared."
+    data = record['meta']['data']
+    params = record['params']
+    return data['questions']['sha256'], data['text']['sha256'], params['model'], params['max_new_tokens']
+
+
 def same_terms(results:dict,  # name of the run -> what `read_result` gives
 )->bool:
     "Whether model, questions, text and length of answers are the same in all runs."
-    terms = set()
-    for result in results.values():
-        data = result['record']['meta']['data']
-        params = result['record']['params']
-        terms.add((data['questions']['sha256'], data['text']['sha256'], params['model'], params['max_new_tokens']))
-    return len(terms) == 1
+    return len({_terms(result['record']) for result in results.values()}) == 1
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #ddcd1094
+_terms_columns = [column('run'), column('model'), column('precision'), column('compute'), column('batch_size', 'batch'),
+                  column('total_queries', 'questions'), column('max_new_tokens', 'new tokens', 'at most')]
+
+
 def terms_table(rows:list,  # from `compared_rows`
 ):                          # a table for display
     "What each run asked, of which model."
-    return table(rows, [column('run'), column('model'), column('precision'), column('compute'),
-                        column('batch_size', 'batch'), column('total_queries', 'questions'),
-                        column('max_new_tokens', 'new tokens', 'at most')])
+    return table(rows, _terms_columns)
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #dbfc71f8
+_time_columns = [column('run'), column('total_time', 'all questions', 's'),
+                 column('avg_latency', 'a query waits', 's', best='low', n='total_queries'),
+                 column('throughput_tokens_per_sec', 'new tokens', '1/s', best='high', n='total_tokens'),
+                 column('throughput_queries_per_sec', 'queries', '1/s', best='high')]
+
+
 def time_table(rows:list,  # from `compared_rows`
 ):                         # a table for display
     "Latency and throughput at the first batch size."
-    return table(rows, [column('run'), column('total_time', 'all questions', 's'),
-                        column('avg_latency', 'a query waits', 's', best='low', n='total_queries'),
-                        column('throughput_tokens_per_sec', 'new tokens', '1/s', best='high', n='total_tokens'),
-                        column('throughput_queries_per_sec', 'queries', '1/s', best='high')])
+    return table(rows, _time_columns)
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #08b2c566
+_token_columns = [column('run'), column('time_to_first_token', 'first token', 's, median', best='low'),
+                  column('time_per_output_token', 'later token', 's, median', best='low', n='decoding_steps'),
+                  column('time_per_output_token_p95', 'later token', 's, 95 %', best='low'),
+                  column('bandwidth_share', 'weights read', 'share of copy rate', best='high')]
+
+
 def token_table(rows:list,  # from `compared_rows`
 ):                          # a table for display
     "The first token, the later ones, and the share of the machine's copy rate."
-    return table(rows, [column('run'), column('time_to_first_token', 'first token', 's, median', best='low'),
-                        column('time_per_output_token', 'later token', 's, median', best='low', n='decoding_steps'),
-                        column('time_per_output_token_p95', 'later token', 's, 95 %', best='low'),
-                        column('bandwidth_share', 'weights read', 'share of copy rate', best='high')])
+    return table(rows, _token_columns)
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #f25e1b8a
 _throughput = 'throughput_tokens_per_sec'
+
+
+def _further_batches(row):
+    "The batch sizes of a run after its first, as its metrics spell them."
+    beginning = f'{_throughput}_batch'
+    return [name.removeprefix(beginning) for name in row if name.startswith(beginning)]
+
+
+def _batch_row(row, batch, size):
+    "What one further batch size of a run gave, memory in units of `size` bytes."
+    tokens = row[f'{_throughput}_batch{batch}']
+    return dict(run=row['run'], batch=int(batch), tokens=tokens, waits=row[f'avg_latency_batch{batch}'],
+                ratio=tokens / row[_throughput], memory=row[f'peak_memory_gb_batch{batch}'] * 2**30 / size)
 
 
 def batch_rows(rows:list,  # from `compared_rows`
 )->list:                   # run, batch, tokens, waits, memory, ratio; empty when no run asked in batches
     "What the further batch sizes of each run gave."
     _, size = memory_unit(rows)
-    batched = []
-    for row in rows:
-        for name in row:
-            if not name.startswith(f'{_throughput}_batch'):
-                continue
-            batch = name.removeprefix(f'{_throughput}_batch')
-            batched.append(dict(run=row['run'], batch=int(batch), tokens=row[name],
-                                waits=row[f'avg_latency_batch{batch}'], ratio=row[name] / row[_throughput],
-                                memory=row[f'peak_memory_gb_batch{batch}'] * 2**30 / size))
-    return batched
+    return [_batch_row(row, batch, size) for row in rows for batch in _further_batches(row)]
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #408aa221
 def batch_table(rows:list,  # from `compared_rows`
@@ -112,17 +130,22 @@ def batch_table(rows:list,  # from `compared_rows`
         column('memory', 'peak memory', unit, best='low')])
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #122eb593
+def _quality_columns(unit):
+    "The columns of `quality_table` with memory in `unit`."
+    memory = [column('weights', unit=unit, best='low'), column('memory', 'peak memory', unit, best='low')]
+    quality = [column('quantised_share', '8 bits or fewer', 'share'),
+               column('accuracy', 'answers right', 'share', best='high', n='total_queries'),
+               column('answered', 'with a number', 'share'),
+               column('perplexity', best='low', n='text_targets', digits=5),
+               column('bits_per_byte', best='low', digits=4)]
+    return [column('run'), *memory, *quality]
+
+
 def quality_table(rows:list,  # from `compared_rows`
 ):                            # a table for display
     "Memory, right answers and perplexity."
     unit, _ = memory_unit(rows)
-    return table(rows, [column('run'), column('weights', unit=unit, best='low'),
-                        column('memory', 'peak memory', unit, best='low'),
-                        column('quantised_share', '8 bits or fewer', 'share'),
-                        column('accuracy', 'answers right', 'share', best='high', n='total_queries'),
-                        column('answered', 'with a number', 'share'),
-                        column('perplexity', best='low', n='text_targets', digits=5),
-                        column('bits_per_byte', best='low', digits=4)])
+    return table(rows, _quality_columns(unit))
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #2ae16ab2
 def slower_though_smaller(rows:list,  # from `compared_rows`
@@ -138,23 +161,29 @@ def _times(row, base, metric):
     return "the baseline's own" if row is base else f"{row[metric] / base[metric]:.2f} times {base['run']}'s"
 
 
+def _winners(rows, base):
+    "Which run is fastest, which needs the least memory and which predicts text best, in one sentence."
+    fastest = max(rows, key=lambda row: row[_throughput])
+    leanest = min(rows, key=lambda row: row['peak_memory_gb'])
+    best = min(rows, key=lambda row: row['perplexity'])
+    unit, _ = memory_unit(rows)
+
+    return (f"{fastest['run']} made the most tokens per second, {fastest[_throughput]:,.1f} "
+            f"({_times(fastest, base, _throughput)}); {leanest['run']} needed the least memory, "
+            f"{leanest['memory']:,.2f} {unit} ({_times(leanest, base, 'peak_memory_gb')}); "
+            f"{best['run']} had the lowest perplexity, {best['perplexity']:.2f} (n = {best['text_targets']:,} tokens).")
+
+
 def comparison_verdict(rows:list,      # from `compared_rows`
                        baseline:str,   # name of a run
                        comparable:bool,# from `same_terms`
 )->str:
     "Which run is best by each measure, and what limits the comparison."
     base = next(row for row in rows if row['run'] == baseline)
-    fastest = max(rows, key=lambda row: row[_throughput])
-    leanest = min(rows, key=lambda row: row['peak_memory_gb'])
-    best = min(rows, key=lambda row: row['perplexity'])
     slower = slower_though_smaller(rows, base)
-    unit, _ = memory_unit(rows)
 
     sentences = [
-        f"{fastest['run']} made the most tokens per second, {fastest[_throughput]:,.1f} "
-        f"({_times(fastest, base, _throughput)}); {leanest['run']} needed the least memory, "
-        f"{leanest['memory']:,.2f} {unit} ({_times(leanest, base, 'peak_memory_gb')}); "
-        f"{best['run']} had the lowest perplexity, {best['perplexity']:.2f} (n = {best['text_targets']:,} tokens).",
+        _winners(rows, base),
         f"Smaller and yet slower than {baseline}: {', '.join(slower)}." if slower else '',
         '' if any(row['correct'] for row in rows) else
         f"No run gave a right answer (n = {base['total_queries']}): accuracy tells nothing about this model.",

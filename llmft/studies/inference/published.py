@@ -15,6 +15,12 @@ reference_runs = {  # precision -> metrics, as reported
 }
 
 # %% ../../../nbs/studies/inference/02_published.ipynb #8e790906
+_reference_columns = [
+    column('whose'), column('precision'), column('avg_latency', 'a query', 's'),
+    column('throughput_with_prompt_tokens_per_sec', 'tokens, prompt counted', '1/s', digits=4),
+    column('throughput_tokens_per_sec', 'new tokens', '1/s'), column('peak_memory_gb', 'peak memory', 'GiB')]
+
+
 def beside_reference(rows:list,  # one dict per run of ours: model, device, precision, and metrics
 ):                               # a table for display
     "The reference's runs, and those of ours that have the same precision."
@@ -22,11 +28,7 @@ def beside_reference(rows:list,  # one dict per run of ours: model, device, prec
                  for precision, run in reference_runs.items()]
     ours = [dict(row, whose=f"ours: {row['model']}, {row['device']}") for row in rows
             if row['precision'] in reference_runs]
-
-    return table(reference + ours, [
-        column('whose'), column('precision'), column('avg_latency', 'a query', 's'),
-        column('throughput_with_prompt_tokens_per_sec', 'tokens, prompt counted', '1/s', digits=4),
-        column('throughput_tokens_per_sec', 'new tokens', '1/s'), column('peak_memory_gb', 'peak memory', 'GiB')])
+    return table(reference + ours, _reference_columns)
 
 # %% ../../../nbs/studies/inference/02_published.ipynb #bc7323be
 _compared = (('latency of nf4 over fp16', 'avg_latency'),

@@ -30,16 +30,30 @@ def held_size(model,      # from `load_form`
                 copy_bytes_per_sec=machine_peaks()['copy_bytes_per_sec'])
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #f4f12206
+_size_columns = [column('precision'), column('parameters'), column('size', 'weights', 'MiB'),
+                 column('read', 'read for each step', 'MiB'), column('copy', "machine's copy rate", 'GB/s')]
+
+
 def size_table(precision:str,  # of the weights
                size:dict,      # from `held_size`
 ):                             # a table for display
     "How large the weights are, and what each step reads of them."
     row = dict(precision=precision, parameters=size['total'], size=size['bytes'] / 2**20,
                read=size['bytes_read'] / 2**20, copy=size['copy_bytes_per_sec'] / 1e9)
-    return table([row], [column('precision'), column('parameters'), column('size', 'weights', 'MiB'),
-                         column('read', 'read for each step', 'MiB'), column('copy', "machine's copy rate", 'GB/s')])
+    return table([row], _size_columns)
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #7965885c
+def _answer_in_batches(model, tokenizer, prompts, batch_size, params, size):
+    "The answers to all prompts at one batch size: rates, peak_bytes and texts."
+    def tell(done):
+        print(f'batch {batch_size}: {done:,} of {len(prompts):,} questions', flush=True)
+
+    parts, peak_bytes = answer_all(model, prompts, batch_size, params.max_new_tokens, end_tokens(model, tokenizer),
+                                   tokenizer.pad_token_id, params.warmup_tokens, tell, params.compiled)
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for part in parts for ids in part.ids]
+    return dict(rates(parts, size['bytes_read'], size['copy_bytes_per_sec']), peak_bytes=peak_bytes, texts=texts)
+
+
 def answer_batches(model,          # from `load_form`
                    tokenizer,      # the model's
                    prompts:list,   # lists of token ids
@@ -47,43 +61,36 @@ def answer_batches(model,          # from `load_form`
                    size:dict,      # from `held_size`
 )->dict:                           # batch size -> dict of rates and peak_bytes, with texts under 'texts'
     "The answers to all prompts at every batch size, and how long they took."
-    stop_ids = end_tokens(model, tokenizer)
-    answers = {}
-
-    for batch_size in params.batch_sizes:
-        def tell(done, batch_size=batch_size):
-            print(f'batch {batch_size}: {done:,} of {len(prompts):,} questions', flush=True)
-
-        parts, peak_bytes = answer_all(model, prompts, batch_size, params.max_new_tokens, stop_ids,
-                                       tokenizer.pad_token_id, params.warmup_tokens, tell, params.compiled)
-        texts = [tokenizer.decode(ids, skip_special_tokens=True) for part in parts for ids in part.ids]
-        answers[batch_size] = dict(rates(parts, size['bytes_read'], size['copy_bytes_per_sec']),
-                                   peak_bytes=peak_bytes, texts=texts)
-    return answers
+    return {batch_size: _answer_in_batches(model, tokenizer, prompts, batch_size, params, size)
+            for batch_size in params.batch_sizes}
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #80a0392d
+_speed_columns = [
+    column('batch'), column('total_queries', 'queries'), column('total_tokens', 'new tokens'),
+    column('throughput_tokens_per_sec', 'new tokens', '1/s', best='high'),
+    column('avg_latency', 'a query waits', 's', best='low'),
+    column('time_to_first_token', 'first token', 's, median'),
+    column('time_per_output_token', 'later token', 's, median', n='decoding_steps'),
+    column('time_per_output_token_p95', 'later token', 's, 95 %'),
+    column('bandwidth_share', 'weights read', 'share of copy rate'), column('memory', 'peak memory', 'MiB')]
+
+
 def speed_table(answers:dict,  # from `answer_batches`
 ):                             # a table for display
     "Throughput, waiting times and memory of every batch size."
-    rows = [dict(answer, batch=batch_size, memory=answer['peak_bytes'] / 2**20)
-            for batch_size, answer in answers.items()]
-    return table(rows, [
-        column('batch'), column('total_queries', 'queries'), column('total_tokens', 'new tokens'),
-        column('throughput_tokens_per_sec', 'new tokens', '1/s', best='high'),
-        column('avg_latency', 'a query waits', 's', best='low'),
-        column('time_to_first_token', 'first token', 's, median'),
-        column('time_per_output_token', 'later token', 's, median', n='decoding_steps'),
-        column('time_per_output_token_p95', 'later token', 's, 95 %'),
-        column('bandwidth_share', 'weights read', 'share of copy rate'), column('memory', 'peak memory', 'MiB')])
+    return table([dict(answer, batch=batch_size, memory=answer['peak_bytes'] / 2**20)
+                  for batch_size, answer in answers.items()], _speed_columns)
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #5a8761dd
+_quality_columns = [column('accuracy', 'right', 'share', n='questions'), column('answered', 'with a number', 'share'),
+                    column('perplexity', n='targets'), column('bits_per_byte')]
+
+
 def quality_table(marks:dict,    # from `score`
                   judged:dict,   # from `judge`
 ):                               # a table for display
     "The share of right answers, and how well the model predicts held-out text."
-    return table([dict(marks, **judged)], [column('accuracy', 'right', 'share', n='questions'),
-                                           column('answered', 'with a number', 'share'),
-                                           column('perplexity', n='targets'), column('bits_per_byte')])
+    return table([dict(marks, **judged)], _quality_columns)
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #2b8e242b
 def answer_rows(problems:list,  # rows with question and answer
@@ -101,6 +108,18 @@ def _rates_of(answer):
     return kept | dict(peak_memory_gb=answer['peak_bytes'] / 2**30)
 
 
+def _size_metrics(size):
+    "The numbers of `held_size` under the names of the metrics."
+    return dict(model_size_gb=size['bytes'] / 2**30, quantised_share=size['share'],
+                copy_bytes_per_sec=size['copy_bytes_per_sec'])
+
+
+def _quality_metrics(marks, judged):
+    "Right answers and held-out text under the names of the metrics."
+    return dict(accuracy=marks['accuracy'], correct=marks['correct'], answered=marks['answered'],
+                perplexity=judged['perplexity'], bits_per_byte=judged['bits_per_byte'], text_targets=judged['targets'])
+
+
 def inference_metrics(params,        # precision, compute, max_new_tokens
                       size:dict,     # from `held_size`
                       answers:dict,  # from `answer_batches`
@@ -109,12 +128,9 @@ def inference_metrics(params,        # precision, compute, max_new_tokens
 )->dict:
     "Every number of an inference run under its own name."
     first, *others = answers
-    metrics = _rates_of(answers[first]) | dict(
-        precision=params.precision, compute=params.compute, max_new_tokens=params.max_new_tokens, batch_size=first,
-        model_size_gb=size['bytes'] / 2**30, quantised_share=size['share'],
-        copy_bytes_per_sec=size['copy_bytes_per_sec'], accuracy=marks['accuracy'], correct=marks['correct'],
-        answered=marks['answered'], perplexity=judged['perplexity'], bits_per_byte=judged['bits_per_byte'],
-        text_targets=judged['targets'])
+    settings = dict(precision=params.precision, compute=params.compute, max_new_tokens=params.max_new_tokens,
+                    batch_size=first)
+    metrics = _rates_of(answers[first]) | settings | _size_metrics(size) | _quality_metrics(marks, judged)
 
     for batch_size in others:
         metrics |= {f'{name}_batch{batch_size}': value for name, value in _rates_of(answers[batch_size]).items()}

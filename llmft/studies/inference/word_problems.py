@@ -100,13 +100,8 @@ def _draw(rng):
 _draws_per_problem = 50  # tried before there are said to be too few
 
 
-def word_problems(count:int,  # problems wanted
-                  seed:int=0, # the only thing they depend on
-)->list:                      # dicts with question and answer, as in GSM8K
-    "Different arithmetic word problems of one or two steps, every calculation checked; a `LabError` for too many."
-    if count < 1:
-        raise LabError(f'{count} problems are asked for: give at least 1')
-
+def _draw_problems(count, seed):
+    "Question -> answer of the first `count` different problems, or of fewer where there are no more."
     answers = {}
     for number in range(_draws_per_problem * count):
         words, numbers = _draw(purpose_rng(seed, 'word problem', number))
@@ -115,7 +110,17 @@ def word_problems(count:int,  # problems wanted
         answers.setdefault(question.format(**words, **numbers), f'{lines}\n#### {result}')
         if len(answers) == count:
             break
+    return answers
 
+
+def word_problems(count:int,  # problems wanted
+                  seed:int=0, # the only thing they depend on
+)->list:                      # dicts with question and answer, as in GSM8K
+    "Different arithmetic word problems of one or two steps, every calculation checked; a `LabError` for too many."
+    if count < 1:
+        raise LabError(f'{count} problems are asked for: give at least 1')
+
+    answers = _draw_problems(count, seed)
     if len(answers) < count:
         raise LabError(f'there are not {count} different problems: ask for fewer')
     wrong = [calculation for answer in answers.values() for calculation in wrong_calculations(answer)]
@@ -168,6 +173,12 @@ def _checked(row):
     return problem
 
 
+def _rows_of(data, config, split):
+    "The rows of a table, those of one split where it has splits."
+    splits = read_splits(data, config, ('question', 'answer'), instead='data=builtin:arithmetic or --small')
+    return splits[''] if '' in splits else choose(f"the split of data '{data}'", split, splits)
+
+
 def read_problems(data:str,        # 'builtin:arithmetic', a file or folder of tables, or a hub name
                   config:str='',   # a hub data set's configuration, for GSM8K 'main'
                   split:str='test',# of a hub data set
@@ -180,9 +191,7 @@ def read_problems(data:str,        # 'builtin:arithmetic', a file or folder of t
     if data.startswith('builtin:'):
         raise LabError(f"there are no built-in problems '{data}': use builtin:arithmetic, a .jsonl file or a hub name")
 
-    splits = read_splits(data, config, ('question', 'answer'), instead='data=builtin:arithmetic or --small')
-    rows = splits[''] if '' in splits else choose(f"the split of data '{data}'", split, splits)
-    problems = [_checked(row) for row in itertools.islice(rows, count or None)]
+    problems = [_checked(row) for row in itertools.islice(_rows_of(data, config, split), count or None)]
     if len(problems) < max(count, 1):
         raise LabError(f'data {data} has {len(problems)} rows and {max(count, 1)} are asked for: '
                        'lower num_questions, or 0 for all')

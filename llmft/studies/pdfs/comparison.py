@@ -10,16 +10,18 @@ __all__ = ['compared_rows', 'same_held_out', 'settings_table', 'comparison_table
 from ...runs.tables import column, table
 
 # %% ../../../nbs/studies/pdfs/04_comparison.ipynb #dbc365e7
+def _compared(name, result):
+    "Parameters and metrics of one run in one row."
+    record = result['record']
+    metrics = result['metrics']
+    course = dict(run=name, seconds_per_step=metrics['total_time_seconds'] / metrics['steps'])
+    return course | record['params'] | metrics | dict(held_out=record['meta']['data']['valid']['sha256'])
+
+
 def compared_rows(results:dict,  # name of the run -> what `read_result` gives
 )->list:                         # one dict per run: parameters, metrics, seconds_per_step and held_out, a hash
     "What the tables and the verdict read."
-    rows = []
-    for name, result in results.items():
-        record = result['record']
-        metrics = result['metrics']
-        rows.append(dict(run=name, seconds_per_step=metrics['total_time_seconds'] / metrics['steps'])
-                    | record['params'] | metrics | dict(held_out=record['meta']['data']['valid']['sha256']))
-    return rows
+    return [_compared(name, result) for name, result in results.items()]
 
 # %% ../../../nbs/studies/pdfs/04_comparison.ipynb #854e703e
 def same_held_out(rows:list,  # from `compared_rows`
@@ -36,17 +38,18 @@ def settings_table(rows:list,  # from `compared_rows`
                         column('lora_alpha', 'alpha'), 'held_out'])
 
 # %% ../../../nbs/studies/pdfs/04_comparison.ipynb #d87f758c
+_comparison_columns = [
+    column('run'), column('max_batch_size', 'largest batch', 'rows', best='high'), column('search_trials', 'trials'),
+    column('memory_limit_gb', 'limit', 'GiB'), column('peak_memory_gb', 'peak in training', 'GiB', best='low'),
+    column('effective_batch_size', 'effective batch', 'rows'), column('seconds_per_step', 'step', 's', best='low'),
+    column('tokens_per_sec', 'real tokens', '1/s', best='high'), column('perplexity_before', 'perplexity', 'before'),
+    column('perplexity_after', 'perplexity', 'after', best='low', n='valid_targets')]
+
+
 def comparison_table(rows:list,  # from `compared_rows`
 ):                               # a table for display
     "Rows that fit, memory, time and perplexity, the best of each column in bold."
-    return table(rows, [
-        column('run'), column('max_batch_size', 'largest batch', 'rows', best='high'),
-        column('search_trials', 'trials'), column('memory_limit_gb', 'limit', 'GiB'),
-        column('peak_memory_gb', 'peak in training', 'GiB', best='low'),
-        column('effective_batch_size', 'effective batch', 'rows'), column('seconds_per_step', 'step', 's', best='low'),
-        column('tokens_per_sec', 'real tokens', '1/s', best='high'),
-        column('perplexity_before', 'perplexity', 'before'),
-        column('perplexity_after', 'perplexity', 'after', best='low', n='valid_targets')])
+    return table(rows, _comparison_columns)
 
 # %% ../../../nbs/studies/pdfs/04_comparison.ipynb #d668f922
 def winners(rows:list,  # from `compared_rows`

@@ -13,10 +13,13 @@ reference_run = dict(study='reference', files='747 / 83', chunks='12,634 / 2,901
                      loss=2.0995, perplexity=8.18, device='A100-80GB')
 
 # %% ../../../nbs/studies/pdfs/02_published.ipynb #e0dd3936
+_reference_columns = [
+    'study', column('files', 'files', 'train / test'), column('chunks', 'chunks', 'train / test'),
+    column('largest', 'largest batch', 'rows'), column('minutes', 'training', 'min'),
+    column('loss', 'held-out loss', 'nats/token'), 'perplexity', 'device']
+
+
 def beside_reference(ours:dict,  # the same fields as `reference_run`
 ):                               # a table for display
     "The reference's run and ours, row by row."
-    return table([reference_run, ours], [
-        'study', column('files', 'files', 'train / test'), column('chunks', 'chunks', 'train / test'),
-        column('largest', 'largest batch', 'rows'), column('minutes', 'training', 'min'),
-        column('loss', 'held-out loss', 'nats/token'), 'perplexity', 'device'])
+    return table([reference_run, ours], _reference_columns)

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['most_files_shown', 'blanks', 'data_table', 'file_table', 'files_in_words', 'trial_table', 'trial_bars',
-           'learning_rate_curve', 'perplexity_band', 'before_and_after', 'log_line', 'training_log', 'write_stats',
-           'final_facts', 'fill_report', 'report_values', 'conclude', 'training_metrics', 'search_metrics',
-           'quality_metrics']
+           'perplexity_band', 'before_and_after', 'log_line', 'training_log', 'write_stats', 'final_facts',
+           'fill_report', 'report_values', 'conclude', 'search_metrics', 'quality_metrics']
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #6669f468
 import datetime
@@ -18,7 +17,7 @@ from matplotlib import rc_context
 
 from ...core import write_atomic
 from ...runs.figures import Plot, byte_unit, ink, muted, new_plot, palette, style
-from ...runs.tables import column, table
+from ...runs.tables import column, evaluation_table, table
 from ...training.fit import FitResult
 from ...training.recipe import Recipe
 from .setup import PdfData
@@ -38,6 +37,14 @@ def data_table(data:PdfData,    # of the run
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #e0d2fa7b
 most_files_shown = 20
+_file_columns = ['file', 'bytes', 'pages', column('read', 'pages read'), 'characters', column('used', 'used for'),
+                 column('why', 'why not')]
+
+
+def _file_row(file, used_for):
+    "What became of one file; `used_for` is its side."
+    return dict(file=file.name, bytes=file.bytes, pages=file.pages, read=file.read, characters=file.characters,
+                used=used_for, why=file.skipped)
 
 
 def file_table(data:PdfData,  # of the run
@@ -45,12 +52,8 @@ def file_table(data:PdfData,  # of the run
     "What became of the files: all that were skipped, and the first of those that were used."
     used_for = {name: side for side in ('train', 'test') for name in data.split[f'{side}_files']}
     skipped = [file for file in data.files if file.skipped]
-    rows = [dict(file=file.name, bytes=file.bytes, pages=file.pages, read=file.read, characters=file.characters,
-                 used=used_for.get(file.name, 'no'), why=file.skipped)
-            for file in skipped + data.used[:most_files_shown]]
-
-    return table(rows, ['file', 'bytes', 'pages', column('read', 'pages read'), 'characters',
-                        column('used', 'used for'), column('why', 'why not')])
+    return table([_file_row(file, used_for.get(file.name, 'no'))
+                  for file in skipped + data.used[:most_files_shown]], _file_columns)
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #586b7ca8
 def files_in_words(data:PdfData,  # of the run
@@ -63,18 +66,22 @@ def files_in_words(data:PdfData,  # of the run
     return f'{files:,} files, {used:,} used, {files - used:,} skipped{further}'
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #49dcce55
+_trial_columns = [column('trial'), column('batch', 'batch', 'rows'), column('fits'),
+                  column('predicted', 'predicted', 'MiB'), column('measured', 'measured', 'MiB'),
+                  column('seconds', 'time', 's'), column('why', 'what stopped it')]
+
+
+def _mib(count):
+    "Bytes in MiB; `None` stays."
+    return count and count / 2**20
+
+
 def trial_table(trials:list,  # of `Trial`, in the order they were made
 ):                            # a table for display
     "What each trial of the search was predicted to take and what it took."
-    def mib(count):
-        return count and count / 2**20
-
-    rows = [dict(trial=number, batch=trial.batch, fits=trial.fits, predicted=mib(trial.predicted_bytes),
-                 measured=mib(trial.peak_bytes), seconds=trial.seconds, why=trial.why)
-            for number, trial in enumerate(trials, 1)]
-    return table(rows, [column('trial'), column('batch', 'batch', 'rows'), column('fits'),
-                        column('predicted', 'predicted', 'MiB'), column('measured', 'measured', 'MiB'),
-                        column('seconds', 'time', 's'), column('why', 'what stopped it')])
+    return table([dict(trial=number, batch=trial.batch, fits=trial.fits, predicted=_mib(trial.predicted_bytes),
+                       measured=_mib(trial.peak_bytes), seconds=trial.seconds, why=trial.why)
+                  for number, trial in enumerate(trials, 1)], _trial_columns)
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #ef837eb0
 def _draw_trial(axes, place, trial, limit, size):
@@ -85,6 +92,11 @@ def _draw_trial(axes, place, trial, limit, size):
         axes.plot(place, limit / size, 'x', color=palette[1], markersize=9, markeredgewidth=2)
     if trial.predicted_bytes:
         axes.plot(place, trial.predicted_bytes / size, '_', color=ink, markersize=22, markeredgewidth=1.6)
+
+
+def _trial_name(trial):
+    "The batch of a trial and whether it fits, for the axis."
+    return f"{trial.batch}\n{'fits' if trial.fits else 'too large'}"
 
 
 @rc_context(style)
@@ -99,21 +111,9 @@ def trial_bars(trials:list,  # with batch, fits, peak_bytes and predicted_bytes,
         _draw_trial(axes, place, trial, limit, size)
     axes.axhline(limit / size, color=muted, linewidth=1.2, linestyle='--')
 
-    axes.set_xticks(range(len(trials)), [f"{trial.batch}\n{'fits' if trial.fits else 'too large'}" for trial in trials])
+    axes.set_xticks(range(len(trials)), [_trial_name(trial) for trial in trials])
     axes.set(xlabel='batch tried, rows of full length', ylabel=f'memory, {unit}')
     axes.grid(axis='x', visible=False)
-    return plot
-
-# %% ../../../nbs/studies/pdfs/03_report.ipynb #04da1c61
-@rc_context(style)
-def learning_rate_curve(log:list,   # objects of log.jsonl
-                        steps:int,  # planned
-)->Plot:
-    "The learning rate of every logged step, on an axis as long as the run was planned."
-    rows = [row for row in log if 'learning_rate' in row]
-    plot, axes = new_plot('Learning rate', f'each logged step · {steps:,} steps were planned', height=3)
-    axes.plot([row['step'] for row in rows], [row['learning_rate'] for row in rows], color=palette[0], linewidth=1.8)
-    axes.set(xlabel='optimiser step', ylabel='learning rate', xlim=(0, steps), ylim=(0, None))
     return plot
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #0a9a5ef5
@@ -132,11 +132,8 @@ def before_and_after(before:dict,  # from `judge`, before training
                      after:dict,   # the same afterwards
 ):                                 # a table for display
     "Loss and perplexity of the held-out chunks before and after training, with what the study calls them."
-    rows = [dict(when=when, band=perplexity_band(judged['perplexity']), **judged)
-            for when, judged in (('before', before), ('after', after))]
-    return table(rows, [column('when'), column('loss', 'loss', 'nats/token'), column('perplexity', best='low'),
-                        column('bits_per_byte', best='low'), column('targets', 'tokens'),
-                        column('documents', 'chunks'), column('band', 'interpretation')])
+    named_before, named_after = (dict(judged, band=perplexity_band(judged['perplexity'])) for judged in (before, after))
+    return evaluation_table(named_before, named_after, [column('band', 'interpretation')], documents='chunks')
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #5b965301
 def log_line(entry:dict,  # an object that `fit` logs
@@ -238,28 +235,23 @@ def conclude(params,        # lora_rank, quantisation, gradient_checkpointing, o
             f"{split['test_size']} others from "
             f'{before:.1f} to {after:.1f} ({abs(change):.0%}).')
 
-# %% ../../../nbs/studies/pdfs/03_report.ipynb #59f91a2e
-def training_metrics(result:FitResult,  # from `launch`
-)->dict:
-    "What the training itself reports: steps, tokens, speed, memory, trained parameters."
-    progress = result.progress
-    return dict(steps=progress.step, planned_steps=result.steps, stopped=progress.stopped,
-                best_step=progress.best_step, total_time_seconds=progress.seconds, real_tokens=progress.tokens,
-                fill=progress.tokens / progress.slots, tokens_per_sec=result.tokens_per_sec, flops=progress.flops,
-                trainable_parameters=result.trainable, peak_memory_gb=result.peak_bytes / 2**30)
-
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #8d3cf3a3
+def _predicted_bytes(trials, largest):
+    "The estimate for the largest batch; `None` where no trial of it has one."
+    return next((trial.predicted_bytes for trial in trials if trial.batch == largest and trial.predicted_bytes), None)
+
+
 def search_metrics(trials:list,    # of `Trial`
                    largest:int,    # rows that fit at once
                    limit:int,      # bytes that a step might use
                    recipe:Recipe,  # as the run trained
 )->dict:
     "What the search found and what was made of it."
-    predicted = [trial.predicted_bytes for trial in trials if trial.batch == largest and trial.predicted_bytes]
+    predicted = _predicted_bytes(trials, largest)
     return dict(max_batch_size=largest, batch_size=recipe.batch_size,
                 gradient_accumulation=recipe.gradient_accumulation,
                 effective_batch_size=recipe.batch_size * recipe.gradient_accumulation, search_trials=len(trials),
-                memory_limit_gb=limit / 2**30, predicted_memory_gb=predicted[0] / 2**30 if predicted else None)
+                memory_limit_gb=limit / 2**30, predicted_memory_gb=predicted and predicted / 2**30)
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #48903e02
 def quality_metrics(data:PdfData,  # of the run
