@@ -99,7 +99,7 @@ def test_imports_go_one_way():
         ('studies/pdfs/report.py', 'from ..code.tasks import Task', 'imports the study'),
         ('core.py', 'def late():\n    from llmft.cli import app', 'a layer above'),
         ('models/load.py', 'from . import adapters', 'circle'),
-        ('training/losses.py', 'from ..inference.latency import x', 'circle'),
+        ('bounds/bounds.py', 'from .certificates import x', 'circle'),
     ],
 )
 def test_a_wrong_import_is_named(path, line, word):
