@@ -142,7 +142,7 @@ def _summed_loss(model, batches, group):
     return total, targets
 
 
-_largest_exponent = 700  # e to a larger one is no float
+_largest_exponent = 700  # e to a little more is beyond the range of floats
 
 
 @torch.no_grad()
