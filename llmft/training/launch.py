@@ -54,12 +54,11 @@ def _size(examples):
     return None if examples is None else [len(examples), int(examples.supervised().sum())]
 
 
-def built_facts(
-    model,  # what `build` gives
-    train,  # training examples
-    valid,  # held-out examples, or None
-    weights: bool = True,  # whether the trained weights are hashed as well
-) -> dict:  # JSON-like; sizes are [examples, targets]
+def built_facts(model,              # what `build` gives
+                train,              # training examples
+                valid,              # held-out examples, or None
+                weights:bool=True,  # whether the trained weights are hashed as well
+)->dict:                            # JSON-like; sizes are [examples, targets]
     "What the notebook and every rank must build alike."
     facts = {'training data': _size(train), 'held-out data': _size(valid)}
     if weights:
@@ -67,9 +66,8 @@ def built_facts(
     return facts
 
 # %% ../../nbs/training/09_launch.ipynb #3ff91c9c
-def check_built(
-    expected: dict,  # `built_facts` of the notebook
-    facts: dict,  # `built_facts` of this rank; a fact that is missing is not compared
+def check_built(expected:dict,  # `built_facts` of the notebook
+                facts:dict,     # `built_facts` of this rank; a fact that is missing is not compared
 ):
     "A `LabError` when a rank built something else than the notebook."
     differing = [name for name, value in facts.items() if expected.get(name) != value]
@@ -194,9 +192,8 @@ def be_a_rank(file):
     dist.destroy_process_group()
 
 # %% ../../nbs/training/09_launch.ipynb #fc51c7b0
-def rendezvous(
-    count: int,  # processes on this host
-) -> list:
+def rendezvous(count:int,  # processes on this host
+)->list:
     "torchrun's arguments that say how the processes find each other."
     hosts = int(os.environ.get('NNODES', 1))
     if hosts == 1:
@@ -247,10 +244,9 @@ def _rank_environment(count):
     return os.environ | settings | dict(TOKENIZERS_PARALLELISM='false')
 
 
-def start_ranks(
-    order: Path,  # from `write_order`
-    count: int,  # processes on this host
-) -> subprocess.Popen:  # torchrun; its standard output is what the ranks print
+def start_ranks(order:Path,  # from `write_order`
+                count:int,   # processes on this host
+)->subprocess.Popen:         # torchrun; its standard output is what the ranks print
     "Start the ranks of this host; what they write to standard error goes to launch/stderr.log."
     agent = [sys.executable, '-c', agent_code, str(order.parent / 'failures.json')]
     rank = ['--no-python', sys.executable, '-u', '-W', 'ignore', '-c', rank_code, str(order)]
@@ -289,10 +285,9 @@ def _precedence(failure, error):
     return 0 if failure['exitcode'] < 0 else 1
 
 
-def culprit(
-    failures: list,  # dicts with rank, exitcode and time, as torchrun tells them
-    errors: dict,  # rank -> dict with kind and text, where a rank could say what went wrong
-) -> dict:  # one of the failures
+def culprit(failures:list,  # dicts with rank, exitcode and time, as torchrun tells them
+            errors:dict,    # rank -> dict with kind and text, where a rank could say what went wrong
+)->dict:                    # one of the failures
     "The failure that came first, rather than those that followed from it."
     return min(failures, key=lambda failure: (_precedence(failure, errors.get(failure['rank'])), failure['time']))
 
@@ -307,10 +302,9 @@ def _cause(error, exitcode):
     return f'killed by signal {-exitcode} ({signal.Signals(-exitcode).name}){memory}'
 
 
-def tell_failure(
-    launch_folder,  # the folder launch/ of the run
-    world: int,  # number of ranks
-) -> Exception:  # a `LabError` when that is what the rank met
+def tell_failure(launch_folder,  # the folder launch/ of the run
+                 world:int,      # number of ranks
+)->Exception:                    # a `LabError` when that is what the rank met
     "The error to raise for ranks that failed: which, and why."
     launch_folder = Path(launch_folder)
     errors = {error['rank']: error for error in map(read_json, launch_folder.glob('error-*.json'))}
@@ -351,11 +345,10 @@ def _show(entry, bar, on_log):
         on_log(entry)
 
 
-def follow(
-    process: subprocess.Popen,  # torchrun
-    on_log=None,  # called with every logged object
-    steps: int = 0,  # of the run, for the bar
-) -> int:  # exit status
+def follow(process:subprocess.Popen,  # torchrun
+           on_log=None,               # called with every logged object
+           steps:int=0,               # of the run, for the bar
+)->int:                               # exit status
     "Pass on what the ranks print and log until they have ended; an interruption ends them."
     from tqdm.auto import tqdm
 
@@ -399,10 +392,9 @@ def set_apart(model):
 
 # %% ../../nbs/training/09_launch.ipynb #d9caa481
 @torch.no_grad()
-def take_weights(
-    model,  # built like the one that was trained; changed in place
-    folder,  # the run's folder
-    step: int,  # of the checkpoint
+def take_weights(model,     # built like the one that was trained; changed in place
+                 folder,    # the run's folder
+                 step:int,  # of the checkpoint
 ):
     "Give `model` the trained weights of a checkpoint; a `LabError` when one is missing or of another shape."
     weights = load_checkpoint(Path(folder) / 'checkpoints' / f'step-{step:06d}')[0]['weights']
