@@ -42,7 +42,7 @@ experiments = dict(
     pretrain=('pretrain/base', pretraining, as_they_are, dict(num_samples=12, num_eval_samples=2, max_length=64)),
     instruct=('instruct/diverse', instruct, as_they_are, dict(num_samples=24, max_length=128)),
     pdf_finetune=('pdf_finetune/all', pdfs.pdf_finetuning, pdf_params, dict(max_pages=2, max_length=64)),
-    forecast_train=('forecast_train/final', forecasting.build, forecasting.with_data, dict(max_length=128)),
+    forecast_train=('forecast_train/final', forecasting.build, forecasting.with_data, dict(data='', max_length=128)),
     sublora_train=('sublora_train/d1000_uniform', sublora.build, sublora_params, dict(documents=200)),
 )
 
@@ -75,12 +75,13 @@ def test_two_processes_have_the_losses_of_one(name, tmp_path, monkeypatch):
     assert order['processes']['nproc'] == 2 and order['processes']['strategy'] == 'ddp'
     alone, together = losses(tmp_path / 'alone'), losses(tmp_path / 'together')
     assert len(alone) == len(together) >= 2
-    assert together == pytest.approx(alone, abs=2e-5)
+    assert together == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.parametrize('name', list(experiments))
 def test_the_notebook_trains_through_launch(name):
     text = '\n'.join(source(cell) for cell in cells(nbs / f'experiments/{name}.ipynb'))
     assert 'launch(' in text and ' fit(' not in text
-    for parameter in ('nproc: int', 'strategy: str', 'offload_optimiser: bool', 'offload_weights: bool'):
+    offloading = ['offload_optimiser: bool', 'offload_weights: bool'] if name != 'sublora_train' else []  # shards nothing
+    for parameter in ['nproc: int', 'strategy: str', *offloading]:
         assert parameter in text, f'{name} has no parameter {parameter}'

@@ -95,8 +95,8 @@ def test_notebooks_are_clean_and_cleaning_keeps_the_parameters_tag(tmp_path):
             'cleaning a dirty notebook does not give the clean one'
         )
     tags = sum('parameters' in cell['metadata'].get('tags', []) for path in notebooks for cell in cells(path))
-    assert tags == len(experiments), (
-        f'{tags} cells tagged `parameters` after cleaning, for {len(experiments)} experiments'
+    assert tags == len(experiments) + 1, (
+        f'{tags} cells tagged `parameters` after cleaning, for {len(experiments)} experiments and the explorer'
     )
 
 
@@ -167,7 +167,7 @@ def test_config_says_what_it_is(path):
 @pytest.mark.parametrize('small', [False, True], ids=['full', 'small'])
 @pytest.mark.parametrize('path', sweeps, **by_name)
 def test_sweep_fits_its_notebooks(path, small):
-    points = importlib.import_module('llmft.runs.sweeps').sweep_points(path, small)
+    points = importlib.import_module('llmft.runs.sweep_file').sweep_points(path, small)
     assert len(points) >= 2
 
 

@@ -54,16 +54,13 @@ def _size(examples):
     return None if examples is None else [len(examples), int(examples.supervised().sum())]
 
 
-def built_facts(model,              # what `build` gives
-                train,              # training examples
-                valid,              # held-out examples, or None
-                weights:bool=True,  # whether the trained weights are hashed as well
-)->dict:                            # JSON-like; sizes are [examples, targets]
+def built_facts(model,  # what `build` gives
+                train,  # training examples
+                valid,  # held-out examples, or None
+)->dict:                # JSON-like; sizes are [examples, targets], weights are hashed
     "What the notebook and every rank must build alike."
-    facts = {'training data': _size(train), 'held-out data': _size(valid)}
-    if weights:
-        facts['trained weights'] = weights_hash(trainable_parameters(model))
-    return facts
+    weights = weights_hash(trainable_parameters(model))
+    return {'training data': _size(train), 'held-out data': _size(valid), 'trained weights': weights}
 
 # %% ../../nbs/training/09_launch.ipynb #3ff91c9c
 def check_built(expected:dict,  # `built_facts` of the notebook
@@ -139,12 +136,12 @@ def _send_log(entry):
     print(log_mark + json.dumps(entry), flush=True)
 
 
-def _build(order, first):
+def _build(order):
     "(model, training, held-out examples) as `order` says; a `LabError` when they are not those of the notebook."
     module, name = order['build']
     built = getattr(import_module(module), name)(SimpleNamespace(**order['params']))
     if order['built']:
-        check_built(order['built'], built_facts(*built, weights=first))
+        check_built(order['built'], built_facts(*built))
     return built
 
 
@@ -158,7 +155,7 @@ def _group_ledger(order, config, first):
 def _train(order) -> FitResult:
     "Build what `order` says, join the other ranks and train."
     first = os.environ['RANK'] == '0'  # its host is the notebook's, so its weights are drawn alike
-    model, train, valid = _build(order, first)
+    model, train, valid = _build(order)
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
     ledger = _group_ledger(order, model.config, first)
 
