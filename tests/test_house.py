@@ -35,7 +35,7 @@ from house import (
 )
 
 
-def report(wrong, looked, least):
+def assert_kept(wrong, looked, least):
     "Fail with every breach, and when fewer things were looked at than there must be."
     assert looked >= least, f'only {looked} were looked at, {least} at least were expected'
     assert not wrong, f'{len(wrong)} breaches:\n' + '\n'.join(wrong)
@@ -67,7 +67,7 @@ def test_lines_have_at_most_120_columns():
                 literal = cell in tagged_cells(path) and len(line.partition('  # ')[0]) > 100
                 if len(line) > 120 and not literal:  # a text parameter is one literal, however long
                     wrong.append(f'{place(path)}: {len(line)} columns: {line.strip()[:60]}')
-    report(wrong, looked, 8000)
+    assert_kept(wrong, looked, 8000)
 
 
 def test_functions_are_small():
@@ -85,7 +85,7 @@ def test_functions_are_small():
         wrong.append(f'the median function has {median} tokens: about 55 are wanted, 60 at most')
     if nine_in_ten > 180:
         wrong.append(f'nine in ten functions are below {nine_in_ten} tokens: 180 at most')
-    report(wrong, len(sizes), 700)
+    assert_kept(wrong, len(sizes), 700)
 
 
 def test_long_functions_have_paragraphs():
@@ -96,7 +96,7 @@ def test_long_functions_have_paragraphs():
             looked += 1
             if all(line.strip() for line in inner):
                 wrong.append(f'{place(path)}: {function.name}: put a blank line between its steps')
-    report(wrong, looked, 50)
+    assert_kept(wrong, looked, 50)
 
 
 def test_one_thing_per_statement():
@@ -105,7 +105,7 @@ def test_one_thing_per_statement():
         looked += 1
         wrong += [f'{place(path)}: several things in one assignment: {text[:80]}' for text in joined_assignments(tree)]
         wrong += [f'{place(path)}: a chained conditional: {text[:80]}' for text in chained_conditionals(tree)]
-    report(wrong, looked, 500)
+    assert_kept(wrong, looked, 500)
 
 
 def test_one_public_definition_per_export_cell():
@@ -115,7 +115,7 @@ def test_one_public_definition_per_export_cell():
         names = [node.name for node in public_definitions(tree)]
         if len(names) > 1:
             wrong.append(f'{place(path)}: {", ".join(names)} stand in one cell')
-    report(wrong, looked, 500)
+    assert_kept(wrong, looked, 500)
 
 
 def test_ruff_is_content():
@@ -139,7 +139,7 @@ def test_library_notebooks_have_a_module_and_a_promise():
         last = cells(path)[-1]
         if last['cell_type'] != 'code' or 'hide' not in directives(last) or 'nbdev.nbdev_export()' not in source(last):
             wrong.append(f'{place(path)}: end with the hidden cell `import nbdev; nbdev.nbdev_export()`')
-    report(wrong, len(library), 50)
+    assert_kept(wrong, len(library), 50)
 
 
 def exported_lines(path):
@@ -157,7 +157,7 @@ def test_lessons_outweigh_exports():
             )
         if words < 1.5 * lines:
             wrong.append(f'{place(path)}: {words} words for {lines} exported lines: 1.5 per line at least')
-    report(wrong, len(library), 50)
+    assert_kept(wrong, len(library), 50)
 
 
 def test_every_public_name_appears_in_a_lesson():
@@ -171,7 +171,7 @@ def test_every_public_name_appears_in_a_lesson():
                 looked += 1
                 if not re.search(rf'\b{name}\b', lessons):
                     wrong.append(f'{place(path)}: no lesson shows {name}')
-    report(wrong, looked, 600)
+    assert_kept(wrong, looked, 600)
 
 
 def test_imports_have_cells_of_their_own():
@@ -187,7 +187,7 @@ def test_imports_have_cells_of_their_own():
                     wrong.append(
                         f'{place(path)}: imports and other code in one cell, which the docs would run:\n{source(cell)}'
                     )
-    report(wrong, looked, 100)
+    assert_kept(wrong, looked, 100)
 
 
 def undocumented(function, notes):
@@ -215,7 +215,7 @@ def test_public_definitions_are_documented():
                 wrong += [f'{place(path)}: {message}' for message in undocumented(node, comments(text))]
             elif not ast.get_docstring(node):
                 wrong.append(f'{place(path)}: {node.name} has no docstring')
-    report(wrong, looked, 500)
+    assert_kept(wrong, looked, 500)
 
 
 # ---- experiment notebooks
@@ -256,7 +256,7 @@ def wrong_parameters(path):
 
 def test_parameters_are_literals_with_comments():
     wrong = [f'{place(path)}: {message}' for path in experiments for message in wrong_parameters(path)]
-    report(wrong, len(experiments), 20)
+    assert_kept(wrong, len(experiments), 20)
 
 
 def test_experiments_leave_the_work_to_the_library():
@@ -269,7 +269,7 @@ def test_experiments_leave_the_work_to_the_library():
                 wrong.append(f'{place(path)}: outputs are left in:\n{source(cell)[:200]}')
             if len(lines) > 10 and cell not in tagged_cells(path):
                 wrong.append(f'{place(path)}: {len(lines)} lines in a cell, ten at most: {lines[0][:70]}')
-    report(wrong, looked, 200)
+    assert_kept(wrong, looked, 200)
 
 
 def test_experiments_open_in_colab():
@@ -284,7 +284,7 @@ def test_experiments_open_in_colab():
         unguarded = [line for line in lines if re.match(r'[!%]\s*pip|get_ipython', line)]
         if unguarded:
             wrong.append(f'{place(path)}: outside Colab this must do nothing: {unguarded}')
-    report(wrong, len(experiments), 20)
+    assert_kept(wrong, len(experiments), 20)
 
 
 # ---- the rules see what they must
