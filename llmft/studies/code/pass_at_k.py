@@ -19,7 +19,7 @@ import torch
 from ...core import LabError
 from ...inference.generation import generate
 from ...training.checkpoints import load_checkpoint
-from .sandbox import run_program, same_output
+from .sandbox import run_program, run_tests, same_output
 from .tasks import Task, prompt_rows
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #aec81af9
@@ -68,42 +68,37 @@ def program_of(task:Task,    # its `setup`, `lead`
 @dataclass
 class Attempt:
     "One answer to one problem and what became of it."
-    name: str       # of the task
-    sample: int     # which of the answers to it
-    answer: str     # what the model wrote
-    status: str     # passed | wrong | failed | timeout | memory | output | killed | too long
-    reason: str     # one line
-    seconds: float  # spent on its programs
+    name: str               # of the task
+    sample: int             # which of the answers to it
+    answer: str             # what the model wrote
+    status: str             # passed | wrong | failed | timeout | memory | output | killed | too long
+    reason: str             # one line
+    seconds: float          # spent on its programs
+    together: bool = False  # whether its tests ran in its own process, where it could have cheated
 
     @property
     def passed(self):
         return self.status == 'passed'
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #6623a93c
-def _run_tests(program, tests, seconds, memory_mb):
-    "(status, reason, seconds) of a program and the statements that test it, in one process."
-    outcome = run_program('\n'.join([program, *tests]) + '\n', seconds=seconds, memory_mb=memory_mb, may_exit=False)
-    status = 'wrong' if outcome.reason.startswith('AssertionError') else outcome.status
-    return status, outcome.reason, outcome.seconds
-
-
 def _run_cases(program, cases, seconds, memory_mb):
-    "(status, reason, seconds) of a program that reads and prints, run once for each case until one fails."
+    "(status, reason, seconds, False) of a program that reads and prints, run once for each case until one fails."
     spent = 0.
     for number, (stdin, expected) in enumerate(cases):
         outcome = run_program(program, stdin, seconds, memory_mb)
         spent += outcome.seconds
         if outcome.status != 'passed':
-            return outcome.status, outcome.reason, spent
+            return outcome.status, outcome.reason, spent, False
         if not same_output(outcome.stdout, expected):
-            return 'wrong', f'case {number} printed {outcome.stdout[:40]!r}, expected {expected[:40]!r}', spent
-    return 'passed', '', spent
+            return 'wrong', f'case {number} printed {outcome.stdout[:40]!r}, expected {expected[:40]!r}', spent, False
+    return 'passed', '', spent, False
 
 
 def _run_checks(program, task, seconds, memory_mb):
-    "(status, reason, seconds) of a program under the tests, or else the cases, of its task."
+    "(status, reason, seconds, together) of a program under the tests, or else the cases, of its task."
     if task.tests:
-        return _run_tests(program, task.tests, seconds, memory_mb)
+        outcome = run_tests(program, task.tests, task.setup, task.lead, seconds, memory_mb)
+        return outcome.status, outcome.reason, outcome.seconds, outcome.together
     return _run_cases(program, task.cases, seconds, memory_mb)
 
 
@@ -116,8 +111,7 @@ def check_answer(task:Task,          # with tests or cases
     "Run the tests of `task` on an answer; a `LabError` when it has none."
     if not task.tests and not task.cases:
         raise LabError(f'{task.name} has neither tests nor cases: nothing can be checked; leave it out')
-    status, reason, spent = _run_checks(program_of(task, answer), task, seconds, memory_mb)
-    return Attempt(task.name, sample, answer, status, reason, spent)
+    return Attempt(task.name, sample, answer, *_run_checks(program_of(task, answer), task, seconds, memory_mb))
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #209468ab
 def _cores():
@@ -181,12 +175,13 @@ def _passed_by_problem(attempts):
 
 def score(attempts:list,  # of `Attempt`, equally many for each problem
           ks=(1,),        # which pass@k
-)->dict:                  # pass@k and its error for each k, problems, samples, statuses (answers by status)
+)->dict:                  # pass@k and its error for each k, problems, samples, statuses (answers by status), together
     "pass@k over problems, and what became of the answers; a `LabError` when problems have unequally many answers."
     passed = _passed_by_problem(attempts)
     samples = len(next(iter(passed.values())))
     statuses = dict(collections.Counter(attempt.status for attempt in attempts))
-    scored = dict(problems=len(passed), samples=samples, statuses=statuses)
+    together = sum(attempt.together for attempt in attempts)
+    scored = dict(problems=len(passed), samples=samples, statuses=statuses, together=together)
     for k in ks:
         values = [pass_at_k(samples, sum(answers), k) for answers in passed.values()]
         scored[f'pass@{k}'], scored[f'pass@{k}_error'] = _mean_and_error(values)
