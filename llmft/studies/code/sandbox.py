@@ -264,7 +264,7 @@ def _audit(readable, folders, files, calls):
             vars(sys.modules[holder]).pop(name, None)
     sys.addaudithook(hook)
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #05d05fff
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #3a88e0cd
 _walls = {  # name: the command that starts another one behind the wall
     'bubblewrap': 'bwrap --unshare-all --as-pid-1 --die-with-parent --cap-add CAP_SYS_ADMIN --ro-bind / / '
                   '--dev /dev --proc /proc --',
@@ -346,7 +346,7 @@ def _guard(order):
     if not {'landlock', 'seccomp'} <= set(guards):
         _audit(order['readable'], [folder] if folder else [], 'landlock' not in guards, 'seccomp' not in guards)
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #3c7e7e50
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #eb1ab0eb
 _longest_answer = 2**23  # bytes of one message from a program
 _containers = dict(list=list, tuple=tuple, set=set, frozenset=frozenset)
 _byte_strings = dict(bytes=bytes, bytearray=bytearray)
@@ -404,7 +404,7 @@ def _unpack_rare(kind, parts, other):
         return other(parts[0])
     raise ValueError(f'no type {kind}')
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #0856ff70
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #be33977f
 _size = struct.Struct('<Q')
 
 
@@ -440,7 +440,7 @@ def _send(target, message):
     while rest:
         rest = rest[os.write(target, rest):]
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #5c27d70b
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #91084d09
 _plain_types = (bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict)
 
 
@@ -566,7 +566,7 @@ def _answer_all(names, requests, answers):
         while True:
             _send(answers, _answer(_receive(requests), names, kept))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #4b85b014
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #55345a59
 class _NotPlain(BaseException):
     "A test gives the program something that cannot go through the pipe."
 
@@ -600,9 +600,12 @@ class _Remote:
 
 
 def _pack_argument(value):
-    "What is not plain in an argument of a test: an object of the program, or something that cannot be sent."
+    "What is not plain in an argument of a test: an object of the program, one of Python's own, or not to be sent."
     if type(value) is _Remote:
         return ['object', value._key]
+    name = getattr(value, '__name__', '')
+    if name and getattr(builtins, name, None) is value:
+        return ['object', name]
     raise _NotPlain(type(value).__name__)
 
 
@@ -637,7 +640,7 @@ def _ask(requests, answers, what, key, *rest):
         raise AssertionError(f'the answer cannot be read: {type(error).__name__}') from None
     return value if kind == 'value' else _raise_here(value, str(answer[1:][0]))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #1f32e74e
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #3eee938c
 def _defined(tree):
     "Names that statements define or import."
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
@@ -722,7 +725,7 @@ def _judge(order, pipes):
     requests, answers, report = range(3, 6)
     _send(report, _verdict_of(tests, partial(_ask, requests, answers)))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #d33d4866
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #447a7a36
 def _forked(function):
     "Run `function` in a new process, which ends with it; its number."
     process = os.fork()
@@ -1067,7 +1070,7 @@ def run_program(program:str,         # Python source
     "Run `program` in a process of its own, in an empty directory, without network, processes or files outside."
     return _carried_out(_order(program, stdin, False, seconds, memory_mb, file_mb))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #b773b64e
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #700505da
 def run_tests(program:str,         # Python source that defines what the tests ask for
               tests:list,          # statements that raise when it is wrong
               setup:str='',        # code that the tests know as well

@@ -54,9 +54,9 @@ def _mbpp_problem(row):
 
 def _mbpp(row, name):
     "A row of MBPP, full or sanitised."
-    setup = row.get('test_setup_code') or '\n'.join(row.get('test_imports') or [])
+    before = [row['test_setup_code']] if row.get('test_setup_code') else []  # of the tests, after the program
     return Task(name, _mbpp_problem(row), (row['code'] or '').replace('\r\n', '\n'), _mbpp_split(row.get('task_id')),
-                setup=setup, tests=list(row['test_list']))
+                setup='\n'.join(row.get('test_imports') or []), tests=[*before, *row['test_list']])
 
 
 def _human_eval(row, name):
