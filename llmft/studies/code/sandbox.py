@@ -264,7 +264,7 @@ def _audit(readable, folders, files, calls):
             vars(sys.modules[holder]).pop(name, None)
     sys.addaudithook(hook)
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #3a88e0cd
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #070731c8
 _walls = {  # name: the command that starts another one behind the wall
     'bubblewrap': 'bwrap --unshare-all --as-pid-1 --die-with-parent --cap-add CAP_SYS_ADMIN --ro-bind / / '
                   '--dev /dev --proc /proc --',
@@ -273,16 +273,26 @@ _walls = {  # name: the command that starts another one behind the wall
 _shared_memory = '/dev/shm'  # there is one on every Linux; the mount hides it
 
 
-def _mount(mb):
-    "Put an empty folder in memory over /dev/shm, for this process and those it starts; an OSError if it cannot."
+def _mount(libc, path, mb):
+    "Put an empty folder in memory over a path, where there is room for `mb`; an OSError if it cannot be."
+    no_setuid_no_devices = 2 | 4
+    bounds = f'size={max(1, round(mb))}m,nr_inodes=10000,mode=700'.encode()
+    if libc.mount(b'tmpfs', path.encode(), b'tmpfs', no_setuid_no_devices, bounds):
+        raise OSError(ctypes.get_errno(), 'mount')
+
+
+def _make_folders(file_mb):
+    "Folders in memory for what is printed, and below it for what is written; they end with the processes in them."
     libc = ctypes.CDLL(None, use_errno=True)
     new_mounts = 0x20000
-    no_setuid_no_devices = 2 | 4
-    bounds = f'size={mb:g}m,nr_inodes=10000,mode=700'.encode()
     if libc.unshare(new_mounts):
         raise OSError(ctypes.get_errno(), 'unshare')
-    if libc.mount(b'tmpfs', _shared_memory.encode(), b'tmpfs', no_setuid_no_devices, bounds):
-        raise OSError(ctypes.get_errno(), 'mount')
+
+    _mount(libc, _shared_memory, 1024)
+    work = os.path.join(_shared_memory, 'work')
+    os.mkdir(work)
+    _mount(libc, work, 16 * file_mb)
+    return work
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #4e258997
 _nobody = 65534
@@ -346,7 +356,7 @@ def _guard(order):
     if not {'landlock', 'seccomp'} <= set(guards):
         _audit(order['readable'], [folder] if folder else [], 'landlock' not in guards, 'seccomp' not in guards)
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #eb1ab0eb
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #ab89081e
 _longest_answer = 2**23  # bytes of one message from a program
 _containers = dict(list=list, tuple=tuple, set=set, frozenset=frozenset)
 _byte_strings = dict(bytes=bytes, bytearray=bytearray)
@@ -404,7 +414,7 @@ def _unpack_rare(kind, parts, other):
         return other(parts[0])
     raise ValueError(f'no type {kind}')
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #be33977f
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #834783e8
 _size = struct.Struct('<Q')
 
 
@@ -440,7 +450,7 @@ def _send(target, message):
     while rest:
         rest = rest[os.write(target, rest):]
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #91084d09
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #a5bc70af
 _plain_types = (bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict)
 
 
@@ -566,7 +576,7 @@ def _answer_all(names, requests, answers):
         while True:
             _send(answers, _answer(_receive(requests), names, kept))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #55345a59
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #62aea5bc
 class _NotPlain(BaseException):
     "A test gives the program something that cannot go through the pipe."
 
@@ -640,7 +650,7 @@ def _ask(requests, answers, what, key, *rest):
         raise AssertionError(f'the answer cannot be read: {type(error).__name__}') from None
     return value if kind == 'value' else _raise_here(value, str(answer[1:][0]))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #3eee938c
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #65bb5d1e
 def _defined(tree):
     "Names that statements define or import."
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
@@ -660,9 +670,10 @@ def _of_program(tree, known):
 
 
 def _changes_arguments(tree, asked):
-    "Whether a test calls the program only for what it does to the arguments."
-    return any(isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Name)
-               and node.value.func.id in asked for node in ast.walk(tree))
+    "Whether a test calls the program only for what it does to a variable that it is given."
+    calls = [node.value for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
+    of_program = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id in asked]
+    return any(isinstance(given, ast.Name) for call in of_program for given in call.args)
 
 
 def _completed(lead):
@@ -725,7 +736,7 @@ def _judge(order, pipes):
     requests, answers, report = range(3, 6)
     _send(report, _verdict_of(tests, partial(_ask, requests, answers)))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #447a7a36
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #eaaa3c30
 def _forked(function):
     "Run `function` in a new process, which ends with it; its number."
     process = os.fork()
@@ -772,11 +783,12 @@ def _blank_file(folder, content=b''):
 def _enter(order):
     "Go to the empty folder of an order, which is in memory and has a bound where there is a wall; the one above it."
     if _has_wall(order['guards']):
-        _mount(16 * order['file_mb'])
-    folder = order.get('folder') or _shared_memory
-    os.mkdir(os.path.join(folder, 'work'))
-    os.chdir(os.path.join(folder, 'work'))
-    return folder
+        os.chdir(_make_folders(order['file_mb']))
+        return _shared_memory
+    work = os.path.join(order['folder'], 'work')
+    os.mkdir(work)
+    os.chdir(work)
+    return order['folder']
 
 
 def _run_alone(order, files, until):
@@ -877,7 +889,7 @@ def guards() -> tuple:
     "The guards that work here: bubblewrap or unshare, then landlock and seccomp; each is tried once."
     if sys.platform != 'linux':
         return ()
-    wall = next((name for name in _walls if _works('sandbox._mount(1)', name)), None)
+    wall = next((name for name in _walls if _works('sandbox._make_folders(1)', name)), None)
     kernel = dict(landlock="sandbox._landlock(['/usr'])", seccomp='sandbox._seccomp()')
     works = [name for name, code in kernel.items() if _works(f'sandbox._hide(); {code}')]
     return (wall, *works) if wall else tuple(works)
@@ -1070,7 +1082,7 @@ def run_program(program:str,         # Python source
     "Run `program` in a process of its own, in an empty directory, without network, processes or files outside."
     return _carried_out(_order(program, stdin, False, seconds, memory_mb, file_mb))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #700505da
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #b6f52d06
 def run_tests(program:str,         # Python source that defines what the tests ask for
               tests:list,          # statements that raise when it is wrong
               setup:str='',        # code that the tests know as well
