@@ -24,6 +24,7 @@ from collections import namedtuple
 from contextlib import ExitStack, suppress
 from fcntl import F_DUPFD, fcntl
 from functools import cache, partial
+from itertools import product
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #3ef406dc
 _calls = dict(  # name: number on x86_64, number on aarch64; None where it does not exist
@@ -207,10 +208,13 @@ def _drop_capabilities():
 _changing = ('os.remove', 'os.rename', 'os.rmdir', 'os.mkdir', 'os.link', 'os.symlink', 'os.truncate', 'os.chmod',
              'os.chown', 'os.utime', 'os.setxattr', 'os.removexattr', 'shutil.')  # events that change files begin so
 _reaching = ('socket.connect', 'socket.bind', 'socket.getaddrinfo', 'socket.sendto', 'socket.sendmsg', 'subprocess.',
-             'os.exec', 'os.posix_spawn', 'os.fork', 'pty.', 'ctypes.', 'fcntl.flock', 'fcntl.lockf',
-             'signal.pthread_kill')  # events that reach beyond the process begin so
+             'os.exec', 'os.posix_spawn', 'os.fork', 'pty.', 'ctypes.', 'fcntl.', 'signal.pthread_kill',
+             'resource.prlimit')  # events that reach beyond the process begin so
 _reaching_exactly = ('socket.__new__', 'os.system', 'os.kill', 'os.killpg')
-_by_descriptor = (('posix', 'pidfd_open'), ('_signal', 'pidfd_send_signal'), ('posix', 'memfd_create'))  # no events
+_unreported = {  # functions that reach beyond the process, or beyond its folder, without an event
+    ('posix', 'os'): ('pidfd_open', 'memfd_create', 'setpriority', 'sched_setaffinity', 'sched_setscheduler',
+                      'sched_setparam'),
+    ('_signal', 'signal'): ('pidfd_send_signal',)}
 
 
 def _opens_to_write(mode, flags):
@@ -259,12 +263,12 @@ def _audit(readable, folders, files, calls):
         if files:
             _check_file(event, arguments, readable, folders)
 
-    for module, name in _by_descriptor if calls else ():
-        for holder in (module, module.replace('posix', 'os').replace('_signal', 'signal')):
-            vars(sys.modules[holder]).pop(name, None)
+    for modules, names in _unreported.items() if calls else ():
+        for module, name in product(modules, names):
+            vars(sys.modules[module]).pop(name, None)
     sys.addaudithook(hook)
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #070731c8
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #2f670f15
 _walls = {  # name: the command that starts another one behind the wall
     'bubblewrap': 'bwrap --unshare-all --as-pid-1 --die-with-parent --cap-add CAP_SYS_ADMIN --ro-bind / / '
                   '--dev /dev --proc /proc --',
@@ -356,7 +360,7 @@ def _guard(order):
     if not {'landlock', 'seccomp'} <= set(guards):
         _audit(order['readable'], [folder] if folder else [], 'landlock' not in guards, 'seccomp' not in guards)
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #ab89081e
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #61359928
 _longest_answer = 2**23  # bytes of one message from a program
 _containers = dict(list=list, tuple=tuple, set=set, frozenset=frozenset)
 _byte_strings = dict(bytes=bytes, bytearray=bytearray)
@@ -414,7 +418,7 @@ def _unpack_rare(kind, parts, other):
         return other(parts[0])
     raise ValueError(f'no type {kind}')
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #834783e8
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #791aa7ce
 _size = struct.Struct('<Q')
 
 
@@ -450,7 +454,7 @@ def _send(target, message):
     while rest:
         rest = rest[os.write(target, rest):]
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #a5bc70af
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #85906c67
 _plain_types = (bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict)
 
 
@@ -576,7 +580,7 @@ def _answer_all(names, requests, answers):
         while True:
             _send(answers, _answer(_receive(requests), names, kept))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #62aea5bc
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #2a745250
 class _NotPlain(BaseException):
     "A test gives the program something that cannot go through the pipe."
 
@@ -650,7 +654,7 @@ def _ask(requests, answers, what, key, *rest):
         raise AssertionError(f'the answer cannot be read: {type(error).__name__}') from None
     return value if kind == 'value' else _raise_here(value, str(answer[1:][0]))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #65bb5d1e
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #7e08cdd4
 def _defined(tree):
     "Names that statements define or import."
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
@@ -736,7 +740,7 @@ def _judge(order, pipes):
     requests, answers, report = range(3, 6)
     _send(report, _verdict_of(tests, partial(_ask, requests, answers)))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #eaaa3c30
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #4f204224
 def _forked(function):
     "Run `function` in a new process, which ends with it; its number."
     process = os.fork()
@@ -1082,7 +1086,7 @@ def run_program(program:str,         # Python source
     "Run `program` in a process of its own, in an empty directory, without network, processes or files outside."
     return _carried_out(_order(program, stdin, False, seconds, memory_mb, file_mb))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #b6f52d06
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #b9bc0fad
 def run_tests(program:str,         # Python source that defines what the tests ask for
               tests:list,          # statements that raise when it is wrong
               setup:str='',        # code that the tests know as well
