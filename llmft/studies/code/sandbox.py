@@ -268,7 +268,7 @@ def _audit(readable, folders, files, calls):
             vars(sys.modules[module]).pop(name, None)
     sys.addaudithook(hook)
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #2f670f15
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #69beb219
 _walls = {  # name: the command that starts another one behind the wall
     'bubblewrap': 'bwrap --unshare-all --as-pid-1 --die-with-parent --cap-add CAP_SYS_ADMIN --ro-bind / / '
                   '--dev /dev --proc /proc --',
@@ -360,7 +360,7 @@ def _guard(order):
     if not {'landlock', 'seccomp'} <= set(guards):
         _audit(order['readable'], [folder] if folder else [], 'landlock' not in guards, 'seccomp' not in guards)
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #61359928
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #10beb680
 _longest_answer = 2**23  # bytes of one message from a program
 _containers = dict(list=list, tuple=tuple, set=set, frozenset=frozenset)
 _byte_strings = dict(bytes=bytes, bytearray=bytearray)
@@ -418,7 +418,7 @@ def _unpack_rare(kind, parts, other):
         return other(parts[0])
     raise ValueError(f'no type {kind}')
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #791aa7ce
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #463fef3b
 _size = struct.Struct('<Q')
 
 
@@ -454,7 +454,7 @@ def _send(target, message):
     while rest:
         rest = rest[os.write(target, rest):]
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #85906c67
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #924e569b
 _plain_types = (bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict)
 
 
@@ -580,7 +580,7 @@ def _answer_all(names, requests, answers):
         while True:
             _send(answers, _answer(_receive(requests), names, kept))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #2a745250
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #ef883cad
 class _NotPlain(BaseException):
     "A test gives the program something that cannot go through the pipe."
 
@@ -654,7 +654,7 @@ def _ask(requests, answers, what, key, *rest):
         raise AssertionError(f'the answer cannot be read: {type(error).__name__}') from None
     return value if kind == 'value' else _raise_here(value, str(answer[1:][0]))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #7e08cdd4
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #11bc75d7
 def _defined(tree):
     "Names that statements define or import."
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
@@ -740,7 +740,7 @@ def _judge(order, pipes):
     requests, answers, report = range(3, 6)
     _send(report, _verdict_of(tests, partial(_ask, requests, answers)))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #4f204224
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #b97411c4
 def _forked(function):
     "Run `function` in a new process, which ends with it; its number."
     process = os.fork()
@@ -875,7 +875,11 @@ def _home():
 
 def _python(code, wall=''):
     "The command that runs `code` in a bare Python, behind a wall."
-    return [*_walls.get(wall, '').split(), sys.executable, '-I', '-S', '-X', 'utf8', '-c', code, _home()]
+    import shutil
+
+    before = _walls.get(wall, '').split()
+    before[:1] = [shutil.which(name) or name for name in before[:1]]
+    return [*before, sys.executable, '-I', '-S', '-X', 'utf8', '-c', code, _home()]
 
 
 def _works(code, wall=''):
@@ -974,8 +978,9 @@ def _check_user(in_force):
     "A LabError for root without a wall, where nobody else can read Python: programs would run as root."
     if os.geteuid() or _has_wall(in_force):
         return
-    from llmft.core import LabError
     from pathlib import Path
+
+    from llmft.core import LabError
 
     for folder in (sys.prefix, sys.base_prefix):
         for path in (Path(folder), *Path(folder).parents):
@@ -1086,7 +1091,7 @@ def run_program(program:str,         # Python source
     "Run `program` in a process of its own, in an empty directory, without network, processes or files outside."
     return _carried_out(_order(program, stdin, False, seconds, memory_mb, file_mb))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #b9bc0fad
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #2a3307ad
 def run_tests(program:str,         # Python source that defines what the tests ask for
               tests:list,          # statements that raise when it is wrong
               setup:str='',        # code that the tests know as well
