@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['headline', 'app', 'text_table', 'show_table', 'is_sweep', 'jobs_of', 'check_jobs', 'is_single', 'run_here',
-           'run_jobs', 'key_metrics', 'metrics_of', 'closing', 'status_of', 'has_trained', 'exit_status', 'as_json',
+           'run_jobs', 'key_metrics', 'metrics_of', 'status_of', 'has_trained', 'exit_status', 'closing', 'as_json',
            'result_on_disk', 'run_command', 'run_row', 'ls_command', 'params_command', 'verify_command', 'plan_row',
            'plan_command', 'call', 'main']
 
@@ -115,7 +115,7 @@ def jobs_of(files,            # paths as written on the command line
     _refuse_duplicates(jobs)
     return jobs
 
-# %% ../nbs/cli.ipynb #2df77488
+# %% ../nbs/cli.ipynb #3a003119
 def check_jobs(jobs: list):
     "A `LabError` for the first run, of those `jobs_of` gives, that reads what is not there or writes out of outputs."
     points = _points_of(jobs)
@@ -205,28 +205,6 @@ def metrics_of(folder) -> dict:
     numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
     return {name: value for name, value in numbers.items() if not isinstance(value, bool)}
 
-# %% ../nbs/cli.ipynb #6b353626
-_most_listed = 3  # runs of a call that are listed one by one
-
-
-def _result_lines(result: dict, refused: bool) -> list:
-    "How one run ended, and below it its numbers; why a run was `refused` stands on stderr alone."
-    how = 'refused' if refused else result_text(result)
-    lines = [f"{result['notebook']}/{result['name']}: {how}"]
-    if result['status'] == 'done' and (numbers := row_text(key_metrics(metrics_of(result['folder']), 4))):
-        lines.append(f'  {numbers}')
-    return lines
-
-
-def closing(results: list) -> str:
-    "What became of the runs, and which report to open."
-    reports = [f"open {result['report']}" for result in results if result['report']]
-    if len(results) > _most_listed:
-        return '\n'.join(reports[-1:])
-    refused = exit_status(results) == 2
-    lines = [line for result in results for line in _result_lines(result, refused)]
-    return '\n'.join([*lines, *reports])
-
 # %% ../nbs/cli.ipynb #f3151088
 def status_of(results: list) -> str:
     "done, failed or interrupted: the word for a whole call."
@@ -251,6 +229,28 @@ def exit_status(results: list) -> int:
         return 130
     is_refusal = len(results) == 1 and str(results[0]['error']).startswith('LabError: ')
     return 2 if is_refusal and not has_trained(results[0]['folder']) else 1
+
+# %% ../nbs/cli.ipynb #6b353626
+_most_listed = 3  # runs of a call that are listed one by one
+
+
+def _result_lines(result: dict, refused: bool) -> list:
+    "How one run ended, and below it its numbers; why a run was `refused` stands on stderr alone."
+    how = 'refused' if refused else result_text(result)
+    lines = [f"{result['notebook']}/{result['name']}: {how}"]
+    if result['status'] == 'done' and (numbers := row_text(key_metrics(metrics_of(result['folder']), 4))):
+        lines.append(f'  {numbers}')
+    return lines
+
+
+def closing(results: list) -> str:
+    "What became of the runs, and which report to open."
+    reports = [f"open {result['report']}" for result in results if result['report']]
+    if len(results) > _most_listed:
+        return '\n'.join(reports[-1:])
+    refused = exit_status(results) == 2
+    lines = [line for result in results for line in _result_lines(result, refused)]
+    return '\n'.join([*lines, *reports])
 
 # %% ../nbs/cli.ipynb #02b1949f
 def as_json(results: list) -> str:

@@ -45,7 +45,8 @@ def choose(what:str,   # name of the setting, as the user writes it
 ):                     # `options[value]`; `value` itself when `options` only lists names
     "What `value` stands for among `options`; a `LabError` with the nearest name when it is not declared."
     if value not in options:
-        raise LabError(f"{what} is '{value!s:.60}'{nearest(value, options)}: choose from {', '.join(map(str, options))}")
+        names = ', '.join(map(str, options))
+        raise LabError(f"{what} is '{value!s:.60}'{nearest(value, options)}: choose from {names}")
     return options[value] if isinstance(options, dict) else value
 
 # %% ../nbs/core.ipynb #17d091c0

@@ -161,7 +161,7 @@ class Parameter:
     range: str = ''  # of a number, as the comment gives it: '1 or more'
     choices: tuple = ()  # of a text, as the comment lists them
 
-# %% ../../nbs/runs/01_params.ipynb #df9194c3
+# %% ../../nbs/runs/01_params.ipynb #571a3741
 _number_words = r'-?[\d,]*\.?\d+(?:e[-+]?\d+)?'
 _range_words = re.compile(rf'(above )?({_number_words})(?:( or more)| to (below )?({_number_words}))?')
 
@@ -185,7 +185,7 @@ def limits_of(words:str,  # such as 'above 0 to 1'
         limits.append((operator.lt if below else operator.le, _plain(high)))
     return tuple(limits)
 
-# %% ../../nbs/runs/01_params.ipynb #59c1c551
+# %% ../../nbs/runs/01_params.ipynb #3d7bd6d0
 _listed_names = re.compile(r'[\w-]+(?: \| [\w-]+)+')
 
 
@@ -200,7 +200,7 @@ def split_comment(comment:str,  # beside a parameter
     listed = _listed_names.match(comment) if type == 'str' else None
     return comment, '', tuple(listed[0].split(' | ')) if listed else ()
 
-# %% ../../nbs/runs/01_params.ipynb #a6bd105c
+# %% ../../nbs/runs/01_params.ipynb #a7fa5c01
 def check_value(parameter:Parameter, # that the value is for
                 value,               # in its declared type
                 place:str='',        # what stands before the error: file and line
@@ -518,7 +518,7 @@ def declared_names(module:str,  # dotted name within this package, such as train
     "The names that a declaration of the library lists, read without importing its module."
     return tuple(_literal_names(_declaration_of(module, name)))
 
-# %% ../../nbs/runs/01_params.ipynb #0bf31640
+# %% ../../nbs/runs/01_params.ipynb #a0b6ca7c
 def _declared_entries(node) -> dict:
     "Name -> syntax tree of what it stands for, of `dict(...)` or `{...}`."
     if isinstance(node, ast.Call):
@@ -639,7 +639,7 @@ def check_name(name:str,            # as the user gives it
     rule = 'use up to 100 letters, digits and -_.+=@, starting with a letter or digit'
     raise LabError(f'{place}{setting}: {name!r:.120} cannot name {what}: {rule}')
 
-# %% ../../nbs/runs/01_params.ipynb #dadd5ba2
+# %% ../../nbs/runs/01_params.ipynb #b9112664
 def check_names(given:dict, # name -> value of parameters; a `Lines` lets errors name file and line
 ):
     "A `LabError` for a value among `given` that is to name a file or folder and cannot."

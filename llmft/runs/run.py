@@ -83,7 +83,7 @@ def run_folder(notebook,     # path or name of the experiment notebook
     outputs = find_path(params.get('outputs', 'outputs'))
     return (outputs / Path(notebook).stem / check_name(params['name'])).absolute()
 
-# %% ../../nbs/runs/04_run.ipynb #04e79c87
+# %% ../../nbs/runs/04_run.ipynb #2338f4a6
 def check_inside(path,       # that will be written
                  outputs,    # folder of all runs
 )->Path:                     # `path`
@@ -106,7 +106,7 @@ def set_aside(folder,       # the run's folder
     folder.rename(target)
     return target
 
-# %% ../../nbs/runs/04_run.ipynb #6fb8ded8
+# %% ../../nbs/runs/04_run.ipynb #f2587352
 _secret_names = re.compile(r'(?i)token$|secret|passw|(?:api|access|private)_?key|credential')
 _secret_texts = re.compile(r'\b(?:hf_|sk-|ghp_|gho_|glpat-|xox[abp]-|AKIA)[\w-]{8,}|(?<=://)[^/\s:@]*:[^/\s@]+(?=@)')
 _hidden = '[left out]'
@@ -289,6 +289,24 @@ def injected_names(cells) -> list:
     injected = [source for source in cells if source.lstrip().startswith('# Parameters')]
     return [name for source in injected for name in _assigned_names(source)]
 
+# %% ../../nbs/runs/04_run.ipynb #30efc9f6
+def _declares_parameters(source):
+    "Whether a cell declares `name: str` and nothing but annotated values."
+    try:
+        lines = ast.parse(source).body
+    except SyntaxError:
+        return False
+    names = [getattr(line.target, 'id', '') for line in lines if isinstance(line, ast.AnnAssign)]
+    return 'name' in names and len(names) == len(lines)
+
+
+def declared_parameters(notebook:str, # name of the notebook, for errors
+                        cells,        # the history of executed cells
+)->list:                              # a `Parameter` per line; none where the cell is not among them
+    "What the parameters cell declares, as it was executed last; a `LabError` when one of its values is refused."
+    sources = [source for source in cells if _declares_parameters(source)]
+    return parse_parameters(sources[-1], f'{notebook}, parameters cell') if sources else []
+
 # %% ../../nbs/runs/04_run.ipynb #f4e20a25
 def _check_injected(notebook, namespace, declared):
     "A `LabError` for a name that papermill has set and the notebook does not declare."
@@ -306,24 +324,6 @@ def _converted(notebook, name, value, type):
         raise LabError(f'{notebook}: {name}: {error}') from None
     check_choice(name, value, notebook=notebook)
     return value
-
-
-def _declares_parameters(source):
-    "Whether a cell declares `name: str` and nothing but annotated values."
-    try:
-        lines = ast.parse(source).body
-    except SyntaxError:
-        return False
-    names = [getattr(line.target, 'id', '') for line in lines if isinstance(line, ast.AnnAssign)]
-    return 'name' in names and len(names) == len(lines)
-
-
-def declared_parameters(notebook:str, # name of the notebook, for errors
-                        cells,        # the history of executed cells
-)->list:                              # a `Parameter` per line; none where the cell is not among them
-    "What the parameters cell declares, as it was executed last; a `LabError` when one of its values is refused."
-    sources = [source for source in cells if _declares_parameters(source)]
-    return parse_parameters(sources[-1], f'{notebook}, parameters cell') if sources else []
 
 
 def check_namespace(notebook:str,   # name of the notebook, for errors

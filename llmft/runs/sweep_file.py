@@ -228,10 +228,18 @@ def stage_starts(stage,      # a stage from the file
         configs, overlays = _split_files(files)
         return [(Path(config).stem, *resolve_params([config, *overlays], [], small)) for config in configs]
 
-# %% ../../nbs/runs/10_sweep_file.ipynb #71e200f9
+# %% ../../nbs/runs/10_sweep_file.ipynb #02cd1c56
 most_points = 2_000  # runs of a sweep
 
 
+def check_count(count:int,    # runs
+                place:str='', # file and line, for the error
+):
+    "A `LabError` for more runs than a sweep may have."
+    if count > most_points:
+        raise LabError(f'{place}{count:,} runs are more than the {most_points:,} a sweep may have: vary fewer values')
+
+# %% ../../nbs/runs/10_sweep_file.ipynb #71e200f9
 def _check_row(row, matrix, place):
     "A `LabError` for a point that is no mapping, or gives what the matrix gives."
     if not isinstance(row, dict):
@@ -251,14 +259,6 @@ def _point_rows(stage, matrix):
     for row in rows:
         _check_row(row, matrix, place)
     return rows
-
-
-def check_count(count:int,    # runs
-                place:str='', # file and line, for the error
-):
-    "A `LabError` for more runs than a sweep may have."
-    if count > most_points:
-        raise LabError(f'{place}{count:,} runs are more than the {most_points:,} a sweep may have: vary fewer values')
 
 
 def _matrix_cells(matrix, rows):
@@ -312,7 +312,7 @@ def as_name(value,  # of a parameter
         text = str(value)
     return re.sub(r'[^\w.+=@-]+', '-', text).strip('-')
 
-# %% ../../nbs/runs/10_sweep_file.ipynb #da8091ce
+# %% ../../nbs/runs/10_sweep_file.ipynb #921023fc
 def _placeholders(template):
     "The names in braces of a template; a `LabError` for anything else in braces."
     try:
@@ -337,7 +337,7 @@ def fill(template:str,  # text with names in braces
             raise LabError(f'{template!r:.120}: {{{name}}} is no parameter of the notebook{hint}')
     return template.format(**{name: values[name] for name in names})
 
-
+# %% ../../nbs/runs/10_sweep_file.ipynb #da8091ce
 def point_name(stage,        # a stage from the file
                values:dict,  # all parameters of the point, and config
                varying:dict, # the values that are this point's own
@@ -498,7 +498,7 @@ def summary_point(summary,     # the summary from the file
     values = start | literals | overridden | dict(name=name, runs=runs)
     return Point(notebook, values, place_of(summary), summary=True)
 
-# %% ../../nbs/runs/10_sweep_file.ipynb #b413e06b
+# %% ../../nbs/runs/10_sweep_file.ipynb #7bda469b
 def places_in(params:dict, # name -> value of all parameters of a point
 )->list:                   # absolute paths: each named one and the folders it is in, innermost first
     "The places that parameters may name, counted from the project's root."
@@ -508,7 +508,7 @@ def places_in(params:dict, # name -> value of all parameters of a point
     paths = [Path(os.path.normpath(root / text)) for text in texts]
     return [place for path in paths for place in (path, *path.parents)]
 
-# %% ../../nbs/runs/10_sweep_file.ipynb #42451d21
+# %% ../../nbs/runs/10_sweep_file.ipynb #80e232de
 def needs(point,   # a `Point`
           earlier, # `Point`s of earlier stages
 )->list:           # those whose folder a parameter of `point` names
