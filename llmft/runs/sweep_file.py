@@ -349,9 +349,11 @@ def point_name(stage,        # a stage from the file
         with errors_at(place_of(stage)):
             return check_name('-'.join([values['config'] or sweep, *map(as_name, varying.values())]))
 
+    texts = {name: as_name(value) for name, value in values.items()}
+    with errors_at(f"{place_of(stage, 'name')}name "):
+        name = fill(template, texts)
     with errors_at(place_of(stage, 'name')):
-        texts = {name: as_name(value) for name, value in values.items()}
-        return check_name(fill(template, texts))
+        return check_name(name)
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #044463c7
 def overrides_for(overrides, # texts of the form name=value
