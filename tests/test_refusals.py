@@ -95,11 +95,12 @@ def test_a_default_outside_its_range_is_refused_with_its_line():
     ],
 )
 @pytest.mark.parametrize('command', ['run', 'plan'])
-def test_a_value_out_of_range_ends_the_command_with_one_line(capsys, override, words, command):
-    assert call([command, 'params/finetune/lora.yaml', '--small', '-p', 'name=refused', '-p', override]) == 2
+def test_a_value_out_of_range_ends_the_command_with_one_line(capsys, tmp_path, override, words, command):
+    place = f'outputs={tmp_path}/outputs'
+    assert call([command, 'params/finetune/lora.yaml', '--small', '-p', place, '-p', override]) == 2
     out, err = capsys.readouterr()
     assert err.startswith(f'llmft: -p {words[:10]}') and words in err and err.count('\n') == 1 and not out
-    assert len(err) < 300 and not (project_root() / 'outputs/finetune/refused').exists()
+    assert len(err) < 300 and not (tmp_path / 'outputs').exists()
 
 
 def test_a_range_is_refused_with_file_and_line(tmp_path):
@@ -206,6 +207,7 @@ def files(tmp_path):
         ('finetune', 'data', 'pipe.jsonl', 'is no regular file'),
         ('finetune', 'data', 'loop.jsonl', 'loop.jsonl'),
         ('pretrain', 'data', 'pipe.jsonl', 'is no regular file'),
+        ('sublora_train', 'data', 'pipe.jsonl', 'is no regular file'),
         ('instruct', 'data', 'pipe.jsonl', 'is no regular file'),
         ('instruct', 'problems', 'row.jsonl', 'there is no such file'),
         ('inference', 'text', 'rows.zip', "ends in '.zip'"),
@@ -228,13 +230,23 @@ def test_what_is_not_there_is_refused_before_a_kernel_starts(capsys, files, note
     assert call(['run', str(place), '-p', f'outputs={files}/outputs', '-p', f'{name}={given}']) == 2
     out, err = capsys.readouterr()
     assert words in err and err.startswith(f'llmft: {name}') and err.count('\n') == 1 and not out
-    assert time.monotonic() - begun < 5 and not (files / 'outputs').exists()
+    assert time.monotonic() - begun < 30 and not (files / 'outputs').exists()
 
 
 def test_the_first_row_says_whether_the_field_is_there(files):
     with pytest.raises(LabError, match="has no field 'body': its fields are text; set text_field"):
         check_inputs('finetune', dict(data=str(files / 'rows.jsonl'), text_field='body'))
     check_inputs('finetune', dict(data=str(files / 'rows.jsonl'), text_field='text'))
+
+
+@pytest.mark.parametrize(
+    'notebook, data, meant',
+    [('finetune', 'builtin:topic', 'builtin:topics'), ('sublora_train', 'simulated:prey', 'simulated:predator_prey')],
+)
+def test_a_built_in_source_that_is_none_is_refused(notebook, data, meant):
+    check_inputs(notebook, dict(data=meant))
+    with pytest.raises(LabError, match=f"^data is '{data}' .did you mean '{meant}'"):
+        check_inputs(notebook, dict(data=data))
 
 
 def test_a_length_beyond_the_positions_is_refused():
@@ -270,7 +282,7 @@ def test_pipes_and_devices_do_not_block_the_readers_of_records(files):
     for path in ('/dev/null', files / 'pipe.jsonl'):
         with pytest.raises(LabError, match='is no regular file'):
             check_regular(path)
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 30
 
 
 @pytest.mark.parametrize('text', ['x' * 5000, '~no_such_user/x'])
@@ -332,7 +344,7 @@ def test_a_sweep_is_counted_before_it_is_made(tmp_path):
     begun = time.monotonic()
     with pytest.raises(LabError, match=r'sweep.yaml:4: 25,600,000,000 runs are more than the 2,000 a sweep may have'):
         expand(sweep(tmp_path, f'  - notebook: finetune\n    matrix: {{{axes}}}\n'))
-    assert time.monotonic() - begun < 2
+    assert time.monotonic() - begun < 20
 
     half = f'seed: {list(range(most_points // 2 + 1))}'
     stages = ''.join(f'  - {{notebook: finetune, name: "{name}-{{seed}}", matrix: {{{half}}}}}\n' for name in 'ab')
