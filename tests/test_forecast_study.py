@@ -18,7 +18,7 @@ step = study_step(model_config('preset:llama-base'), [32] * 2, 2, ['q_proj', 'v_
 def execute(config, outputs, **values):
     notebook, params = resolve_params(
         [root / config],
-        [f'{name}={json.dumps(value)}' for name, value in dict(values, outputs=str(outputs)).items()],
+        [f'outputs={outputs}', *(f'{name}={_as_written(value)}' for name, value in values.items())],
         True,
     )
     record = execute_run(notebook, params, on_line=lambda line: None)
