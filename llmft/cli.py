@@ -396,7 +396,7 @@ def params_command(notebook:_Notebook,             # such as finetune
                    as_object:_JsonNotTable=False,  # for scripts
 ):
     "List the parameters of a notebook: name, type, default, range and meaning."
-    rows = [dict(name=p.name, type=p.type, default=p.default, range=p.range or None, meaning=p.help)
+    rows = [dict(name=p.name, type=p.type, default=p.default, range=p.range, meaning=p.help)
             for p in read_parameters(notebook)]
     if as_object:
         return _print_object(notebook=find_notebook(notebook).stem, parameters=rows)
