@@ -54,7 +54,7 @@ def _last_part(name):
 
 def _linear_names(model):
     "Last parts of the names of all linear maps of `model` but its output head."
-    head = output_head(model)
+    head = causal_model(model).get_output_embeddings()
     return sorted({_last_part(name) for name, module in _adaptable(model).items()
                    if module is not head and not isinstance(module, torch.nn.Embedding)})
 
