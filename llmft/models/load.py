@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['presets', 'hub_presets', 'logit_changes', 'precisions', 'quantisations', 'attentions', 'model_config',
            'DocumentLengths', 'shared_heads', 'documents_attention', 'causal_model', 'ChangedHead', 'output_head',
-           'evaluating', 'check_fits', 'hidden_states', 'largest_difference', 'rounding', 'check_rows', 'Precision',
-           'Quantisation', 'Attention', 'check_attention', 'check_model_settings', 'disable_cpu_repacking',
+           'in_mode', 'evaluating', 'check_fits', 'hidden_states', 'largest_difference', 'rounding', 'check_rows',
+           'Precision', 'Quantisation', 'Attention', 'check_attention', 'check_model_settings', 'disable_cpu_repacking',
            'mend_cpu_dequantising', 'quantised_share', 'seeded', 'placed', 'load_model']
 
 # %% ../../nbs/models/01_load.ipynb #eb016ce8
@@ -226,7 +226,7 @@ def causal_model(model):
     "The transformers model inside `model`, whatever PEFT has wrapped around it."
     return model.get_base_model() if hasattr(model, 'get_base_model') else model
 
-# %% ../../nbs/models/01_load.ipynb #ca8d4ad4
+# %% ../../nbs/models/01_load.ipynb #2319ac2f
 logit_changes = dict(
     logit_scale='times',             # Cohere
     lm_head_multiplier='times',      # Falcon-H1
@@ -280,17 +280,24 @@ def output_head(model):
     factor, bound = _logit_change(net.config)
     return head if factor == 1 and bound is None else ChangedHead(head, factor, bound)
 
-# %% ../../nbs/models/01_load.ipynb #eb65bbb0
+# %% ../../nbs/models/01_load.ipynb #918cee2a
 @contextlib.contextmanager
-def evaluating(model):
-    "`model` in evaluation mode for the block; afterwards each of its modules is in the mode it was in."
+def in_mode(model,          # any module
+            training:bool,  # training mode, or evaluation mode
+):
+    "`model` in that mode for the block; afterwards each of its modules is in the mode it was in."
     modes = [(module, module.training) for module in model.modules()]
     try:
-        yield model.eval()
+        yield model.train(training)
     finally:
-        model.train(model.training)  # a module may let go of what it holds when its mode is set
+        model.train(modes[0][1])  # a module may let go of what it holds when its mode is set
         for module, mode in modes:
             module.training = mode
+
+
+def evaluating(model):
+    "`in_mode` for an evaluation."
+    return in_mode(model, training=False)
 
 # %% ../../nbs/models/01_load.ipynb #139ff214
 def check_fits(config,      # of a transformers model
@@ -302,7 +309,7 @@ def check_fits(config,      # of a transformers model
         raise LabError(f'a document of {length} tokens does not fit the {limit} positions of this model: '
                        'lower the length documents are cut to (max_length)')
 
-# %% ../../nbs/models/01_load.ipynb #fb39f184
+# %% ../../nbs/models/01_load.ipynb #d0aca581
 def _check_row(ids_BT, lengths):
     "A `LabError` unless `ids_BT` is one row that documents of `lengths` fill."
     if ids_BT.shape[0] != 1 or sum(lengths) != ids_BT.shape[1] or min(lengths) < 1:
@@ -317,10 +324,12 @@ def _check_layer_types(config):
                        'which mix packed documents: use layout=bucketed')
 
 
-def _check_respected(config, documents):
+def _check_respected(net, documents):
     "A `LabError` unless the attention was told of `documents`, and of the window of the layers that have one."
+    config = net.config
     if not documents.seen:
-        raise LabError(f'{config.model_type} did not respect document_lengths: use layout=bucketed')
+        advice = 'attention=sdpa' if net._supports_sdpa else 'layout=bucketed'
+        raise LabError(f'{config.model_type} did not respect document_lengths: use {advice}')
     window = getattr(config, 'sliding_window', None)
     slides = 'sliding_attention' in (getattr(config, 'layer_types', None) or [])
     if slides and window and max(documents) > window and window not in documents.windows:
@@ -344,8 +353,9 @@ def _run(net, ids_BT, positions_BT, lengths):
 
     out = net.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False, **packed).last_hidden_state
     if packed:
-        _check_respected(net.config, packed['documents'])
-    return out
+        _check_respected(net, packed['documents'])
+    # some models keep the last hidden states in fp32, and turn them into the format of the head before it
+    return out if torch.is_autocast_enabled(out.device.type) else out.to(net.get_output_embeddings().weight.dtype)
 
 
 def hidden_states(model,                  # from `load_model`, with or without an adapter
@@ -363,7 +373,7 @@ def hidden_states(model,                  # from `load_model`, with or without a
             position_ids_BT = _positions_in(document_lengths).to(ids_BT.device)
     return _run(net, ids_BT, position_ids_BT, document_lengths)
 
-# %% ../../nbs/models/01_load.ipynb #1b2f4758
+# %% ../../nbs/models/01_load.ipynb #17a10a63
 def largest_difference(logits,    # tensors (..., vocabulary)
                        expected,  # tensors of the same shapes
 )->float:                         # 0 for equal ones
@@ -372,57 +382,75 @@ def largest_difference(logits,    # tensors (..., vocabulary)
     distances = [(own - other).norm(dim=-1) / other.norm(dim=-1).clamp_min(1e-30) for own, other in pairs]
     return float(torch.cat([distance.flatten() for distance in distances]).max())
 
-# %% ../../nbs/models/01_load.ipynb #7e1a954a
-_fine_rounding = 1e-3  # in 32 bits, with sums taken in another order or in TF32
-_coarse_rounding = 0.1  # in 16 bits, and with quantised weights, over tens of layers
+# %% ../../nbs/models/01_load.ipynb #0a99f565
+_formats = dict(fine=(1e-3, 1e-5), half=(0.1, 1e-3), quantised=(0.1, 0.1))  # (by another way, by the same way)
+
+
+def _format_of(net):
+    "The name of the numbers of a model in `_formats`."
+    if getattr(net, 'hf_quantizer', None) is not None:
+        return 'quantised'  # the scales of a row depend on what else is in it
+    return 'fine' if net.dtype in (torch.float32, torch.float64) else 'half'
 
 
 def rounding(model,  # a causal language model, with or without an adapter
 )->float:            # as `largest_difference` counts
     "The largest difference between two ways of computing the logits of `model` that are the same in exact numbers."
-    net = causal_model(model)
-    is_fine = net.dtype in (torch.float32, torch.float64) and getattr(net, 'hf_quantizer', None) is None
-    return _fine_rounding if is_fine else _coarse_rounding
+    return _formats[_format_of(causal_model(model))][0]
 
-# %% ../../nbs/models/01_load.ipynb #784f74d2
+
+def _order_rounding(net):
+    "The largest difference between logits of equal tokens in rows of one shape, where only routing to experts differs."
+    return _formats[_format_of(net)][1]
+
+# %% ../../nbs/models/01_load.ipynb #294d4e5d
 _trial_lengths = (5, 9)  # tokens of the documents of a trial
 _tried = weakref.WeakKeyDictionary()  # model -> (attention, packed) of the trials that it has passed
 
 
-def _trial_documents(net):
+def _trial_documents(net, purpose='documents'):
     "Random tokens, a row (1, length) for each document of a trial."
     table = net.get_input_embeddings().weight
-    rng = purpose_rng(0, 'documents of a trial')
+    rng = purpose_rng(0, f'{purpose} of a trial')
     return [torch.from_numpy(rng.integers(len(table), size=(1, length))).to(table.device) for length in _trial_lengths]
 
 
-def _logits_together(net, documents, packed):
-    "The logits (length, vocabulary) of each of `documents` in one packed row, or in padded rows."
+def _packed_logits(net, documents):
+    "The logits (length, vocabulary) of each of `documents` in one row."
     lengths = [document.shape[1] for document in documents]
-    head = output_head(net)
-    if packed:
-        positions_BT = _positions_in(lengths).to(documents[0].device)
-        hidden_TD = _run(net, torch.cat(documents, 1), positions_BT, lengths)[0]
-        return [head(piece) for piece in hidden_TD.split(lengths)]
+    positions_BT = _positions_in(lengths).to(documents[0].device)
+    hidden_TD = _run(net, torch.cat(documents, 1), positions_BT, lengths)[0]
+    return [output_head(net)(piece) for piece in hidden_TD.split(lengths)]
 
+
+def _padded_logits(net, documents):
+    "The logits (length, vocabulary) of each of `documents` in rows padded to the longest."
     ids_BT = torch.nn.utils.rnn.pad_sequence([document[0] for document in documents], batch_first=True)
     positions_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device).expand(len(ids_BT), -1)
     hidden_BTD = _run(net, ids_BT, positions_BT, None)
-    return [head(row[:length]) for row, length in zip(hidden_BTD, lengths, strict=True)]
+    return [output_head(net)(row[:document.shape[1]]) for row, document in zip(hidden_BTD, documents, strict=True)]
 
 
-def _difference_together(net, packed):
-    "By how much the logits of documents differ when they are laid out together, and in the model's own forward pass."
+def _differences(net, packed):
+    "(what was compared, the difference of logits, the largest that is rounding), for each comparison of a trial."
     documents = _trial_documents(net)
     alone = [net(input_ids=document, use_cache=False).logits[0] for document in documents]
-    return largest_difference(_logits_together(net, documents, packed), alone)
+    if not packed:
+        difference = largest_difference(_padded_logits(net, documents), alone)
+        return [('of a document alone and in a padded row differ', difference, rounding(net))]
+
+    together = _packed_logits(net, documents)
+    after_others = _packed_logits(net, [_trial_documents(net, 'other documents')[0], documents[1]])
+    return [('of a document alone and packed differ', largest_difference(together, alone), rounding(net)),
+            ('of a packed document, when another one changes, move',
+             largest_difference(after_others[1:], together[1:]), _order_rounding(net))]
 
 
 @torch.no_grad()
 def _trial(net, packed):
-    "The difference of a trial; the model and all counters are left as they were."
+    "`_differences`; the model and all counters are left as they were."
     with evaluating(net), _disable_current_modes(), torch.autocast(net.device.type, enabled=False):
-        return _difference_together(net, packed)
+        return _differences(net, packed)
 
 
 def check_rows(model,        # a causal language model, with or without an adapter
@@ -435,22 +463,21 @@ def check_rows(model,        # a causal language model, with or without an adapt
     if trial in passed or net.device.type == 'meta':
         return
 
-    difference = _trial(net, packed)
-    if not difference <= rounding(net):
-        if packed:
-            check_rows(net, packed=False)
-        raise LabError(_what_differs(net.config, packed, difference))
+    for compared, difference, largest in _trial(net, packed):
+        if not difference <= largest:
+            _refuse_rows(net, packed, f'the logits {compared} by {difference:.2g} of their size')
     passed.add(trial)
 
 
-def _what_differs(config, packed, difference):
-    "What a trial that failed says."
-    found = f'the logits of a document alone and with others differ by {difference:.2g} of their size'
-    if packed:
-        return (f'{config.model_type} with attention={config._attn_implementation} does not keep packed documents '
-                f'apart ({found}): use layout=bucketed')
-    return (f'{config.model_type} reads padded rows or changes its logits in a way that is not known here ({found}): '
-            'use another model')
+def _refuse_rows(net, packed, found):
+    "The `LabError` of a trial that failed, with layouts that pass."
+    kind = net.config.model_type
+    if not packed:
+        raise LabError(f'{kind} reads padded rows or changes its logits in a way that is not known here ({found}): '
+                       'use another model')
+    check_rows(net, packed=False)
+    raise LabError(f'{kind} with attention={net.config._attn_implementation} does not keep packed documents apart '
+                   f'({found}): use layout=bucketed')
 
 # %% ../../nbs/models/01_load.ipynb #9ecafd49
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 
 from ...core import LabError
 from ...inference.generation import generate
-from ...models.load import hidden_states, output_head
+from ...models.load import evaluating, hidden_states, output_head
 from .codec import decode, probe
 from .metrics import nll_per_value, score_forecast
 from .prepared import Split
@@ -282,14 +282,12 @@ def continuation_nats(model,      # a causal language model, with or without an 
     ids_A, column_V = _alphabet_columns(serialisation, model.config.vocab_size, device)
 
     nats = []
-    was_training = model.training
-    model.eval()
-    for begin in range(0, len(whole), batch_size):
-        rows = whole[begin:begin + batch_size]
-        hidden_BTD = hidden_states(model, _padded(rows, tokenizer.pad_token_id, device))
-        for row, first, hidden_TD in zip(rows, first_scored[begin:], hidden_BTD, strict=False):
-            nats.append(_continuation_loss(model, row, first, hidden_TD, ids_A, column_V))
-    model.train(was_training)
+    with evaluating(model):
+        for begin in range(0, len(whole), batch_size):
+            rows = whole[begin:begin + batch_size]
+            hidden_BTD = hidden_states(model, _padded(rows, tokenizer.pad_token_id, device))
+            for row, first, hidden_TD in zip(rows, first_scored[begin:], hidden_BTD, strict=False):
+                nats.append(_continuation_loss(model, row, first, hidden_TD, ids_A, column_V))
     return np.array(nats)
 
 # %% ../../../nbs/studies/forecasting/05_forecast.ipynb #9a508d92
