@@ -27,8 +27,6 @@ _linear_attention = dict(
 
 shapes = {
     'afmoe': _experts | _windows,
-    'apertus': {},
-    'arcee': {},
     'bamba': _mamba | dict(attn_layer_indices=[1]),
     'biogpt': {},
     'bitnet': {},
@@ -36,44 +34,34 @@ shapes = {
     'codegen': dict(n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=64),
     'cohere': {},
     'cohere2': _windows,
-    'ctrl': dict(n_embd=32, n_layer=2, n_head=4, dff=64, n_positions=64),
     'deepseek_v3': _experts | dict(
         n_routed_experts=4, n_group=1, topk_group=1, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8,
         qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, num_key_value_heads=4, n_shared_experts=1),
     'diffllama': {},
-    'ernie4_5': {},
     'exaone': {},
-    'exaone4': _windows,
     'falcon': dict(alibi=False),
     'falcon_alibi': dict(model_type='falcon', alibi=True),
     'falcon_h1': _mamba | dict(mamba_d_ssm=64),
-    'falcon_mamba': dict(state_size=8),
     'gemma': dict(head_dim=8),
     'gemma2': dict(head_dim=8, query_pre_attn_scalar=8) | _windows,
     'gemma3_text': dict(head_dim=8, query_pre_attn_scalar=8) | _windows,
     'glm': dict(head_dim=8),
-    'glm4': dict(head_dim=8),
     'gpt2': dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    'gpt_bigcode': dict(n_embd=32, n_layer=2, n_head=4, n_positions=64),
     'gpt_neo': dict(num_layers=2, num_heads=4, attention_types=[[['global', 'local'], 1]], window_size=WINDOW),
     'gpt_neox': {},
     'gpt_oss': dict(head_dim=8) | _experts | _windows,
     'gptj': dict(n_embd=32, n_layer=2, n_head=4, rotary_dim=8, n_positions=64),
     'granite': dict(logits_scaling=4.0),
-    'granitemoe': dict(logits_scaling=4.0) | _experts,
     'granitemoehybrid': _mamba | _experts | dict(
         layer_types=['mamba', 'attention'], shared_intermediate_size=32, logits_scaling=4.0),
     'helium': dict(head_dim=8),
-    'hunyuan_v1_dense': dict(head_dim=8),
     'jamba': _experts | dict(
         attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8, mamba_dt_rank=4),
-    'jetmoe': _experts | dict(kv_channels=8),
     'lfm2': dict(layer_types=['conv', 'full_attention'], block_multiple_of=16),
     'llama': {},
     'mamba': dict(state_size=8),
     'mamba2': dict(state_size=8, num_heads=8, head_dim=8, n_groups=1, chunk_size=8),
     'minimax': _experts | dict(head_dim=8, layer_types=['linear_attention', 'full_attention'], block_size=8),
-    'ministral': dict(head_dim=8) | _windows,
     'mistral': dict(sliding_window=WINDOW),
     'mixtral': _experts,
     'mpt': dict(d_model=32, n_layers=2, n_heads=4, max_seq_len=64),
@@ -89,26 +77,34 @@ shapes = {
     'persimmon': {},
     'phi': {},
     'phi3': dict(pad_token_id=0),
-    'phimoe': _experts,
     'qwen2': {},
     'qwen2_moe': _experts | dict(shared_expert_intermediate_size=32),
     'qwen3': dict(head_dim=8),
-    'qwen3_moe': dict(head_dim=8) | _experts,
     'qwen3_next': dict(head_dim=8, layer_types=['linear_attention', 'full_attention'],
                        shared_expert_intermediate_size=32) | _experts | _linear_attention,
     'recurrent_gemma': dict(lru_width=32, attention_window_size=WINDOW, block_types=['recurrent', 'attention'],
                             num_hidden_layers=2),
     'rwkv': dict(attention_hidden_size=32),
-    'seed_oss': dict(head_dim=8),
     'smollm3': {},
     'stablelm': {},
     'starcoder2': {},
     'xglm': dict(d_model=32, num_layers=2, attention_heads=4, ffn_dim=64),
-    'zamba': dict(attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, mamba_d_state=8, mamba_dt_rank=4,
-                  num_key_value_heads=4),
     'zamba2': _mamba | dict(layers_block_type=['mamba', 'hybrid'], num_key_value_heads=4, mamba_ngroups=1,
                             mamba_headdim=16, n_mamba_heads=4, chunk_size=8, num_mem_blocks=1,
                             hybrid_layer_ids=[1]),
+}
+
+def attentions_that_keep_apart(name):
+    "The forms of attention under which the model called `name` may read packed rows."
+    return next((forms for forms, names in _apart.items() if name in names.split()), 'documents sdpa eager').split()
+
+
+_apart = {
+    'sdpa eager': 'falcon falcon_alibi nemotron stablelm',
+    'eager': 'gemma2 gpt_neo',
+    'documents': 'afmoe opt',
+    '': 'bamba biogpt bloom falcon_h1 gpt_oss granitemoehybrid jamba lfm2 mamba mamba2 minimax mpt nemotron_h qwen3_next '
+        'recurrent_gemma rwkv xglm zamba2',
 }
 
 
