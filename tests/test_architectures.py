@@ -5,10 +5,10 @@ import re
 import numpy as np
 import pytest
 import torch
+from architectures import VOCABULARY, attentions_that_keep_apart, shapes, tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig
 
-from architectures import VOCABULARY, attentions_that_keep_apart, shapes, tiny_model
 from llmft.core import LabError
 from llmft.data.batches import evaluation_batches
 from llmft.data.tokens import Examples

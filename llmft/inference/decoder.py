@@ -505,7 +505,7 @@ _decoders = weakref.WeakKeyDictionary()  # model -> (attention, the decoder that
 
 
 def _decoded(decoder, rows):
-    "Logits of the last three tokens of two `rows`, by a prompt of all but two and two steps, exchanging the rows between."
+    "Logits of the last three tokens of two `rows`: prompts of all but two, an exchange of rows, two steps."
     longest = max(len(row) for row in rows) - 2
     prompts = [torch.cat([row.new_zeros(longest + 2 - len(row)), row[:-2]]) for row in rows]
     starts_B = torch.tensor([longest + 2 - len(row) for row in rows], device=rows[0].device)

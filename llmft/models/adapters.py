@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from ..core import LabError, nearest
-from .load import causal_model, evaluating, output_head, seeded  # before peft: it silences what bitsandbytes logs
+# before peft: it silences what bitsandbytes logs
+from .load import causal_model, evaluating, output_head, seeded
 
 # isort: split
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict

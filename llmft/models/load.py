@@ -226,7 +226,7 @@ def causal_model(model):
     "The transformers model inside `model`, whatever PEFT has wrapped around it."
     return model.get_base_model() if hasattr(model, 'get_base_model') else model
 
-# %% ../../nbs/models/01_load.ipynb #761f7f83
+# %% ../../nbs/models/01_load.ipynb #fbb8c1ac
 logit_changes = dict(
     logit_scale='times',             # Cohere
     lm_head_multiplier='times',      # Falcon-H1
@@ -280,7 +280,7 @@ def output_head(model):
     factor, bound = _logit_change(net.config)
     return head if factor == 1 and bound is None else ChangedHead(head, factor, bound)
 
-# %% ../../nbs/models/01_load.ipynb #a6ab9683
+# %% ../../nbs/models/01_load.ipynb #1fbb67ee
 @contextlib.contextmanager
 def in_mode(model,          # any module
             training:bool,  # training mode, or evaluation mode
@@ -294,7 +294,7 @@ def in_mode(model,          # any module
         for module, mode in modes:
             module.training = mode
 
-
+# %% ../../nbs/models/01_load.ipynb #8f018747
 def evaluating(model):
     "`in_mode` for an evaluation."
     return in_mode(model, training=False)
@@ -309,7 +309,7 @@ def check_fits(config,      # of a transformers model
         raise LabError(f'a document of {length} tokens does not fit the {limit} positions of this model: '
                        'lower the length documents are cut to (max_length)')
 
-# %% ../../nbs/models/01_load.ipynb #4514f7dc
+# %% ../../nbs/models/01_load.ipynb #c6fa8048
 def _check_row(ids_BT, lengths):
     "A `LabError` unless `ids_BT` is one row that documents of `lengths` fill."
     if ids_BT.shape[0] != 1 or sum(lengths) != ids_BT.shape[1] or min(lengths) < 1:
@@ -373,7 +373,7 @@ def hidden_states(model,                  # from `load_model`, with or without a
             position_ids_BT = _positions_in(document_lengths).to(ids_BT.device)
     return _run(net, ids_BT, position_ids_BT, document_lengths)
 
-# %% ../../nbs/models/01_load.ipynb #cb559d54
+# %% ../../nbs/models/01_load.ipynb #3c431170
 def largest_difference(vectors,   # tensors (..., width), as hidden states or logits
                        expected,  # tensors of the same shapes
 )->float:                         # 0 for equal ones
@@ -382,15 +382,19 @@ def largest_difference(vectors,   # tensors (..., width), as hidden states or lo
     distances = [(own - other).norm(dim=-1) / other.norm(dim=-1).clamp_min(1e-30) for own, other in pairs]
     return float(torch.cat([distance.flatten() for distance in distances]).max())
 
-# %% ../../nbs/models/01_load.ipynb #9fc9f53c
-_formats = dict(fine=(1e-3, 1e-5), half=(0.1, 1e-3), quantised=(0.1, 0.1))  # (by another way, by the same way)
+# %% ../../nbs/models/01_load.ipynb #6bc60d37
+# numbers of a model -> (largest difference in a row of another shape, in one of the same shape)
+_formats = dict(fine=(1e-3, 1e-5), half=(0.1, 1e-3), experts=(0.1, 0.05), quantised=(0.1, 0.1))
 
 
 def _format_of(net):
     "The name of the numbers of a model in `_formats`."
     if getattr(net, 'hf_quantizer', None) is not None:
         return 'quantised'  # the scales of a row depend on what else is in it
-    return 'fine' if net.dtype in (torch.float32, torch.float64) else 'half'
+    if net.dtype in (torch.float32, torch.float64):
+        return 'fine'
+    has_experts = any('experts' in name and value for name, value in net.config.to_dict().items())
+    return 'experts' if has_experts else 'half'  # how many tokens an expert gets depends on all of them
 
 
 def rounding(model,  # a causal language model, with or without an adapter
@@ -403,7 +407,7 @@ def _order_rounding(net):
     "The largest difference between equal tokens in rows of one shape, where only routing to experts differs."
     return _formats[_format_of(net)][1]
 
-# %% ../../nbs/models/01_load.ipynb #4a75fcc5
+# %% ../../nbs/models/01_load.ipynb #33b352be
 _trial_lengths = (5, 9)  # tokens of the documents of a trial
 _tried = weakref.WeakKeyDictionary()  # model -> (attention, packed) of the trials that it has passed
 plain_heads = ('gpt2', 'llama', 'mistral', 'qwen2', 'qwen3')  # architectures whose logits need no trial
@@ -552,7 +556,7 @@ attentions = dict(
                                 ('the package flash-attn', 'a CUDA device', 'precision bf16 or fp16'),
                                 marks=('_supports_flash_attn',), plain=False))
 
-
+# %% ../../nbs/models/01_load.ipynb #40511249
 def check_attention(config,         # of a transformers model
                     attention:str,  # name in `attentions`
 ):

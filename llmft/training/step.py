@@ -18,14 +18,7 @@ from ..data.batches import IGNORED, MicroBatch, evaluation_batches, layouts, mic
 from ..data.tables import Documents
 from ..data.tokens import Examples, cut, encode
 from ..models.cost import families, flops_step
-from llmft.models.load import (
-    causal_model,
-    check_fits,
-    check_rows,
-    evaluating,
-    hidden_states,
-    output_head,
-)
+from ..models.load import causal_model, check_fits, check_rows, evaluating, hidden_states, output_head
 from ..models.methods import Method
 from .losses import head_cross_entropy
 from .recipe import Recipe

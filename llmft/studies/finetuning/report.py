@@ -47,6 +47,7 @@ def predicted_memory(config,               # of the model
     "What a training step of this run should take, in bytes."
     if config.model_type not in families:
         return None
+
     away = dict(optimiser=params.offload_optimiser, weights=params.offload_weights)
     return memory_breakdown(
         config, Method.from_params(params), tokens=step['slots'], longest=step['longest'],
