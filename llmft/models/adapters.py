@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from ..core import LabError, nearest
+
 # before peft: it silences what bitsandbytes logs
 from .load import causal_model, evaluating, output_head, seeded
 
