@@ -13,6 +13,7 @@ from llmft.core import LabError
 from llmft.data.batches import evaluation_batches
 from llmft.data.tokens import Examples
 from llmft.inference.generation import generate
+from llmft.models.adapters import add_lora
 from llmft.models.load import load_model
 from llmft.training.fit import fit
 from llmft.training.recipe import Recipe
@@ -134,3 +135,12 @@ def test_generation_is_that_of_the_model(name, folder):
     theirs = [model.generate(torch.tensor([row]), greedy)[0, len(row):].tolist() for row in prompts]
     assert generate(model, prompts, 6).ids == theirs
     assert [generate(model, [row], 6).ids[0] for row in prompts] == theirs
+
+
+@pytest.mark.parametrize('name', ['mamba', 'gpt2', 'llama'])
+def test_modules_that_a_wrong_target_is_offered_can_be_adapted(name, folder):
+    with pytest.raises(LabError, match='no module is called') as refused:
+        add_lora(taken(folder(name), 'sdpa', 'eager'), 2, 4, 0.0, ['nothing'], seed=0)
+    offered = str(refused.value).split('or some of ')[1].split(', ')
+    for targets in (offered, ['all-linear']):
+        add_lora(taken(folder(name), 'sdpa', 'eager'), 2, 4, 0.0, targets, seed=0)
