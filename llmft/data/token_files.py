@@ -18,10 +18,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import LabError, find_path, nearest, purpose_rng, read_json, sha256_of, short_hash, write_json
-from .corpora import builtin_part, functions_in, is_held_out, library_files, library_tests
-from .dynamics import solve_fixed
-from .tables import Documents, document_splits, held_out_split
 from llmft.data.tokens import (
     Examples,
     TokenWriter,
@@ -32,6 +28,11 @@ from llmft.data.tokens import (
     text_rows,
     tokenizer_hash,
 )
+
+from ..core import LabError, find_path, nearest, purpose_rng, read_json, sha256_of, short_hash, write_json
+from .corpora import builtin_part, functions_in, is_held_out, library_files, library_tests
+from .dynamics import solve_fixed
+from .tables import Documents, document_splits, held_out_split
 
 # %% ../../nbs/data/07_token_files.ipynb #e1115d8e
 @dataclass
