@@ -231,24 +231,22 @@ def asked_and_done_table(result,            # a `FitResult`
     _check_done(progress, asked, done)
     return table([dict(what='asked for', **asked), dict(what='done', **done)])
 
-# %% ../../nbs/runs/07_tables.ipynb #da95cfcd
+# %% ../../nbs/runs/07_tables.ipynb #e1ecf2ce
 text_columns = (column('control_like', 'look like control tokens', 'kept as text'),
                 column('rendered', 'rendered conversations'))  # what `text_notes` of llmft.data.tokens counts
 
 # %% ../../nbs/runs/07_tables.ipynb #1e4ad565
-def evaluation_table(before:dict,   # loss, perplexity, bits_per_byte, targets, documents, as from `judge`
-                     after:dict,    # the same after training
+_evaluation_columns = [
+    column('when'), column('loss', 'loss', 'nats per token', best='low'), column('perplexity', best='low'),
+    column('bits_per_byte', best='low'), column('targets', 'tokens'),
+    column('perplexity_with_end', 'perplexity', 'with the ends', n='ends')]
+
+
+def evaluation_table(before:dict,   # loss, perplexity, perplexity_with_end, bits_per_byte, targets, ends, documents
+                     after:dict,    # the same after training, as from `judge`
                      columns=(),    # further keys or `column` descriptions, of what both have
                      documents:str='documents',  # what the documents are called
 )->Html:
     "The evaluation of held-out text before and after training."
-    return table([dict(when='before', **before), dict(when='after', **after)], [
-        column('when'),
-        column('loss', 'loss', 'nats per token', best='low'),
-        column('perplexity', best='low'),
-        column('bits_per_byte', best='low'),
-        column('targets', 'tokens'),
-        column('perplexity_with_end', 'perplexity', 'with the ends', n='ends'),
-        column('documents', documents),
-        *columns,
-    ])
+    return table([dict(when='before', **before), dict(when='after', **after)],
+                 [*_evaluation_columns, column('documents', documents), *columns])

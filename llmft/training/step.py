@@ -189,7 +189,7 @@ def _text_and_ends(model, batches, end):
         end_nats = float(losses_N[is_end_N].sum(dtype=torch.float64))
         sums += [nats - end_nats, batch.supervised - ends, end_nats, ends]
     model.train(was_training)
-    return sums
+    return sums.tolist()
 
 
 def _per_target(nats, targets, size, suffix=''):

@@ -138,7 +138,8 @@ def pretraining_metrics(result:FitResult,  # from `launch`
     kept = ('train_tokens', 'total_time_seconds', 'tokens_per_sec', 'flops', 'best_step')
     return {name: training[name] for name in kept} | dict(
         parameters=result.trainable, valid_loss_before=before['loss'], valid_loss=after['loss'],
-        valid_perplexity=after['perplexity'], valid_perplexity_with_end=after['perplexity_with_end'], bits_per_byte=after['bits_per_byte'], valid_targets=after['targets'],
+        valid_perplexity=after['perplexity'], valid_perplexity_with_end=after['perplexity_with_end'],
+        bits_per_byte=after['bits_per_byte'], valid_targets=after['targets'], valid_ends=after['ends'],
         valid_bytes=after['bytes'])
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #a9ff96bb
