@@ -345,7 +345,7 @@ def end_tokens(model,      # a causal language model
         return turn_ends(tokenizer)
     return turn_ends(tokenizer) | set(configured if isinstance(configured, (list, tuple)) else [configured])
 
-# %% ../../nbs/inference/02_generation.ipynb #23b4c357
+# %% ../../nbs/inference/02_generation.ipynb #0fc00336
 _read_before = 8  # tokens of the prompt that stand before what is read
 
 
@@ -368,7 +368,7 @@ def complete(model,                  # a causal language model, with or without 
              seed:int=0,             # of the draws, when temperature is above 0
              top_p:float=1.0,        # draws are among the most probable tokens that together reach this probability
 )->list:                             # the continuations, without the prompts
-    "Continue each of the texts in `prompts`; generation ends at the end-of-text token."
+    "Continue each of the texts in `prompts`; generation ends at the first of the `end_tokens`."
     options = dict(stop_ids=end_tokens(model, tokenizer), pad_id=tokenizer.pad_token_id)
     rows = prompt_tokens(prompts, tokenizer)
     generated = generate(model, rows, max_new_tokens, temperature, top_p, seed, **options)
