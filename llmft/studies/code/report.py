@@ -70,7 +70,8 @@ def measured(model,          # at any moment of the run
 
 # %% ../../../nbs/studies/code/06_report.ipynb #1e69d5b5
 _loss_columns = [column('rows'), column('before', 'before', 'nats/token'),
-                 column('after', 'after', 'nats/token', n='n'), column('perplexity', 'perplexity after', 'with the ends'),
+                 column('after', 'after', 'nats/token', n='n'),
+                 column('perplexity', 'perplexity after', 'with the ends'),
                  column('targets', 'tokens')]
 
 
