@@ -150,6 +150,13 @@ def test_the_tokenizers_own_rule_is_asked():
         base=(['<|endoftext|>'], ['<|endoftext|>']))
 
 
+def test_a_vocabulary_of_digits_is_asked_with_a_digit():
+    raw = Tokenizer(models.BPE({'0': 0, '1': 1, '<s>': 2, '</s>': 3}, []))
+    raw.add_special_tokens(['<s>', '</s>'])
+    raw.post_processor = processors.TemplateProcessing(single='<s> $A', special_tokens=[('<s>', 2)])
+    assert edges(PreTrainedTokenizerFast(tokenizer_object=raw, bos_token='<s>', eos_token='</s>')) == ([2], [3])
+
+
 @every_kind
 def test_a_document_begins_and_ends_by_the_rule(kind):
     tokenizer = kinds[kind]()

@@ -99,7 +99,7 @@ def tokenizer_hash(tokenizer) -> str:
     "A hash of everything that decides how text is cut: vocabulary, merges, rules."
     return sha256_of(tokenizer.backend_tokenizer.to_str())[:12]
 
-# %% ../../nbs/data/04_tokens.ipynb #ac4126f4
+# %% ../../nbs/data/04_tokens.ipynb #ac1623c2
 _barred = re.compile(r'<[|｜].*[|｜]>', flags=re.DOTALL)  # how turns are spelled that a tokenizer does not call special
 
 
@@ -109,7 +109,7 @@ def control_tokens(tokenizer,  # as `load_tokenizer` gives it
     added = tokenizer.added_tokens_decoder.items()
     return {token.content: number for number, token in added if token.special or _barred.fullmatch(token.content)}
 
-# %% ../../nbs/data/04_tokens.ipynb #9dacf804
+# %% ../../nbs/data/04_tokens.ipynb #19799d34
 def _spelling(tokenizer):
     "A pattern of the text of any control token, longest first, or of nothing."
     longest_first = sorted(control_tokens(tokenizer), key=len, reverse=True)
@@ -123,7 +123,7 @@ def looks_like_control(texts,      # list of texts
     pattern = re.compile(_spelling(tokenizer))
     return sum(len(pattern.findall(text)) for text in texts)
 
-# %% ../../nbs/data/04_tokens.ipynb #5b844dea
+# %% ../../nbs/data/04_tokens.ipynb #70f9ebc0
 def spell_control(texts,      # list of texts
                   tokenizer,  # as `load_tokenizer` gives it
 )->list:                      # of bools
@@ -131,7 +131,7 @@ def spell_control(texts,      # list of texts
     pattern = re.compile(_spelling(tokenizer))
     return [pattern.search(text) is not None for text in texts]
 
-# %% ../../nbs/data/04_tokens.ipynb #a79382ee
+# %% ../../nbs/data/04_tokens.ipynb #831c2f0c
 def keep_as_text(texts,      # list of texts of users
                  tokenizer,  # as `load_tokenizer` gives it
 )->list:                     # of texts, for a template and then for `rendered_rows`
@@ -142,7 +142,7 @@ def keep_as_text(texts,      # list of texts of users
     return [mark_control_tokens(text, first_character) if spelled else text
             for text, spelled in zip(texts, spell_control(texts, tokenizer), strict=True)]
 
-# %% ../../nbs/data/04_tokens.ipynb #dd368a79
+# %% ../../nbs/data/04_tokens.ipynb #8e297028
 def _marks():
     "The characters that mark a control token of a user's text."
     from transformers.utils.chat_template_utils import mark_control_tokens
@@ -174,23 +174,25 @@ def rendered_rows(texts,      # list of texts, with what users wrote in them mar
     return [_behind(text, before, tokenizer) if goes_on or any(mark in text for mark in marks) else row
             for text, row in zip(texts, rows, strict=True)]
 
-# %% ../../nbs/data/04_tokens.ipynb #daf2bef3
+# %% ../../nbs/data/04_tokens.ipynb #88cf677d
 def text_rows(texts,      # list of texts of users
               tokenizer,  # as `load_tokenizer` gives it
 )->list:                  # of lists of token ids
     "The tokens of texts, none of them a control token, whatever the texts spell."
     return rendered_rows(keep_as_text(texts, tokenizer), tokenizer)
 
-# %% ../../nbs/data/04_tokens.ipynb #37c4be25
+# %% ../../nbs/data/04_tokens.ipynb #9b72c3c6
 def edges(tokenizer,  # as `load_tokenizer` gives it
 )->tuple:             # (token ids before a text, token ids after a document)
     "What stands before a text by the tokenizer's own rule, and what ends a document."
-    letter = tokenizer.encode('a', add_special_tokens=False)
-    whole = tokenizer.encode('a')
+    known = (text for text in 'a0,' if tokenizer.encode(text, add_special_tokens=False))
+    text = next(known, '')  # a vocabulary may be of digits only
+    letter = tokenizer.encode(text, add_special_tokens=False)
+    whole = tokenizer.encode(text)
     begin = next(n for n in range(len(whole) + 1) if whole[n:n + len(letter)] == letter)
     return whole[:begin], whole[begin + len(letter):] or [tokenizer.eos_token_id]
 
-# %% ../../nbs/data/04_tokens.ipynb #4d6629ba
+# %% ../../nbs/data/04_tokens.ipynb #7892102e
 def begun(rows,       # lists of token ids
           tokenizer,  # as `load_tokenizer` gives it
 )->list:              # of lists of token ids
@@ -198,7 +200,7 @@ def begun(rows,       # lists of token ids
     begin, _ = edges(tokenizer)
     return [row if row[:len(begin)] == begin else begin + row for row in rows]
 
-# %% ../../nbs/data/04_tokens.ipynb #d57bffdc
+# %% ../../nbs/data/04_tokens.ipynb #386dfed1
 _probe = 'qzx0'  # a content that no template writes
 
 
@@ -220,7 +222,7 @@ def turn_ends(tokenizer,  # as `load_tokenizer` gives it
     found = re.search(_spelling(tokenizer), after)
     return {tokenizer.eos_token_id} | ({control_tokens(tokenizer)[found[0]]} if found else set())
 
-# %% ../../nbs/data/04_tokens.ipynb #a0635991
+# %% ../../nbs/data/04_tokens.ipynb #343d6fc5
 def _openings(tokenizer):
     "The control tokens, as text, that a rendered conversation may begin with."
     spelling = _spelling(tokenizer)
@@ -250,7 +252,7 @@ def are_rendered(texts,      # list of texts
     closings = _closings(tokenizer)
     return [text.startswith(openings) and text.rstrip().endswith(closings) for text in texts]
 
-# %% ../../nbs/data/04_tokens.ipynb #ae880f6c
+# %% ../../nbs/data/04_tokens.ipynb #b8ea5e85
 def _conversation_rows(texts, tokenizer):
     "The tokens of rendered texts, with the beginning that their template writes where they lack it."
     rows = rendered_rows(texts, tokenizer)
@@ -468,7 +470,7 @@ def encode(texts,          # list of documents
     write_json(folder / 'tokens.json', facts)
     return read_tokens(folder)
 
-# %% ../../nbs/data/04_tokens.ipynb #9eb180d8
+# %% ../../nbs/data/04_tokens.ipynb #bc06f75e
 def text_notes(texts,      # list of texts
                tokenizer,  # as `load_tokenizer` gives it
 )->dict:                   # control_like, rendered: counts
@@ -477,7 +479,7 @@ def text_notes(texts,      # list of texts
     plain = [text for text, ready in zip(texts, rendered, strict=True) if not ready]
     return dict(control_like=looks_like_control(plain, tokenizer), rendered=sum(rendered))
 
-# %% ../../nbs/data/04_tokens.ipynb #fa71c06d
+# %% ../../nbs/data/04_tokens.ipynb #aa39acf0
 def _first_bytes(text, tokenizer, rendered):
     "Bytes of the first token of a text; of a character in several tokens, the share of one."
     encoding = tokenizer(text, add_special_tokens=False, split_special_tokens=not rendered,
