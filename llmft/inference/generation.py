@@ -6,7 +6,6 @@
 __all__ = ['Generated', 'check_request', 'choose', 'generate', 'end_tokens', 'written_text', 'complete']
 
 # %% ../../nbs/inference/02_generation.ipynb #499a46c1
-import contextlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import torch
 
 from ..core import LabError, purpose_rng
 from ..data.tokens import prompt_tokens, turn_ends
-from ..models.load import causal_model
+from ..models.load import causal_model, evaluating
 from ..models.meter import synchronise
 from .decoder import decoder_for
 
@@ -296,18 +295,6 @@ def _joined(parts, prompts):
         step_seconds=_concatenated(parts, 'step_seconds'))
 
 
-@contextlib.contextmanager
-def _evaluating(model):
-    "`model` in evaluation mode for the block; afterwards each of its modules is in the mode it was in."
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 @torch.no_grad()
 def generate(model,                  # a causal language model, with or without an adapter
              prompts:list,           # lists of token ids, of any lengths
@@ -330,7 +317,7 @@ def generate(model,                  # a causal language model, with or without 
     rows = range(len(prompts) * samples)
     size = batch_size or len(rows)
 
-    with _evaluating(model):
+    with evaluating(model):
         parts = [_Batch(model, rows[i : i + size], request).run(prompts) for i in range(0, len(rows), size)]
     return _joined(parts, prompts)
 
@@ -345,7 +332,7 @@ def end_tokens(model,      # a causal language model
         return turn_ends(tokenizer)
     return turn_ends(tokenizer) | set(configured if isinstance(configured, (list, tuple)) else [configured])
 
-# %% ../../nbs/inference/02_generation.ipynb #0fc00336
+# %% ../../nbs/inference/02_generation.ipynb #66ecca6c
 _read_before = 8  # tokens of the prompt that stand before what is read
 
 
