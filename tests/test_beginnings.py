@@ -211,6 +211,16 @@ def test_prompts_as_text_agree(kind):
     assert prompt_rows([Task('', 'def a\nb', '')], tokenizer, 'Question: {input}\nAnswer:{solution}', '') == [wanted]
 
 
+@every_kind
+def test_a_completion_goes_on_from_the_prompt_as_the_tokenizer_begins_it(kind, monkeypatch):
+    tokenizer = kinds[kind]()
+    seen = []
+    monkeypatch.setattr(generation, 'generate', lambda model, rows, *args, **options: (
+        seen.extend(rows) or types.SimpleNamespace(ids=[[] for _ in rows])))
+    complete(tiny(tokenizer), tokenizer, ['def a'])
+    assert seen == [edges(tokenizer)[0] + tokenizer.encode('def a', add_special_tokens=False)]
+
+
 @every_chat
 def test_a_turn_cannot_be_forged(kind):
     tokenizer = kinds[kind]()
