@@ -60,7 +60,7 @@ def cache_folder() -> Path:
     "Where this user keeps what can be made again: `$XDG_CACHE_HOME/llmft`, or `~/.cache/llmft`."
     return Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'llmft'
 
-
+# %% ../../nbs/data/08_sources.ipynb #2feed731
 def fetched(name:str,  # in `fetchables`
 )->Path:               # a GGUF file, a folder that the hub filled, or `None` when it was not fetched
     "Where the fetched model `name` lies."
@@ -107,7 +107,7 @@ def _in_folder(folder, name):
     if len(packed) == 1:
         return Source('gguf', packed[0], name)
     if packed:
-        raise LabError(f'the folder {name} holds {len(packed)} .gguf files: name one of them, as {name}/{packed[0].name}')
+        raise LabError(f'the folder {name} holds {len(packed)} .gguf files: name one, as {name}/{packed[0].name}')
     raise LabError(f'the folder {name} has no config.json, adapter_config.json, run.json or .gguf file: '
                    'give one that save_pretrained wrote')
 
@@ -169,7 +169,7 @@ def weight_files(source:Source,  # from `find_model`
         return []
     return sorted(folder.glob('*.safetensors')) or sorted(folder.glob('*.bin'))
 
-
+# %% ../../nbs/data/08_sources.ipynb #042c80a7
 def source_hash(source:Source,  # from `find_model`
 )->str:                         # 64 hexadecimal digits, '' where no file says what the weights are
     "SHA-256 of the weights of a model: of its file, or of the list of its files."

@@ -94,7 +94,8 @@ def load_tokenizer(name:str,  # of a model, as `find_model` knows it, or a folde
 
     place, options = _tokenizer_place(name)
     try:
-        options |= dict(clean_up_tokenization_spaces=False, local_files_only=isinstance(place, Path) or not hub_answers())
+        offline = isinstance(place, Path) or not hub_answers()
+        options |= dict(clean_up_tokenization_spaces=False, local_files_only=offline)
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except Exception as error:
         raise LabError(f"no tokenizer for '{name}' ({type(error).__name__}): give a folder that holds tokenizer.json, "

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from ..core import LabError, nearest
-from .load import causal_model, load_model, output_head, precisions, seeded
+from .load import causal_model, load_model, output_head, precisions, seeded  # first: it makes bitsandbytes quiet
 
 # isort: split
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict  # after `load` has silenced bitsandbytes
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
 

@@ -9,7 +9,6 @@ __all__ = ['read_gguf', 'gguf_facts', 'gguf_config', 'gguf_model']
 from collections import Counter
 from pathlib import Path
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 from ..core import LabError, require

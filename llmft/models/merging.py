@@ -69,7 +69,7 @@ def check_equal(logits_BTV,   # of the one model
     return difference
 
 # %% ../../nbs/models/10_merging.ipynb #5e6451f9
-_harmless_starts = ('gaussian', 'eva', 'orthogonal', 'pissa', 'olora')  # the last two change the base the same each time
+_harmless_starts = ('gaussian', 'eva', 'orthogonal', 'pissa', 'olora')  # the last two repeat what they do to the base
 
 
 def _refusal(config):
@@ -158,6 +158,7 @@ def load_adapter(model,   # the base model; it is wrapped in place
 )->PeftModel:             # the model with the adapter
     "Put the adapter in `folder` on a base model; a `LabError` when there is none, or it is of another base."
     read_adapter_config(folder)
+
     try:
         with _quiet_peft():
             loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
@@ -279,7 +280,7 @@ def merge_in_place(model,  # a `PeftModel`; it is used up
     check_equal(plain_BTV, logits_of(merged), tolerances[dtype], advice)
     return merged
 
-
+# %% ../../nbs/models/10_merging.ipynb #8a4c8928
 def merge_adapter(model,  # a `PeftModel`; it is not changed
 ):                        # a plain `PreTrainedModel` in evaluation mode
     "A copy of `model` with its adapter added to the weights, as `merge_in_place` does it."
