@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from ..core import LabError, nearest
-from .load import causal_model, load_model, output_head, precisions, seeded  # first: it makes bitsandbytes quiet
+from .load import causal_model, load_model, output_head, precisions, seeded  # before peft, to silence it
 
 # isort: split
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
