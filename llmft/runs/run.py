@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['reserve_bytes', 'trackers', 'save_record', 'merge', 'update_record', 'run_folder', 'check_inside', 'set_aside',
            'without_secret', 'open_folder', 'close_folder', 'read_run', 'list_runs', 'began_after', 'declared_types',
-           'injected_names', 'declared_parameters', 'check_namespace', 'check_model_params', 'check_tracker',
-           'open_tracker', 'Run', 'end_unmanaged', 'watch_cells', 'start_run']
+           'injected_names', 'declared_parameters', 'check_namespace', 'check_model_params', 'say_model',
+           'check_tracker', 'open_tracker', 'Run', 'end_unmanaged', 'watch_cells', 'start_run']
 
 # %% ../../nbs/runs/04_run.ipynb #2efab354
 import ast
@@ -37,6 +37,7 @@ from llmft.runs.params import (
 )
 
 from ..core import LabError, choose, find_path, jsonable, nearest, read_json, require, write_atomic, write_json
+from .cards import write_cards
 from .inputs import check_inputs
 from .locks import held, hold, is_held, now, release, seconds_since
 from .provenance import fingerprint, git_state, machine, provenance_line, versions
@@ -359,6 +360,17 @@ def check_model_params(params:dict,  # name -> value of all parameters of a note
     quantisation = Method.from_params(SimpleNamespace(**params)).quantisation
     check_model_settings(quantisation=quantisation, **formats)
 
+# %% ../../nbs/runs/04_run.ipynb #56a8812e
+def say_model(params:dict,  # name -> value of all parameters of a notebook, checked
+):
+    "Print where the weights of the run's model come from, where that is more than a name; a `LabError` when nowhere."
+    if not isinstance(params.get('model'), str):
+        return
+    from llmft.models.load import model_says
+
+    if line := model_says(params['model']):
+        print(line)
+
 # %% ../../nbs/runs/04_run.ipynb #f693ba87
 trackers = dict(
     off='no tracker',
@@ -462,7 +474,8 @@ def finish(self:Run, metrics:dict,  # flat: name -> number, text or `None`
         raise LabError(f'metrics must be flat, and {nested[0]} is not: give one name per number')
 
     write_json(self.folder / 'metrics.json', metrics)
-    update_record(self.folder, run=dict(verdict=verdict, finished=now()))
+    record = update_record(self.folder, run=dict(verdict=verdict, finished=now()))
+    write_cards(self.folder, record, metrics)
     if self.tracker:
         self.tracker.summary.update(jsonable(metrics))
         self.tracker.finish()
@@ -516,6 +529,7 @@ def start_run(notebook:str,    # name of the experiment notebook, as in nbs/expe
     "Check the parameters in `namespace` and open the run's folder; the setup cell of every experiment."
     params = check_namespace(notebook, namespace)
     check_model_params(params)
+    say_model(params)
     ticket = json.loads(os.environ.pop('LLMFT_RUN', '{}'))
     if ticket:
         return _join(ticket)
