@@ -46,6 +46,9 @@ _word = re.compile(r'[^\W\d_]+')
 _break = re.compile('([^\\W\\d_]*)(?:[\x02\ufffe]|\xad(?=\\s*\\n))\\s*(?:(\\d+) )?([^\\W\\d_]*)')  # as PDFium marks it
 
 
+_first_parts = frozenset('well self high low long short large small cross full half one two three four five'.split())
+
+
 @functools.cache
 def _reference_words():
     "The words of Python's language reference, in lower case."
@@ -55,12 +58,13 @@ def _reference_words():
 
 
 def _keeps_hyphen(left, right, text, known):
-    "Whether the hyphen between two parts belongs to the word: `text` is the file in lower case, `known` its words."
+    "Whether the hyphen between two parts belongs to the word: `text` is the file in lower case, `known` whole words."
     if not (left and right) or f'{left}-{right}' in text:
         return True
     if left + right in known:
         return False
-    return {left, right} <= known
+    in_chain = f'-{left}\ufffe' in text and left in known
+    return in_chain or {left, right} <= known or (left in _first_parts and len(right) > 3)
 
 
 def _is_line_number(number, text):
@@ -83,8 +87,8 @@ def mend_breaks(pages:list,  # texts of a file's pages, with PDFium's marks
     "Join the words that the ends of lines have broken; the hyphen stays where it belongs to the word."
     if not any(map(_break.search, pages)):
         return pages
-    lower = '\f'.join(_break.sub(' ', page) for page in pages).lower()
-    known = _reference_words() | set(_word.findall(lower))
+    lower = re.sub('[\x02\xad]', '\ufffe', '\f'.join(pages).lower())
+    known = _reference_words() | set(_word.findall(_break.sub(' ', lower)))
     return [_break.sub(lambda match: _mended(match, lower, known), page).replace('\xad', '') for page in pages]
 
 # %% ../../nbs/data/03_pdfs.ipynb #987bde9c

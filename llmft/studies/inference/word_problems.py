@@ -210,11 +210,13 @@ def _numbers(text):
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #20895c0f
 _mark_prefix = r'[\s*_:=~≈(\[`-]*(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\b)?[\s*_:=~≈(\[`\\]*(?:[a-z]\s*=\s*)?'
 _step_number = re.compile(r'\d{1,2}[.):]\s+\S')
+_sum = re.compile(r'[^A-Za-z=]*\d[^A-Za-z=]*=\s*')  # such as 3 + 4 =
 _groups = re.compile(r'\D*\d{1,3}(?: \d{3})+\W*')
 
 
 def _after_mark(line):
     "The number that a line begins with, behind a mark; `None` when it begins with a word or the number of a step."
+    line = _sum.sub('', line, count=1) if _sum.match(line) else line
     prefix = re.match(_mark_prefix, line, flags=re.IGNORECASE)[0]
     signed = prefix[-1:] == '-'
     rest = ('-' if signed else '') + line[len(prefix):]
@@ -247,7 +249,7 @@ def _braced(text, first):
 
 
 _spaces = re.compile(r'\\(?:left|right|[,;:! ])|\s+|\.$')
-_unit = re.compile(r'(?:\\?[%°]|\^\\?circ|\^\{\\circ\}|\\(?:text|mbox|mathrm)\s*\{[^{}]*\}|\s+[A-Za-z]{2,}[\w\s/^]*|\.|\s)*')
+_unit = re.compile(r'(?:\\?[%°]|\^\\?circ|\^\{\\circ\}|\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?|\s+[A-Za-z]{2,}[\w\s/^]*|\.|\s)*')
 
 
 def _expression(content):
