@@ -178,7 +178,15 @@ organisation.
 def test_hyphens_at_line_ends_stay_where_they_belong_to_the_word(tmp_path):
     file = read_pdf(write_pdf(tmp_path / 'a.pdf', lines), min_characters=0)
     words = ' '.join(file.text.split())
-    for word in ('well-known', 'information', 'Fortran-based', 'Smith-Jones', 'COVID-19', 'state-of-the-art', 'minibus'):
+    for word in (
+        'well-known',
+        'information',
+        'Fortran-based',
+        'Smith-Jones',
+        'COVID-19',
+        'state-of-the-art',
+        'minibus',
+    ):
         assert f' {word} ' in words.replace(':', ' ').replace(',', ' '), (word, words)
     assert 'watersheds and' in words and '\ufffe' not in words and '\x02' not in words
 

@@ -211,7 +211,7 @@ def _numbers(text):
 _mark_prefix = r'[\s*_:=~≈(\[`-]*(?:(?:the\s+)?(?:final\s+)?answer(?:\s+is)?\b)?[\s*_:=~≈(\[`\\]*(?:[a-z]\s*=\s*)?'
 _step_number = re.compile(r'\d{1,2}[.):]\s+\S')
 _sum = re.compile(r'[^A-Za-z=]*\d[^A-Za-z=]*=\s*')  # such as 3 + 4 =
-_groups = re.compile(r'\D*\d{1,3}(?: \d{3})+\W*')
+_groups = re.compile(r'\D*\d{1,3}(?: \d{3})+(?:\.\d+)?\W*')
 
 
 def _after_mark(line):
@@ -231,7 +231,7 @@ def _marked(text):
     "The number behind the first `####` that one follows; `None` without any."
     for part in text.split('####')[1:]:
         line = part.lstrip().partition('\n')[0].replace('$', '')
-        line = line.replace(' ', ',') if _groups.fullmatch(line) else line
+        line = re.sub(r'(?<=\d) (?=\d{3})', ',', line) if _groups.fullmatch(line) else line
         found = _boxed(line) or _after_mark(line)
         if found is not None:
             return found
