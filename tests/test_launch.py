@@ -398,7 +398,6 @@ def test_the_experiment_reads_the_same_with_two_ranks(tmp_path):
         max_steps=3,
         num_samples=4,
         num_eval_samples=1,
-        valid_share=0.1,
         max_length=64,
         batch_size=2,
         sample_tokens=4,

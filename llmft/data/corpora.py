@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['function_modules', 'function_eval_modules', 'base_eval_modules', 'topic_eval', 'left_out', 'builtin_parts', 'Corpus',
-           'content_key', 'draw_of', 'fair_share', 'split_text', 'check_share', 'split_documents', 'drop_shared',
+           'content_key', 'draw_of', 'check_share', 'fair_share', 'split_text', 'split_documents', 'drop_shared',
            'library_files', 'library_tests', 'bundled_packages', 'functions_in', 'library_functions', 'paragraphs',
            'paragraph_keys', 'without_seen', 'builtin_part', 'load_corpus']
 
@@ -48,12 +48,19 @@ def draw_of(text:str,  # or a key of it
     "The number that decides the side of a text; copies have the same one."
     return int(sha256_of(f'{seed} {text}')[:12], 16) / 16**12
 
+# %% ../../nbs/data/02_corpora.ipynb #0ca1944f
+def check_share(valid_share: float):
+    "A `LabError` unless `valid_share` is a share of documents that can be held out."
+    if not 0 < valid_share < 1:
+        raise LabError(f'valid_share is {valid_share}: give a number between 0 and 1')
+
 # %% ../../nbs/data/02_corpora.ipynb #1858bd9d
 def fair_share(texts,        # texts or keys of them, one at a time; copies count once
                share:float,  # of all texts that should be held out, in (0, 1)
                seed:int,     # as in `draw_of`
 )->float:                    # texts whose draw is below it are held out
     "`share`, or the nearest share that leaves a text on each side; 0 where all texts are copies of one."
+    check_share(share)
     lowest = 1.
     highest = 0.
     for text in texts:
@@ -71,13 +78,15 @@ def fair_share(texts,        # texts or keys of them, one at a time; copies coun
 _boundaries = (r'\n[ \t]*\n\s*', r'\n\s*', r'\s+')  # where a text is divided: paragraphs, lines, words
 
 
-def _boundary_near(text, wanted):
-    "The boundary nearest to the place `wanted` inside `text`, of the largest kind that it has; `None` without any."
+def _boundary_near(text, wanted, slack):
+    "The boundary nearest to the place `wanted` in `text`: the largest kind within `slack`; `None` without any."
+    nearest_one = None
     for pattern in _boundaries:
         ends = [match.end() for match in re.finditer(pattern, text) if 0 < match.start() and match.end() < len(text)]
-        if ends:
-            return min(ends, key=lambda end: abs(end - wanted))
-    return None
+        nearest_one = min(ends, key=lambda end: abs(end - wanted), default=nearest_one)
+        if ends and abs(nearest_one - wanted) <= slack:
+            break
+    return nearest_one
 
 
 def split_text(text:str,     # a document
@@ -85,16 +94,10 @@ def split_text(text:str,     # a document
 )->tuple:                    # (beginning, end); together they are the text
     "Divide a text between two paragraphs, lines or words. `LabError` when it is a single word."
     inner = text.rstrip()
-    place = _boundary_near(inner, (1 - share) * len(inner))
+    place = _boundary_near(inner, (1 - share) * len(inner), min(share, 1 - share) * len(inner))
     if place is None:
         raise LabError(f'the only document is one word ({text.strip()[:20]!r}): add documents')
     return text[:place], text[place:]
-
-# %% ../../nbs/data/02_corpora.ipynb #0ca1944f
-def check_share(valid_share: float):
-    "A `LabError` unless `valid_share` is a share of documents that can be held out."
-    if not 0 < valid_share < 1:
-        raise LabError(f'valid_share is {valid_share}: give a number between 0 and 1')
 
 # %% ../../nbs/data/02_corpora.ipynb #ac0282ab
 def _first_rows(documents):

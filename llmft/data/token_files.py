@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import LabError, find_path, nearest, purpose_rng, read_json, sha256_of, short_hash, write_json
-from .corpora import builtin_part, check_share, draw_of, fair_share, functions_in, library_files
-from .corpora import library_tests, split_text
+from .corpora import builtin_part, draw_of, fair_share, functions_in, library_files, library_tests, split_text
 from .dynamics import solve_fixed
 from .tables import Documents, count, document_splits, held_out_split
 from .tokens import Examples, TokenWriter, load_tokenizer, read_side, side_facts, tokenizer_hash
@@ -225,7 +224,6 @@ def document_stream(data:str,                # one of `_sources`, a file or fold
 ):                                           # iterator of lists of texts
     "Batches of documents of one side. `LabError` for a source that is not there."
     _check_source(data)
-    check_share(valid_share)
     if data.startswith('simulated:'):
         yield from _simulated(data, side, documents, batch, seed)
         return

@@ -169,7 +169,7 @@ _digits = r'(?:\d{1,3}(?:[,_]\d{3})+(?!\d)|\d+)'
 _number = re.compile(rf'''
     (?<![\w.^/])                                       # in no word, number, power or fraction
     (?P<sign>[-+]?)[$€£¥₹]?(?P<inner>[-+]?)
-    (?:(?P<whole>\d+)[ ](?=\d+/\d))?                   # of a number such as 1 3/4
+    (?:(?P<whole>{_digits})[ ](?=\d+/\d))?                   # of a number such as 1 3/4
     (?P<top>{_digits}(?:\.\d+)?|\.\d+)
     (?:[eE](?P<power>[-+]?\d+)(?![\w.]))?
     (?:/(?P<below>{_digits}))?
@@ -186,7 +186,7 @@ def _number_of(match):
     below = Fraction(plain.sub('', match['below'] or '1'))
     if not below:
         return None
-    value = Fraction(plain.sub('', match['top'])) * Fraction(10)**power / below + int(match['whole'] or 0)
+    value = Fraction(plain.sub('', match['top'])) * Fraction(10)**power / below + int(plain.sub('', match['whole'] or '0'))
     return -value if '-' in match['sign'] + match['inner'] else value
 
 

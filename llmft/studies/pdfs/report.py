@@ -64,7 +64,7 @@ def files_in_words(data:PdfData,  # of the run
     used = len(data.used)
     rest = used - most_files_shown
     further = f'; the {rest:,} further files that were used are in files.json' if rest > 0 else ''
-    besides = left_out(data.corpus.notes['besides'])
+    besides = left_out(data.corpus.notes.get('besides', {}))
     return f'{files:,} files, {used:,} used, {files - used:,} skipped{further}\nbeside them {besides}'
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #49dcce55
