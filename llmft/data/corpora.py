@@ -462,6 +462,7 @@ def load_corpus(data:str,                # "builtin:topics", a file or folder, o
         corpus = _builtin_corpus(data)
     else:
         corpus = _read_corpus(data, config, text_field, valid_share, seed)
+
     _keep_first(corpus, num_samples)
     _check_train(corpus, data)
     return corpus

@@ -346,7 +346,7 @@ _readers = {'.jsonl': _jsonl_rows, '.json': _array_rows, '.csv': _separated_rows
             '.parquet': _parquet_rows}
 row_endings = tuple(_readers)
 
-# %% ../../nbs/data/01_tables.ipynb #6de86cad
+# %% ../../nbs/data/01_tables.ipynb #c7a1e0d2
 def count(notes,         # counts by what was counted, or `None`
           what:str,      # such as 'blank_lines'
           number:int=1,  # how many more; 0 changes nothing
@@ -355,7 +355,7 @@ def count(notes,         # counts by what was counted, or `None`
     if notes is not None and number:
         notes[what] = notes.get(what, 0) + number
 
-
+# %% ../../nbs/data/01_tables.ipynb #6de86cad
 def _refuse(error):
     raise LabError(f"{error.filename} can't be read ({error.strerror}): check its permissions") from None
 

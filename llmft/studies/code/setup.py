@@ -52,7 +52,7 @@ def _check_filled(examples, max_length):
                        'raise it, or give shorter rows')
 
 
-def task_data(params,  # model, data and its fields, valid_share, num_samples, template and its settings, max_length, seed
+def task_data(params,  # model, data, its fields, valid_share, num_samples, the template's settings, max_length, seed
 )->TaskData:
     "The data of a run; a `LabError` for a template that cannot be used, or when no training or validation row is left."
     tokenizer = load_tokenizer(params.model)

@@ -61,7 +61,8 @@ def _list(row, field, name):
     "The list in a field of a row; tables without lists hold them as text, and one text is a list of one."
     value = row.get(field)
     if isinstance(value, str):
-        value = _parsed(value) if value.strip().startswith('[') else [value] if value.strip() else []
+        lone = [value] if value.strip() else []
+        value = _parsed(value) if value.strip().startswith('[') else lone
     if value is not None and not isinstance(value, (list, tuple)):
         raise LabError(f"{name} has no list in the field '{field}': it holds {type(value).__name__}")
     return list(value or [])
@@ -383,7 +384,7 @@ def load_tasks(data:str,                       # "builtin:functions", a .jsonl o
                training_field:str='solution',  # field of the answer: solution, or output for the reasoning
                split_field:str='split',        # field that says train, valid or test
                num_samples:int=0,              # training rows to keep, 0 for all
-               valid_share:float=.05,          # held out for validation where no row is, and for test where no row has a split
+               valid_share:float=.05,          # held out for validation, and for test where no row has a split
                seed:int=42,                    # of that split
                needs=('train', 'valid'),       # splits that must have a row
 )->tuple:                                      # (dict of lists of `Task`: train, valid, test; dict of counts)

@@ -40,7 +40,7 @@ def _in_examples(corpus, tokenizer, params, too_long='split'):
     return TrainingData(tokenizer, corpus, train, valid, train_notes, valid_notes)
 
 # %% ../../../nbs/studies/finetuning/01_setup.ipynb #cea4bda7
-def finetuning_data(params,  # model, data, its fields, valid_share, num_samples, num_eval_samples, max_length, too_long, seed
+def finetuning_data(params,  # model, data, its fields and counts, valid_share, max_length, too_long, seed
 )->TrainingData:
     "The data of a fine-tuning run in the tokens of its model; a `LabError` when there is none."
     tokenizer = load_tokenizer(params.model)

@@ -186,7 +186,8 @@ def _number_of(match):
     below = Fraction(plain.sub('', match['below'] or '1'))
     if not below:
         return None
-    value = Fraction(plain.sub('', match['top'])) * Fraction(10)**power / below + int(plain.sub('', match['whole'] or '0'))
+    whole = int(plain.sub('', match['whole'] or '0'))
+    value = whole + Fraction(plain.sub('', match['top'])) * Fraction(10)**power / below
     return -value if '-' in match['sign'] + match['inner'] else value
 
 
@@ -249,7 +250,9 @@ def _braced(text, first):
 
 
 _spaces = re.compile(r'\\(?:left|right|[,;:! ])|\s+|\.$')
-_unit = re.compile(r'(?:\\?[%°]|\^\\?circ|\^\{\\circ\}|\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?|\s+[A-Za-z]{2,}[\w\s/^]*|\.|\s)*')
+_unit = re.compile(r"""(?:\\?[%°]|\^\\?circ|\^\{\\circ\}                             # of a share or an angle
+    |\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?\d\}?)?                       # in words
+    |\s+[A-Za-z]{2,}[\w\s/^]*|\.|\s)*""", re.VERBOSE)
 
 
 def _expression(content):
