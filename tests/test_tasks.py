@@ -311,6 +311,7 @@ right_answers = {
     'text at the margin': '    s = """\nabc\nimport x\n"""\n    return a + b\n',
     'a bracket at the margin': '    c = [\na,\nb]\n    return sum(c)\n\nprint(c)',
     'a main guard': f'{adds}\nif __name__ == "__main__":\n    import sys\n    print(add(*input().split()))\n    sys.exit(1)',
+    'a main guard without end': f'{adds}\nif __name__ == "__main__":\n    while True: pass',
     'a guard in the middle': f'if "__main__" == __name__:\n    raise SystemExit\n{adds}',
     'input afterwards': f'{adds}\na, b = input().split()\nprint(add(int(a), int(b)))',
     'a wrong assertion afterwards': f'{adds}\nassert add(1, 1) == 3',
@@ -331,7 +332,8 @@ def test_right_programs_pass_however_they_are_written(name):
     whole = 'def ' in right_answers[name].partition('\n\n')[0] or 'lambda' in name
     tasks = [Task('t', 'p', '', **begun)] + ([Task('t', 'p', '', **asked)] if whole else [])
     wrong = right_answers[name].replace('a + b', 'a - b').replace('sum(c)', '0')
-    attempts = check_all([(task, answer, 0) for task in tasks for answer in (right_answers[name], wrong)])
+    pairs = [(task, answer, 0) for task in tasks for answer in (right_answers[name], wrong)]
+    attempts = check_all(pairs, seconds=2)
     assert [attempt.passed for attempt in attempts] == [True, False] * len(tasks), attempts
 
 
