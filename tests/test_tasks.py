@@ -1,7 +1,9 @@
 "Instruction rows: masks, ends, what is too long, leaks; and the score of programs."
 
+import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from llmft.core import LabError
 from llmft.data.tokens import load_tokenizer
-from llmft.studies.code.pass_at_k import Attempt, check_all, check_references, pass_at_k, score
+from llmft.studies.code.pass_at_k import Attempt, check_all, check_references, pass_at_k, program_of, score
 from llmft.studies.code.tasks import (
     Task,
     as_task,
@@ -311,7 +313,6 @@ right_answers = {
     'text at the margin': '    s = """\nabc\nimport x\n"""\n    return a + b\n',
     'a bracket at the margin': '    c = [\na,\nb]\n    return sum(c)\n\nprint(c)',
     'a main guard': f'{adds}\nif __name__ == "__main__":\n    import sys\n    print(add(*input().split()))\n    sys.exit(1)',
-    'a main guard without end': f'{adds}\nif __name__ == "__main__":\n    while True: pass',
     'a guard in the middle': f'if "__main__" == __name__:\n    raise SystemExit\n{adds}',
     'input afterwards': f'{adds}\na, b = input().split()\nprint(add(int(a), int(b)))',
     'a wrong assertion afterwards': f'{adds}\nassert add(1, 1) == 3',
@@ -327,14 +328,30 @@ begun = dict(lead='def add(a: int, b: int) -> int:\n    """Add."""\n', tests=['a
 asked = dict(tests=['assert add(1, 2) == 3'])
 
 
+def passes(task, answer):
+    "Whether the program of an answer passes its tests; in this process, because starting one for each takes time."
+    try:
+        exec('\n'.join([program_of(task, answer), *task.tests]), dict(__name__='__main__'))
+    except BaseException:
+        return False
+    return True
+
+
 @pytest.mark.parametrize('name', right_answers)
-def test_right_programs_pass_however_they_are_written(name):
+def test_right_programs_pass_however_they_are_written(name, monkeypatch):
+    monkeypatch.setattr(sys, 'stdin', io.StringIO())
+    limit = sys.getrecursionlimit()
     whole = 'def ' in right_answers[name].partition('\n\n')[0] or 'lambda' in name
-    tasks = [Task('t', 'p', '', **begun)] + ([Task('t', 'p', '', **asked)] if whole else [])
     wrong = right_answers[name].replace('a + b', 'a - b').replace('sum(c)', '0')
-    pairs = [(task, answer, 0) for task in tasks for answer in (right_answers[name], wrong)]
-    attempts = check_all(pairs, seconds=2)
-    assert [attempt.passed for attempt in attempts] == [True, False] * len(tasks), attempts
+    for task in [Task('t', 'p', '', **begun)] + ([Task('t', 'p', '', **asked)] if whole else []):
+        assert passes(task, right_answers[name]) and not passes(task, wrong)
+    sys.setrecursionlimit(limit)
+
+
+def test_a_main_guard_does_not_run():
+    assert check_all([(Task('t', 'p', '', **asked), f'{adds}if __name__ == "__main__":\n    while 1: pass', 0)], 2)[
+        0
+    ].passed
 
 
 @pytest.mark.parametrize(
