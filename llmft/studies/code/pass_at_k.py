@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...core import LabError
-from ...inference.generation import end_tokens, generate
+from ...inference.generation import end_tokens, generate, written_text
 from ...training.checkpoints import load_checkpoint
 from .sandbox import run_program, same_output
 from .tasks import Task, prompt_rows
@@ -352,7 +352,7 @@ def _answers(model, tokenizer, rows, samples, temperature, max_new_tokens, batch
         return []
     made = generate(model, rows, max_new_tokens, temperature, seed=seed, stop_ids=end_tokens(model, tokenizer),
                     samples=samples, batch_size=batch_size, pad_id=tokenizer.pad_token_id)
-    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in made.ids]
+    texts = [written_text(tokenizer, rows[number // samples], answer) for number, answer in enumerate(made.ids)]
     answers = list(zip(texts, [why == 'length' for why in made.stopped], strict=True))
     return [answers[first:first + samples] for first in range(0, len(answers), samples)]
 
