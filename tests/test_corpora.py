@@ -154,6 +154,7 @@ def test_a_lone_text_is_divided_and_nothing_is_lost(tmp_path):
     corpus = load_corpus(str(tmp_path / 'book.txt'), valid_share=0.25)
     assert corpus.train.texts[0] + corpus.valid.texts[0] == book and corpus.valid.texts[0].startswith('Paragraph')
     assert 0.2 < len(corpus.valid.texts[0]) / len(book) < 0.3
+    assert (corpus.train.ends, corpus.valid.ends) == ([False], [True])
     sides = [[text for batch in document_stream(str(tmp_path), side) for text in batch] for side in ('train', 'val')]
     assert ''.join(sides[0] + sides[1]) == book and len(sides[1]) == 1
     begin, end = split_text('Title\n\n' + 'word ' * 1000, 0.1)

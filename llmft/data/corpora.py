@@ -120,9 +120,10 @@ def _split_rows(rows, valid_share, seed):
 
 
 def _split_lone(name, text, valid_share):
-    "The two parts of a text that is the only one, as a `Corpus`."
+    "The two parts of a text that is the only one, as a `Corpus`; the first is not where the text ends."
     begin, end = split_text(text, valid_share)
-    return Corpus(Documents([begin], [f'{name} (beginning)']), Documents([end], [f'{name} (end)']))
+    first = f'{name} (beginning)'
+    return Corpus(Documents([begin], [first], frozenset([first])), Documents([end], [f'{name} (end)']))
 
 
 def split_documents(documents:Documents,   # all documents, copies included
