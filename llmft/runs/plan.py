@@ -56,6 +56,7 @@ class Settings:
     offload_weights: bool = False
     data: str = ''
     text_field: str = ''
+    valid_share: float = 0.1         # held out where the data has no validation split
 
     @property
     def step_rows(self):
@@ -175,7 +176,8 @@ def read_lengths(settings,  # from `settings_of`
         return None
     from llmft.data.corpora import load_corpus
 
-    corpus = load_corpus(settings.data, '', settings.text_field, settings.num_samples, seed=settings.seed)
+    corpus = load_corpus(settings.data, '', settings.text_field, settings.num_samples, settings.valid_share,
+                         settings.seed)
     encoded = encode(corpus.train.texts, load_tokenizer(settings.model))
     examples, _ = cut(encoded, settings.max_length, settings.too_long)
     return examples.slots.tolist()

@@ -9,6 +9,7 @@ __all__ = ['data_table', 'lost_rows', 'attempts_at', 'measured', 'loss_table', '
 # %% ../../../nbs/studies/code/06_report.ipynb #252ff135
 from pathlib import Path
 
+from ...data.tables import left_out
 from ...runs.tables import column, table, text_columns
 from ...training.checkpoints import checkpoints
 from ...training.fit import FitResult
@@ -31,13 +32,21 @@ def data_table(data:TaskData,   # of the run
                   *_target_columns])
 
 # %% ../../../nbs/studies/code/06_report.ipynb #828e284c
+_row_counts = ('rows', 'empty', 'also_held_out', 'other_splits')
+
+
+def _reader_counts(counts):
+    "What the reader left out, without the counts of the rows that it gave."
+    return {reason: number for reason, number in counts.items() if reason not in _row_counts}
+
+
 def lost_rows(data:TaskData,  # of the run
 )->str:
-    "How many rows were read and what became of those that are in no split, in two lines."
+    "How many rows were read and what became of those that are in no split, in three lines."
     counts = data.counts
     return (f"{counts['rows']:,} rows read; {counts['empty']:,} without a problem or an answer\n"
             f"{counts['also_held_out']:,} training problems are held out too, "
-            f"{counts['other_splits']:,} rows are in other splits")
+            f"{counts['other_splits']:,} rows are in other splits\n{left_out(_reader_counts(counts))}")
 
 # %% ../../../nbs/studies/code/06_report.ipynb #3ad19e9e
 def attempts_at(problems:list,   # of `Task`; none gives no attempt
@@ -92,7 +101,7 @@ def loss_table(before:dict,    # from `measured`, before training
 # %% ../../../nbs/studies/code/06_report.ipynb #af247be8
 def _checkpoint_row(step, valid_loss, attempts, best_step):
     "Validation loss and solved problems of the weights at one step."
-    scored = score(attempts) if attempts else {'pass@1': None, 'pass@1_error': None, 'problems': 0}
+    scored = score(attempts) if attempts else {'pass@1': None, 'pass@1_error': None, 'problems': 0, 'cut_off': None}
     return dict(step=step, valid_loss=valid_loss, chosen=step == best_step, **scored)
 
 
@@ -132,7 +141,7 @@ def checkpoint_rows(model,             # of the run; it ends with the best weigh
 _checkpoint_columns = [
     column('step'), column('valid_loss', 'validation loss', 'nats/token', best='low', digits=5),
     column('pass@1', 'pass@1', 'share of problems', best='high', n='problems'),
-    column('pass@1_error', 'standard error'), column('chosen')]
+    column('pass@1_error', 'standard error'), column('cut_off', 'cut off', 'share of answers'), column('chosen')]
 
 
 def checkpoint_table(rows:list,  # from `checkpoint_rows`
@@ -160,7 +169,8 @@ def final_score(attempts:list,  # of `Attempt`, `samples` to each problem
 def _pass_metrics(final, before, samples):
     "Solved problems under the names of the metrics."
     return dict(pass_at_1_before=before, pass_at_1=final.get('pass@1'), pass_at_1_error=final.get('pass@1_error'),
-                samples=samples) | {f'pass_at_{k}': final.get(f'pass@{k}') for k in sorted({1, samples})}
+                samples=samples, answers_cut_off=final.get('cut_off')) | {
+                    f'pass_at_{k}': final.get(f'pass@{k}') for k in sorted({1, samples})}
 
 # %% ../../../nbs/studies/code/06_report.ipynb #b4cc1fe0
 def _losses(before, after):
@@ -203,7 +213,8 @@ def _solved(metrics, problems):
     if metrics['pass_at_1'] is None:
         return 'no problem could be run'
     return (f"{metrics['pass_at_1']:.1%} of {problems} problems are solved "
-            f"(before: {metrics['pass_at_1_before']:.1%})")
+            f"(before: {metrics['pass_at_1_before']:.1%}; {metrics['answers_cut_off']:.1%} of the answers were cut off "
+            'by the token limit)')
 
 
 def instruct_verdict(metrics:dict,    # from `instruct_metrics`

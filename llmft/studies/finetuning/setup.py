@@ -42,11 +42,12 @@ def _in_examples(corpus, tokenizer, params, too_long='split'):
     return TrainingData(tokenizer, corpus, train, valid, train_notes, valid_notes)
 
 # %% ../../../nbs/studies/finetuning/01_setup.ipynb #cea4bda7
-def finetuning_data(params,  # model, data and its fields, num_samples, num_eval_samples, max_length, too_long, seed
+def finetuning_data(params,  # model, data, its fields and counts, valid_share, max_length, too_long, seed
 )->TrainingData:
     "The data of a fine-tuning run in the tokens of its model; a `LabError` when there is none."
     tokenizer = load_tokenizer(params.model)
-    corpus = load_corpus(params.data, params.data_config, params.text_field, params.num_samples, seed=params.seed)
+    corpus = load_corpus(params.data, params.data_config, params.text_field, params.num_samples,
+                         params.valid_share, params.seed)
     return _in_examples(corpus, tokenizer, params, params.too_long)
 
 # %% ../../../nbs/studies/finetuning/01_setup.ipynb #0b7a3318
@@ -69,10 +70,10 @@ def finetuning(params,  # as for `finetuning_data` and `finetuning_model`
     return finetuning_model(params), data.train, data.valid
 
 # %% ../../../nbs/studies/finetuning/01_setup.ipynb #b3d25b21
-def pretraining_data(params,  # data, data_config, text_field, num_samples, num_eval_samples, max_length, model
+def pretraining_data(params,  # data and its fields, valid_share, num_samples, num_eval_samples, max_length, model
 )->TrainingData:
     "The data of a pretraining run, in the tokens of a tokenizer that is trained on its training documents."
-    corpus = load_corpus(params.data, params.data_config, params.text_field, params.num_samples)
+    corpus = load_corpus(params.data, params.data_config, params.text_field, params.num_samples, params.valid_share)
     tokenizer = train_tokenizer(corpus.train.texts, model_config(params.model).vocab_size)
     return _in_examples(corpus, tokenizer, params)
 

@@ -13,6 +13,7 @@ from ...inference.latency import answer_all, rates
 from ...models.meter import machine_peaks, resident_bytes
 from ...models.precisions import bytes_a_step, held_share
 from ...runs.tables import column, table
+from .word_problems import reference_answer
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #d51867db
 def check_batch_sizes(batch_sizes:list,  # questions at a time
@@ -52,7 +53,9 @@ def _answer_in_batches(model, tokenizer, prompts, batch_size, params, size):
                                    tokenizer.pad_token_id, params.warmup_tokens, tell, params.compiled)
     written = [ids for part in parts for ids in part.ids]
     texts = [written_text(tokenizer, prompt, ids) for prompt, ids in zip(prompts, written, strict=True)]
-    return dict(rates(parts, size['bytes_read'], size['copy_bytes_per_sec']), peak_bytes=peak_bytes, texts=texts)
+    stopped = [why for part in parts for why in part.stopped]
+    return dict(rates(parts, size['bytes_read'], size['copy_bytes_per_sec']), peak_bytes=peak_bytes, texts=texts,
+                stopped=stopped)
 
 
 def answer_batches(model,          # from `load_form`
@@ -60,7 +63,7 @@ def answer_batches(model,          # from `load_form`
                    prompts:list,   # lists of token ids
                    params,         # batch_sizes, max_new_tokens, warmup_tokens, compiled
                    size:dict,      # from `held_size`
-)->dict:                           # batch size -> dict of rates and peak_bytes, with texts under 'texts'
+)->dict:                           # batch size -> rates, peak_bytes, texts, and stopped: why each text ended
     "The answers to all prompts at every batch size, and how long they took."
     return {batch_size: _answer_in_batches(model, tokenizer, prompts, batch_size, params, size)
             for batch_size in params.batch_sizes}
@@ -84,7 +87,7 @@ def speed_table(answers:dict,  # from `answer_batches`
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #5a8761dd
 _quality_columns = [column('accuracy', 'right', 'share', n='questions'), column('answered', 'with a number', 'share'),
-                    column('perplexity', n='targets'), column('bits_per_byte'),
+                    column('cut_off', 'cut off', 'share'), column('perplexity', n='targets'), column('bits_per_byte'),
                     column('perplexity_with_end', 'perplexity', 'with the ends', n='ends')]
 
 
@@ -100,13 +103,13 @@ def answer_rows(problems:list,  # rows with question and answer
                 marks:dict,     # from `score`
 )->list:                        # question, expected, answer, right
     "The answers beside what was expected."
-    return [dict(question=problem['question'], expected=problem['answer'].rpartition('#### ')[2], answer=text,
-                 right=right) for problem, text, right in zip(problems, texts, marks['right'], strict=True)]
+    return [dict(question=problem['question'], expected=reference_answer(problem), answer=text, right=right)
+            for problem, text, right in zip(problems, texts, marks['right'], strict=True)]
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #a365c7ac
 def _rates_of(answer):
     "Rates and memory of one batch size, without its texts."
-    kept = {name: value for name, value in answer.items() if name not in ('texts', 'peak_bytes')}
+    kept = {name: value for name, value in answer.items() if name not in ('texts', 'stopped', 'peak_bytes')}
     return kept | dict(peak_memory_gb=answer['peak_bytes'] / 2**30)
 
 
@@ -119,8 +122,8 @@ def _size_metrics(size):
 def _quality_metrics(marks, judged):
     "Right answers and held-out text under the names of the metrics."
     return dict(accuracy=marks['accuracy'], correct=marks['correct'], answered=marks['answered'],
-                perplexity=judged['perplexity'], bits_per_byte=judged['bits_per_byte'], text_targets=judged['targets'],
-                perplexity_with_end=judged['perplexity_with_end'])
+                cut_off=marks['cut_off'], perplexity=judged['perplexity'], bits_per_byte=judged['bits_per_byte'],
+                text_targets=judged['targets'], perplexity_with_end=judged['perplexity_with_end'])
 
 
 def inference_metrics(params,        # precision, compute, max_new_tokens
@@ -153,4 +156,5 @@ def inference_verdict(precision:str,  # of the weights
     return (f'{precision}: {speed[first]:,.0f} new tokens/s at batch {first} and {speed[last]:,.0f} at batch {last}, '
             f"{answers[first]['peak_bytes'] / 2**30:.3f} GiB at most, "
             f"{marks['correct']} of {marks['questions']} answers right, "
+            f"{marks['cut_off']:.0%} of the answers cut off at the limit on their tokens, "
             f"perplexity {judged['perplexity']:.1f} (n = {judged['targets']:,} tokens).")

@@ -16,6 +16,7 @@ from pathlib import Path
 from matplotlib import rc_context
 
 from ...core import write_atomic
+from ...data.tables import left_out
 from ...runs.figures import Plot, byte_unit, ink, muted, new_plot, palette, style
 from ...runs.tables import column, evaluation_table, table, text_columns
 from ...training.fit import FitResult
@@ -63,7 +64,8 @@ def files_in_words(data:PdfData,  # of the run
     used = len(data.used)
     rest = used - most_files_shown
     further = f'; the {rest:,} further files that were used are in files.json' if rest > 0 else ''
-    return f'{files:,} files, {used:,} used, {files - used:,} skipped{further}'
+    besides = left_out(data.corpus.notes.get('besides', {}))
+    return f'{files:,} files, {used:,} used, {files - used:,} skipped{further}\nbeside them {besides}'
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #49dcce55
 _trial_columns = [column('trial'), column('batch', 'batch', 'rows'), column('fits'),
