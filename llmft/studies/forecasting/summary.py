@@ -361,9 +361,8 @@ def summary_verdict(study:StudyRows,  # from `study_rows`
 )->str:                               # Markdown
     "How the tested models stand to their strongest rivals, what the search showed, and what it cost."
     tested = ' '.join(_test_words(row, study) for row in study.tests)
-    cost = f'{_departures(study)} {_budget_sentence(spent, max_flops)}'
-    if not study.tests:
-        cost += ' Next: judge the final run on the test split (forecast_eval).'
+    following = 'repeat the final run with other seeds' if study.tests else 'judge the final run (forecast_eval)'
+    cost = f'{_departures(study)} {_budget_sentence(spent, max_flops)} Next: {following}.'
     lines = (tested, _trained_words(study), cost)
     return in_bullets(*lines) if study.tests or study.trained else 'No runs, nothing to conclude.'
 
