@@ -21,8 +21,8 @@ from ..core import LabError, assets
 from .params import parse_parameters
 
 # %% ../../nbs/runs/08_report.ipynb #fbee62c0
-_math_tags = set('annotation math menclose merror mfrac mi mmultiscripts mn mo mover mpadded mphantom mprescripts mroot '
-                 'mrow ms mspace msqrt mstyle msub msubsup msup mtable mtd mtext mtr munder munderover none '
+_math_tags = set('annotation math menclose merror mfrac mi mmultiscripts mn mo mover mpadded mphantom mprescripts '
+                 'mroot mrow ms mspace msqrt mstyle msub msubsup msup mtable mtd mtext mtr munder munderover none '
                  'semantics'.split())
 _math_attributes = set('accent accentunder columnalign columnlines columnspacing depth display displaystyle fence form '
                        'height largeop linethickness lspace mathcolor mathsize mathvariant maxsize minsize '
@@ -32,8 +32,9 @@ _attributes = {
     '*': {'class', 'id', 'style', 'tabindex', 'title'}, 'a': {'href'}, 'img': {'alt', 'height', 'src', 'width'},
     'details': {'open'}, 'ol': {'start'}, 'td': {'align', 'colspan', 'rowspan'},
     'th': {'align', 'colspan', 'rowspan', 'scope'}} | {tag: _math_attributes for tag in _math_tags}
-_styles = set('background background-color border-radius color font-family font-style font-weight line-height margin margin-left '
-              'margin-right max-width opacity overflow-x padding text-align text-decoration vertical-align white-space '
+_styles = set('background background-color border-radius color font-family font-style font-weight line-height '
+              'margin margin-left margin-right max-width opacity overflow-x padding text-align text-decoration '
+              'vertical-align white-space '
               'width'.split())
 _image_data = re.compile(r'data:image/(?:png|jpeg|gif|webp|svg\+xml);base64,[A-Za-z0-9+/]+={0,2}')
 _style_text = re.compile(r'(?:(?!url|image|element|attr)[\w\s#.,:;%()-])*')
@@ -380,8 +381,8 @@ def _parameter_row(parameter, value, is_changed):
     value = _value_text(value)
     default = _value_text(parameter.default) if is_changed else ''
     css = ' class=changed' if default else ''
-    cells = [f'<td>{escape(parameter.name)}</td>', f'<td title="{value}">{value}</td>', f'<td class="was">{default}</td>',
-             f'<td>{escape(parameter.help)}</td>']
+    cells = [f'<td>{escape(parameter.name)}</td>', f'<td title="{value}">{value}</td>',
+             f'<td class="was">{default}</td>', f'<td>{escape(parameter.help)}</td>']
     return f"<tr{css}>{''.join(cells)}</tr>"
 
 
@@ -420,12 +421,12 @@ def cell_html(cell,          # a cell of the executed notebook
         return ''
 
     timing = cell.metadata.get('papermill', {})
-    status = timing.get('status', '')
+    status = escape(str(timing.get('status', '')))
     code = parameters_html(cell.source, params) if 'parameters' in tags else ''
     missing = '<p class="missing">This cell did not run.</p>' if status == 'pending' else ''
     outputs = ''.join(output_html(output, widgets, folder) for output in cell.outputs)
     anchor = ' id="broken"' if status == 'failed' else ''
-    return f'<div class="cell {escape(str(status))}"{anchor}>{code or folded(cell.source, timing)}{missing}{outputs}</div>\n'
+    return f'<div class="cell {status}"{anchor}>{code or folded(cell.source, timing)}{missing}{outputs}</div>\n'
 
 # %% ../../nbs/runs/08_report.ipynb #ed3008ac
 def when(text,  # an ISO time, or None

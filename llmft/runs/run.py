@@ -191,13 +191,13 @@ def _mark_interrupted(folder, record: dict) -> dict:
 
 
 def _check_names(record, path):
-    "A `LabError` when the notebook or the name of a run could not be that of a run: it would be shown, and used in paths."
+    "A `LabError` when the notebook or the name in a record could not be that of a run."
     for part in ('notebook', 'name'):
         name = record['run'].get(part)
         try:
             check_name(name if isinstance(name, str) else '')
         except LabError:
-            raise LabError(f'{path}: {part} is {name!r}, which names no run: it was edited, leave the folder out') from None
+            raise LabError(f'{path}: {part} is {name!r}, which names no run: leave the folder out') from None
 
 
 def read_run(folder) -> dict:

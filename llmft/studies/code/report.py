@@ -230,7 +230,8 @@ def _loss_words(split, before, after):
         return f'There is no {split} row.'
     rivals = {trained_name: after[split], start_name: before[split]}
     moved = f"The {split} loss went from {before[split]['loss']:.2f} to {after[split]['loss']:.2f} nats per token"
-    return f"{moved} (n = {len(after[split]['document_losses'])} rows). {told(rank_judged(rivals, 'rows'), trained_name)}"
+    rows = len(after[split]['document_losses'])
+    return f"{moved} (n = {rows} rows). {told(rank_judged(rivals, 'rows'), trained_name)}"
 
 
 def _lost_words(data):

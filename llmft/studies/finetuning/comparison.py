@@ -7,8 +7,6 @@ __all__ = ['by_short_name', 'run_metrics', 'held_out_hashes', 'same_held_out', '
            'reference_table', 'matrix_of', 'first_samples', 'best_run', 'comparison_verdict', 'comparison_metrics']
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #73b3225c
-import math
-
 from ...runs.rivals import Measure, in_bullets, place_words, rank, rank_trained, told
 from ...runs.tables import column, table
 from .published import matrix_key, prediction_verdict, short_names

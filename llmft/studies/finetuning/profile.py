@@ -99,9 +99,10 @@ def profile_verdict(operations:list,  # from `operations`
 
     return in_bullets(
         f'{largest.replace("has the best", "has the largest")}{adapter}{quantised}',
-        f'Passes: {passes}. The chunked loss computes its gradient within the forward pass. n = {profile.steps} {method} '
-        f'steps, {1e3 * profile.seconds:,.0f} ms each under the profiler, {1e3 * profile.plain_seconds:,.0f} ms without.',
-        'Next: shorten the largest kind of work (mixed_precision, attention, gradient_checkpointing) and profile again.')
+        f'Passes: {passes}. The chunked loss computes its gradient within the forward pass. n = {profile.steps} '
+        f'{method} steps, {1e3 * profile.seconds:,.0f} ms each under the profiler, '
+        f'{1e3 * profile.plain_seconds:,.0f} ms without.',
+        'Next: shorten the largest kind of work (mixed_precision, attention) and profile again.')
 
 # %% ../../../nbs/studies/finetuning/05_profile.ipynb #fa33bfc6
 def profile_metrics(operations:list,  # from `operations`

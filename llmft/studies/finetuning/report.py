@@ -135,6 +135,7 @@ def finetuning_verdict(method:str,        # full, lora or qlora
     "What the run gained over its strongest rival, how sure that is, and what it took."
     rivals = {method: after, 'the model before training': before}
     rivals |= {'the base without quantisation': base} if base else {}
+
     progress = result.progress
     answer = f'{_perplexity_change(method, before, after)}{_against_unquantised(base, after)}.'
     took = (f"It trained {result.trainable:,} of {size['total']:,} parameters for {progress.step:,} steps "

@@ -148,6 +148,7 @@ def training_verdict(params,                   # max_steps, valid_horizon
     if len(known[trained]):
         answer = (f'{told(rank(known, measure), trained)} The step is the best of {len(outcome.curve)} checkpoints on '
                   'these trajectories.')
+
     cost = (f"{_why_it_ended(params, outcome, progress)}; {outcome.flops_study:.3g} operations by the study's rules, "
             f'{progress.flops:.3g} by the hardware count.')
     return in_bullets(answer, cost, 'Next: forecast_eval judges the adapter on the test split, beside forecasts that '

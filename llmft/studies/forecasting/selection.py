@@ -16,9 +16,9 @@ import torch
 
 from ...core import LabError, short_hash
 from ...models.adapters import trainable_parameters
+from ...runs.rivals import keep_scores
 from ...training.checkpoints import load_checkpoint
 from ...training.recipe import Recipe
-from ...runs.rivals import keep_scores
 from .forecast import evaluate_forecasts
 from .metrics import point_forecast
 from .setup import ForecastingData

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from ...core import LabError, write_atomic
 from ...runs.results import read_result
-from ...runs.run import list_runs
 from ...runs.rivals import Measure, in_bullets, kept_scores, paired_scores, rank, told
+from ...runs.run import list_runs
 from ...runs.tables import column, table
 from .comparison import compared
 from .published import published, published_search

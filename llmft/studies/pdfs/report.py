@@ -246,7 +246,7 @@ def pdf_verdict(conclusion:str,    # from `conclude`
     ranking = rank_judged({'the trained model': after, 'the model before training': before}, 'chunks')
     progress = result.progress
     ended = (f'Training ended at step {progress.step} of {result.steps} ({progress.stopped}); '
-             f"n = {after['targets']:,} held-out tokens. Next: compare optimisations (params/sweeps/pdf_finetune.yaml).")
+             f"n = {after['targets']:,} held-out tokens. Next: compare runs (params/sweeps/pdf_finetune.yaml).")
     return in_bullets(conclusion, told(ranking, 'the trained model'), ended)
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #8d3cf3a3
