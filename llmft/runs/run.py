@@ -193,7 +193,7 @@ def _mark_interrupted(folder, record: dict) -> dict:
 def _check_names(record, path):
     "A `LabError` when the notebook or the name in a record could not be that of a run."
     for part in ('notebook', 'name'):
-        name = record['run'].get(part)
+        name = record['run'].get(part, part)
         try:
             check_name(name if isinstance(name, str) else '')
         except LabError:
