@@ -92,21 +92,8 @@ def test_another_recipe_is_refused(straight, tmp_path):
 
 
 def train_here(folder, model=None, train=None, valid=None, ledger=None, on_log=None, **settings):
-    model = model or add_lora(load_model('preset:llama-tiny'), 4, 8, 0.1, ['q_proj', 'v_proj'], seed=1)
-    recipe = Recipe(
-        **dict(
-            dict(
-                learning_rate=1e-2,
-                num_epochs=4,
-                batch_size=2,
-                gradient_accumulation=2,
-                max_length=24,
-                save_every=7,
-                keep_best=False,
-            ),
-            **settings,
-        )
-    )
+    model = model or training_runs.tiny_lora()
+    recipe = training_runs.recipe(**settings)
     return fit(model, train or examples(), valid or examples(6, seed=1), folder, recipe, on_log, ledger)
 
 
