@@ -47,6 +47,7 @@ def test_solved_problems_are_called_clear_no_more_often_than_mcnemar_allows(monk
     rng = np.random.default_rng(0)
     pairs = [(rng.random(60) < 0.1, rng.random(60) < 0.1) for _ in range(400)]
     assert np.mean([paired_difference(*pair).clear for pair in pairs]) <= 0.05
+    assert not paired_difference(np.arange(100) < 45, np.arange(100) < 40).clear  # five to none: p = 0.06
     sure = paired_difference(np.arange(60) < 30, np.arange(60) < 22)
     assert sure.clear and sure.items == 60
 
