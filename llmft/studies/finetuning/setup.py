@@ -72,7 +72,8 @@ def judge_unquantised(params,             # as for `finetuning_base`, and max_le
     if params.method != 'qlora' or size > memory_limit():
         return None
     whole = SimpleNamespace(**vars(params) | dict(method='full'))
-    return judge(finetuning_base(whole), data.tokenizer, data.corpus.valid, params.max_length, params.batch_size)
+    return judge(finetuning_base(whole), data.tokenizer, data.corpus.valid, params.max_length, params.batch_size,
+                 params.layout)
 
 # %% ../../../nbs/studies/finetuning/01_setup.ipynb #a145b8e0
 def finetuning(params,  # as for `finetuning_data` and `finetuning_model`

@@ -13,7 +13,7 @@ import torch
 
 from ...core import LabError
 from ...inference.generation import generate
-from ...models.load import hidden_states, output_head
+from ...models.load import evaluating, hidden_states, output_head
 from .codec import decode, probe
 from .metrics import nll_per_value, score_forecast
 from .prepared import Split
@@ -293,13 +293,11 @@ def continuation_nats(model,      # a causal language model, with or without an 
     alphabet = _alphabet_columns(serialisation, model.config.vocab_size, device)
 
     nats = []
-    was_training = model.training
-    model.eval()
-    for begin in range(0, len(whole), batch_size):
-        part = slice(begin, begin + batch_size)
-        ids_BT = _padded(whole[part], tokenizer.pad_token_id, device)
-        nats += _batch_nats(model, whole[part], first_scored[part], ids_BT, *alphabet)
-    model.train(was_training)
+    with evaluating(model):
+        for begin in range(0, len(whole), batch_size):
+            part = slice(begin, begin + batch_size)
+            ids_BT = _padded(whole[part], tokenizer.pad_token_id, device)
+            nats += _batch_nats(model, whole[part], first_scored[part], ids_BT, *alphabet)
     return np.array(nats)
 
 # %% ../../../nbs/studies/forecasting/05_forecast.ipynb #9a508d92
