@@ -228,13 +228,24 @@ def _mark_interrupted(folder, record: dict) -> dict:
     return record
 
 
+def _check_names(record, path):
+    "A `LabError` when the notebook or the name in a record could not be that of a run."
+    for part in ('notebook', 'name'):
+        name = record['run'].get(part, part)
+        try:
+            check_name(name if isinstance(name, str) else '')
+        except LabError:
+            raise LabError(f'{path}: {part} is {name!r}, which names no run: leave the folder out') from None
+
+
 def read_run(folder) -> dict:
-    "run.json of `folder` with its true status; a `LabError` when there is none."
+    "run.json of `folder` with its true status; a `LabError` when there is none, or its names are not those of a run."
     path = Path(folder) / 'run.json'
     if not path.exists():
         raise LabError(f'{folder} holds no run: it has no run.json')
 
     record = read_json(path)
+    _check_names(record, path)
     if record['run']['status'] != 'running' or is_held(folder):
         return record
     record = read_json(path)  # the run may have ended since the first look
