@@ -14,7 +14,7 @@ import torch
 
 from ..core import LabError, purpose_rng
 from ..data.token_files import TokenFile
-from ..models.load import hidden_states, output_head
+from ..models.load import check_rows, evaluating, hidden_states, output_head
 from ..training.losses import row_chunks
 from .bounds import smoothed_bits
 
@@ -131,19 +131,17 @@ def score_windows(model,                  # a causal language model
                   chunk_bytes:int=2**25,  # most bytes of logits held at once
 ):                                        # iterator of (window, place in the file, log-probability, rank) arrays
     "Probability and rank of every token that a window scores, batch by batch."
-    was_training = model.training
     device = next(model.parameters()).device
-    model.eval()
+    check_rows(model, packed=False)
 
-    for rows in _window_batches(windows, batch_tokens):
-        place_BT, counts_BT = _token_grid(windows, rows)
-        scored = place_BT[counts_BT] + 1
-        hidden_RD = _scored_hidden(model, _as_tensor(ids[place_BT], device), counts_BT)
-        logs, ranks = _score_targets(hidden_RD, output_head(model), _as_tensor(ids[scored], device), chunk_bytes)
-        window = np.broadcast_to(rows[:, None], place_BT.shape)[counts_BT]
-        yield window, scored, logs.double().cpu().numpy(), ranks.cpu().numpy()
-
-    model.train(was_training)
+    with evaluating(model):
+        for rows in _window_batches(windows, batch_tokens):
+            place_BT, counts_BT = _token_grid(windows, rows)
+            scored = place_BT[counts_BT] + 1
+            hidden_RD = _scored_hidden(model, _as_tensor(ids[place_BT], device), counts_BT)
+            logs, ranks = _score_targets(hidden_RD, output_head(model), _as_tensor(ids[scored], device), chunk_bytes)
+            window = np.broadcast_to(rows[:, None], place_BT.shape)[counts_BT]
+            yield window, scored, logs.double().cpu().numpy(), ranks.cpu().numpy()
 
 # %% ../../nbs/bounds/03_scoring.ipynb #03b03152
 ALPHAS = (1e-4, 1e-3, 5e-3, 0.01, 0.05, 0.1, 0.25, 0.5)  # smoothing weights

@@ -10,6 +10,8 @@ __all__ = ['study_account', 'adapter_of', 'run_ledger', 'affordable_steps', 'pla
 from pathlib import Path
 
 from ...core import LabError, find_path, read_json, write_json
+from ...runs.params import check_name
+from ...runs.run import check_inside
 from ...training.ledger import Account, Ledger, study_step
 
 # %% ../../../nbs/studies/forecasting/07_budget.ipynb #0523dcc4
@@ -17,8 +19,9 @@ def study_account(outputs:str,      # folder of all runs
                   ledger:str,       # name of the account
                   max_flops:float=0.,  # operations that all runs may take together, 0 for no limit
 )->Account:
-    "The account of operations that the runs of a study share."
-    return Account(find_path(outputs) / 'forecast_ledger' / f'{ledger}.jsonl', max_flops)
+    "The account of operations that the runs of a study share; a `LabError` for a name that leads out of `outputs`."
+    path = find_path(outputs) / 'forecast_ledger' / f"{check_name(ledger, 'ledger')}.jsonl"
+    return Account(check_inside(path, find_path(outputs)), max_flops)
 
 # %% ../../../nbs/studies/forecasting/07_budget.ipynb #5f14a6b9
 def adapter_of(model,  # with or without a LoRA

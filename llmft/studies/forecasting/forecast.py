@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from ...core import LabError
+from ...data.tokens import prompt_tokens
 from ...inference.generation import generate
-from ...models.load import hidden_states, output_head
+from ...models.load import evaluating, hidden_states, output_head
 from .codec import decode, probe
 from .metrics import nll_per_value, score_forecast
 from .prepared import Split
@@ -147,9 +148,7 @@ def prompt_ids(tokenizer,      # the model's
                given:int,      # steps to give
 )->list:                       # token ids of each prompt
     "The given steps of each text as token ids, ending in a separator."
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    beginnings = [serialisation.write(';'.join(text.split(';')[:given]) + ';') for text in texts]
-    return [begin + row for row in tokenizer(beginnings, add_special_tokens=False)['input_ids']]
+    return prompt_tokens([serialisation.write(';'.join(text.split(';')[:given]) + ';') for text in texts], tokenizer)
 
 # %% ../../../nbs/studies/forecasting/05_forecast.ipynb #01809cb2
 @dataclass
@@ -293,13 +292,11 @@ def continuation_nats(model,      # a causal language model, with or without an 
     alphabet = _alphabet_columns(serialisation, model.config.vocab_size, device)
 
     nats = []
-    was_training = model.training
-    model.eval()
-    for begin in range(0, len(whole), batch_size):
-        part = slice(begin, begin + batch_size)
-        ids_BT = _padded(whole[part], tokenizer.pad_token_id, device)
-        nats += _batch_nats(model, whole[part], first_scored[part], ids_BT, *alphabet)
-    model.train(was_training)
+    with evaluating(model):
+        for begin in range(0, len(whole), batch_size):
+            part = slice(begin, begin + batch_size)
+            ids_BT = _padded(whole[part], tokenizer.pad_token_id, device)
+            nats += _batch_nats(model, whole[part], first_scored[part], ids_BT, *alphabet)
     return np.array(nats)
 
 # %% ../../../nbs/studies/forecasting/05_forecast.ipynb #9a508d92
