@@ -328,7 +328,7 @@ def _passed_by_problem(attempts):
 
 def score(attempts:list,  # of `Attempt`, equally many for each problem
           ks=(1,),        # which pass@k
-)->dict:  # pass@k and its error for each k, problems, samples, cut_off (share), statuses (by status), together (answers)
+)->dict:  # pass@k, its error for each k, problems, samples, cut_off (share), statuses (by status), together (how many)
     "pass@k over problems, and what became of the answers; a `LabError` when problems have unequally many answers."
     passed = _passed_by_problem(attempts)
     samples = len(next(iter(passed.values())))

@@ -32,7 +32,8 @@ _calls = dict(  # name: number on x86_64, number on aarch64; None where it does 
     process_vm_readv=(310, 270), process_vm_writev=(311, 271), process_madvise=(440, 440), process_mrelease=(448, 448),
     pidfd_getfd=(438, 438), kcmp=(312, 272), move_pages=(279, 239), migrate_pages=(256, 238), connect=(42, 203),
     bind=(49, 200), sendmsg=(46, 211), sendmmsg=(307, 269), flock=(73, 32), memfd_create=(319, 279),
-    memfd_secret=(447, 447), pidfd_send_signal=(424, 424), unshare=(272, 97), setns=(308, 268), mount=(165, 40), umount2=(166, 39),
+    memfd_secret=(447, 447), pidfd_send_signal=(424, 424),
+    unshare=(272, 97), setns=(308, 268), mount=(165, 40), umount2=(166, 39),
     pivot_root=(155, 41), chroot=(161, 51), mount_setattr=(442, 442), open_tree=(428, 428), fsopen=(430, 430),
     fsconfig=(431, 431), fsmount=(432, 432), fspick=(433, 433), move_mount=(429, 429), open_by_handle_at=(304, 265),
     chmod=(90, None), fchmod=(91, 52), fchmodat=(268, 53), fchmodat2=(452, 452), chown=(92, None), lchown=(94, None),
@@ -176,7 +177,7 @@ def _allow_below(libc, rules, path, allowed):
 
 
 def _landlock(readable, folder=''):
-    "Allow this process to read below `readable`, and to write to /dev/null and below `folder`; an OSError if it cannot."
+    "Let this process read below `readable`, and write to /dev/null and below `folder`; an OSError if it cannot."
     libc = ctypes.CDLL(None, use_errno=True)
     version = libc.syscall(_create_ruleset, None, 0, 1)
     if version < 3:
@@ -268,9 +269,9 @@ def _audit(readable, folders, files, calls):
             vars(sys.modules[module]).pop(name, None)
     sys.addaudithook(hook)
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #69beb219
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #dbbb55f1
 _walls = {  # name: the command that starts another one behind the wall
-    'bubblewrap': 'bwrap --unshare-all --as-pid-1 --die-with-parent --cap-add CAP_SYS_ADMIN --ro-bind / / '
+    'bubblewrap': 'bwrap --unshare-all --as-pid-1 --cap-add CAP_SYS_ADMIN --ro-bind / / '
                   '--dev /dev --proc /proc --',
     'unshare': 'unshare --user --map-root-user --mount --net --ipc --pid --fork --kill-child --mount-proc --',
 }
@@ -360,7 +361,7 @@ def _guard(order):
     if not {'landlock', 'seccomp'} <= set(guards):
         _audit(order['readable'], [folder] if folder else [], 'landlock' not in guards, 'seccomp' not in guards)
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #10beb680
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #54cfb63d
 _longest_answer = 2**23  # bytes of one message from a program
 _containers = dict(list=list, tuple=tuple, set=set, frozenset=frozenset)
 _byte_strings = dict(bytes=bytes, bytearray=bytearray)
@@ -418,7 +419,7 @@ def _unpack_rare(kind, parts, other):
         return other(parts[0])
     raise ValueError(f'no type {kind}')
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #463fef3b
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #7720bb29
 _size = struct.Struct('<Q')
 
 
@@ -454,7 +455,7 @@ def _send(target, message):
     while rest:
         rest = rest[os.write(target, rest):]
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #924e569b
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #bfdcfa90
 _plain_types = (bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict)
 
 
@@ -521,6 +522,8 @@ def _work(order, pipes):
     names = _as_script(order)
 
     code = _attempt(partial(_run_source, order, names))
+    with suppress(OSError):
+        sys.stdout.flush()
     if len(pipes) > 3 and not code:
         code = _attempt(partial(_answer_all, names, *range(3, len(pipes))))
     os._exit(_attempt(_finish) or code)
@@ -580,7 +583,7 @@ def _answer_all(names, requests, answers):
         while True:
             _send(answers, _answer(_receive(requests), names, kept))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #ef883cad
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #3d106f7c
 class _NotPlain(BaseException):
     "A test gives the program something that cannot go through the pipe."
 
@@ -654,7 +657,7 @@ def _ask(requests, answers, what, key, *rest):
         raise AssertionError(f'the answer cannot be read: {type(error).__name__}') from None
     return value if kind == 'value' else _raise_here(value, str(answer[1:][0]))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #11bc75d7
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #91d653d1
 def _defined(tree):
     "Names that statements define or import."
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
@@ -740,7 +743,7 @@ def _judge(order, pipes):
     requests, answers, report = range(3, 6)
     _send(report, _verdict_of(tests, partial(_ask, requests, answers)))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #b97411c4
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #58d40710
 def _forked(function):
     "Run `function` in a new process, which ends with it; its number."
     process = os.fork()
@@ -1091,7 +1094,7 @@ def run_program(program:str,         # Python source
     "Run `program` in a process of its own, in an empty directory, without network, processes or files outside."
     return _carried_out(_order(program, stdin, False, seconds, memory_mb, file_mb))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #2a3307ad
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #1fe48962
 def run_tests(program:str,         # Python source that defines what the tests ask for
               tests:list,          # statements that raise when it is wrong
               setup:str='',        # code that the tests know as well
