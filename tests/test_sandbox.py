@@ -194,7 +194,8 @@ def left_processes():
     tops = [child for child in psutil.Process().children() if 'sandbox._serve' in ' '.join(child.cmdline())]
     walled = [child for top in tops if Path(top.cmdline()[0]).name in ('unshare', 'bwrap') for child in top.children()]
     bare = [top for top in tops if Path(top.cmdline()[0]).name.startswith('python')]
-    asked = [process for process in psutil.process_iter(['cmdline']) if process.info['cmdline'] == ['sleep', '600']]
+    named = [process for process in psutil.process_iter(['name']) if process.info['name'] == 'sleep']
+    asked = [process for process in named if process.is_running() and process.cmdline() == ['sleep', '61234']]
     return asked + [below for runner in walled + bare for below in runner.children()]
 
 
@@ -399,9 +400,9 @@ harms = {
     'starts threads without end': 'import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()',
     'forks without end': 'import os\nwhile True: os.fork()',
     'leaves a child': 'import os, time\nif os.fork() == 0:\n os.setsid()\n time.sleep(600)',
-    'leaves a grandchild': 'import subprocess; subprocess.Popen(["sleep", "600"], start_new_session=True)',
-    'spawns': 'import os; os.posix_spawn("/bin/sleep", ["sleep", "600"], {})',
-    'becomes another program': 'import os; os.execv("/bin/sleep", ["sleep", "600"])',
+    'leaves a grandchild': 'import subprocess; subprocess.Popen(["sleep", "61234"], start_new_session=True)',
+    'spawns': 'import os; os.posix_spawn("/bin/sleep", ["sleep", "61234"], {})',
+    'becomes another program': 'import os; os.execv("/bin/sleep", ["sleep", "61234"])',
     'forks through C': 'import ctypes, time\nif ctypes.CDLL(None).fork() == 0: time.sleep(600)',
     'mounts': syscall + 'assert ctypes.CDLL(None).mount(b"tmpfs", b"/usr", b"tmpfs", 0, None) == 0',
     'prints without end': 'while True: print("x" * 10**6)',
@@ -573,3 +574,40 @@ def test_a_runner_that_dies_is_replaced():
         runner.kill()
         runner.wait()
     assert run_program('print(1)').status == 'passed'
+
+
+def filtered(rows, architecture, call, *arguments):
+    "What the filter says to a system call: allow, or the number of the error."
+    values = {0: call, 4: architecture}
+    for place, argument in enumerate((*arguments, *[0] * 6)[:6]):
+        values |= {16 + 8 * place: argument & 0xFFFFFFFF, 20 + 8 * place: argument >> 32}
+    place, loaded = 0, None
+    jumps = {0x15: lambda k: loaded == k, 0x35: lambda k: loaded >= k, 0x45: lambda k: bool(loaded & k)}
+    while True:
+        code, if_true, if_false, constant = rows[place]
+        if code == 6:
+            return 'allow' if constant == 0x7FFF0000 else constant & 0xFFFF
+        if code == 0x20:
+            loaded = values[constant]
+        place += 1 + ((if_true if jumps[code](constant) else if_false) if code in jumps else 0)
+
+
+@pytest.mark.parametrize(
+    ('machine', 'architecture', 'kill', 'tgkill', 'clone', 'fcntl', 'sendto', 'refused'),
+    [
+        ('x86_64', 0xC000003E, 62, 234, 56, 72, 44, '57 58 41 42 49 46 73 101 310 311 319 424 434 438 200 129 59 322'),
+        ('aarch64', 0xC00000B7, 129, 131, 220, 25, 206, '198 203 200 211 32 117 270 271 279 424 434 438 130 138 221'),
+    ],
+)
+def test_the_filter_alone_refuses_what_reaches_others(machine, architecture, kill, tgkill, clone, fcntl, sendto, refused):
+    rows = sandbox._filter(machine, 1234)
+
+    def says(*call):
+        return filtered(rows, architecture, *call)
+
+    assert [call for call in map(int, refused.split()) if says(call) != 1] == []
+    assert (says(kill, 1234, 9), says(kill, 99, 9), says(kill, 2**32 - 1, 9), says(tgkill, 99, 99, 9)) == ('allow', 1, 1, 1)
+    assert (says(clone, 0x10000), says(clone, 17), says(435)) == ('allow', 1, 38)
+    assert (says(fcntl, 3, 3), says(fcntl, 3, 8), says(fcntl, 3, 6), says(fcntl, 3, 38)) == ('allow', 1, 1, 1)
+    assert [says(sendto, 3, 1, 1, 0, place) for place in (0, 7, 7 << 32)] == ['allow', 1, 1]
+    assert (filtered(rows, 0x40000003, 1), says(0x40000001)) == (1, 1)
