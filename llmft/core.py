@@ -110,8 +110,10 @@ def read_json(path):
     try:
         return json.loads(Path(path).read_text(encoding='utf-8'))
     except json.JSONDecodeError as error:
-        raise LabError(f'{path} is not valid JSON (line {error.lineno}: {error.msg}): '
-                       'delete it or restore it') from None
+        reason = f'line {error.lineno}: {error.msg}'
+    except (ValueError, RecursionError) as error:  # no UTF-8, a number of 5,000 digits, brackets 1,000 deep
+        reason = str(error).splitlines()[0]
+    raise LabError(f'{path} is not valid JSON ({reason}): delete it or restore it')
 
 # %% ../nbs/core.ipynb #5a2d1c51
 def _sha256_of_file(file):
