@@ -6,7 +6,7 @@
 __all__ = ['cache_folder', 'files_in', 'file_hashes', 'content_hashes', 'first_difference', 'sealed', 'is_sealed', 'check_sealed',
            'hub_revision', 'source_hashes']
 
-# %% ../../nbs/data/00_hashes.ipynb #39f43c1d
+# %% ../../nbs/data/00_hashes.ipynb #14a6dfcd
 import itertools
 import json
 import os
@@ -17,13 +17,13 @@ from pathlib import Path
 
 from ..core import LabError, assets, find_path, jsonable, read_json, sha256_of, write_atomic
 
-# %% ../../nbs/data/00_hashes.ipynb #67c8d5a2
+# %% ../../nbs/data/00_hashes.ipynb #86ec82be
 def cache_folder() -> Path:
     "Where this user keeps what can be made again: $XDG_CACHE_HOME/llmft, or ~/.cache/llmft."
     root = os.environ.get('XDG_CACHE_HOME') or '~/.cache'
     return Path(root).expanduser() / 'llmft'
 
-# %% ../../nbs/data/00_hashes.ipynb #a954011f
+# %% ../../nbs/data/00_hashes.ipynb #d2489941
 def files_in(path,         # a file or a folder
              without=None, # a folder below it that does not count
 )->dict:                   # name below `path` -> absolute path; a file alone has its own name
@@ -36,7 +36,7 @@ def files_in(path,         # a file or a folder
     counted = [file for file in files if without is None or not file.is_relative_to(without)]
     return {file.relative_to(path).as_posix(): file for file in sorted(counted)}
 
-# %% ../../nbs/data/00_hashes.ipynb #2620bb34
+# %% ../../nbs/data/00_hashes.ipynb #8b77f0fc
 _settled_nanoseconds = 2 * 10**9
 _small_bytes = 2**20  # of a folder's files that were hashed anew; a millisecond or two
 _few_files = 64
@@ -53,13 +53,20 @@ def _memory_file(folder):
     return cache_folder() / 'hashes' / f'{sha256_of(str(folder))[:32]}.json'
 
 
+def _is_entry(entry):
+    "Whether `entry` is a stamp and a hash."
+    is_pair = isinstance(entry, list) and [type(part) for part in entry] == [list, str]
+    return is_pair and [type(number) for number in entry[0]] == [int] * 4
+
+
 def _remembered(folder):
     "Name -> [stamp, hash] of files in `folder`, as remembered; empty when nothing can be read."
     try:
         known = read_json(_memory_file(folder))
     except (LabError, OSError):
         return {}
-    return known if isinstance(known, dict) else {}
+    known = known if isinstance(known, dict) else {}
+    return {name: entry for name, entry in known.items() if _is_entry(entry)}
 
 
 def _remember(folder, entries, began, hashed):
@@ -105,7 +112,7 @@ def file_hashes(files,           # absolute paths of files that are there
         raise LabError(f"{error.filename} can't be read ({error.strerror}): restore it, or allow reading it") from None
     return hashes
 
-# %% ../../nbs/data/00_hashes.ipynb #9f17c128
+# %% ../../nbs/data/00_hashes.ipynb #9537fe4d
 def content_hashes(path,            # a file or a folder
                    fresh:bool=False,# read every byte again, whatever is remembered
                    without=None,    # a folder below it that does not count
@@ -115,7 +122,7 @@ def content_hashes(path,            # a file or a folder
     hashes = file_hashes(files.values(), fresh)
     return {name: hashes[file] for name, file in files.items()}
 
-# %% ../../nbs/data/00_hashes.ipynb #36185694
+# %% ../../nbs/data/00_hashes.ipynb #267fa6c6
 def first_difference(folder,          # where the files lie
                      noted:dict,      # name below it -> SHA-256
                      fresh:bool=False,# read every byte again, whatever is remembered
@@ -131,7 +138,7 @@ def first_difference(folder,          # where the files lie
             return f'{name} was changed'
     return ''
 
-# %% ../../nbs/data/00_hashes.ipynb #b946a02d
+# %% ../../nbs/data/00_hashes.ipynb #447f7c74
 def _seal_of(facts):
     "The hash of all facts but the seal."
     rest = {name: value for name, value in facts.items() if name != 'seal'}
@@ -143,12 +150,12 @@ def sealed(facts:dict,  # name -> anything `jsonable` knows
     "Facts with a hash over all of them."
     return facts | dict(seal=_seal_of(facts))
 
-# %% ../../nbs/data/00_hashes.ipynb #d5e2abf9
+# %% ../../nbs/data/00_hashes.ipynb #b7cd8787
 def is_sealed(facts:dict) -> bool:
     "Whether facts carry a seal and nothing was changed since it was set."
     return facts.get('seal') == _seal_of(facts)
 
-# %% ../../nbs/data/00_hashes.ipynb #fc392376
+# %% ../../nbs/data/00_hashes.ipynb #7d08b61c
 def check_sealed(folder,         # where the files lie
                  file:str,       # name of the file of facts in it
                  noted:dict,     # name below the folder -> SHA-256, from these facts
@@ -160,7 +167,7 @@ def check_sealed(folder,         # where the files lie
     if problem:
         raise LabError(f'{folder}: {problem} since it was written: {advice}')
 
-# %% ../../nbs/data/00_hashes.ipynb #b8ba2434
+# %% ../../nbs/data/00_hashes.ipynb #1592f49a
 def hub_revision(name:str,  # such as "Qwen/Qwen2.5-0.5B"
                  kind:str,  # models | datasets
 )->str:                     # 40 hexadecimal digits, or `None`
@@ -170,7 +177,7 @@ def hub_revision(name:str,  # such as "Qwen/Qwen2.5-0.5B"
     reference = Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}" / 'refs' / 'main'
     return reference.read_text().strip() if reference.is_file() else None
 
-# %% ../../nbs/data/00_hashes.ipynb #b5449134
+# %% ../../nbs/data/00_hashes.ipynb #fa598c9f
 _hub_name = re.compile(r'[A-Za-z0-9][\w.-]*(/[\w.-]+)?')
 _made_here = ('', 'random', 'test')  # nothing to read, or made from a seed
 

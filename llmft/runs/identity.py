@@ -6,14 +6,14 @@
 __all__ = ['declared_inputs', 'read_record', 'written', 'seal_record', 'altered', 'inputs_of', 'changed_inputs', 'what_differs',
            'verify_run']
 
-# %% ../../nbs/runs/15_identity.ipynb #af2e7544
+# %% ../../nbs/runs/15_identity.ipynb #3621e858
 from datetime import datetime
 from pathlib import Path
 
 from ..core import LabError, find_path, jsonable, read_json, short_hash
 from ..data.hashes import file_hashes, files_in, first_difference, is_sealed, sealed, source_hashes
 
-# %% ../../nbs/runs/15_identity.ipynb #7ef48042
+# %% ../../nbs/runs/15_identity.ipynb #13d8f97e
 declared_inputs = {
     'data': 'datasets',
     'text': 'datasets',
@@ -28,7 +28,7 @@ declared_inputs = {
     'runs': 'runs',
 }  # parameter -> what a value stands for that is no path
 
-# %% ../../nbs/runs/15_identity.ipynb #50cda443
+# %% ../../nbs/runs/15_identity.ipynb #0ec50ad4
 _texts_of_a_run = ('id', 'notebook', 'name', 'status', 'started', 'ended', 'error')
 _sections = ('run', 'params', 'train', 'meta', 'read', 'wrote')
 
@@ -68,7 +68,7 @@ def read_record(folder) -> dict:
         raise LabError(f'{path} is no record of a run ({slip}): delete it or restore it')
     return record
 
-# %% ../../nbs/runs/15_identity.ipynb #0502a435
+# %% ../../nbs/runs/15_identity.ipynb #f497690a
 _added_by_others = ('run.json', 'wandb')
 
 
@@ -84,7 +84,7 @@ def _is_hidden(name):
     "Whether the file or a folder above it begins with a dot."
     return any(part.startswith('.') for part in name.split('/'))
 
-# %% ../../nbs/runs/15_identity.ipynb #08ae68e0
+# %% ../../nbs/runs/15_identity.ipynb #6512190d
 def seal_record(folder,       # of a run that ended well
                 record:dict,  # its run.json
 )->dict:                      # the record with `wrote` and a seal, to be written
@@ -92,19 +92,20 @@ def seal_record(folder,       # of a run that ended well
     rest = {name: value for name, value in record.items() if name not in ('wrote', 'seal')}
     return sealed(jsonable(rest | dict(wrote=written(folder))))
 
-# %% ../../nbs/runs/15_identity.ipynb #3be34ea0
+# %% ../../nbs/runs/15_identity.ipynb #7ca176e5
 def altered(folder,           # of a finished run
             record:dict,      # its run.json
             fresh:bool=False, # read every byte again, whatever is remembered
-)->str:                       # such as 'metrics.json was changed'; '' when nothing was
+)->str:                       # such as 'metrics.json was changed since the run ended'; '' when nothing was
     "What makes a finished run unbelievable: a file that was changed, cut or deleted, or the record itself."
     if 'wrote' not in record:
         return 'run.json has no hashes of what the run wrote'
     if not is_sealed(record):
-        return 'run.json was changed'
-    return first_difference(folder, record['wrote'], fresh)
+        return 'run.json was changed since the run ended'
+    difference = first_difference(folder, record['wrote'], fresh)
+    return f'{difference} since the run ended' if difference else ''
 
-# %% ../../nbs/runs/15_identity.ipynb #4e2a5499
+# %% ../../nbs/runs/15_identity.ipynb #7803aab2
 _most_listed = 200  # files of one input that run.json lists one by one
 _levels = 3  # between the folder of a run and a path in it that a parameter may name
 
@@ -121,7 +122,7 @@ def _run_hashes(source, path, run, kind, fresh):
     if record['run']['status'] != 'done':
         return {source: f"unfinished {record['run'].get('id')}"}
     if problem := altered(run, record, fresh):
-        raise LabError(f'{source}: {problem} since that run ended: run it again')
+        raise LabError(f'{source}: {problem}: run it again')
     return {source: short_hash(record['wrote'])} if path == run else source_hashes(source, kind, fresh)
 
 
@@ -173,7 +174,7 @@ def inputs_of(params:dict,      # all parameters of a run
     found = {name: _inputs_of_one(name, params[name], outputs, fresh) for name in named}
     return {name: hashes for name, hashes in found.items() if hashes}
 
-# %% ../../nbs/runs/15_identity.ipynb #f5e75649
+# %% ../../nbs/runs/15_identity.ipynb #cc08026b
 def _differing(before, after):
     "The names whose hashes differ."
     names = sorted(before.keys() | after.keys())
@@ -193,7 +194,7 @@ def changed_inputs(before:dict,  # from `inputs_of`, when a run began
             return f'{name} changed since ({differing[0]}{more})'
     return ''
 
-# %% ../../nbs/runs/15_identity.ipynb #ed5225ec
+# %% ../../nbs/runs/15_identity.ipynb #b1aed1bd
 def _changed_params(old, new):
     "The names of parameters that differ, outputs aside, each once."
     names = sorted((old.keys() | new.keys()) - {'outputs'})
@@ -215,7 +216,7 @@ def what_differs(folder,        # of an earlier run
     is_done = record['run']['status'] == 'done'
     return altered(folder, record) if is_done else ''
 
-# %% ../../nbs/runs/15_identity.ipynb #4fa23f8a
+# %% ../../nbs/runs/15_identity.ipynb #430a4ec6
 def verify_run(folder,  # of a run
 )->dict:                # run, status, files (their number), altered and changed (one line each, '' when all agree)
     "Whether a run still is what it wrote, and whether what it read is still there with the same content."

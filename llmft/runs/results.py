@@ -47,7 +47,7 @@ def done_folders(outputs,   # folder of all runs
     _say_left_out(runs)
     return [record['folder'] for record in runs if record['run']['status'] == 'done']
 
-# %% ../../nbs/runs/14_results.ipynb #5004f3c3
+# %% ../../nbs/runs/14_results.ipynb #40c83f6d
 def finished_runs(folders,       # run folders; [] looks under `outputs`, then in the gallery
                   outputs:str,   # folder of all runs
                   notebook:str,  # name of the notebook whose runs are wanted

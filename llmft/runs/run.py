@@ -90,7 +90,7 @@ def set_aside(folder,       # the run's folder
     folder.rename(target)
     return target
 
-# %% ../../nbs/runs/04_run.ipynb #29e1db3a
+# %% ../../nbs/runs/04_run.ipynb #ccdb422a
 def remove_partials(folder):
     "Delete the half-written files and folders below `folder` that an earlier process left."
     for path in sorted(Path(folder).rglob('*.partial*')):
@@ -204,14 +204,14 @@ def open_folder(folder,               # outputs/notebook/name
             release(folder)
             raise
 
-# %% ../../nbs/runs/04_run.ipynb #293a789e
+# %% ../../nbs/runs/04_run.ipynb #30017ca3
 def why_anew(record:dict,  # run.json
 )->str:                    # one line; '' for a first run, and for one that goes on
     "Why a run begins anew although there is an earlier one of its name."
     reason = record['run'].get('anew')
     return f'{reason}: the run begins anew, and the earlier one is in _previous' if reason else ''
 
-# %% ../../nbs/runs/04_run.ipynb #6a0aefba
+# %% ../../nbs/runs/04_run.ipynb #d0f545fb
 def ending(folder,       # of a run this process has open
            record:dict,  # its run.json
 )->dict:                 # ended, seconds
@@ -221,7 +221,7 @@ def ending(folder,       # of a run this process has open
     ended = max(datetime.fromisoformat(now()), started + timedelta(seconds=seconds or 0))
     return dict(ended=ended.isoformat(timespec='milliseconds'), seconds=seconds)
 
-# %% ../../nbs/runs/04_run.ipynb #559ededd
+# %% ../../nbs/runs/04_run.ipynb #31d7efcc
 def inputs_problem(record:dict,  # run.json of a run that is about to be done
 )->str:                          # one line; '' when nothing changed
     "Which input changed while the run read it; runs that were finished meanwhile do not count."
@@ -289,7 +289,7 @@ def _as_believed(folder, record: dict) -> dict:
     problem = altered(folder, record)
     if not problem:
         return record
-    return merge(record, dict(run=dict(status='altered', error=f'{problem} since the run ended: run it again')))
+    return merge(record, dict(run=dict(status='altered', error=problem)))
 
 
 def read_run(folder) -> dict:

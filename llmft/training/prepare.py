@@ -86,7 +86,7 @@ def planned_steps(examples:int,   # number of training examples
     "Optimiser steps of a run over `examples` training examples."
     return recipe.max_steps or math.ceil(_plan(examples, recipe).steps_per_epoch * recipe.num_epochs)
 
-# %% ../../nbs/training/07_prepare.ipynb #ef647ca2
+# %% ../../nbs/training/07_prepare.ipynb #31e45db6
 def _array_hash(values):
     "The hash of the bytes of an array; that of its file, which is remembered, where it is a whole one."
     file = getattr(values, 'filename', None)
