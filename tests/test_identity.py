@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,14 +13,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from llmft.core import LabError, read_json, write_atomic, write_json
+from llmft.core import LabError, project_root, read_json, write_atomic, write_json
 from llmft.data import hashes
 from llmft.data.hashes import content_hashes, sealed, source_hashes
 from llmft.data.token_files import prepare_tokens, read_token_file, token_folder
 from llmft.runs import provenance, sweeps
 from llmft.runs import run as run_module
-from llmft.runs.identity import inputs_of, verify_run
+from llmft.runs.identity import declared_inputs, inputs_of, verify_run
 from llmft.runs.locks import is_held
+from llmft.runs.params import read_parameters
 from llmft.runs.results import finished_runs, read_result
 from llmft.runs.run import close_folder, list_runs, open_folder, read_run, start_run
 from llmft.studies.forecasting.budget import note_ledger, study_account
@@ -236,6 +238,40 @@ def test_a_reader_of_an_altered_run_is_refused_before_it_starts(tmp_path):
             start_run('later', space(tmp_path, name='later', start=str(start)))
         flip(source.folder / 'adapter/adapter_model.safetensors')
     assert not (tmp_path / 'outputs/later').exists()
+
+
+def test_an_adapter_outside_of_any_run_is_an_input_too(tmp_path):
+    write_atomic(tmp_path / 'mine/adapter/adapter_model.safetensors', b'weights')
+    before = inputs_of(dict(start=str(tmp_path / 'mine')))
+    write_atomic(tmp_path / 'mine/adapter/adapter_model.safetensors', b'others!')
+    assert list(before) == ['start'] and inputs_of(dict(start=str(tmp_path / 'mine'))) != before
+    assert inputs_of(dict(start=str(tmp_path / 'nowhere'))) == {}
+
+
+def test_a_run_that_is_named_without_its_folder_is_an_input(tmp_path):
+    asked = dict(trained='x', train_run='', outputs=str(tmp_path / 'outputs'))
+    assert inputs_of(asked) == {}
+    run_it(tmp_path, notebook='sublora_train')
+    assert list(inputs_of(asked)['trained']) == ['sublora_train/x']
+    flip(tmp_path / 'outputs/sublora_train/x/adapter/adapter_model.safetensors')
+    with pytest.raises(LabError, match='sublora_train/x: adapter/adapter_model.safetensors was changed'):
+        inputs_of(asked)
+
+
+def test_outputs_inside_of_a_folder_of_data_are_no_data(tmp_path):
+    write_atomic(tmp_path / 'a.txt', 'text')
+    run = run_it(tmp_path, data=str(tmp_path))
+    assert list(read_run(run.folder)['read']['data']) == [f'{tmp_path}/a.txt']
+
+
+def test_every_parameter_that_names_something_to_read_is_declared():
+    notebooks = sorted((project_root() / 'nbs/experiments').glob('*.ipynb'))
+    named = {}
+    for parameter in (parameter for notebook in notebooks for parameter in read_parameters(notebook)):
+        if parameter.type in ('str', 'list[str]') and re.search(r'\b(hub name|folders?|files?|presets?)\b', parameter.help):
+            named[parameter.name] = parameter.help
+    written = {'name', 'outputs', 'export_to'}
+    assert len(named) >= 10 and set(named) - written <= set(declared_inputs), set(named) - written - set(declared_inputs)
 
 
 def test_runs_that_a_summary_finds_by_itself_are_its_inputs(tmp_path):

@@ -17,7 +17,18 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import Html, LabError, assets, choose, find_path, hub_answers, read_json, sha256_of, short_hash, write_json
+from llmft.core import (
+    Html,
+    LabError,
+    assets,
+    choose,
+    find_path,
+    hub_answers,
+    read_json,
+    sha256_of,
+    short_hash,
+    write_json,
+)
 from .hashes import check_sealed, sealed
 
 # %% ../../nbs/data/04_tokens.ipynb #f7947650

@@ -6,14 +6,14 @@
 __all__ = ['declared_inputs', 'read_record', 'written', 'seal_record', 'altered', 'inputs_of', 'changed_inputs', 'what_differs',
            'verify_run']
 
-# %% ../../nbs/runs/15_identity.ipynb #3621e858
+# %% ../../nbs/runs/15_identity.ipynb #df43ad27
 from datetime import datetime
 from pathlib import Path
 
 from ..core import LabError, find_path, jsonable, read_json, short_hash
 from ..data.hashes import file_hashes, files_in, first_difference, is_sealed, sealed, source_hashes
 
-# %% ../../nbs/runs/15_identity.ipynb #13d8f97e
+# %% ../../nbs/runs/15_identity.ipynb #d25fd9aa
 declared_inputs = {
     'data': 'datasets',
     'text': 'datasets',
@@ -28,7 +28,7 @@ declared_inputs = {
     'runs': 'runs',
 }  # parameter -> what a value stands for that is no path
 
-# %% ../../nbs/runs/15_identity.ipynb #0ec50ad4
+# %% ../../nbs/runs/15_identity.ipynb #cb48b617
 _texts_of_a_run = ('id', 'notebook', 'name', 'status', 'started', 'ended', 'error')
 _sections = ('run', 'params', 'train', 'meta', 'read', 'wrote')
 
@@ -68,7 +68,7 @@ def read_record(folder) -> dict:
         raise LabError(f'{path} is no record of a run ({slip}): delete it or restore it')
     return record
 
-# %% ../../nbs/runs/15_identity.ipynb #f497690a
+# %% ../../nbs/runs/15_identity.ipynb #c641da68
 _added_by_others = ('run.json', 'wandb')
 
 
@@ -84,7 +84,7 @@ def _is_hidden(name):
     "Whether the file or a folder above it begins with a dot."
     return any(part.startswith('.') for part in name.split('/'))
 
-# %% ../../nbs/runs/15_identity.ipynb #6512190d
+# %% ../../nbs/runs/15_identity.ipynb #f706bed5
 def seal_record(folder,       # of a run that ended well
                 record:dict,  # its run.json
 )->dict:                      # the record with `wrote` and a seal, to be written
@@ -92,7 +92,7 @@ def seal_record(folder,       # of a run that ended well
     rest = {name: value for name, value in record.items() if name not in ('wrote', 'seal')}
     return sealed(jsonable(rest | dict(wrote=written(folder))))
 
-# %% ../../nbs/runs/15_identity.ipynb #7ca176e5
+# %% ../../nbs/runs/15_identity.ipynb #0e55c16f
 def altered(folder,           # of a finished run
             record:dict,      # its run.json
             fresh:bool=False, # read every byte again, whatever is remembered
@@ -105,7 +105,7 @@ def altered(folder,           # of a finished run
     difference = first_difference(folder, record['wrote'], fresh)
     return f'{difference} since the run ended' if difference else ''
 
-# %% ../../nbs/runs/15_identity.ipynb #7803aab2
+# %% ../../nbs/runs/15_identity.ipynb #249091bd
 _most_listed = 200  # files of one input that run.json lists one by one
 _levels = 3  # between the folder of a run and a path in it that a parameter may name
 
@@ -126,20 +126,27 @@ def _run_hashes(source, path, run, kind, fresh):
     return {source: short_hash(record['wrote'])} if path == run else source_hashes(source, kind, fresh)
 
 
+def _place_of(source, kind, outputs):
+    "(name, absolute path) of what one value of a parameter may stand for."
+    if not kind.startswith('runs of '):
+        return source, find_path(source).absolute()
+    name = f"{kind.removeprefix('runs of ')}/{source}"
+    return name, outputs / name
+
+
 def _one_input(source, kind, outputs, fresh):
     "Name -> hash of what one value of a parameter stands for."
-    if kind.startswith('runs of '):
-        source = f"{outputs}/{kind.removeprefix('runs of ')}/{source}"
-    path = find_path(source).absolute()
+    name, path = _place_of(source, kind, outputs)
     run = _run_around(path) if source and path.exists() else None
     if run:
-        return _run_hashes(source, path, run, kind, fresh)
+        return _run_hashes(name, path, run, kind, fresh)
+    if name != source or (kind == 'runs' and not path.exists()):
+        return {}
 
     is_around = outputs != path and outputs.is_relative_to(path)
     hashes = source_hashes(source, kind, fresh, outputs if is_around else None)
-    if len(hashes) > _most_listed:
-        return {f'{source} ({len(hashes):,} files)': short_hash(hashes)}
-    return {} if kind.startswith('runs') else hashes
+    many = len(hashes) > _most_listed
+    return {f'{source} ({len(hashes):,} files)': short_hash(hashes)} if many else hashes
 
 
 def _finished_sources(outputs):
@@ -174,7 +181,7 @@ def inputs_of(params:dict,      # all parameters of a run
     found = {name: _inputs_of_one(name, params[name], outputs, fresh) for name in named}
     return {name: hashes for name, hashes in found.items() if hashes}
 
-# %% ../../nbs/runs/15_identity.ipynb #cc08026b
+# %% ../../nbs/runs/15_identity.ipynb #7a740a50
 def _differing(before, after):
     "The names whose hashes differ."
     names = sorted(before.keys() | after.keys())
@@ -194,7 +201,7 @@ def changed_inputs(before:dict,  # from `inputs_of`, when a run began
             return f'{name} changed since ({differing[0]}{more})'
     return ''
 
-# %% ../../nbs/runs/15_identity.ipynb #b1aed1bd
+# %% ../../nbs/runs/15_identity.ipynb #23cab9b1
 def _changed_params(old, new):
     "The names of parameters that differ, outputs aside, each once."
     names = sorted((old.keys() | new.keys()) - {'outputs'})
@@ -216,13 +223,14 @@ def what_differs(folder,        # of an earlier run
     is_done = record['run']['status'] == 'done'
     return altered(folder, record) if is_done else ''
 
-# %% ../../nbs/runs/15_identity.ipynb #430a4ec6
+# %% ../../nbs/runs/15_identity.ipynb #7576855d
 def verify_run(folder,  # of a run
 )->dict:                # run, status, files (their number), altered and changed (one line each, '' when all agree)
     "Whether a run still is what it wrote, and whether what it read is still there with the same content."
     folder = find_path(folder)
     record = read_record(folder)
     is_done = record['run']['status'] == 'done'
+
     try:
         changed = changed_inputs(record.get('read', {}), inputs_of(record.get('params', {}), fresh=True))
     except LabError as error:

@@ -90,7 +90,7 @@ def set_aside(folder,       # the run's folder
     folder.rename(target)
     return target
 
-# %% ../../nbs/runs/04_run.ipynb #ccdb422a
+# %% ../../nbs/runs/04_run.ipynb #414e9d50
 def remove_partials(folder):
     "Delete the half-written files and folders below `folder` that an earlier process left."
     for path in sorted(Path(folder).rglob('*.partial*')):
@@ -153,6 +153,7 @@ def _begin(folder:Path,   # of the run
     "Make room and write the first run.json, with a reserve for the last one; when that fails, all is as it was."
     resumed = record['run']['resumed']
     aside = set_aside(folder, old) if _has_files(folder) and not resumed else None
+
     try:
         remove_partials(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,14 +205,14 @@ def open_folder(folder,               # outputs/notebook/name
             release(folder)
             raise
 
-# %% ../../nbs/runs/04_run.ipynb #30017ca3
+# %% ../../nbs/runs/04_run.ipynb #064206cf
 def why_anew(record:dict,  # run.json
 )->str:                    # one line; '' for a first run, and for one that goes on
     "Why a run begins anew although there is an earlier one of its name."
     reason = record['run'].get('anew')
     return f'{reason}: the run begins anew, and the earlier one is in _previous' if reason else ''
 
-# %% ../../nbs/runs/04_run.ipynb #d0f545fb
+# %% ../../nbs/runs/04_run.ipynb #daeec363
 def ending(folder,       # of a run this process has open
            record:dict,  # its run.json
 )->dict:                 # ended, seconds
@@ -221,7 +222,7 @@ def ending(folder,       # of a run this process has open
     ended = max(datetime.fromisoformat(now()), started + timedelta(seconds=seconds or 0))
     return dict(ended=ended.isoformat(timespec='milliseconds'), seconds=seconds)
 
-# %% ../../nbs/runs/04_run.ipynb #31d7efcc
+# %% ../../nbs/runs/04_run.ipynb #8bdb8f48
 def inputs_problem(record:dict,  # run.json of a run that is about to be done
 )->str:                          # one line; '' when nothing changed
     "Which input changed while the run read it; runs that were finished meanwhile do not count."
@@ -263,6 +264,7 @@ def close_folder(folder,           # of a run this process has open
     "Write how the run ended and release its lock."
     folder = Path(folder)
     record = read_json(folder / 'run.json')
+
     try:
         record = merge(record, dict(run=dict(status=status, error=error, cell=cell) | ending(folder, record)))
         record = _sealed(folder, record) if status == 'done' else record
