@@ -29,6 +29,7 @@ from llmft.core import (
     short_hash,
     write_json,
 )
+
 from .hashes import check_sealed, sealed
 
 # %% ../../nbs/data/04_tokens.ipynb #f7947650
