@@ -2,13 +2,13 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
-WORKERS ?= 2
+WORKERS ?= 3
 export PYTHONNOUSERSITE = 1
 
 .PHONY: help report test lab docs docs-serve readme install
 help:
 	@echo 'make report   install, fine-tune the small base model three ways and open the way to the reports (minutes)'
-	@echo 'make test     every notebook and tests/, on two processes'
+	@echo 'make test     every notebook and tests/, on three processes'
 	@echo 'make lab      JupyterLab on the notebooks (LAB=--no-browser and the like are passed on)'
 	@echo 'make readme   README.md from nbs/index.ipynb'
 	@echo 'make docs     the docs site, in _docs'

@@ -1,4 +1,4 @@
-"""For every test: no network, two processes that do not fight for the cores, and tests that measure run alone."""
+"""For every test: no network, processes that do not fight for the cores, and tests that measure run alone."""
 
 import fcntl
 import importlib.util
@@ -43,20 +43,33 @@ def held(file, how):
 
 
 longest = (
-    'test_notebooks',
     'test_launch',
     'test_site',
+    'test_study_experiments',
     'test_sweeps',
     'test_sublora',
-    'test_experiments',
+    'test_many_processes',
     'test_forecast_study',
-    'test_study_experiments',
-)  # minutes each
+    'test_experiments',
+)  # a minute or more each
 
 
 def pytest_collection_modifyitems(items):
-    "The files that take minutes go first, so that both processes end at about the same time."
-    items.sort(key=lambda item: longest.index(item.path.stem) if item.path.stem in longest else len(longest))
+    "Files that take minutes go first and notebooks, which are many and short, last: all processes end together."
+    order = [*longest, *sorted({item.path.stem for item in items} - {*longest, 'test_notebooks'}), 'test_notebooks']
+    items.sort(key=lambda item: order.index(item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "The tests of a file run in one process, which makes their fixtures once; notebooks share nothing and go anywhere."
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return nodeid if 'test_notebooks.py::' in nodeid else super()._split_scope(nodeid)
+
+    return Files(config, log) if config.getoption('dist') == 'loadfile' else None
 
 
 @pytest.hookimpl(wrapper=True)

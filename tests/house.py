@@ -5,7 +5,10 @@ import configparser
 import functools
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 import textwrap
 import tokenize
 from pathlib import Path
@@ -167,3 +170,44 @@ def chained_conditionals(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.IfExp) and (isinstance(node.orelse, ast.IfExp) or isinstance(node.body, ast.IfExp)):
             yield ast.unparse(node)
+
+
+# ---- what is measured
+
+
+def processor_seconds(*arguments):
+    "Processor time of a Python process, which other work on the machine changes far less than the clock."
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, *arguments], cwd=root, **quiet)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, f'{arguments} ended with {process.returncode}'
+    return used.ru_utime + used.ru_stime
+
+
+# ---- projects made for a test
+
+
+def write(path, text):
+    "Write `text` to the file at `path`, whose folders are made; the path is returned."
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text)
+    return path
+
+
+def write_experiment(name, parameters, *sources):
+    "The notebook `name` among the experiments of the project in this folder: a parameters cell and code cells."
+    code = [
+        dict(
+            cell_type='code',
+            id=f'c{i}',
+            metadata=dict(tags=['parameters'] if i == 0 else []),
+            execution_count=None,
+            outputs=[],
+            source=text,
+        )
+        for i, text in enumerate((parameters, *sources))
+    ]
+    kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
+    made = dict(cells=code, metadata=kernel, nbformat=4, nbformat_minor=5)
+    write(f'nbs/experiments/{name}.ipynb', json.dumps(made))

@@ -6,6 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from training_runs import examples
+
 quantised = ('nf4', 'lora')
 BASE = dict(
     learning_rate=1e-2,
@@ -20,17 +22,6 @@ BASE = dict(
     warmup_ratio=0.0,
     schedule='constant',
 )
-
-
-def examples(count=40, length=24, seed=0):
-    import numpy as np
-
-    from llmft.data.tokens import Examples
-
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers(6, length, size=count)
-    ends = np.cumsum(sizes)
-    return Examples(rng.integers(1, 500, ends[-1]).astype(np.uint16), ends - sizes, ends)
 
 
 def build(params):

@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import yaml
+from house import code, experiments, only_imports, source
 
-from llmft.core import project_root
+from llmft.core import LabError, project_root
+from llmft.models import load as models
 from llmft.runs.execute import execute_run
-from llmft.runs.params import resolve_params
+from llmft.runs.params import read_parameters, resolve_params
 from llmft.runs.results import finished_runs
 
 root = project_root()
@@ -128,3 +130,39 @@ def test_the_shipped_base_model_is_what_its_card_says():
 
     card, weights = (assets / 'base' / 'README.md').read_text(), assets / 'base' / 'model.safetensors'
     assert sha256_of(weights) in card and weights.stat().st_size <= 8_000_000
+
+
+# ---- what this machine cannot do
+
+beyond_this_machine = dict(attention='flash_attention_2', precision='bf16', mixed_precision='bf16')
+refusals = [
+    pytest.param(path, parameter.name, id=f'{path.stem}-{parameter.name}')
+    for path in experiments
+    for parameter in read_parameters(path)
+    if parameter.name in beyond_this_machine and isinstance(parameter.default, str)
+]
+
+
+@pytest.mark.parametrize('path, name', refusals)
+def test_every_experiment_refuses_what_the_device_lacks_in_its_first_cell(path, name, tmp_path, monkeypatch):
+    "On a pretended GPU that only emulates bf16, and without flash attention: nothing but imports has run before."
+    monkeypatch.setattr(models, '_emulates_bf16', lambda: True)
+    monkeypatch.setattr(models.torch.cuda, 'get_device_name', lambda: 'old card')
+    found = code(path)
+    place = next(i for i, cell in enumerate(found) if 'parameters' in cell['metadata'].get('tags', []))
+    parameters, *others = found[place:]
+    namespace = {}
+    exec(source(parameters), namespace)
+    namespace |= {name: beyond_this_machine[name], 'outputs': str(tmp_path)}
+
+    first = next(i for i, cell in enumerate(others) if not only_imports(cell))
+    for cell in others[:first]:
+        exec(source(cell), namespace)
+    words = 'old card. has no bf16' if name != 'attention' else 'attention flash_attention_2 needs'
+    with pytest.raises(LabError, match=words):
+        exec(source(others[first]), namespace)
+    assert not list(tmp_path.iterdir()), 'a folder was made for a run that cannot be'
+
+
+def test_all_experiments_with_formats_are_seen():
+    assert len(refusals) >= 17

@@ -29,6 +29,14 @@ def test_nothing(): pass
 '''
 
 
+where = '''
+import os, pytest
+from pathlib import Path
+@pytest.mark.parametrize('i', range(6))
+def test_tells(i): Path(f'{Path(__file__).stem}-{i}.worker').write_text(os.environ['PYTEST_XDIST_WORKER'])
+'''
+
+
 def pytest_in(folder, text, *options):
     "Run the tests of `text` in `folder` under this folder's conftest.py."
     (folder / 'offline').mkdir()
@@ -54,6 +62,17 @@ def test_serial_tests_run_alone(tmp_path):
     ]
     assert (False, False) in overlaps, 'ordinary tests should run side by side'
     assert not any(True in pair for pair in overlaps), 'a serial test ran beside another one'
+
+
+def test_a_file_stays_in_one_process_and_notebooks_go_anywhere(tmp_path):
+    (tmp_path / 'test_notebooks.py').write_text(where)
+    done = pytest_in(tmp_path, where, '-n', '3', '--dist', 'loadfile', '--no-loadscope-reorder', 'test_notebooks.py')
+    assert '12 passed' in done.stdout, done.stdout
+    workers = {
+        name: {path.read_text() for path in tmp_path.glob(f'{name}-*.worker')} for name in ('test_it', 'test_notebooks')
+    }
+    assert len(workers['test_it']) == 1, 'the fixtures of a file would be made again in each process'
+    assert len(workers['test_notebooks']) >= 2, 'one process would run all notebooks'
 
 
 def test_swallowed_attempts_fail(tmp_path):

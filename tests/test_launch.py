@@ -308,6 +308,12 @@ def test_a_build_that_depends_on_more_than_its_params_is_refused(tmp_path, monke
     assert not (tmp_path / 'checkpoints').exists()
 
 
+def test_a_method_that_the_strategy_cannot_take_is_refused_before_a_rank_starts(tmp_path):
+    with pytest.raises(LabError, match='strategy fsdp2 would cut nf4 weights apart'):
+        launched(tmp_path, 'preset:llama-tiny', method='nf4', strategy='fsdp2')
+    assert not list(tmp_path.iterdir())
+
+
 def failing(*codes):
     return [dict(rank=rank, pid=100 + rank, exitcode=code, time=moment) for rank, code, moment in codes]
 

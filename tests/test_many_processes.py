@@ -1,11 +1,12 @@
 """Every training experiment gives in two processes the losses it gives in one: same data, same model, same steps."""
 
+import ast
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from house import cells, nbs, root, source
+from house import code, nbs, only_imports, root, source
 
 from llmft.runs.params import resolve_params
 from llmft.studies.code.setup import instruct
@@ -78,10 +79,32 @@ def test_two_processes_have_the_losses_of_one(name, tmp_path, monkeypatch):
     assert together == pytest.approx(alone, rel=1e-5)
 
 
+prepared = dict(
+    pdf_finetune='with_tokens(run.params, run.folder)', forecast_train='setup.with_data(run.params, run.folder)'
+)  # experiments whose ranks need more than the parameters of the notebook
+
+
 @pytest.mark.parametrize('name', list(experiments))
 def test_the_notebook_trains_through_launch(name):
-    text = '\n'.join(source(cell) for cell in cells(nbs / f'experiments/{name}.ipynb'))
-    assert 'launch(' in text and ' fit(' not in text
-    offloading = ['offload_optimiser: bool', 'offload_weights: bool'] if name != 'sublora_train' else []  # shards nothing
+    "With the build function that is tested above, and with what that function reads."
+    found = code(nbs / f'experiments/{name}.ipynb')
+    text = '\n'.join(map(source, found))
+    tree = ast.parse(text)
+    [call] = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == 'launch']
+    assert ' fit(' not in text
+
+    imported = {}
+    for cell in filter(only_imports, found):
+        exec(source(cell), imported)
+    build, params = map(ast.unparse, call.args[:2])
+    assert eval(build, imported) is experiments[name][1]
+    made = {
+        ast.unparse(node.targets[0]): ast.unparse(node.value) for node in ast.walk(tree) if isinstance(node, ast.Assign)
+    }
+    assert made.get(params, params) == prepared.get(name, 'run.params')
+
+    offloading = (
+        ['offload_optimiser: bool', 'offload_weights: bool'] if name != 'sublora_train' else []
+    )  # shards nothing
     for parameter in ['nproc: int', 'strategy: str', *offloading]:
         assert parameter in text, f'{name} has no parameter {parameter}'

@@ -156,7 +156,6 @@ def test_an_architecture_that_ignores_lengths_is_refused(monkeypatch):
         hidden_states(model, tokens(1, 10), document_lengths=[5, 5])
 
 
-@pytest.mark.serial
 def test_packed_rows_are_faster_than_under_a_mask():
     "Processor time, not the clock, so that other work on the machine does not decide."
     ragged = [20, 61, 88, 109, 111, 137, 177, 321]

@@ -10,13 +10,13 @@ import re
 import shlex
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from house import cells, experiments, exported_module, library, root, settings
+from house import cells, experiments, exported_module, library, processor_seconds, root, settings
 
 configs = sorted(
     path
@@ -171,23 +171,52 @@ def test_sweep_fits_its_notebooks(path, small):
     assert len(points) >= 2
 
 
+# ---- from a number to its formula
+
+
+def steps_of_walks():
+    "Number -> the places of its walk as (path of a notebook below nbs, the names that its cell says to look for)."
+    section = (root / 'CONTRIBUTING.md').read_text(encoding='utf-8').split('## From a number of a report')[1]
+    walks = {}
+    for line in section.split('\n## ')[0].splitlines():
+        if line.startswith('| ') and not line.startswith(('| number', '| ---')):
+            number, *places = line.strip('| ').split(' | ')
+            quoted = [re.findall('`([^`]+)`', place) for place in places]
+            walks[number] = [(place, names) for place, *names in filter(None, quoted)]
+    return walks
+
+
+def source_of(place):
+    "The code of the notebook that a walk calls `place`: an experiment, or package/name."
+    [path] = [
+        path for path in [*library, *experiments] if (exported_module(path) or path.stem).replace('.', '/') == place
+    ]
+    return '\n'.join(''.join(cell['source']) for cell in cells(path) if cell['cell_type'] == 'code')
+
+
+def test_walks_to_formulas_lead_from_file_to_file():
+    "Each place of a walk has the names it is visited for, and names something that the next place defines."
+    walks = steps_of_walks()
+    assert len(walks) >= 4 and all(2 <= len(places) <= 3 for places in walks.values())
+    for number, places in walks.items():
+        texts = [source_of(place) for place, _ in places]
+        for (place, names), text in zip(places, texts, strict=True):
+            words = {word for name in names for word in re.findall(r'[A-Za-z_][\w.]*', name)}
+            lost = [word for word in words if not re.search(rf'\b{re.escape(word)}\b', text)]
+            assert words and not lost, f'{number}: {place} has no {lost}'
+        for here, there in itertools.pairwise(texts):
+            defined = re.findall(r'^ *def (\w+)', there, re.MULTILINE)
+            assert any(re.search(rf'\b{name}\(', here) for name in defined), f'{number}: a step leads nowhere'
+
+
 # ---- the package
 
 
-def median_seconds(text, times=5):
-    "Median wall time of running Python `text` in a fresh process, without the interpreter's own start."
-
-    def once(text):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, '-c', text], check=True, cwd=root, capture_output=True)
-        return time.perf_counter() - start
-
-    return sorted(once(text) - once('pass') for _ in range(times))[times // 2]
-
-
-@pytest.mark.serial
 def test_import_is_quick():
-    seconds = median_seconds('import llmft')
+    "By the median of what it takes beyond the interpreter's own start."
+    seconds = statistics.median(
+        processor_seconds('-c', 'import llmft') - processor_seconds('-c', 'pass') for _ in range(5)
+    )
     assert seconds < 0.5, f'import llmft takes {seconds:.2f} s'
 
 

@@ -93,9 +93,12 @@ def test_instruct_reports(instruct):
 
 @pytest.fixture(scope='module')
 def pdfs(outputs):
+    "In two processes, which build their data from what the notebook has extracted."
     return execute(
         'params/pdf_finetune/all.yaml',
         outputs,
+        nproc=2,
+        strategy='ddp',
         max_pages=1,
         max_length=96,
         chunk_characters=300,
@@ -136,6 +139,14 @@ def test_pdfs_leave_the_artefacts_of_the_study(pdfs):
         'Training time',
         'Arguments',
     }
+
+
+def test_two_processes_trained_it(pdfs):
+    _, folder = pdfs
+    order = json.loads((folder / 'launch' / 'order.json').read_text())
+    assert order['processes']['nproc'] == 2 and (folder / 'launch' / 'result.json').exists()
+    log = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
+    assert log[0]['step'] == 1 and 'valid_loss' in log[-1]
 
 
 def test_the_studys_report_has_no_blank(pdfs):
@@ -239,23 +250,3 @@ def test_the_pdf_files_hold_the_studys_numbers():
             largest_batch=32,
         )
         assert {key: params[key] for key in expected} == expected | changed, config
-
-
-least = dict(nproc=2, strategy='ddp', max_steps=1, seed=7)
-
-
-@pytest.mark.parametrize(
-    'config, settings',
-    [
-        ('pretrain/base', dict(num_samples=4, num_eval_samples=1, max_length=64)),
-        ('instruct/diverse', dict(num_samples=16, max_length=128, num_problems=1, sample_tokens=4)),
-        ('pdf_finetune/all', dict(max_pages=1, max_length=64, chunk_characters=300, largest_batch=2)),
-    ],
-)
-def test_every_study_trains_in_two_processes(config, settings, tmp_path):
-    record, folder = execute(f'params/{config}.yaml', tmp_path, **least, **settings)
-    assert record['run']['status'] == 'done', record['run']['error']
-    order = json.loads((folder / 'launch' / 'order.json').read_text())
-    assert order['processes']['nproc'] == 2 and (folder / 'launch' / 'result.json').exists()
-    log = [json.loads(line) for line in (folder / 'log.jsonl').read_text().splitlines()]
-    assert log[0]['step'] == 1 and 'valid_loss' in log[-1]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import dask
 import pytest
+from house import write, write_experiment
 
 from llmft.core import LabError, write_json
 from llmft.runs import sweeps
@@ -47,34 +48,12 @@ finish = '''kept = int((run.folder/"checkpoint").exists())
 run.finish(dict(tries=tries, kept=kept, threads=os.environ.get("OMP_NUM_THREADS", "")), "ok")'''
 
 
-def write(path, text):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(text)
-    return path
-
-
-def notebook(name, parameters, *cells):
-    code = [
-        dict(
-            cell_type='code',
-            id=f'c{i}',
-            metadata=dict(tags=['parameters'] if i == 0 else []),
-            execution_count=None,
-            outputs=[],
-            source=text,
-        )
-        for i, text in enumerate((parameters, *cells))
-    ]
-    kernel = dict(kernelspec=dict(name='python3', display_name='python3', language='python'))
-    write(f'nbs/experiments/{name}.ipynb', json.dumps(dict(cells=code, metadata=kernel, nbformat=4, nbformat_minor=5)))
-
-
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     "A project with two notebooks: act, which does what it is told, and total, which sums up."
     monkeypatch.chdir(tmp_path)
     write('settings.ini', '')
-    notebook(
+    write_experiment(
         'act',
         common
         + 'action: str = "none"  # what to do\nseed: int = 0  # which\n'
@@ -84,7 +63,7 @@ def project(tmp_path, monkeypatch):
         actions,
         finish,
     )
-    notebook(
+    write_experiment(
         'total',
         common + 'runs: list[str] = []  # folders of the runs',
         start.format('total'),

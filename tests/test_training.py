@@ -14,6 +14,7 @@ import pytest
 import torch
 import training_runs
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmft.core import LabError
 from llmft.data.batches import micro_batches
@@ -129,21 +130,8 @@ def test_a_log_that_was_altered_before_a_resume_is_refused(straight, tmp_path, h
 
 
 def train_here(folder, model=None, train=None, valid=None, ledger=None, on_log=None, **settings):
-    model = model or add_lora(load_model('preset:llama-tiny'), 4, 8, 0.1, ['q_proj', 'v_proj'], seed=1)
-    recipe = Recipe(
-        **dict(
-            dict(
-                learning_rate=1e-2,
-                num_epochs=4,
-                batch_size=2,
-                gradient_accumulation=2,
-                max_length=24,
-                save_every=7,
-                keep_best=False,
-            ),
-            **settings,
-        )
-    )
+    model = model or training_runs.tiny_lora()
+    recipe = training_runs.recipe(**settings)
     return fit(model, train or examples(), valid or examples(6, seed=1), folder, recipe, on_log, ledger)
 
 
@@ -479,3 +467,56 @@ def test_one_process_may_train_in_two_precisions(tmp_path):
 def test_fp16_weights_are_not_trained(tmp_path):
     with pytest.raises(LabError, match='weights in fp16 would be trained'):
         train_here(tmp_path, load_model('preset:llama-tiny', 'fp16'), max_steps=2)
+
+
+def test_a_first_step_counts_the_moments_that_it_makes_once(tmp_path):
+    model = load_model('preset:llama-tiny')
+    first, later = (train_here(tmp_path / str(steps), model, max_steps=steps).watched['bytes'] for steps in (1, 5))
+    assert 4 * sum(p.numel() * 4 for p in model.parameters()) < first <= later
+
+
+def test_an_evaluation_leaves_every_module_in_its_mode():
+    model = load_model('preset:llama-tiny').train()
+    model.model.layers[0].mlp.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    for layout in ('packed', 'padded'):
+        evaluate_loss(model, examples(6), 2, 24, layout)
+    assert modes == {name: module.training for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize('side', ['train', 'valid'])
+def test_a_token_beyond_the_vocabulary_is_refused_before_the_first_step(tmp_path, side):
+    strange, logged = examples(12), []
+    strange.ids[-3] = 600
+    with pytest.raises(LabError, match='a token 600 and the model knows 0 to 511'):
+        train_here(tmp_path, on_log=logged.append, **{side: strange})
+    assert logged == []
+
+
+@pytest.mark.parametrize('side', ['train', 'valid'])
+def test_documents_beyond_the_positions_are_refused_before_the_first_step(tmp_path, side):
+    ids = np.full(700, 7, np.uint16)
+    long, logged = Examples(ids, np.array([0, 20]), np.array([20, 700])), []
+    with pytest.raises(LabError, match='679 tokens does not fit the 512 positions'):
+        train_here(tmp_path, load_model('preset:gpt2-tiny'), on_log=logged.append, max_length=1024, **{side: long})
+    assert logged == []
+
+
+def test_an_architecture_without_formulas_trains_and_its_operations_are_unknown(tmp_path):
+    config = AutoConfig.for_model('mamba', vocab_size=512, hidden_size=32, num_hidden_layers=1, state_size=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / 'model')
+    settings = dict(layout='bucketed', num_epochs=1, max_steps=4)
+    model = load_model(str(tmp_path / 'model'), attention='eager')
+    result = train_here(tmp_path / 'run', model, **settings)
+    assert result.metrics()['flops'] is None and result.flops_per_sec is None and result.progress.step == 4
+    assert [row['flops'] for row in result.log if 'flops' in row] == [None] * 4
+    with pytest.raises(LabError, match='max_flops is 1e.09 and there are no cost formulas'):
+        train_here(tmp_path / 'bound', model, max_flops=1e9, **settings)
+
+
+def test_weights_that_are_broken_are_not_taken_for_an_architecture_that_leaks(tmp_path):
+    model = load_model('preset:llama-tiny')
+    with torch.no_grad():
+        model.model.norm.weight[0] = float('nan')
+    with pytest.raises(LabError, match='step 1: the loss is nan'):
+        train_here(tmp_path, model)

@@ -20,6 +20,29 @@ def examples(count=40, length=24, seed=0):
     return Examples(rng.integers(1, 500, ends[-1]).astype(np.uint16), ends - sizes, ends)
 
 
+def tiny_lora():
+    from llmft.models.adapters import add_lora
+    from llmft.models.load import load_model
+
+    return add_lora(load_model('preset:llama-tiny'), 4, 8, 0.1, ['q_proj', 'v_proj'], seed=1)
+
+
+def recipe(**settings):
+    "Four epochs of ten steps, changed by `settings`."
+    from llmft.training.recipe import Recipe
+
+    usual = dict(
+        learning_rate=1e-2,
+        num_epochs=4,
+        batch_size=2,
+        gradient_accumulation=2,
+        max_length=24,
+        save_every=7,
+        keep_best=False,
+    )
+    return Recipe(**usual | settings)
+
+
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -63,30 +86,12 @@ def train(folder, point=None, **settings):
     "Train a tiny LoRA with dropout in `folder`; kill the process at `point`."
     import torch
 
-    from llmft.models.adapters import add_lora
-    from llmft.models.load import load_model
     from llmft.training.fit import fit
-    from llmft.training.recipe import Recipe
 
     torch.set_num_threads(1)
     os.environ['LLMFT_MANAGED'] = '1'
     on_log = kill_at(point)
-    model = add_lora(load_model('preset:llama-tiny'), 4, 8, 0.1, ['q_proj', 'v_proj'], seed=1)
-    recipe = Recipe(
-        **dict(
-            dict(
-                learning_rate=1e-2,
-                num_epochs=4,
-                batch_size=2,
-                gradient_accumulation=2,
-                max_length=24,
-                save_every=7,
-                keep_best=False,
-            ),
-            **settings,
-        )
-    )
-    fit(model, examples(), examples(6, seed=1), folder, recipe, on_log)
+    fit(tiny_lora(), examples(), examples(6, seed=1), folder, recipe(**settings), on_log)
 
 
 def run(folder, point=None, **settings):

@@ -14,7 +14,7 @@ import torch
 
 from ..core import LabError, purpose_rng
 from ..data.token_files import TokenFile
-from ..models.load import hidden_states, output_head
+from ..models.load import check_rows, evaluating, hidden_states, output_head
 from ..training.losses import row_chunks
 from .bounds import smoothed_bits
 
@@ -131,19 +131,17 @@ def score_windows(model,                  # a causal language model
                   chunk_bytes:int=2**25,  # most bytes of logits held at once
 ):                                        # iterator of (window, place in the file, log-probability, rank) arrays
     "Probability and rank of every token that a window scores, batch by batch."
-    was_training = model.training
     device = next(model.parameters()).device
-    model.eval()
+    check_rows(model, packed=False)
 
-    for rows in _window_batches(windows, batch_tokens):
-        place_BT, counts_BT = _token_grid(windows, rows)
-        scored = place_BT[counts_BT] + 1
-        hidden_RD = _scored_hidden(model, _as_tensor(ids[place_BT], device), counts_BT)
-        logs, ranks = _score_targets(hidden_RD, output_head(model), _as_tensor(ids[scored], device), chunk_bytes)
-        window = np.broadcast_to(rows[:, None], place_BT.shape)[counts_BT]
-        yield window, scored, logs.double().cpu().numpy(), ranks.cpu().numpy()
-
-    model.train(was_training)
+    with evaluating(model):
+        for rows in _window_batches(windows, batch_tokens):
+            place_BT, counts_BT = _token_grid(windows, rows)
+            scored = place_BT[counts_BT] + 1
+            hidden_RD = _scored_hidden(model, _as_tensor(ids[place_BT], device), counts_BT)
+            logs, ranks = _score_targets(hidden_RD, output_head(model), _as_tensor(ids[scored], device), chunk_bytes)
+            window = np.broadcast_to(rows[:, None], place_BT.shape)[counts_BT]
+            yield window, scored, logs.double().cpu().numpy(), ranks.cpu().numpy()
 
 # %% ../../nbs/bounds/03_scoring.ipynb #03b03152
 ALPHAS = (1e-4, 1e-3, 5e-3, 0.01, 0.05, 0.1, 0.25, 0.5)  # smoothing weights
@@ -157,8 +155,8 @@ class Scores:
     bits: np.ndarray  # mean smoothed loss, (documents, alphas)
     errors: np.ndarray  # share of tokens outside the k best, (documents, ks)
     tokens: np.ndarray  # tokens scored, (documents,)
-    alphas: tuple  # smoothing weights
-    ks: tuple  # ranks
+    alphas: tuple = ALPHAS  # smoothing weights
+    ks: tuple = TOP_K  # ranks
 
     def __len__(self):
         return len(self.tokens)
@@ -169,8 +167,6 @@ def summarise(document,        # which document each token belongs to, (tokens,)
               ranks,           # number of tokens that were more probable
               documents:int,   # how many there are
               vocabulary:int,  # tokens the model can predict
-              alphas=ALPHAS,   # smoothing weights
-              ks=TOP_K,        # ranks
 )->Scores:
     "Per-document means of the smoothed losses and of the top-k errors."
     tokens = np.bincount(document, minlength=documents)
@@ -178,15 +174,15 @@ def summarise(document,        # which document each token belongs to, (tokens,)
     def mean(column):
         return np.bincount(document, column, minlength=documents) / np.maximum(tokens, 1)
 
-    bits = smoothed_bits(probabilities, alphas, vocabulary)
+    bits = smoothed_bits(probabilities, ALPHAS, vocabulary)
     mean_bits = np.stack([mean(column) for column in bits.T], 1)
-    errors = np.stack([mean(np.asarray(ranks) >= k) for k in ks], 1)
-    return Scores(mean_bits, errors, tokens, tuple(alphas), tuple(ks))
+    errors = np.stack([mean(np.asarray(ranks) >= k) for k in TOP_K], 1)
+    return Scores(mean_bits, errors, tokens)
 
 # %% ../../nbs/bounds/03_scoring.ipynb #32ca628d
-def _document_windows(examples, rows, block, slide):
+def _document_windows(examples, rows, block):
     "The windows over the documents at `rows`."
-    return make_windows(examples.starts[rows], examples.slots[rows], block, slide)
+    return make_windows(examples.starts[rows], examples.slots[rows], block)
 
 
 def _score_all(model, file, windows, batch_tokens):
@@ -201,15 +197,12 @@ def score_documents(model,                  # a causal language model
                     rows,                   # which of them to score
                     vocabulary:int,         # tokens the model can predict
                     block:int,              # its positions
-                    alphas=ALPHAS,          # smoothing weights
-                    ks=TOP_K,               # ranks
                     batch_tokens:int=8192,  # tokens that go through the model at once
-                    slide:int=SLIDE,        # tokens a window is shifted by
 )->Scores:                                  # one entry for each of `rows`
     "All losses and errors of some documents, in one pass."
-    windows = _document_windows(file.examples(), rows, block, slide)
+    windows = _document_windows(file.examples(), rows, block)
     window, _, probabilities, ranks = _score_all(model, file, windows, batch_tokens)
-    return summarise(windows.document[window], probabilities, ranks, len(rows), vocabulary, alphas, ks)
+    return summarise(windows.document[window], probabilities, ranks, len(rows), vocabulary)
 
 # %% ../../nbs/bounds/03_scoring.ipynb #f14c4e9a
 def _different_numbers(rng, n, m):
@@ -259,16 +252,13 @@ def score_tokens(model,                  # a causal language model
                  picked,                 # numbers of predicted tokens, in the order of the file, ascending
                  vocabulary:int,         # tokens the model can predict
                  block:int,              # its positions
-                 alphas=ALPHAS,          # smoothing weights
-                 ks=TOP_K,               # ranks
                  batch_tokens:int=8192,  # tokens that go through the model at once
-                 slide:int=SLIDE,        # tokens a window is shifted by
 )->Scores:                               # one entry per token
     "Losses and errors of single tokens."
     examples = file.examples()
     document, place = _locate(examples, picked)
-    windows = _scoring_any_of(_document_windows(examples, np.unique(document), block, slide), place)
+    windows = _scoring_any_of(_document_windows(examples, np.unique(document), block), place)
     _, scored, probabilities, ranks = _score_all(model, file, windows, batch_tokens)
 
     order = _in_file_order(scored, place)
-    return summarise(np.arange(len(place)), probabilities[order], ranks[order], len(place), vocabulary, alphas, ks)
+    return summarise(np.arange(len(place)), probabilities[order], ranks[order], len(place), vocabulary)

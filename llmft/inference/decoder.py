@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['lean_classes', 'steady_ropes', 'most_packed', 'linear_map', 'is_lean', 'rotate', 'prefill_mask', 'LeanDecoder',
-           'ModelDecoder', 'CompiledDecoder', 'decoder_for']
+           'ModelDecoder', 'CompiledDecoder', 'UnmaskedStepDecoder', 'RereadDecoder', 'general_decoder', 'decoder_for']
 
 # %% ../../nbs/inference/01_decoder.ipynb #c1a51e55
 import contextlib
 import functools
 import inspect
+import weakref
 from types import SimpleNamespace
 
 import torch
@@ -20,7 +21,7 @@ from transformers import StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
 from ..core import LabError
-from ..models.load import causal_model, shared_heads
+from ..models.load import causal_model, largest_difference, rounding, shared_heads
 
 # %% ../../nbs/inference/01_decoder.ipynb #d1f1b8b4
 _few_rows = 2  # rows for which stripes are faster than the usual product
@@ -383,8 +384,13 @@ def _attend_prompt(self: LeanDecoder, query_BHTD, keys, values, mask):
     return sdpa(query_BHTD, keys, values, **options).transpose(1, 2)
 
 # %% ../../nbs/inference/01_decoder.ipynb #513e83b0
+_cache_names = ('cache', 'past_key_values')  # the argument for it in transformers, the newest name first
+
+
 class ModelDecoder:
     "Prefill and single steps by a model's own forward and cache."
+
+    masks_steps = True  # whether a single step is told which slots are padding
 
     def __init__(self,
                  model,      # a causal language model, with or without an adapter
@@ -392,6 +398,7 @@ class ModelDecoder:
     ):
         arguments = inspect.signature(causal_model(model).forward).parameters
         self.model = model
+        self.cache_name = next((name for name in _cache_names if name in arguments), _cache_names[0])
         self.extra = dict(use_cache=True)
         if 'logits_to_keep' in arguments:
             self.extra['logits_to_keep'] = 1
@@ -420,12 +427,10 @@ class ModelDecoder:
 
     def _forward(self, ids_BT):
         "Logits after the last slot, (rows, vocabulary)."
-        out = self.model(input_ids=ids_BT, attention_mask=self.mask_BT, past_key_values=self.cache,
-                         **self._places(ids_BT.shape[1]), **self.extra)
-        if getattr(out, 'past_key_values', None) is None:
-            model_type = causal_model(self.model).config.model_type
-            raise LabError(f'{model_type} gives no cache of keys and values: it cannot generate here')
-        self.cache = out.past_key_values
+        masked = self.masks_steps or ids_BT.shape[1] > 1
+        out = self.model(input_ids=ids_BT, attention_mask=self.mask_BT if masked else None,
+                         **{self.cache_name: self.cache}, **self._places(ids_BT.shape[1]), **self.extra)
+        self.cache = getattr(out, self.cache_name)
         return out.logits[:, -1]
 
     def _single(self, ids_B1):
@@ -455,8 +460,86 @@ class CompiledDecoder(ModelDecoder):
         places = self._places(1)
         mask = self._step_mask(ids_B1, places)
         compiled = self.net.get_compiled_call(None)
-        out = compiled(input_ids=ids_B1, attention_mask=mask, past_key_values=self.cache, **places, **self.extra)
+        out = compiled(input_ids=ids_B1, attention_mask=mask, **{self.cache_name: self.cache}, **places, **self.extra)
         return out.logits[:, -1].clone()  # the next step writes into the same memory where steps are CUDA graphs
+
+# %% ../../nbs/inference/01_decoder.ipynb #d42a6385
+class UnmaskedStepDecoder(ModelDecoder):
+    "`ModelDecoder` for models whose single steps take no mask: padding has left no trace in their states."
+
+    masks_steps = False
+
+# %% ../../nbs/inference/01_decoder.ipynb #bc47bc9c
+class RereadDecoder:
+    "Every step reads all tokens of every row again, without a cache."
+
+    def __init__(self,
+                 model,      # a causal language model, with or without an adapter
+                 slots:int,  # prompt and new tokens of the longest row
+    ):
+        self.model = model
+        self.slots = slots
+        self.rows = []  # the tokens of each row, without padding
+
+    def begin(self, ids_BT, starts_B):
+        "Read the padded prompts; the logits after the last slot, (rows, vocabulary)."
+        self.rows = [ids_T[start:] for ids_T, start in zip(ids_BT, starts_B.tolist(), strict=True)]
+        return self._logits()
+
+    def step(self, ids_B):
+        "Append one token to every row; the logits after it, (rows, vocabulary)."
+        self.rows = [torch.cat([row, token]) for row, token in zip(self.rows, ids_B[:, None], strict=True)]
+        return self._logits()
+
+    def select(self, rows):
+        "Keep these rows of the batch, in this order; a row may be taken more than once."
+        self.rows = [self.rows[int(row)] for row in rows]
+
+    def _logits(self):
+        "Logits after the last token of each row."
+        return torch.stack([self.model(input_ids=row[None], use_cache=False).logits[0, -1] for row in self.rows])
+
+# %% ../../nbs/inference/01_decoder.ipynb #6baa0c8a
+_general = (ModelDecoder, UnmaskedStepDecoder, RereadDecoder)  # the fastest first; the last one needs no trial
+_decoders = weakref.WeakKeyDictionary()  # model -> (attention, the decoder that agreed)
+
+
+def _decoded(decoder, rows):
+    "Logits of the last three tokens of two `rows`: prompts of all but two, an exchange of rows, two steps."
+    longest = max(len(row) for row in rows) - 2
+    prompts = [torch.cat([row.new_zeros(longest + 2 - len(row)), row[:-2]]) for row in rows]
+    starts_B = torch.tensor([longest + 2 - len(row) for row in rows], device=rows[0].device)
+
+    first = decoder.begin(torch.stack(prompts), starts_B)
+    decoder.select([1, 0])
+    steps = [decoder.step(torch.stack([rows[1][place], rows[0][place]])).flip(0) for place in (-2, -1)]
+    return torch.stack([first, *steps], 1)
+
+
+def _agrees(decoder_class, model, rows, expected):
+    "Whether the decoder gives `rows` the logits `expected`; a model may also refuse its mask or its cache."
+    try:
+        logits = _decoded(decoder_class(model, len(max(rows, key=len))), rows)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return largest_difference([logits], [expected]) <= rounding(model)
+
+
+@torch.no_grad()
+def general_decoder(model,  # a causal language model in evaluation mode, with or without an adapter
+):                          # `ModelDecoder`, `UnmaskedStepDecoder` or `RereadDecoder`
+    "The fastest decoder of any architecture that continues rows of unequal length as `model` reads them whole."
+    net = causal_model(model)
+    attention = net.config._attn_implementation
+    known = _decoders.get(net)
+    if known and known[0] == attention:
+        return known[1]
+
+    rows = [torch.arange(1, 1 + length, device=net.device) for length in (5, 8)]
+    expected = torch.stack([model(input_ids=row[None], use_cache=False).logits[0, -3:] for row in rows])
+    chosen = next((each for each in _general[:-1] if _agrees(each, model, rows, expected)), _general[-1])
+    _decoders[net] = (attention, chosen)
+    return chosen
 
 # %% ../../nbs/inference/01_decoder.ipynb #40e0d571
 def decoder_for(model,                # a causal language model, with or without an adapter
@@ -466,6 +549,10 @@ def decoder_for(model,                # a causal language model, with or without
                 compiled:bool=False,  # by `torch.compile`
 ):                                    # an object with begin, step and select
     "What takes the steps of `model`: compiled if asked for, written out where that is the same, else its own forward."
-    if compiled:
-        return CompiledDecoder(model, slots)
-    return LeanDecoder(model, slots, rows, steps) if is_lean(model) else ModelDecoder(model, slots)
+    if is_lean(model) and not compiled:
+        return LeanDecoder(model, slots, rows, steps)
+    decoder_class = general_decoder(model)
+    if compiled and decoder_class is not ModelDecoder:
+        raise LabError(f'{causal_model(model).config.model_type} does not keep keys and values alone, so its steps '
+                       'cannot be compiled: set compiled to False')
+    return CompiledDecoder(model, slots) if compiled else decoder_class(model, slots)

@@ -6,7 +6,6 @@
 __all__ = ['Generated', 'check_request', 'choose', 'generate', 'end_tokens', 'complete']
 
 # %% ../../nbs/inference/02_generation.ipynb #499a46c1
-import contextlib
 import math
 import time
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from ..core import LabError, purpose_rng
-from ..models.load import causal_model
+from ..models.load import causal_model, evaluating
 from ..models.meter import synchronise
 from .decoder import decoder_for
 
@@ -295,18 +294,6 @@ def _joined(parts, prompts):
         step_seconds=_concatenated(parts, 'step_seconds'))
 
 
-@contextlib.contextmanager
-def _evaluating(model):
-    "`model` in evaluation mode for the block; afterwards each of its modules is in the mode it was in."
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 @torch.no_grad()
 def generate(model,                  # a causal language model, with or without an adapter
              prompts:list,           # lists of token ids, of any lengths
@@ -329,7 +316,7 @@ def generate(model,                  # a causal language model, with or without 
     rows = range(len(prompts) * samples)
     size = batch_size or len(rows)
 
-    with _evaluating(model):
+    with evaluating(model):
         parts = [_Batch(model, rows[i : i + size], request).run(prompts) for i in range(0, len(rows), size)]
     return _joined(parts, prompts)
 

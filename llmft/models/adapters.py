@@ -19,11 +19,13 @@ from pathlib import Path
 import torch
 
 from ..core import LabError, nearest
-from .load import causal_model, output_head, seeded  # before peft: it silences what bitsandbytes logs
+
+# before peft: it silences what bitsandbytes logs
+from .load import causal_model, evaluating, output_head, seeded
 
 # isort: split
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import load_file
 from transformers.pytorch_utils import Conv1D
@@ -52,11 +54,21 @@ def _last_part(name):
     return name.rsplit('.', 1)[-1]
 
 
+def _is_refused(model, name):
+    "Whether PEFT refuses an adapter on the module called `name`, as on those that Mamba's kernels read themselves."
+    try:
+        LoraModel._check_target_module_compatiblity(None, LoraConfig(), model, _last_part(name))
+    except ValueError:
+        return True
+    return False
+
+
 def _linear_names(model):
-    "Last parts of the names of all linear maps of `model` but its output head."
-    head = output_head(model)
+    "Last parts of the names of all linear maps of `model` that can be adapted, but its output head."
+    head = causal_model(model).get_output_embeddings()
     return sorted({_last_part(name) for name, module in _adaptable(model).items()
-                   if module is not head and not isinstance(module, torch.nn.Embedding)})
+                   if module is not head and not isinstance(module, torch.nn.Embedding)
+                   and not _is_refused(model, name)})
 
 
 def _tied_weights(model):
@@ -74,17 +86,21 @@ def _modules_called(target, modules):
 def _check_targets(model, targets):
     "A `LabError` unless each of `targets` names modules of `model` whose weights are their own."
     modules = _adaptable(model)
-    names = sorted({_last_part(name) for name in modules})
+    tied = _tied_weights(model)
+    names = sorted({_last_part(name) for name, module in modules.items()
+                    if id(module.weight) not in tied and not _is_refused(model, name)})
     if not targets:
         raise LabError(f'targets is empty: give all-linear, or some of {", ".join(names)}')
     if targets == ['all-linear']:
         return
 
-    tied = _tied_weights(model)
     for target in targets:
         matches = _modules_called(target, modules)
         if not matches:
             raise LabError(f'no module is called {target!r}{nearest(target, names)}: '
+                           f'choose all-linear alone, or some of {", ".join(names)}')
+        if _is_refused(model, target):
+            raise LabError(f'{target} is read past its adapter in the architecture {model.config.model_type}: '
                            f'choose all-linear alone, or some of {", ".join(names)}')
         if any(id(module.weight) in tied for module in matches):
             raise LabError(f'{target} shares its weights between input and output and cannot be adapted: '
@@ -198,11 +214,8 @@ def _check_tensors(path, expected):
 @torch.no_grad()
 def _logits(model, ids_BT):
     "The logits of `model` in evaluation mode, which is undone afterwards."
-    mode = model.training
-    try:
-        return model.eval()(input_ids=ids_BT.to(causal_model(model).device), use_cache=False).logits.float().cpu()
-    finally:
-        model.train(mode)
+    with evaluating(model):
+        return model(input_ids=ids_BT.to(causal_model(model).device), use_cache=False).logits.float().cpu()
 
 
 def _reloaded(folder, reload_base, device):

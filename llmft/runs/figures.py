@@ -667,7 +667,8 @@ def _memory_row(axes, parts, named, row, size):
     predicted = named.get('total') or total
     _stack_parts(axes, parts, named, row, size)
     name = 'peak ' if 'total' in named else ''
-    _label_bar(axes, name + show_number(float(predicted / size)), total / size, row - 0.19)
+    text = name + show_number(float(predicted / size)) if named else 'no prediction'
+    _label_bar(axes, text, total / size, row - 0.19)
     return predicted
 
 
@@ -677,9 +678,9 @@ def _legend_above(axes):
                 handleheight=1, columnspacing=1.2)
 
 
-def _parts_of(predicted):
-    "The names of all parts, in order; a `LabError` when no part has a size."
-    sizes = [size for named in predicted.values() for size in named.values() if is_number(size)]
+def _parts_of(predicted, measured):
+    "The names of all parts, in order; a `LabError` when no part has a size and nothing was measured."
+    sizes = [size for named in (*predicted.values(), measured) for size in named.values() if is_number(size)]
     require_values(sizes, 'memory_bars', 'a memory breakdown of at least one run')
     return list(dict.fromkeys(part for named in predicted.values() for part in named if part != 'total'))
 
@@ -692,14 +693,16 @@ def _memory_plot(title, note, parts, runs):
 
 
 @mpl.rc_context(style)
-def memory_bars(predicted:dict,      # name -> {part: bytes}; `total` is the peak, where not all parts are there at once
+def memory_bars(predicted:dict,      # name -> {part: bytes}, or None when unknown; `total` is the peak, where not all
+                                     # parts are there at once
                 measured:dict=None,  # name -> peak, bytes, or None when unknown; no name where nothing was measured
                 title:str='Memory: predicted and measured',  # what is shown
                 note:str='',         # what was measured, and how
 )->Plot:
-    "Stacked parts of the predicted memory with the measured peak beneath; a `LabError` when nothing was predicted."
+    "Stacked parts of the predicted memory with the measured peak beneath; a `LabError` when nothing is known."
     measured = measured or {}
-    parts = _parts_of(predicted)
+    predicted = {name: named or {} for name, named in predicted.items()}
+    parts = _parts_of(predicted, measured)
     totals = [_sum_of(parts, named) for named in predicted.values()]
     unit, size = byte_unit([*totals, *filter(is_number, measured.values())])
 
@@ -709,7 +712,8 @@ def memory_bars(predicted:dict,      # name -> {part: bytes}; `total` is the pea
         if name in measured:
             _draw_measured(axes, measured[name], peak, row, size)
 
-    _legend_above(axes)
+    if parts:
+        _legend_above(axes)
     _name_rows(axes, predicted)
     axes.set_ylim(len(predicted) - 0.5, -0.5)
     axes.set_xlabel(f'memory, {unit}')

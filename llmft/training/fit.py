@@ -75,6 +75,11 @@ def _all_lengths(batches):
     return [length for batch in batches for length in document_lengths(batch)]
 
 
+def _sum(first, second):
+    "The sum of two numbers; `None` where one is unknown."
+    return None if first is None or second is None else first + second
+
+
 def _count(run, batches, flops, seconds):
     "Add one step to the counters of work."
     progress = run.progress
@@ -85,13 +90,13 @@ def _count(run, batches, flops, seconds):
     progress.tokens += tokens
     progress.slots += slots
     progress.largest_slots = max(progress.largest_slots, *(batch.slots for batch in batches))
-    progress.flops += flops
+    progress.flops = _sum(progress.flops, flops)
     progress.seconds += seconds
 
     if progress.step - run.started_at > WARMUP_TIMED:
         progress.timed_tokens += tokens
         progress.timed_slots += slots
-        progress.timed_flops += flops
+        progress.timed_flops = _sum(progress.timed_flops, flops)
         progress.timed_seconds += seconds
     return tokens
 
@@ -200,9 +205,8 @@ def _is_to_be_watched(run, slots) -> bool:
     return warm and slots > 1.1 * run.watched.get('slots', 0)
 
 
-def _remember(run, largest, peak_bytes):
-    "Keep what the coming step took: `peak_bytes` of new tensors, `largest` being its largest micro-batch."
-    total = resident_bytes(run.model, run.optimiser) + peak_bytes
+def _remember(run, largest, total):
+    "Keep what the coming step took: `total` bytes, `largest` being its largest micro-batch."
     longest = max(document_lengths(largest))
     run.watched = dict(step=run.progress.step + 1, slots=largest.slots, longest=longest, bytes=total)
 
@@ -216,10 +220,11 @@ def watched_step(run:Fit,      # the run in progress
     if not _is_to_be_watched(run, largest.slots):
         return train_step(run, batches, targets)
 
+    resident = resident_bytes(run.model, run.optimiser)  # a first step makes moments, which are new tensors of it
     with TensorMemory() as memory:
         loss_and_norm = train_step(run, batches, targets)
     if memory.peak_bytes:
-        _remember(run, largest, memory.peak_bytes)
+        _remember(run, largest, resident + memory.peak_bytes)
     return loss_and_norm
 
 # %% ../../nbs/training/08_fit.ipynb #4b51e918
@@ -250,8 +255,8 @@ class FitResult:
 
 # %% ../../nbs/training/08_fit.ipynb #9dcf2416
 def _ratio(part, whole):
-    "`part` over `whole`; `None` where there is no whole."
-    return part / whole if whole else None
+    "`part` over `whole`; `None` where one is unknown or there is no whole."
+    return part / whole if whole and part is not None else None
 
 
 def _gib(count):
@@ -312,8 +317,9 @@ def _affordable(run, flops, batches) -> bool:
 
 
 def _flops_of(run, batches):
-    "Operations of a step on `batches`, those of all processes."
-    return sum(micro_batch_flops(run.model.config, run.method, batch, run.recipe) for batch in batches)
+    "Operations of a step on `batches`, those of all processes; `None` where there are no formulas."
+    flops = [micro_batch_flops(run.model.config, run.method, batch, run.recipe) for batch in batches]
+    return None if None in flops else sum(flops)
 
 
 def _next_step(run):

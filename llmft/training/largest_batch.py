@@ -21,6 +21,7 @@ import torch
 from ..core import LabError, read_json, write_json
 from ..data.tokens import Examples
 from ..models.cost import memory_breakdown
+from ..models.load import in_mode
 from ..models.meter import Meter, TensorMemory, resident_bytes
 from ..models.methods import Method
 from .recipe import Recipe, make_optimiser, optimisers
@@ -170,13 +171,11 @@ def _measured_step(model, recipe, batch, accumulation):
 @contextlib.contextmanager
 def _training(model, recipe):
     "`model` as `fit` would train it; in its own mode again after the block, and what was freed given back."
-    was_training = model.training
     set_gradient_checkpointing(model, recipe.gradient_checkpointing)
-    model.train()
     try:
-        yield
+        with in_mode(model, training=True):
+            yield
     finally:
-        model.train(was_training)
         return_memory()
 
 

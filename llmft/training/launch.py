@@ -26,7 +26,6 @@ import torch.distributed as dist
 
 from ..core import LabError, assets, project_root, read_json, shows_bar, write_json
 from ..models.adapters import trainable_parameters, weights_hash
-from ..models.load import check_model_settings
 from ..models.methods import Method
 from .checkpoints import Progress, load_checkpoint
 from .fit import FitResult, fit
@@ -36,17 +35,13 @@ from .recipe import Recipe
 from .strategies import Processes, check_processes, check_subspace
 
 # %% ../../nbs/training/09_launch.ipynb #bfe48096
-def training_settings(params,      # settings of `Recipe`, `Method` and `Processes`, and attention, where they are there
+def training_settings(params,      # settings of `Recipe`, `Method` and `Processes`, as far as they are there
                       rows:int=0,  # examples per optimiser step, where a search finds batch_size; 0: the recipe's
 )->tuple:                          # (`Recipe`, `Processes`)
     "How a run trains and in how many processes; a `LabError` for what cannot be done."
     recipe = Recipe.from_params(params)
-    method = Method.from_params(params)
-    check_model_settings(method.precision, recipe.mixed_precision, method.quantisation,
-                         getattr(params, 'attention', 'documents'))
-
     whole_step = replace(recipe, batch_size=rows, gradient_accumulation=1) if rows else recipe
-    return recipe, check_processes(Processes.from_params(params), whole_step, method)
+    return recipe, check_processes(Processes.from_params(params), whole_step, Method.from_params(params))
 
 # %% ../../nbs/training/09_launch.ipynb #85d37ace
 def _size(examples):
@@ -449,7 +444,7 @@ def launch(build,               # function of a module: `build(params)` gives (m
     if processes.alone and processes.count == 1:
         return fit(model, train, valid, folder, recipe, on_log, ledger)
 
-    check_processes(processes, recipe)
+    check_processes(processes, recipe, Method.of(model))
     check_subspace(processes.strategy, model)
     order = write_order(build, params, folder, recipe, processes, ledger, built_facts(model, train, valid))
     _run_ranks(order, processes, model, on_log, planned_steps(len(train), recipe))

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
@@ -28,13 +29,15 @@ from llmft.training.checkpoints import (
 )
 
 from ..core import LabError, jsonable, purpose_rng, seed_everything, sha256_of, short_hash
-from ..data.batches import Plan
+from ..data.batches import Plan, layouts
 from ..data.hashes import file_hashes
 from ..data.tokens import Examples
 from ..models.adapters import trainable_parameters
+from ..models.cost import families
+from ..models.load import causal_model, check_rows
 from ..models.methods import Method
 from .recipe import Recipe
-from .step import LossModel, set_gradient_checkpointing
+from .step import LossModel, check_examples, set_gradient_checkpointing
 from .strategies import ProcessGroup, check_subspace, make_process_group
 
 # %% ../../nbs/training/07_prepare.ipynb #4fd84d36
@@ -114,6 +117,19 @@ def _check_examples(train, recipe):
                        'cut the examples first')
 
 
+def _check_model(model, train, valid, recipe):
+    "Refuse examples and rows that the model cannot read, and a budget that cannot be counted for it."
+    for examples in (train, valid):
+        if examples is not None:
+            check_examples(model, examples)
+    check_rows(model, layouts[recipe.layout].joins)
+
+    model_type = causal_model(model).config.model_type
+    if recipe.max_flops and model_type not in families:
+        raise LabError(f'max_flops is {recipe.max_flops:.4g} and there are no cost formulas for the architecture '
+                       f'{model_type}: set max_flops to 0, and max_steps instead')
+
+
 def _has_fp16_weights(model):
     "Whether the weights are fp16, so that the loss must be scaled; a `LabError` when such weights would be trained."
     first = next(p.dtype for p in model.parameters() if p.is_floating_point())
@@ -180,6 +196,7 @@ def prepare(model,           # as for `fit`
     "Everything `fit` needs, at step 0 or at the last good checkpoint in `folder`."
     recipe.check()
     _check_examples(train, recipe)
+    _check_model(model, train, valid, recipe)
     seed_everything(recipe.seed)
     group = _join_processes(model, recipe, processes)
 

@@ -9,7 +9,7 @@ __all__ = ['data_table', 'model_size', 'predicted_memory', 'training_cost', 'fin
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #410d3937
 import math
 
-from ...models.cost import memory_breakdown
+from ...models.cost import families, memory_breakdown
 from ...models.load import quantised_share
 from ...models.meter import machine_peaks
 from ...models.methods import Method
@@ -43,8 +43,11 @@ def predicted_memory(config,               # of the model
                      processes:Processes,  # how many train, and how they share the work
                      step:dict,            # slots and longest document of the step to predict for
                      device:str,           # 'cuda' or 'cpu'
-)->dict:                                   # bytes by tenant, and total
+)->dict:                                   # bytes by tenant, and total; `None` for an architecture without formulas
     "What a training step of this run should take, in bytes."
+    if config.model_type not in families:
+        return None
+
     away = dict(optimiser=params.offload_optimiser, weights=params.offload_weights)
     return memory_breakdown(
         config, Method.from_params(params), tokens=step['slots'], longest=step['longest'],
@@ -73,8 +76,9 @@ def training_cost(model,               # as trained
 
     watched = result.watched or _largest_step(params, data, result)
     predicted = predicted_memory(model.config, params, processes, watched, peaks['kind'])
+    error = memory_error(predicted and predicted['total'], result.peak_bytes)
     return dict(products=products, peaks=peaks, machine_flops_per_sec=peaks[peak_name] or math.nan, watched=watched,
-                predicted=predicted, memory_error=memory_error(predicted['total'], result.peak_bytes))
+                predicted=predicted, memory_error=error)
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #ec534bf7
 _settings = ('method', 'num_epochs', 'batch_size', 'learning_rate', 'gradient_checkpointing')
@@ -88,7 +92,8 @@ def _quality(before, after):
 
 def _cost_metrics(cost):
     "The numbers of `training_cost` under the names of the metrics."
-    return dict(predicted_memory_gb=cost['predicted']['total'] / 2**30, memory_error=cost['memory_error'],
+    predicted = cost['predicted']
+    return dict(predicted_memory_gb=predicted and predicted['total'] / 2**30, memory_error=cost['memory_error'],
                 watched_slots=cost['watched']['slots'], machine_flops_per_sec=cost['machine_flops_per_sec'])
 
 

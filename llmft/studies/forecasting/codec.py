@@ -54,11 +54,16 @@ def _encode_one_by_one(rounded_NTV, precision):
     return [';'.join(','.join(f'{value:.{precision}f}' for value in step) for step in row) for row in rounded_NTV]
 
 
+def _are_exact(rounded_NTV, precision):
+    "Whether arithmetic on float32 gives the decimals of all these numbers."
+    largest = 10 ** (6 - precision) * 10**2
+    return (rounded_NTV >= 0).all() and rounded_NTV.max(initial=0) < largest
+
+
 def _encode_block(rounded_NTV, precision):
-    "Texts of a block of trajectories, by arithmetic on all numbers at once where float32 is exact."
+    "Texts of a block of trajectories, by arithmetic on all numbers at once where that is exact."
     count, steps, variables = rounded_NTV.shape
-    largest = 10 ** (6 - precision) * 10**2  # beyond it float32 has no exact decimals
-    if not (rounded_NTV >= 0).all() or rounded_NTV.max(initial=0) >= largest:
+    if not _are_exact(rounded_NTV, precision):
         return _encode_one_by_one(rounded_NTV, precision)
 
     whole_M = np.rint(rounded_NTV.astype(np.float64) * 10**precision).astype(np.int64).ravel()
@@ -142,12 +147,17 @@ def _decode_regular(texts, steps, variables, precision):
     return _read_fields(buffer, _starts_of(ends), ends, precision).reshape(len(texts), steps, variables)
 
 
+def _plausible_steps(texts, steps, variables):
+    "(row, step, what is written there) of the steps that have the right number of fields."
+    return [(row, step, part) for row, text in enumerate(texts)
+            for step, part in enumerate(text.split(';')[:steps])
+            if part.count(',') == variables - 1 and part.isascii()]
+
+
 def _decode_ragged(texts, steps, variables, precision):
     "Values of any texts: steps with another number of fields, and missing steps, are NaN."
     values_NTV = np.full((len(texts), steps, variables), np.nan)
-    plausible = [(row, step, part) for row, text in enumerate(texts)
-                 for step, part in enumerate(text.split(';')[:steps])
-                 if part.count(',') == variables - 1 and part.isascii()]
+    plausible = _plausible_steps(texts, steps, variables)
     if not plausible:
         return values_NTV
 
@@ -217,12 +227,8 @@ def _returns(tokenizer, serialisation, texts):
     return ids if read == texts else None
 
 
-def probe(tokenizer,    # a fast tokenizer
-          precision=2,  # decimals
-)->Serialisation:
-    "The serialisation for a tokenizer; a `LabError` when neither comes back as it went in."
-    numbers = purpose_rng(0, 'probe').uniform(0, 30, (20, 10, 2)).astype(np.float32).round(precision)
-    sample = encode(numbers, precision)
+def _usable_serialisations(tokenizer, sample):
+    "The serialisations in which the texts of `sample` come back as they went in."
     alphabet = codec_tokens(tokenizer)
     usable = []
     for spaced in (False, True):
@@ -231,7 +237,15 @@ def probe(tokenizer,    # a fast tokenizer
         if ids is not None:
             serialisation.per_character = all(len(row) == len(text) for row, text in zip(ids, sample, strict=True))
             usable.append(serialisation)
+    return usable
 
+
+def probe(tokenizer,    # a fast tokenizer
+          precision=2,  # decimals
+)->Serialisation:
+    "The serialisation for a tokenizer; a `LabError` when neither comes back as it went in."
+    numbers = purpose_rng(0, 'probe').uniform(0, 30, (20, 10, 2)).astype(np.float32).round(precision)
+    usable = _usable_serialisations(tokenizer, encode(numbers, precision))
     if not usable:
         raise LabError('this tokenizer does not give numbers back as they went in: '
                        'use a byte-level one, such as Qwen2.5, Llama 3, GPT-2 or base')

@@ -13,7 +13,7 @@ import torch
 
 from ...core import LabError
 from ...inference.generation import generate
-from ...models.load import hidden_states, output_head
+from ...models.load import evaluating, hidden_states, output_head
 from .codec import decode, probe
 from .metrics import nll_per_value, score_forecast
 from .prepared import Split
@@ -180,6 +180,13 @@ def _until_enough(serialisation, end_id, steps, vocabulary):
     return allowed
 
 
+def _constraint(constrained, serialisation, end_id, vocabulary, steps, variables, precision, integer_digits):
+    "What `generate` lets the forecasts consist of: numbers by the grammar, or free text of so many steps."
+    if constrained:
+        return Grammar(serialisation, vocabulary, end_id, steps, variables, precision, integer_digits)
+    return _until_enough(serialisation, end_id, steps, vocabulary)
+
+
 def _check_given(texts, given):
     "A `LabError` when a trajectory has fewer steps than are to be given."
     shortest = min(text.count(';') for text in texts) + 1
@@ -224,15 +231,12 @@ def forecast(model,                 # a causal language model, with or without a
 )->Forecast:
     "Continue all trajectories at once; a `LabError` when one does not fit the model."
     serialisation = probe(tokenizer, precision)
-    vocabulary = model.config.vocab_size
     end_id = tokenizer.eos_token_id
     _check_given(texts, given)
 
     prompts = prompt_ids(tokenizer, serialisation, texts, given)
-    if constrained:
-        allowed = Grammar(serialisation, vocabulary, end_id, horizon, variables, precision, integer_digits)
-    else:
-        allowed = _until_enough(serialisation, end_id, horizon, vocabulary)
+    allowed = _constraint(constrained, serialisation, end_id, model.config.vocab_size, horizon, variables, precision,
+                          integer_digits)
     longest = horizon * variables * (integer_digits + precision + 2)
     made = generate(model, prompts, longest, temperature, top_p, seed, (end_id,), samples, allowed,
                     batch_size=batch_size, pad_id=tokenizer.pad_token_id)
@@ -259,6 +263,13 @@ def _continuation_loss(model, row, first, hidden_TD, ids_A, column_V):
     return float(torch.nn.functional.cross_entropy(logits_NA, targets_N, reduction='sum'))
 
 
+def _batch_nats(model, rows, first_scored, ids_BT, ids_A, column_V):
+    "Nats of the continuation of each row, from one pass over the padded rows."
+    hidden_BTD = hidden_states(model, ids_BT)
+    return [_continuation_loss(model, row, first, hidden_TD, ids_A, column_V)
+            for row, first, hidden_TD in zip(rows, first_scored, hidden_BTD, strict=True)]
+
+
 def _padded(rows, pad_id, device):
     "Rows of ids filled up on the right to one length, (B, T)."
     longest = max(map(len, rows))
@@ -279,17 +290,14 @@ def continuation_nats(model,      # a causal language model, with or without an 
     device = next(model.parameters()).device
     whole = prompt_ids(tokenizer, serialisation, texts, given + horizon)
     first_scored = [len(row) for row in prompt_ids(tokenizer, serialisation, texts, given)]
-    ids_A, column_V = _alphabet_columns(serialisation, model.config.vocab_size, device)
+    alphabet = _alphabet_columns(serialisation, model.config.vocab_size, device)
 
     nats = []
-    was_training = model.training
-    model.eval()
-    for begin in range(0, len(whole), batch_size):
-        rows = whole[begin:begin + batch_size]
-        hidden_BTD = hidden_states(model, _padded(rows, tokenizer.pad_token_id, device))
-        for row, first, hidden_TD in zip(rows, first_scored[begin:], hidden_BTD, strict=False):
-            nats.append(_continuation_loss(model, row, first, hidden_TD, ids_A, column_V))
-    model.train(was_training)
+    with evaluating(model):
+        for begin in range(0, len(whole), batch_size):
+            part = slice(begin, begin + batch_size)
+            ids_BT = _padded(whole[part], tokenizer.pad_token_id, device)
+            nats += _batch_nats(model, whole[part], first_scored[part], ids_BT, *alphabet)
     return np.array(nats)
 
 # %% ../../../nbs/studies/forecasting/05_forecast.ipynb #9a508d92

@@ -41,16 +41,18 @@ def r_squared(truth,    # any shape
     return float(1 - ((truth - forecast) ** 2).sum() / total) if total > 0 else None
 
 # %% ../../../nbs/studies/forecasting/04_metrics.ipynb #e0125c9d
+def _mean_and_median(name, values_N):
+    "The mean of one value per trajectory under `name`, and the median beside it."
+    return {name: float(values_N.mean()), f'{name}_median': float(np.median(values_N))}
+
+
 def _errors(forecast_NHV, truth_NHV):
     "Errors of whole forecasts; all of them `None` when there is none."
     gap = np.abs(forecast_NHV - truth_NHV)
     if not len(gap):
         return dict.fromkeys(('mae', 'mae_median', 'mse', 'mse_median', 'rmse', 'r2'))
-    mae_N = gap.mean((1, 2))
-    mse_N = (gap**2).mean((1, 2))
-    return dict(mae=float(mae_N.mean()), mae_median=float(np.median(mae_N)), mse=float(mse_N.mean()),
-                mse_median=float(np.median(mse_N)), rmse=float(math.sqrt(mse_N.mean())),
-                r2=r_squared(truth_NHV, forecast_NHV))
+    errors = _mean_and_median('mae', gap.mean((1, 2))) | _mean_and_median('mse', (gap**2).mean((1, 2)))
+    return errors | dict(rmse=math.sqrt(errors['mse']), r2=r_squared(truth_NHV, forecast_NHV))
 
 
 def point_errors(forecast_NHV, # NaN where malformed
@@ -110,10 +112,9 @@ def spread_scores(samples_NSHV, # decoded samples
     samples = np.asarray(samples_NSHV, float)[keep]
     truth = np.asarray(truth_NHV, float)[keep]
     low, high = band(samples)
-    score_N = crps(samples, truth).mean((1, 2))
     inside = (low <= truth) & (truth <= high)
-    return dict(crps=float(score_N.mean()), crps_median=float(np.median(score_N)), coverage_80=float(inside.mean()),
-                band_width=float((high - low).mean()), samples=count)
+    return _mean_and_median('crps', crps(samples, truth).mean((1, 2))) | dict(
+        coverage_80=float(inside.mean()), band_width=float((high - low).mean()), samples=count)
 
 # %% ../../../nbs/studies/forecasting/04_metrics.ipynb #d0168ffa
 def score_forecast(samples_NSHV, # decoded samples
@@ -277,6 +278,11 @@ def _levenberg_marquardt_move(unknown_N6, residuals, damping_N, given_NTV, step_
     return np.clip(np.linalg.solve(square + diagonal, downhill)[:, :, 0], -1, 1)
 
 
+def _next_damping(damping_N, better_N):
+    "Less where the last step helped, more where it did not."
+    return np.clip(np.where(better_N, damping_N / 5, damping_N * 4), 1e-9, 1e6)
+
+
 def refit_predator_prey(given_NTV,     # given steps, scaled or not
                         horizon,       # steps to forecast
                         step_time=.4,  # time between two steps
@@ -296,7 +302,7 @@ def refit_predator_prey(given_NTV,     # given steps, scaled or not
         better_N = (then**2).sum(1) < (residuals**2).sum(1)
         unknown_N6 = np.where(better_N[:, None], tried_N6, unknown_N6)
         residuals = np.where(better_N[:, None], then, residuals)
-        damping_N = np.clip(np.where(better_N, damping_N / 5, damping_N * 4), 1e-9, 1e6)
+        damping_N = _next_damping(damping_N, better_N)
 
     return _solve(unknown_N6, steps + horizon, step_time)[:, steps:]
 
