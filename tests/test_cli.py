@@ -17,7 +17,7 @@ from llmft.cli import call, exit_status, text_table
 from llmft.runs.run import read_run
 
 command = [sys.executable, '-c', 'from llmft.cli import main; main()']
-common = 'name: str = "first"  # name of the run\noutputs: str = "outputs"  # folder of all runs\naction: str = "none"  # what to do\nrate: float = 1e-3  # a number\nseed: int = 0  # which\n'
+common = 'name: str = "first"  # name of the run\noutputs: str = "outputs"  # folder of all runs\naction: str = "none"  # what to do\nrate: float = 1e-3  # a number; above 0\nseed: int = 0  # which\n'
 cells = [
     'from llmft.runs.run import start_run\nrun = start_run("act", globals())',
     'import time\nfrom llmft.core import LabError\nif action == "raise": raise ValueError("as asked")\nif action == "refuse": raise LabError("model nowhere is not here: give a folder, or --small")\n'
@@ -132,6 +132,7 @@ def test_failed_runs_exit_1_and_refused_ones_2(project, capsys):
         err == 'llmft: model nowhere is not here: give a folder, or --small\n'
         and json.loads(out.splitlines()[-1])['runs'][0]['status'] == 'failed'
     )
+    assert 'act/one: refused' in out.splitlines() and 'model nowhere' not in '\n'.join(out.splitlines()[:-1])
 
 
 def begin(*arguments):
@@ -179,13 +180,13 @@ def test_params_lists_name_type_default_and_meaning(project, capsys):
     assert call(['params', 'act']) == 0
     lines = capsys.readouterr().out.splitlines()
     assert (
-        lines[0].split() == ['name', 'type', 'default', 'meaning']
-        and any(line.split() == ['rate', 'float', '0.001', 'a', 'number'] for line in lines)
+        lines[0].split() == ['name', 'type', 'default', 'range', 'meaning']
+        and any(line.split() == ['rate', 'float', '0.001', 'above', '0', 'a', 'number'] for line in lines)
         and len(lines) == 6
     )
     assert call(['params', 'act', '--json']) == 0
     assert json.loads(capsys.readouterr().out)['parameters'][3] == dict(
-        name='rate', type='float', default=1e-3, meaning='a number'
+        name='rate', type='float', default=1e-3, range='above 0', meaning='a number'
     )
 
 

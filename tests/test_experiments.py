@@ -19,7 +19,7 @@ least = dict(max_steps=3, num_samples=4, num_eval_samples=1, max_length=64, batc
 
 
 def overrides(**values):
-    return [f'{name}={json.dumps(value)}' for name, value in values.items()]
+    return [f'{name}={value if isinstance(value, str) else json.dumps(value)}' for name, value in values.items()]
 
 
 @pytest.fixture(scope='module')

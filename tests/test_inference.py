@@ -283,7 +283,7 @@ keys = {
 
 
 def overrides(**values):
-    return [f'{name}={json.dumps(value)}' for name, value in values.items()]
+    return [f'{name}={value if isinstance(value, str) else json.dumps(value)}' for name, value in values.items()]
 
 
 def test_the_experiment_and_the_comparison_leave_reports(tmp_path):

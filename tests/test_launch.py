@@ -412,7 +412,7 @@ def test_the_experiment_reads_the_same_with_two_ranks(tmp_path):
     )
     notebook, params = resolve_params(
         [project_root() / 'params/finetune/qlora_zero3.yaml'],
-        [f'{name}={json.dumps(value)}' for name, value in least.items()],
+        [f'{name}={value if isinstance(value, str) else json.dumps(value)}' for name, value in least.items()],
         True,
     )
     record = execute_run(notebook, params, on_line=lambda line: None)

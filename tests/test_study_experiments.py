@@ -12,7 +12,7 @@ root = project_root()
 
 
 def overrides(**values):
-    return [f'{name}={json.dumps(value)}' for name, value in values.items()]
+    return [f'{name}={value if isinstance(value, str) else json.dumps(value)}' for name, value in values.items()]
 
 
 def execute(config, outputs, small=True, **values):

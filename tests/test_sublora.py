@@ -470,7 +470,8 @@ def test_train_bound_and_analysis_notebooks(tmp_path):
     from llmft.runs.params import resolve_params
 
     def run(path, **values):
-        notebook, params = resolve_params([root / path], [f'{k}={json.dumps(v)}' for k, v in values.items()], True)
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+        notebook, params = resolve_params([root / path], [f'{name}={text}' for name, text in texts.items()], True)
         record = execute_run(notebook, params | dict(outputs=str(tmp_path)), on_line=lambda line: None)
         assert record['run']['status'] == 'done', record['run']['error']
         return json.loads((tmp_path / notebook.stem / params['name'] / 'metrics.json').read_text())
@@ -532,11 +533,11 @@ def test_two_processes_train_the_same_subspace(tmp_path):
     from llmft.runs.params import resolve_params
 
     found = {}
-    for name, more in (('alone', []), ('two', ['nproc=2', 'strategy="ddp"'])):
+    for name, more in (('alone', []), ('two', ['nproc=2', 'strategy=ddp'])):
         notebook, params = resolve_params(
             [root / 'params/sublora_train/d1000_learned.yaml'],
             [
-                f'name="{name}"',
+                f'name={name}',
                 'documents=2000',
                 'valid_documents=50',
                 'max_steps=4',

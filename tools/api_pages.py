@@ -178,8 +178,10 @@ def experiment_parameters(
         anchor = f'<span id="{prefix}{parameter.name}"></span>'
         default = code_span(json.dumps(parameter.default, ensure_ascii=False))
         meaning = cell_text(html.escape(parameter.help, quote=False))
-        rows.append(f'| {anchor}{code_span(parameter.name)} | {code_span(parameter.type)} | {default} | {meaning} |')
-    return parameters_box('| parameter | type | default | meaning, unit |', rows)
+        kind = code_span(parameter.type)
+        name = f'{anchor}{code_span(parameter.name)}'
+        rows.append(f'| {name} | {kind} | {default} | {parameter.range} | {meaning} |')
+    return parameters_box('| parameter | type | default | range | meaning, unit |', rows)
 
 
 # ---- one entry

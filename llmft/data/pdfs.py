@@ -418,10 +418,17 @@ def split_files(names:list,           # of usable files
 
 # %% ../../nbs/data/03_pdfs.ipynb #7009839f
 def _chunks(names, texts, most):
-    "Documents of the chunks of some files."
-    return Documents.collect((f'{name}#{number}', chunk)
-                             for name in names
-                             for number, chunk in enumerate(pack_paragraphs(pdf_paragraphs(texts[name]), most)))
+    "Documents of the chunks of some files; a file ends with its last chunk only."
+    documents = Documents([], [])
+    continued = set()
+    for name in names:
+        chunks = pack_paragraphs(pdf_paragraphs(texts[name]), most)
+        for number, chunk in enumerate(chunks, 1):
+            documents.add(f'{name}#{number - 1}', chunk)
+            if number < len(chunks):
+                continued.add(documents.names[-1])
+    documents.continued = frozenset(continued)
+    return documents
 
 
 def _reasons(files):

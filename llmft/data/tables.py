@@ -24,6 +24,7 @@ class Documents:
 
     texts: list  # one string per document
     names: list  # "argparse.py", "notes.jsonl:17", ...
+    continued: frozenset = frozenset()  # names of texts that the next text goes on with
 
     def __len__(self):
         return len(self.texts)
@@ -32,11 +33,16 @@ class Documents:
         return iter(zip(self.names, self.texts, strict=True))
 
     def __getitem__(self, index):
-        return Documents(self.texts[index], self.names[index])
+        return Documents(self.texts[index], self.names[index], self.continued)
 
     @property
     def characters(self):
         return sum(map(len, self.texts))
+
+    @property
+    def ends(self):
+        "Whether a document ends with each text."
+        return [name not in self.continued for name in self.names]
 
     @property
     def bytes(self):
@@ -65,7 +71,7 @@ def collect(cls:Documents, pairs):
 @patch
 def select(self:Documents, rows) -> Documents:
     "The documents at the numbers in `rows`, in that order."
-    return Documents([self.texts[row] for row in rows], [self.names[row] for row in rows])
+    return Documents([self.texts[row] for row in rows], [self.names[row] for row in rows], self.continued)
 
 # %% ../../nbs/data/01_tables.ipynb #ff91aab1
 @dataclass

@@ -18,12 +18,22 @@ from pathlib import Path
 
 import numpy as np
 
+from llmft.data.tokens import (
+    Examples,
+    TokenWriter,
+    load_tokenizer,
+    read_side,
+    side_facts,
+    spell_control,
+    text_rows,
+    tokenizer_hash,
+)
+
 from ..core import LabError, find_path, nearest, purpose_rng, read_json, sha256_of, short_hash, write_json
 from .corpora import builtin_part, functions_in, is_held_out, library_files, library_tests
 from .dynamics import solve_fixed
 from .hashes import sealed, source_hashes
 from .tables import Documents, document_splits, held_out_split
-from .tokens import Examples, TokenWriter, load_tokenizer, read_side, side_facts, tokenizer_hash
 
 # %% ../../nbs/data/07_token_files.ipynb #e1115d8e
 @dataclass
@@ -79,6 +89,7 @@ class Subwords:
     "The tokenizer of a model, for batches of texts; it uses all cores."
 
     def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
         self.backend = tokenizer.backend_tokenizer
         self.eot = tokenizer.eos_token_id
         self.vocabulary = len(tokenizer)
@@ -88,9 +99,12 @@ class Subwords:
                            f'use a tokenizer of at most {_most_tokens:,}')
 
     def __call__(self, texts):
-        "Token ids of each text, without special tokens."
+        "Token ids of each text; what looks like a control token stays text."
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint16) for encoding in encodings]
+        rows = [encoding.ids for encoding in encodings]
+        for number in np.flatnonzero(spell_control(texts, self.tokenizer)):
+            rows[number] = text_rows([texts[number]], self.tokenizer)[0]
+        return [np.array(row, dtype=np.uint16) for row in rows]
 
 # %% ../../nbs/data/07_token_files.ipynb #80d0628e
 printable = ''.join(map(chr, [9, 10, *range(32, 127)]))  # ASCII that occurs in source text

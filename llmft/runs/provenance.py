@@ -10,7 +10,6 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
@@ -110,11 +109,10 @@ def _processor() -> str:
 
 
 def machine() -> dict:
-    "Host, system, processor, usable cores, memory in bytes and GPUs of this machine."
+    "System, processor, usable cores, memory in bytes and GPUs of this machine."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else None
     return dict(
-        host=socket.gethostname(),
         system=f'{platform.system()} {platform.machine()}',
         cpu=_processor(),
         cores=cores,

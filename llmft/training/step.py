@@ -10,17 +10,18 @@ __all__ = ['LossModel', 'blank_batch', 'step_shares', 'targets_of', 'step_batche
 import math
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..core import LabError, choose
 from ..data.batches import IGNORED, MicroBatch, evaluation_batches, layouts, micro_batches
 from ..data.tables import Documents
-from ..data.tokens import Examples, cut, encode
+from ..data.tokens import Examples, cut, edges, encode, scored_bytes
 from ..models.cost import families, flops_step
 from ..models.load import causal_model, check_fits, check_rows, evaluating, hidden_states, output_head
 from ..models.methods import Method
-from .losses import head_cross_entropy
+from .losses import head_cross_entropy, token_losses
 from .recipe import Recipe
 from .strategies import ProcessGroup
 
@@ -156,6 +157,13 @@ def _summed_loss(model, batches, group):
     return total, targets
 
 
+def _readable_batches(model, examples, batch_size, max_length, layout):
+    "The evaluation batches of `examples`; a `LabError` where `model` cannot read them, or not in this layout."
+    check_examples(model, examples)
+    check_rows(model, choose('layout', layout, layouts).joins)
+    return evaluation_batches(examples, batch_size, max_length, layout)
+
+
 _largest_exponent = 700  # e to a little more is beyond the range of floats
 
 
@@ -168,9 +176,7 @@ def evaluate_loss(model,                    # a causal language model
                   group:ProcessGroup=None,  # processes that share the work, all of which call; None is this one alone
 )->dict:                                    # loss in nats per target, perplexity, number of targets
     "Mean loss of `model` over every target of `examples`; a `LabError` when there is none, or they are not to be read."
-    check_examples(model, examples)
-    check_rows(model, choose('layout', layout, layouts).joins)
-    batches = _dealt(evaluation_batches(examples, batch_size, max_length, layout), group)
+    batches = _dealt(_readable_batches(model, examples, batch_size, max_length, layout), group)
     total, targets = _summed_loss(model, batches, group)
     if group:
         total, targets = group.sum([total, targets])
@@ -181,19 +187,56 @@ def evaluate_loss(model,                    # a causal language model
     return dict(loss=loss, perplexity=math.exp(min(loss, _largest_exponent)), targets=int(targets))
 
 # %% ../../nbs/training/06_step.ipynb #d48fa248
+def _target_losses(model, batch):
+    "(losses in nats, 0 where there is no target; targets) of all slots of a micro-batch."
+    hidden_BTD = hidden_states(model, batch.ids_BT, batch.positions_BT, batch.lengths)
+    targets_N = batch.labels_BT.flatten()
+    return token_losses(hidden_BTD.flatten(0, 1), output_head(model), targets_N), targets_N
+
+
+@torch.no_grad()
+def _text_and_ends(model, batches, end):
+    "(nats of the text, its targets, nats of the `end` tokens, their number), in evaluation mode."
+    device = next(model.parameters()).device
+    sums = np.zeros(4)
+
+    with evaluating(model):
+        for batch in batches:
+            losses_N, targets_N = _target_losses(model, batch.to(device))
+            is_end_N = targets_N == end
+            ends = int(is_end_N.sum())
+            nats = float(losses_N.sum(dtype=torch.float64))
+            end_nats = float(losses_N[is_end_N].sum(dtype=torch.float64))
+            sums += [nats - end_nats, batch.supervised - ends, end_nats, ends]
+    return sums.tolist()
+
+
+def _per_target(nats, targets, size, suffix=''):
+    "Loss, perplexity and bits per byte of so many nats under names with a suffix."
+    loss = nats / targets
+    return {f'loss{suffix}': loss, f'perplexity{suffix}': math.exp(min(loss, _largest_exponent)),
+            f'bits_per_byte{suffix}': nats / math.log(2) / size if size else math.nan}
+
+
 def judge(model,                # a causal language model, with or without an adapter
           tokenizer,            # the model's; it decides how the text is cut
           documents:Documents,  # held-out documents
           max_length:int=512,   # longest piece scored at once, positions
           batch_size:int=4,     # rows of max_length at a time
           layout:str='packed',  # packed | bucketed | padded: that of the training, where there is one
-)->dict:                        # loss, perplexity, bits_per_byte, targets, bytes, documents, max_length
-    "Score `model` on every token of `documents`."
-    examples, _ = cut(encode(documents.texts, tokenizer), max_length)
-    scores = evaluate_loss(model, examples, batch_size, max_length, layout)
-    bits = scores['loss'] * scores['targets'] / math.log(2)
-    return dict(scores, bits_per_byte=bits / documents.bytes, bytes=documents.bytes, documents=len(documents),
-                max_length=max_length)
+)->dict:                        # loss, perplexity, bits_per_byte, targets, bytes: of the text; the first three also
+                                # `_with_end`; ends: end tokens scored; documents, max_length
+    "Score `model` on every token of the text, and with the tokens that end documents as well. `LabError` for no text."
+    examples, _ = cut(encode(documents.texts, tokenizer, ends=documents.ends), max_length)
+    batches = _readable_batches(model, examples, batch_size, max_length, layout)
+    nats, targets, end_nats, ends = _text_and_ends(model, batches, edges(tokenizer)[1][-1])
+    if not targets:
+        raise LabError('the held-out documents have no token to predict: give documents of at least two tokens')
+
+    size = scored_bytes(documents.texts, tokenizer)
+    with_end = _per_target(nats + end_nats, targets + ends, size, '_with_end')
+    return _per_target(nats, targets, size) | with_end | dict(
+        targets=int(targets), ends=int(ends), bytes=size, documents=len(documents), max_length=max_length)
 
 # %% ../../nbs/training/06_step.ipynb #4f3fdf40
 def set_gradient_checkpointing(model,    # a transformers model, with or without an adapter

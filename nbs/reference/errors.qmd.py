@@ -30,6 +30,18 @@ cases = [  # title, arguments of llmft, content of the file they name, remedy
         'Give a value of the type that `llmft params finetune` shows.',
     ),
     (
+        'A value outside its range',
+        ['run', 'params/finetune/lora.yaml', '-p', 'lora_dropout=1.5'],
+        None,
+        'Give a value in the range that `llmft params finetune` shows.',
+    ),
+    (
+        'Data that is not there',
+        ['run', 'params/finetune/lora.yaml', '--small', '-p', 'data=my_note.jsonl'],
+        None,
+        'Correct the path; it counts from the folder you are in, or from the project.',
+    ),
+    (
         'A duplicate key',
         ['run', 'FILE'],
         'name: twice\nseed: 1\nseed: 2\n',

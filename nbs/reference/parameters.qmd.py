@@ -22,7 +22,9 @@ def first_comment(file):
 
 
 print("""Set a parameter in a YAML file or after `-p` on the command line: `llmft run params/finetune/lora.yaml --small -p lora_rank=16`.
-A value of another type is an error; so is an unknown name, and the error names the nearest valid one. `llmft params finetune` prints the same table in a terminal.
+A value of another type or outside its range is an error before anything starts. So is an unknown name, and the error names the nearest valid one. `llmft params finetune` prints the same table in a terminal.
+
+The range of a list holds for each of its entries. A meaning that begins with names, as in `cosine | linear`, lists all that the parameter may be.
 """)
 for path in sorted((root / 'nbs/experiments').glob('*.ipynb')):
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from ...core import LabError
-from ...inference.generation import generate
+from ...inference.generation import end_tokens, generate, written_text
 from ...training.checkpoints import load_checkpoint
 from .sandbox import run_program, same_output
 from .tasks import Task, prompt_rows
@@ -197,9 +197,9 @@ def _answers(model, tokenizer, rows, samples, temperature, max_new_tokens, batch
     "The texts that `model` writes after each row of token ids: lists of `samples` texts."
     if not rows:
         return []
-    ids = generate(model, rows, max_new_tokens, temperature, seed=seed, stop_ids=(tokenizer.eos_token_id,),
+    ids = generate(model, rows, max_new_tokens, temperature, seed=seed, stop_ids=end_tokens(model, tokenizer),
                    samples=samples, batch_size=batch_size, pad_id=tokenizer.pad_token_id).ids
-    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in ids]
+    texts = [written_text(tokenizer, rows[number // samples], answer) for number, answer in enumerate(ids)]
     return [texts[first:first + samples] for first in range(0, len(texts), samples)]
 
 

@@ -9,7 +9,7 @@ __all__ = ['data_table', 'lost_rows', 'attempts_at', 'measured', 'loss_table', '
 # %% ../../../nbs/studies/code/06_report.ipynb #252ff135
 from pathlib import Path
 
-from ...runs.tables import column, table
+from ...runs.tables import column, table, text_columns
 from ...training.checkpoints import checkpoints
 from ...training.fit import FitResult
 from ...training.step import evaluate_loss
@@ -18,7 +18,8 @@ from .setup import TaskData
 
 # %% ../../../nbs/studies/code/06_report.ipynb #9afc16a9
 _lost_columns = [column('answer_shortened', 'shortened'), column('answer_cut_away', 'without answer')]
-_target_columns = [column('tokens', 'real tokens'), column('targets', 'targets'), column('targets_lost', 'lost')]
+_target_columns = [column('tokens', 'real tokens'), column('targets', 'targets'), column('targets_lost', 'lost'),
+                   text_columns[0]]
 
 
 def data_table(data:TaskData,   # of the run
@@ -69,7 +70,8 @@ def measured(model,          # at any moment of the run
 
 # %% ../../../nbs/studies/code/06_report.ipynb #1e69d5b5
 _loss_columns = [column('rows'), column('before', 'before', 'nats/token'),
-                 column('after', 'after', 'nats/token', n='n'), column('perplexity', 'perplexity after'),
+                 column('after', 'after', 'nats/token', n='n'),
+                 column('perplexity', 'perplexity after', 'with the ends'),
                  column('targets', 'tokens')]
 
 
@@ -191,6 +193,7 @@ def instruct_metrics(params,            # max_length and samples
     training = result.metrics() | dict(real_tokens=progress.tokens)  # the name of the study
     passed = _pass_metrics(final, rows[0]['pass@1'], params.samples)
     counts = dict(train_rows=train, test_rows=len(data.examples['test']),
+                  control_like=data.row_notes['train']['control_like'],
                   padded_fill=_padded_fill(progress, result.steps_per_epoch, train, params.max_length))
     return training | passed | _losses(before, after) | counts
 

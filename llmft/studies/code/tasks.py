@@ -11,6 +11,7 @@ __all__ = ['builtin_valid_modules', 'builtin_checks', 'problem_template', 'exper
 import ast
 import itertools
 import json
+import re
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from ...core import LabError, choose, nearest, sha256_of
 from ...data.corpora import builtin_part, content_key
 from ...data.tables import check_fields, read_splits
-from ...data.tokens import Examples, cut
+from ...data.tokens import Examples, begun, cut, keep_as_text, looks_like_control, rendered_rows, turn_ends
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #716b4011
 @dataclass
@@ -308,7 +309,8 @@ def prompt_of(task:Task,          # the problem
     "What stands before the answer."
     if template == 'chat':
         return tokenizer.apply_chat_template(_messages(task, system_prompt), tokenize=False, add_generation_prompt=True)
-    return template.split('{solution}')[0].replace('{system_prompt}', system_prompt).replace('{input}', task.input)
+    places = dict(system_prompt=system_prompt, input=task.input)
+    return re.sub(r'\{(system_prompt|input)\}', lambda place: places[place[1]], template.split('{solution}')[0])
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #f033ef68
 def answer_of(task:Task,          # its solution is the answer
@@ -335,27 +337,39 @@ losses = ('completion', 'all')  # what loss_on may be
 long_policies = ('truncate', 'drop', 'error')  # what too_long may be: half an answer is no example of its own
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #30bb146f
-def _token_rows(texts, tokenizer):
-    "The token ids of each text, without special tokens."
-    return tokenizer(texts, add_special_tokens=False, verbose=False)['input_ids'] if texts else []
+def _as_text(tasks, system_prompt, tokenizer):
+    "The tasks and the system prompt with all that looks like a control token marked as text."
+    inputs = keep_as_text([task.input for task in tasks], tokenizer)
+    solutions = keep_as_text([task.solution for task in tasks], tokenizer)
+    marked = [replace(task, input=problem, solution=solution)
+              for task, problem, solution in zip(tasks, inputs, solutions, strict=True)]
+    return marked, keep_as_text([system_prompt], tokenizer)[0]
 
 
 def prompt_rows(tasks:list,         # of `Task`
                 tokenizer,          # as `load_tokenizer` gives it
                 template:str,       # as in `check_template`
                 system_prompt:str,  # put where the template says
-)->list:                            # token ids of each prompt, with the beginning of text
+)->list:                            # token ids of each prompt; a chat template writes its own beginning of text
     "What a model is given to answer `tasks`; in training the same tokens stand before each answer."
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    prompts = [prompt_of(task, template, system_prompt, tokenizer) for task in tasks]
-    return [row if begin and row[:1] == begin else begin + row for row in _token_rows(prompts, tokenizer)]
+    marked, system_prompt = _as_text(tasks, system_prompt, tokenizer)
+    rows = rendered_rows([prompt_of(task, template, system_prompt, tokenizer) for task in marked], tokenizer)
+    return rows if template == 'chat' else begun(rows, tokenizer)
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #8302478c
+def _ended(row, ends, end):
+    "The tokens of an answer up to the first of `ends`; where the template writes none, with `end` behind them."
+    first = next((place for place, token in enumerate(row) if token in ends), None)
+    return [*row, end] if first is None else row[:first + 1]
+
+
 def _answer_rows(tasks, tokenizer, template, system_prompt):
-    "The token ids of each answer, with one end of text."
-    end = tokenizer.eos_token_id
-    answers = [answer_of(task, template, system_prompt, tokenizer) for task in tasks]
-    return [[*itertools.takewhile(lambda token: token != end, row), end] for row in _token_rows(answers, tokenizer)]
+    "The token ids of each answer, with one end."
+    ends = turn_ends(tokenizer)
+    marked, system_prompt = _as_text(tasks, system_prompt, tokenizer)
+    answers = [answer_of(task, template, system_prompt, tokenizer) for task in marked]
+    rows = rendered_rows(answers, tokenizer, goes_on=True)
+    return [_ended(row, ends, tokenizer.eos_token_id) for row in rows]
 
 
 def _targets_mask(size, starts, prompts, loss_on):
@@ -407,6 +421,11 @@ def _length_notes(examples, without_answer, cut_notes, max_length, too_long):
                 answer_shortened=cut_notes['too_long'] if too_long == 'truncate' else 0)
 
 
+def _written(task):
+    "All that a row says."
+    return f'{task.input}\n{task.solution}'
+
+
 def encode_tasks(tasks:list,                      # of `Task`
                  tokenizer,                       # as `load_tokenizer` gives it
                  max_length:int,                  # longest example, positions
@@ -425,4 +444,5 @@ def encode_tasks(tasks:list,                      # of `Task`
     lengths = _length_notes(examples, without_answer, cut_notes, max_length, too_long)
     lost = int(examples.supervised().sum()) - cut_notes['targets']
     return kept, dict(rows=len(tasks), examples=len(kept), **lengths, tokens=int(kept.slots.sum()),
-                      targets=cut_notes['targets'], loss_on=loss_on, targets_lost=lost)
+                      targets=cut_notes['targets'], loss_on=loss_on, targets_lost=lost,
+                      control_like=looks_like_control(map(_written, tasks), tokenizer))

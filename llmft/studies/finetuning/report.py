@@ -13,7 +13,7 @@ from ...models.cost import families, memory_breakdown
 from ...models.load import quantised_share
 from ...models.meter import machine_peaks
 from ...models.methods import Method
-from ...runs.tables import column, memory_error, table
+from ...runs.tables import column, memory_error, table, text_columns
 from ...training.fit import FitResult
 from ...training.recipe import optimisers
 from ...training.strategies import Processes, strategies
@@ -28,7 +28,7 @@ def data_table(data:TrainingData,  # of the run
     rows = [dict(side=side, bytes=documents.bytes, **notes) for side, documents, notes in sides]
 
     return table(rows, ['side', 'documents', 'bytes', column('too_long', f'beyond {max_length}'), 'examples', 'targets',
-                        'targets_lost', column('without_target', 'empty')])
+                        'targets_lost', column('without_target', 'empty'), *text_columns])
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #b2e4cad7
 def model_size(model,  # as it will be trained
@@ -84,10 +84,13 @@ def training_cost(model,               # as trained
 _settings = ('method', 'num_epochs', 'batch_size', 'learning_rate', 'gradient_checkpointing')
 
 
+_judged = ('loss', 'perplexity', 'bits_per_byte', 'perplexity_with_end', 'bits_per_byte_with_end')
+
+
 def _quality(before, after):
     "Loss, perplexity and bits per byte before and after training under names of their own."
     return {f'{name}_{when}': judged[name] for when, judged in (('before', before), ('after', after))
-            for name in ('loss', 'perplexity', 'bits_per_byte')}
+            for name in _judged}
 
 
 def _cost_metrics(cost):
@@ -108,7 +111,8 @@ def finetuning_metrics(params,            # the run's parameters
 )->dict:
     "Every number of a fine-tuning run under its own name."
     settings = {name: getattr(params, name) for name in _settings}
-    counts = dict(num_samples=len(data.corpus.train), valid_targets=after['targets'], total_parameters=size['total'],
+    counts = dict(num_samples=len(data.corpus.train), valid_targets=after['targets'], valid_ends=after['ends'],
+                  control_like=data.train_notes['control_like'], total_parameters=size['total'],
                   quantised_share=size['share'], reload_difference=reload_difference)
     return result.metrics() | _quality(before, after) | settings | counts | _cost_metrics(cost)
 
@@ -139,7 +143,8 @@ def pretraining_metrics(result:FitResult,  # from `launch`
     kept = ('train_tokens', 'total_time_seconds', 'tokens_per_sec', 'flops', 'best_step')
     return {name: training[name] for name in kept} | dict(
         parameters=result.trainable, valid_loss_before=before['loss'], valid_loss=after['loss'],
-        valid_perplexity=after['perplexity'], bits_per_byte=after['bits_per_byte'], valid_targets=after['targets'],
+        valid_perplexity=after['perplexity'], valid_perplexity_with_end=after['perplexity_with_end'],
+        bits_per_byte=after['bits_per_byte'], valid_targets=after['targets'], valid_ends=after['ends'],
         valid_bytes=after['bytes'])
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #a9ff96bb

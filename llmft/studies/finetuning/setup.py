@@ -10,7 +10,7 @@ __all__ = ['TrainingData', 'finetuning_data', 'finetuning_base', 'finetuning_mod
 from dataclasses import dataclass
 
 from ...data.corpora import Corpus, load_corpus
-from ...data.tokens import Examples, cut, encode, load_tokenizer, train_tokenizer
+from ...data.tokens import Examples, cut, encode, load_tokenizer, text_notes, train_tokenizer
 from ...models.load import load_model, model_config
 from ...models.methods import Method
 
@@ -37,6 +37,8 @@ def _in_examples(corpus, tokenizer, params, too_long='split'):
 
     train, train_notes = cut(encode(corpus.train.texts, tokenizer), params.max_length, too_long)
     valid, valid_notes = cut(encode(corpus.valid.texts, tokenizer), params.max_length)
+    train_notes |= text_notes(corpus.train.texts, tokenizer)
+    valid_notes |= text_notes(corpus.valid.texts, tokenizer)
     return TrainingData(tokenizer, corpus, train, valid, train_notes, valid_notes)
 
 # %% ../../../nbs/studies/finetuning/01_setup.ipynb #cea4bda7

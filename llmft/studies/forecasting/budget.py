@@ -11,10 +11,11 @@ from pathlib import Path
 
 from ...core import LabError, find_path, read_json, short_hash, write_json
 from ...runs.identity import read_record
-from ...runs.run import update_record
+from ...runs.params import check_name
+from ...runs.run import check_inside, update_record
 from ...training.ledger import Account, Ledger, study_step
 
-# %% ../../../nbs/studies/forecasting/07_budget.ipynb #1f7dfaa4
+# %% ../../../nbs/studies/forecasting/07_budget.ipynb #eacf9357
 def note_ledger(folder,           # of a run
                 ledger:str,       # name of the account; '' for one of the run's own
                 account:Account,  # at which the run has begun, or has paid
@@ -40,9 +41,10 @@ def study_account(outputs:str,      # folder of all runs
                   ledger:str,       # name of the account
                   max_flops:float=0.,  # operations that all runs may take together, 0 for no limit
 )->Account:
-    "The account of operations that the runs of a study share; a `LabError` when lines that they paid are gone."
+    "The account that the runs of a study share; a `LabError` for a name that leads out, or when paid lines are gone."
     outputs = find_path(outputs)
-    account = Account(outputs / 'forecast_ledger' / f'{ledger}.jsonl', max_flops)
+    path = outputs / 'forecast_ledger' / f"{check_name(ledger, 'ledger')}.jsonl"
+    account = Account(check_inside(path, outputs), max_flops)
     account.check_heads(_noted_heads([path.parent for path in outputs.glob('forecast_*/*/run.json')], ledger))
     return account
 

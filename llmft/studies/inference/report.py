@@ -8,7 +8,7 @@ __all__ = ['check_batch_sizes', 'held_size', 'size_table', 'answer_batches', 'sp
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #00a50eef
 from ...core import LabError
-from ...inference.generation import end_tokens
+from ...inference.generation import end_tokens, written_text
 from ...inference.latency import answer_all, rates
 from ...models.meter import machine_peaks, resident_bytes
 from ...models.precisions import bytes_a_step, held_share
@@ -50,7 +50,8 @@ def _answer_in_batches(model, tokenizer, prompts, batch_size, params, size):
 
     parts, peak_bytes = answer_all(model, prompts, batch_size, params.max_new_tokens, end_tokens(model, tokenizer),
                                    tokenizer.pad_token_id, params.warmup_tokens, tell, params.compiled)
-    texts = [tokenizer.decode(ids, skip_special_tokens=True) for part in parts for ids in part.ids]
+    written = [ids for part in parts for ids in part.ids]
+    texts = [written_text(tokenizer, prompt, ids) for prompt, ids in zip(prompts, written, strict=True)]
     return dict(rates(parts, size['bytes_read'], size['copy_bytes_per_sec']), peak_bytes=peak_bytes, texts=texts)
 
 
@@ -83,7 +84,8 @@ def speed_table(answers:dict,  # from `answer_batches`
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #5a8761dd
 _quality_columns = [column('accuracy', 'right', 'share', n='questions'), column('answered', 'with a number', 'share'),
-                    column('perplexity', n='targets'), column('bits_per_byte')]
+                    column('perplexity', n='targets'), column('bits_per_byte'),
+                    column('perplexity_with_end', 'perplexity', 'with the ends', n='ends')]
 
 
 def quality_table(marks:dict,    # from `score`
@@ -117,7 +119,8 @@ def _size_metrics(size):
 def _quality_metrics(marks, judged):
     "Right answers and held-out text under the names of the metrics."
     return dict(accuracy=marks['accuracy'], correct=marks['correct'], answered=marks['answered'],
-                perplexity=judged['perplexity'], bits_per_byte=judged['bits_per_byte'], text_targets=judged['targets'])
+                perplexity=judged['perplexity'], bits_per_byte=judged['bits_per_byte'], text_targets=judged['targets'],
+                perplexity_with_end=judged['perplexity_with_end'])
 
 
 def inference_metrics(params,        # precision, compute, max_new_tokens

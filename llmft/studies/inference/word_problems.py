@@ -15,6 +15,7 @@ from decimal import Decimal
 
 from ...core import LabError, choose, purpose_rng
 from ...data.tables import read_splits
+from ...data.tokens import keep_as_text, prompt_tokens, rendered_rows
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #fa629853
 operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -204,12 +205,11 @@ def ask(problems:list,    # rows with a question
         instruction:str='Think step by step. End with a line "#### " and the number.',  # stands after each question
 )->list:                  # one list of token ids a problem
     "The prompts that ask for the answers."
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-
-    def encode(text):
-        return tokenizer(text, add_special_tokens=False)['input_ids']
-
+    questions = [problem['question'] for problem in problems]
     if not (chat and tokenizer.chat_template):
-        return [begin + encode(f"Question: {problem['question']}\n{instruction}\nAnswer:") for problem in problems]
-    turns = [[dict(role='user', content=f"{problem['question']}\n{instruction}")] for problem in problems]
-    return [encode(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)) for turn in turns]
+        return prompt_tokens([f'Question: {question}\n{instruction}\nAnswer:' for question in questions], tokenizer)
+
+    contents = keep_as_text([f'{question}\n{instruction}' for question in questions], tokenizer)
+    turns = [[dict(role='user', content=content)] for content in contents]
+    return rendered_rows([tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+                          for turn in turns], tokenizer)

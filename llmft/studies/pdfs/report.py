@@ -17,7 +17,7 @@ from matplotlib import rc_context
 
 from ...core import write_atomic
 from ...runs.figures import Plot, byte_unit, ink, muted, new_plot, palette, style
-from ...runs.tables import column, evaluation_table, table
+from ...runs.tables import column, evaluation_table, table, text_columns
 from ...training.fit import FitResult
 from ...training.recipe import Recipe
 from .setup import PdfData
@@ -33,7 +33,7 @@ def data_table(data:PdfData,    # of the run
             for side, files, chunks, notes in sides]
 
     return table(rows, ['side', 'files', 'chunks', 'bytes', column('too_long', f'chunks beyond {max_length}'),
-                        'examples', 'targets', 'targets_lost'])
+                        'examples', 'targets', 'targets_lost', *text_columns])
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #e0d2fa7b
 most_files_shown = 20
@@ -261,6 +261,9 @@ def quality_metrics(data:PdfData,  # of the run
     "What the model was trained on, and how well it predicts what it was not trained on."
     return dict(loss_before=before['loss'], loss_after=after['loss'], perplexity_before=before['perplexity'],
                 perplexity_after=after['perplexity'], valid_targets=after['targets'],
+                perplexity_with_end_before=before['perplexity_with_end'],
+                perplexity_with_end_after=after['perplexity_with_end'], valid_ends=after['ends'],
+                control_like=data.train_notes['control_like'],
                 train_files=data.split['train_size'], test_files=data.split['test_size'],
                 skipped_files=len(data.files) - len(data.used), train_chunks=len(data.corpus.train),
                 test_chunks=len(data.corpus.valid))
