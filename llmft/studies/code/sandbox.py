@@ -269,7 +269,7 @@ def _audit(readable, folders, files, calls):
             vars(sys.modules[module]).pop(name, None)
     sys.addaudithook(hook)
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #1fad1083
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #f283a0f0
 _walls = {  # name: the command that starts another one behind the wall
     'bubblewrap': 'bwrap --unshare-all --as-pid-1 --cap-add CAP_SYS_ADMIN --ro-bind / / '
                   '--dev /dev --proc /proc --',
@@ -347,21 +347,22 @@ def _guard(order):
     "Take from this process what a program has no business with; it cannot be undone."
     guards = order['guards']
     folder = os.getcwd() if _has_wall(guards) else ''
+    readable = [*order['readable'], '.']
     _limit(order['cpu_seconds'], order['memory_mb'], order['file_mb'], 'seccomp' in guards)
     if os.geteuid() == 0 and not _has_wall(guards):
         _become_nobody()
     _hide()
 
     if 'landlock' in guards:
-        _landlock(order['readable'], folder)
+        _landlock(readable, folder)
     if sys.platform == 'linux':
         _drop_capabilities()
     if 'seccomp' in guards:
         _seccomp()
     if not {'landlock', 'seccomp'} <= set(guards):
-        _audit(order['readable'], [folder] if folder else [], 'landlock' not in guards, 'seccomp' not in guards)
+        _audit(readable, [folder] if folder else [], 'landlock' not in guards, 'seccomp' not in guards)
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #379b90af
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #93d95d76
 _longest_answer = 2**23  # bytes of one message from a program
 _containers = dict(list=list, tuple=tuple, set=set, frozenset=frozenset)
 _byte_strings = dict(bytes=bytes, bytearray=bytearray)
@@ -419,7 +420,7 @@ def _unpack_rare(kind, parts, other):
         return other(parts[0])
     raise ValueError(f'no type {kind}')
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #f61ca8d3
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #a339fe4b
 _size = struct.Struct('<Q')
 
 
@@ -455,7 +456,7 @@ def _send(target, message):
     while rest:
         rest = rest[os.write(target, rest):]
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #4403a1b1
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #0052d489
 _plain_types = (bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict)
 
 
@@ -583,7 +584,7 @@ def _answer_all(names, requests, answers):
         while True:
             _send(answers, _answer(_receive(requests), names, kept))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #252746c8
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #a749c159
 class _NotPlain(BaseException):
     "A test gives the program something that cannot go through the pipe."
 
@@ -657,7 +658,7 @@ def _ask(requests, answers, what, key, *rest):
         raise AssertionError(f'the answer cannot be read: {type(error).__name__}') from None
     return value if kind == 'value' else _raise_here(value, str(answer[1:][0]))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #34e48322
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #a4093dce
 def _defined(tree):
     "Names that statements define or import."
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
@@ -743,7 +744,7 @@ def _judge(order, pipes):
     requests, answers, report = range(3, 6)
     _send(report, _verdict_of(tests, partial(_ask, requests, answers)))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #67f5862d
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #0253681e
 def _forked(function):
     "Run `function` in a new process, which ends with it; its number."
     process = os.fork()
@@ -1094,7 +1095,7 @@ def run_program(program:str,         # Python source
     "Run `program` in a process of its own, in an empty directory, without network, processes or files outside."
     return _carried_out(_order(program, stdin, False, seconds, memory_mb, file_mb))
 
-# %% ../../../nbs/studies/code/02_sandbox.ipynb #53ef43e9
+# %% ../../../nbs/studies/code/02_sandbox.ipynb #c3acc0ba
 def run_tests(program:str,         # Python source that defines what the tests ask for
               tests:list,          # statements that raise when it is wrong
               setup:str='',        # code that the tests know as well
