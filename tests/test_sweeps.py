@@ -45,6 +45,8 @@ if action == "meet":
 if action == "wait": print("waiting", flush=True); time.sleep(120)
 '''
 finish = '''kept = int((run.folder/"checkpoint").exists())
+(run.folder/"adapter").mkdir(exist_ok=True)
+(run.folder/"adapter/adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
 run.finish(dict(tries=tries, kept=kept, threads=os.environ.get("OMP_NUM_THREADS", "")), "ok")'''
 
 
