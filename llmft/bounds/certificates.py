@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['room', 'MAGIC', 'hash_bytes', 'build_model', 'model_facts', 'make_claims', 'prove', 'round_up', 'write_certificate',
-           'read_certificate', 'check_data', 'decoded_model', 'verify']
+           'read_certificate', 'check_data', 'decoded_model', 'verify', 'condition']
 
 # %% ../../nbs/bounds/06_certificates.ipynb #d5f31cea
 import json
@@ -13,25 +13,26 @@ from pathlib import Path
 
 import torch
 
-from llmft.bounds.bounds import (
-    full_bound,
-    kl_bound,
-    lowest_loss,
-    shared_delta,
-    smoothing_width,
-    subsampling_bound,
-    token_bound,
-    topk_bound,
-)
-
-from ..core import LabError, find_path, jsonable, read_json, sha256_of, write_atomic
+from .betting import all_forms, certified, freedman_bound
+from .bounds import lowest_loss, shared_delta, smoothing_width, token_bound
+from ..core import LabError, check_regular, find_path, jsonable, read_json, sha256_of, short_hash, write_atomic
 from ..data.token_files import read_token_file
 from ..models.adapters import weights_hash
 from ..models.load import load_model, placed
 from ..models.low_rank import add_low_rank, frozen_gpt2
 from ..models.subspace import SubspaceConfig, attach, describe
 from .coding import charged_bits, decode_message
-from .scoring import draw_sample, score_documents, score_tokens
+from llmft.bounds.descriptions import (
+    check_form,
+    check_spec,
+    description_bits,
+    read_strictly,
+    real,
+    record,
+    text,
+    whole,
+)
+from .scoring import draw_sample, in_drawn_order, score_documents, score_tokens
 
 # %% ../../nbs/bounds/06_certificates.ipynb #b44b705b
 def _random_model(base):
@@ -85,53 +86,47 @@ def model_facts(model,     # from `build_model`
                 **{name: described[name] for name in described if name in _facts_of_subspace})
 
 # %% ../../nbs/bounds/06_certificates.ipynb #5208d99f
-def _bound_at(alpha, risk, form, bits, n, m, delta, choices, vocabulary):
-    "The bound on bits per token with one smoothing weight."
-    width = smoothing_width(alpha, vocabulary)
-    lowest = lowest_loss(alpha, vocabulary)
-    if form == 'token':
-        return token_bound(risk, bits, n, m, width, delta, choices)
-    if m == n:
-        return full_bound(risk, bits, n, width, delta, form == 'kl', lowest)
-    if form == 'kl':
-        return kl_bound(risk, bits, n, m, width, delta, choices, lowest)
-    return subsampling_bound(risk, bits, n, m, width, delta, choices)
+_samples_tried = 2**40  # samples that an author may have drawn before he kept one; all of them are paid for
 
 
-def _claim(bound, risk, bits, n, scores, delta, width, **choice):
-    "What a claim says: its bound, and all that the bound was computed from."
-    return dict(bound=bound, risk=float(risk), **choice, width=width, bits=bits, n=n, m=len(scores), delta=delta)
+def _token_forms(losses, bits, n, width, delta, choices, lowest):
+    "Both forms of the bound for tokens."
+    freedman = freedman_bound(losses, bits, n, width, delta, choices, lowest)
+    return dict(azuma=token_bound(float(losses.mean()), bits, n, len(losses), width, delta, choices),
+                freedman=float(freedman))
 
 
-def _bits_claim(scores, form, message, configurations, n, delta, vocabulary):
+_levels = dict(documents=(all_forms, certified), tokens=(_token_forms, 'freedman'))  # forms, and which one is claimed
+
+
+def _claim(level, losses, bits, n, delta, choices, width, lowest=0.0, **choice):
+    "What a claim says: its bound, all that the bound was computed from, and the bound in every form."
+    compute, form = _levels[level]
+    forms = compute(losses, bits, n, width, delta, choices, lowest)
+    return dict(bound=forms[form], risk=float(losses.mean()), **choice, width=width, bits=bits, n=n, m=len(losses),
+                delta=delta, forms=forms)
+
+
+def _bits_claim(level, scores, paid, n, delta, vocabulary):
     "The best bound over the smoothing weights, which are paid for in bits and as choices."
-    bits = charged_bits(message, configurations, len(scores.alphas))
-    choices = len(scores.alphas) * configurations
-    candidates = []
-    for alpha, risk in zip(scores.alphas, scores.bits.mean(0), strict=True):
-        bound = _bound_at(alpha, risk, form, bits, n, len(scores), delta, choices, vocabulary)
-        candidates.append((float(bound), float(risk), alpha))
-    bound, risk, alpha = min(candidates)
-    return _claim(bound, risk, bits, n, scores, delta, smoothing_width(alpha, vocabulary), alpha=alpha)
+    bits = charged_bits(**paid, choices=len(scores.alphas))
+    choices = len(scores.alphas) * paid['configurations'] * _samples_tried
+    claims = [_claim(level, losses, bits, n, delta, choices, smoothing_width(alpha, vocabulary),
+                     lowest_loss(alpha, vocabulary), alpha=alpha)
+              for alpha, losses in zip(scores.alphas, scores.bits.T, strict=True)]
+    best = min(claims, key=lambda claim: claim['bound'])
+    return best | dict(forms={form: min(claim['forms'][form] for claim in claims) for form in best['forms']})
 
 
-def _topk_claim(error, scores, message, configurations, n, delta):
-    "The bound on a top-k error; nothing was chosen on the sample but the configuration."
-    bits = charged_bits(message, configurations)
-    if len(scores) == n:
-        bound = full_bound(error, bits, n, 1.0, delta, True)
-    else:
-        bound = topk_bound(error, bits, n, len(scores), delta, configurations)
-    return _claim(float(bound), error, bits, n, scores, delta, 1.0)
+def _topk_claim(errors, paid, n, delta):
+    "The bound on a top-k error; nothing was chosen on the sample but the configuration and the sample."
+    choices = paid['configurations'] * _samples_tried
+    return _claim('documents', errors, charged_bits(**paid), n, delta, choices, 1.0)
 
 
-def _topk_errors(scores, vocabulary):
-    "k -> mean error, for each k that is smaller than the vocabulary."
-    return {k: error for k, error in zip(scores.ks, scores.errors.mean(0), strict=True) if k < vocabulary}
-
-
-def make_claims(scores,            # of the sampled documents
+def make_claims(scores,            # of the sampled documents, in the order they were drawn
                 message:bytes,     # the coded model
+                described:int,     # bits of the description of what it moves
                 n:int,             # training documents
                 vocabulary:int,    # tokens the model can predict
                 configurations:int,# settings that were tried, this one included
@@ -140,23 +135,22 @@ def make_claims(scores,            # of the sampled documents
                 token_count:int=0, # training tokens that are predicted
 )->dict:                           # name of a claim -> bound, risk, bits and what else belongs to it
     "Every bound that is claimed of one predictor; together they hold with probability 1 - delta."
-    topk_errors = _topk_errors(scores, vocabulary)
-    share = shared_delta(delta, 2 + len(topk_errors) + (tokens is not None))
+    errors = {k: column for k, column in zip(scores.ks, scores.errors.T, strict=True) if k < vocabulary}
+    share = shared_delta(delta, 1 + len(errors) + (tokens is not None))
+    paid = dict(message=message, configurations=configurations, described=described)
 
-    claims = {f'bits_per_token_{form}': _bits_claim(scores, form, message, configurations, n, share, vocabulary)
-              for form in ('hoeffding', 'kl')}
-    for k, error in topk_errors.items():
-        claims[f'top{k}_error'] = _topk_claim(error, scores, message, configurations, n, share)
+    claims = dict(bits_per_token=_bits_claim('documents', scores, paid, n, share, vocabulary))
+    for k, column in errors.items():
+        claims[f'top{k}_error'] = _topk_claim(column, paid, n, share)
     if tokens is not None:
-        claims['bits_per_token_of_tokens'] = _bits_claim(tokens, 'token', message, configurations, token_count, share,
-                                                         vocabulary)
+        claims['bits_per_token_of_tokens'] = _bits_claim('tokens', tokens, paid, token_count, share, vocabulary)
     return claims
 
 # %% ../../nbs/bounds/06_certificates.ipynb #f8df82f5
 def _sampled_documents(model, file, samples, draws, options):
     "`Scores` of the sampled documents; 0 takes all."
     rows = draw_sample(len(file), samples or len(file), 0, 'documents', *draws)
-    return score_documents(model, file, rows, **options)
+    return in_drawn_order(score_documents(model, file, rows, **options), 0, 'documents', *draws)
 
 
 def _sampled_tokens(model, file, samples, draws, options):
@@ -164,10 +158,12 @@ def _sampled_tokens(model, file, samples, draws, options):
     if not samples:
         return None
     count = int(file.doc_lengths.sum())
-    return score_tokens(model, file, draw_sample(count, samples, 0, 'tokens', *draws), **options)
+    scores = score_tokens(model, file, draw_sample(count, samples, 0, 'tokens', *draws), **options)
+    return in_drawn_order(scores, 0, 'tokens', *draws)
 
 
 def prove(model,              # with the decoded vector in it
+          spec:dict,          # its description
           folder,             # of the token files
           message:bytes,      # the coded model
           block:int,          # the model's positions
@@ -180,14 +176,14 @@ def prove(model,              # with the decoded vector in it
     "Score a model on a sample that its own message decides, and compute every claim."
     facts = read_json(Path(folder) / 'tokens.json')
     file = read_token_file(folder)
-    draws = (sha256_of(message), facts['train']['sha256'])
+    draws = (sha256_of(message), short_hash(spec), facts['train']['sha256'])
     options = dict(vocabulary=facts['vocabulary'], block=block, batch_tokens=batch_tokens)
 
     scores = _sampled_documents(model, file, samples, draws, options)
     tokens = _sampled_tokens(model, file, token_samples, draws, options)
 
-    claims = make_claims(scores, message, len(file), facts['vocabulary'], configurations, delta, tokens,
-                         int(file.doc_lengths.sum()))
+    claims = make_claims(scores, message, description_bits(spec), len(file), facts['vocabulary'], configurations, delta,
+                         tokens, int(file.doc_lengths.sum()))
     return claims, scores
 
 # %% ../../nbs/bounds/06_certificates.ipynb #a52482c1
@@ -199,7 +195,7 @@ def round_up(value: float) -> float:
     return math.ceil((value + room) * 1000) / 1000
 
 # %% ../../nbs/bounds/06_certificates.ipynb #2d0af6c9
-MAGIC = b'llmft certificate 1\n'
+MAGIC = b'llmft certificate 2\n'
 
 
 def _data_facts(folder):
@@ -210,9 +206,14 @@ def _data_facts(folder):
                 vocabulary=facts['vocabulary'], source=facts['source'])
 
 
+def _each_rounded_up(forms):
+    return {form: round_up(bound) for form, bound in forms.items()}
+
+
 def _rounded_up(claims):
     "The claims as a certificate makes them."
-    return {name: {**claim, 'bound': round_up(claim['bound'])} for name, claim in claims.items()}
+    return {name: claim | dict(bound=round_up(claim['bound']), forms=_each_rounded_up(claim['forms']))
+            for name, claim in claims.items()}
 
 
 def _file_content(header, message):
@@ -232,38 +233,85 @@ def write_certificate(path,           # where the file shall stand
                       settings:dict,  # samples, token_samples, configurations, delta and block, as given to `prove`
 )->Path:                              # `path`
     "Write a certificate."
-    header = dict(spec=spec, model=model_facts(model, subspace),
-                  gates=0 if subspace.gates is None else len(subspace.layers), data=_data_facts(folder),
-                  settings=settings, claims=_rounded_up(claims))
+    header = dict(spec=check_spec(spec), model=model_facts(model, subspace), data=_data_facts(folder), settings=settings,
+                  claims=_rounded_up(claims))
     return write_atomic(path, _file_content(header, message))
+
+# %% ../../nbs/bounds/06_certificates.ipynb #0d35a058
+_hash = text(64, r'^[0-9a-f]{8,64}\Z')
+_count = whole(1, 2**50)
+_bound = real(-1e6, 1e6)
+_claim_fields = dict(bound=_bound, risk=_bound, alpha=real(0, 1), width=real(0, 1e6), bits=real(0, 1e12), n=_count,
+                     m=_count, delta=real(0, 1), forms=dict(type='object', additionalProperties=_bound, maxProperties=9))
+_form_of_claim = dict(record(**_claim_fields), required=sorted(set(_claim_fields) - {'alpha'}))
+
+_form = record(
+    spec=dict(type='object'),
+    model=record(base=_hash, parameters=_count, start=_hash, projection_hash=_hash),
+    data=record(folder=text(4096), documents=_count, sha256=_hash, offsets=_hash, tokenizer=text(500),
+                vocabulary=whole(2, 2**20), source=dict(type='object', properties=dict(data=text(4096)),
+                                                        required=['data'], maxProperties=50)),
+    settings=record(samples=whole(0, 2**50), token_samples=whole(0, 2**50), configurations=whole(1, 10**12),
+                    delta=real(1e-12, 1 - 1e-12), block=whole(1, 2**20)),
+    claims=dict(type='object', additionalProperties=_form_of_claim, maxProperties=20, minProperties=1,
+                propertyNames=text(50)))
 
 # %% ../../nbs/bounds/06_certificates.ipynb #79b7d95b
 hash_bytes = 32  # of the SHA-256 at the end
+_most_bytes = 2**28  # of a certificate
+_most_described = 2**20  # bytes of its description
+
+
+def _content(path):
+    "The bytes of a file that can be a certificate; a `LabError` for one that is none or too large."
+    path = find_path(path)
+    if not path.is_file():
+        raise LabError(f'there is no certificate {path}')
+    size = check_regular(path).stat().st_size
+    if not len(MAGIC) + 8 + hash_bytes < size <= _most_bytes:
+        raise LabError(f'{path} has {size:,} bytes and is no certificate, or was changed or cut')
+    with path.open('rb') as file:
+        if file.read(len(MAGIC)) != MAGIC:
+            raise LabError(f'{path} is no certificate of this laboratory, or its first bytes were changed')
+    return path.read_bytes()
 
 
 def _checked_body(path, content):
     "What stands before the hash of a certificate; a `LabError` when the two do not agree."
-    if not content.startswith(MAGIC):
-        raise LabError(f'{path} is no certificate of this laboratory, or its first bytes were changed')
     body = content[:-hash_bytes]
     if bytes.fromhex(sha256_of(body)) != content[-hash_bytes:]:
         raise LabError(f'{path} was changed or cut: its content does not match its hash')
     return body
 
 
-def _header_and_message(body):
+def _header_and_message(path, body):
     "The two parts of what stands before the hash: the description's length stands before it in eight bytes."
     start = len(MAGIC) + 8
     size = int.from_bytes(body[len(MAGIC):start], 'big')
-    return json.loads(body[start:start + size]), body[start + size:]
+    if not 0 < size <= min(len(body) - start - 1, _most_described):
+        raise LabError(f'{path} says that its description has {size:,} bytes, and has {len(body) - start:,} for it and '
+                       'the message: it was put together by hand')
+    return read_strictly(f'the description in {path}', body[start:start + size]), body[start + size:]
+
+
+def _check_agreement(path, header):
+    "A `LabError` when the parts of a description contradict each other."
+    spec, settings, data = header['spec'], header['settings'], header['data']
+    base = spec['base']
+    if base['model'] == 'random' and (base['block'] != settings['block'] or base['vocabulary'] < data['vocabulary']):
+        raise LabError(f'{path} contradicts itself: its base has {base["block"]} positions and {base["vocabulary"]} '
+                       f'tokens, its settings {settings["block"]} and its data {data["vocabulary"]}')
+    if settings['samples'] > data['documents']:
+        raise LabError(f'{path} contradicts itself: {settings["samples"]:,} of {data["documents"]:,} documents scored')
 
 
 def read_certificate(path) -> tuple:
-    "(description, message) of a certificate; a `LabError` when a byte of it was changed."
-    path = find_path(path)
-    if not path.is_file():
-        raise LabError(f'there is no certificate {path}')
-    return _header_and_message(_checked_body(path, path.read_bytes()))
+    "(description, message) of a certificate; a `LabError` when a byte of it was changed or a field is malformed."
+    header, message = _header_and_message(path, _checked_body(path, _content(path)))
+    check_form(f'the description in {path}', header, _form)
+    check_spec(header['spec'])
+    _check_agreement(path, header)
+    return header, message
 
 # %% ../../nbs/bounds/06_certificates.ipynb #993771ca
 def _check_tokenizer(known, facts, folder):
@@ -304,9 +352,9 @@ def check_data(known:dict,  # what a certificate says of its data
 # %% ../../nbs/bounds/06_certificates.ipynb #dfa84dd6
 def _check_rebuilt(rebuilt, claimed):
     "A `LabError` that names the first of `model_facts` in which a rebuilt model is another."
-    for name, value in claimed.items():
-        if rebuilt[name] != value:
-            raise LabError(f'another model: {name} comes out as {rebuilt[name]} and the certificate says {value}; its '
+    for name, value in rebuilt.items():
+        if claimed[name] != value:
+            raise LabError(f'another model: {name} comes out as {value} and the certificate says {claimed[name]}; its '
                            'base weights or the library that makes them differ')
 
 
@@ -317,7 +365,8 @@ def decoded_model(header:dict,    # from `read_certificate`
     model, subspace = build_model(header['spec'])
     _check_rebuilt(model_facts(model, subspace), header['model'])
 
-    values, gates = decode_message(message, subspace.config.dimension, header['gates'], subspace.config.gate_bits)
+    gate_count = 0 if subspace.gates is None else len(subspace.layers)
+    values, gates = decode_message(message, subspace.config.dimension, gate_count, subspace.config.gate_bits)
     if gates:
         subspace.code_gates(gates)
     with torch.no_grad():
@@ -325,10 +374,29 @@ def decoded_model(header:dict,    # from `read_certificate`
     return model, subspace
 
 # %% ../../nbs/bounds/06_certificates.ipynb #23603238
+_rounding = 2e-3  # by how much a claim may lie above its bound, for it is rounded up
+_same = 1e-9  # relative, for fields that no score enters
+
+
+def _differing(claim, again):
+    "The fields of a claim that do not come out as they are when it is computed again."
+    bounds = {'bound': (claim['bound'], again['bound'])}
+    for form in claim['forms'].keys() | again['forms'].keys():
+        bounds[form] = (claim['forms'].get(form, math.nan), again['forms'].get(form, math.nan))
+    wrong = [name for name, (claimed, value) in bounds.items() if not value <= claimed <= value + _rounding]
+
+    if abs(claim['risk'] - again['risk']) > room:
+        wrong.append('risk')
+    for name in ('alpha', 'width', 'bits', 'n', 'm', 'delta'):
+        if not math.isclose(claim.get(name, 0), again.get(name, 0), rel_tol=_same):
+            wrong.append(name)
+    return sorted(wrong)
+
+
 def _compared(claim, again):
-    "A claim beside the same one recomputed."
-    holds = again['bound'] <= claim['bound'] and again['bits'] == claim['bits']
-    return dict(claimed=claim['bound'], recomputed=again['bound'], holds=bool(holds))
+    "A claim beside the same one recomputed; `differs` names the fields that do not agree."
+    differs = _differing(claim, again)
+    return dict(claimed=claim['bound'], recomputed=again['bound'], holds=not differs, differs=differs)
 
 
 def _check_same_claims(claims, again):
@@ -340,13 +408,27 @@ def _check_same_claims(claims, again):
 
 def verify(path,       # a certificate
            data=None,  # folder of the token files; by default the one the certificate names
-)->dict:               # name of a claim -> claimed, recomputed, holds
+)->dict:               # name of a claim -> claimed, recomputed, holds, differs
     "Rebuild, score again and recompute every claim of a certificate; a `LabError` when it can not be checked."
     header, message = read_certificate(path)
     folder = check_data(header['data'], data or header['data']['folder'])
     model, _ = decoded_model(header, message)
-    again, _ = prove(model, folder, message, **header['settings'])
+    again, _ = prove(model, header['spec'], folder, message, **header['settings'])
 
     claims = header['claims']
     _check_same_claims(claims, again)
     return {name: _compared(claim, again[name]) for name, claim in claims.items()}
+
+# %% ../../nbs/bounds/06_certificates.ipynb #c05e3d33
+def condition(header:dict,  # from `read_certificate`
+)->str:                     # one line
+    "With which probability the claims of a certificate hold, and provided what."
+    settings, base = header['settings'], header['spec']['base']
+    promise = f"holds with probability {1 - settings['delta']:.6g}"
+    independent = 'the documents are independent draws from one source'
+    if base['model'] == 'random':
+        return (f'{promise}, whatever seeds and settings were tried (a random base; its description is paid for), '
+                f'if {independent}')
+    return (f"{promise} provided that base {base['model']} (hash {header['model']['base']}), seeds and at most "
+            f"{settings['configurations']:,} settings were fixed before these documents were drawn "
+            f"(its author's word, which cannot be checked here), if {independent}")

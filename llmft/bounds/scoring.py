@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SLIDE', 'ALPHAS', 'TOP_K', 'Windows', 'make_windows', 'score_windows', 'Scores', 'summarise', 'score_documents',
-           'draw_sample', 'score_tokens']
+           'draw_sample', 'score_tokens', 'in_drawn_order']
 
 # %% ../../nbs/bounds/04_scoring.ipynb #a5c7c251
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -262,3 +262,12 @@ def score_tokens(model,                  # a causal language model
 
     order = _in_file_order(scored, place)
     return summarise(np.arange(len(place)), probabilities[order], ranks[order], len(place), vocabulary)
+
+# %% ../../nbs/bounds/04_scoring.ipynb #5460c4c4
+def in_drawn_order(scores:Scores,  # of a sample, in the order of the file
+                   seed:int,       # of the order
+                   *purpose,       # what it is for
+)->Scores:
+    "The same scores in a random order."
+    order = purpose_rng(seed, 'order', *purpose).permutation(len(scores))
+    return replace(scores, bits=scores.bits[order], errors=scores.errors[order], tokens=scores.tokens[order])
