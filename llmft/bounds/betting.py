@@ -6,7 +6,7 @@
 __all__ = ['certified', 'mean_limit', 'variance_limit', 'bernstein_bound', 'betting_bound', 'all_forms', 'freedman_bound',
            'coverage']
 
-# %% ../../nbs/bounds/03_betting.ipynb #d16e00e3
+# %% ../../nbs/bounds/03_betting.ipynb #bfa46b83
 import math
 
 import numpy as np
@@ -14,8 +14,8 @@ import numpy as np
 from ..core import LabError
 from .bounds import allowed_nats, full_bound, kl_bound, subsampling_bound
 
-# %% ../../nbs/bounds/03_betting.ipynb #890dd698
-_most_staked = .95  # of the capital, on one value
+# %% ../../nbs/bounds/03_betting.ipynb #a59aa44b
+_most_staked = .99  # of the capital, on one value
 
 
 def _losers(f, means, floor, stakes, nats):
@@ -36,7 +36,7 @@ def _left(n, values):
     "How many of n are left before each draw."
     return n - np.arange(values.shape[-1])
 
-# %% ../../nbs/bounds/03_betting.ipynb #1c1838bb
+# %% ../../nbs/bounds/03_betting.ipynb #e662946a
 def _so_far(u):
     "Mean and variance of the values before each draw, beginning with guesses: 1/2 and 1/50, which count as one value."
     count = np.arange(1, u.shape[-1] + 1)
@@ -75,7 +75,7 @@ def mean_limit(u,           # values between 0 and 1 in the order they were draw
     left = _left(n, u)
     return _upper_limit(u.mean(-1), lambda mean: _losers(-u, (past - n * mean[..., None]) / left, -1., stakes, nats))
 
-# %% ../../nbs/bounds/03_betting.ipynb #dba90060
+# %% ../../nbs/bounds/03_betting.ipynb #ef1c1831
 def variance_limit(u,           # values between 0 and 1 in the order they were drawn, (..., m)
                    n:int,       # how many there are to draw from
                    nats:float,  # ln(1 / the probability to be wrong)
@@ -94,7 +94,7 @@ def variance_limit(u,           # values between 0 and 1 in the order they were 
         return _losers(-misses, (past - (n - 1) * variance[..., None]) / (n - drawn), -1., stakes, nats)
     return _upper_limit(np.zeros(u.shape[:-1]), rejected)
 
-# %% ../../nbs/bounds/03_betting.ipynb #c561d5a5
+# %% ../../nbs/bounds/03_betting.ipynb #f26ef0bd
 def _in_unit(losses, lowest, width):
     "The losses mapped to [0, 1]; a `LabError` when some lie outside their interval."
     losses = np.asarray(losses, dtype=float)
@@ -135,9 +135,9 @@ def bernstein_bound(losses,         # of the sampled documents in the order they
     bound = mean + np.sqrt(2 * variance * nats / n) + 7 * nats / (3 * (n - 1))
     return lowest + width * np.minimum(bound, 1)
 
-# %% ../../nbs/bounds/03_betting.ipynb #369bc95d
+# %% ../../nbs/bounds/03_betting.ipynb #50b81eaa
 _supposed_spread = .2  # of the losses, as a share of the room above their mean
-_around = (.5, 1, 2)   # times the share that is best for it
+_around = (.25, .5, 1, 2)  # times the share that is best for it
 
 
 def _shares(nats, n):
@@ -177,7 +177,7 @@ def betting_bound(losses,         # of the sampled documents in the order they w
                                    _too_rich(u, mean, share, n, complexity, sample, stakes)))
     return lowest + width * np.min(limits, axis=0)
 
-# %% ../../nbs/bounds/03_betting.ipynb #1f984dd8
+# %% ../../nbs/bounds/03_betting.ipynb #d5e806e1
 certified = 'betting'  # the form whose number is claimed; fixed, so that choosing it costs nothing
 
 
@@ -202,7 +202,7 @@ def all_forms(losses,         # of the sampled documents in the order they were 
     return old | dict(bernstein=float(bernstein_bound(losses, bits, n, width, **rest)),
                       betting=float(betting_bound(losses, bits, n, width, **rest)))
 
-# %% ../../nbs/bounds/03_betting.ipynb #17319623
+# %% ../../nbs/bounds/03_betting.ipynb #d98ceb57
 _centres = 8  # equally far apart in the interval of the losses
 
 
@@ -236,7 +236,7 @@ def freedman_bound(losses,         # of the sampled tokens in the order they wer
     limits = [_freedman_limit(u, centre, share, n, complexity, sample) for share in _shares(complexity, n)]
     return lowest + width * np.minimum(np.min(limits, axis=0), 1)
 
-# %% ../../nbs/bounds/03_betting.ipynb #6ee9aa17
+# %% ../../nbs/bounds/03_betting.ipynb #f896092a
 _games_at_once = 100  # so that memory stays small
 
 

@@ -237,7 +237,7 @@ def write_certificate(path,           # where the file shall stand
                   claims=_rounded_up(claims))
     return write_atomic(path, _file_content(header, message))
 
-# %% ../../nbs/bounds/06_certificates.ipynb #0d35a058
+# %% ../../nbs/bounds/06_certificates.ipynb #39263c28
 _hash = text(64, r'^[0-9a-f]{8,64}\Z')
 _count = whole(1, 2**50)
 _bound = real(-1e6, 1e6)
@@ -419,7 +419,7 @@ def verify(path,       # a certificate
     _check_same_claims(claims, again)
     return {name: _compared(claim, again[name]) for name, claim in claims.items()}
 
-# %% ../../nbs/bounds/06_certificates.ipynb #c05e3d33
+# %% ../../nbs/bounds/06_certificates.ipynb #f72339f4
 def condition(header:dict,  # from `read_certificate`
 )->str:                     # one line
     "With which probability the claims of a certificate hold, and provided what."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_strictly', 'check_form', 'whole', 'real', 'text', 'record', 'check_spec', 'description_bits']
 
-# %% ../../nbs/bounds/05_descriptions.ipynb #7915e4db
+# %% ../../nbs/bounds/05_descriptions.ipynb #2a2db59e
 import json
 import math
 from decimal import Decimal
@@ -17,7 +17,7 @@ from ..core import LabError
 from ..models.projections import projections
 from ..models.subspace import modes
 
-# %% ../../nbs/bounds/05_descriptions.ipynb #133dddf8
+# %% ../../nbs/bounds/05_descriptions.ipynb #8db674bd
 def _refuse_constant(name):
     raise ValueError(f'{name} is no number')
 
@@ -40,10 +40,10 @@ def read_strictly(what:str,   # how errors call the text
         reason = ' '.join(str(error).split())[:80]
         raise LabError(f'{what} is not JSON as a certificate has it ({reason}): get the file again') from None
 
-# %% ../../nbs/bounds/05_descriptions.ipynb #3fc57e9a
+# %% ../../nbs/bounds/05_descriptions.ipynb #bfc21736
 _strict = validators.extend(Draft202012Validator, type_checker=Draft202012Validator.TYPE_CHECKER.redefine_many(dict(
     integer=lambda _, value: type(value) is int,
-    number=lambda _, value: type(value) in (int, float) and math.isfinite(value))))
+    number=lambda _, value: type(value) is int or (type(value) is float and math.isfinite(value)))))
 
 
 def check_form(what:str,     # how errors call the value
@@ -57,27 +57,27 @@ def check_form(what:str,     # how errors call the value
     place = '.'.join(map(str, error.absolute_path)) or 'its outermost object'
     raise LabError(f'{what} is malformed at {place[:80]} ({error.message[:120]}): get it from its author again')
 
-# %% ../../nbs/bounds/05_descriptions.ipynb #0303674b
+# %% ../../nbs/bounds/05_descriptions.ipynb #e3538e63
 def whole(low: int, high: int) -> dict:
     "The schema of a whole number from `low` to `high`."
     return dict(type='integer', minimum=low, maximum=high)
 
-# %% ../../nbs/bounds/05_descriptions.ipynb #e49253ed
+# %% ../../nbs/bounds/05_descriptions.ipynb #66329ed2
 def real(low: float, high: float) -> dict:
     "The schema of a number from `low` to `high`."
     return dict(type='number', minimum=low, maximum=high)
 
-# %% ../../nbs/bounds/05_descriptions.ipynb #81d76c89
+# %% ../../nbs/bounds/05_descriptions.ipynb #c67af134
 def text(longest: int, pattern: str = '') -> dict:
     "The schema of text of at most `longest` characters, none of them a control character, that fits `pattern`."
     return dict(type='string', maxLength=longest, pattern=pattern or r'^[^\x00-\x1f\x7f]*\Z')
 
-# %% ../../nbs/bounds/05_descriptions.ipynb #848cbb5d
+# %% ../../nbs/bounds/05_descriptions.ipynb #00aa06cc
 def record(**fields) -> dict:
     "The schema of an object with just these fields, each of which must be there."
     return dict(type='object', properties=fields, required=sorted(fields), additionalProperties=False)
 
-# %% ../../nbs/bounds/05_descriptions.ipynb #adb5ff91
+# %% ../../nbs/bounds/05_descriptions.ipynb #15f4584b
 _seed = whole(0, 2**32 - 1)
 _most_numbers = 2**28  # parameters of a random base, and of all factors on it
 
@@ -112,7 +112,7 @@ def check_spec(spec:dict,  # base, lora, subspace: for `build_model`
         _check_totals(base, spec['lora'])
     return spec
 
-# %% ../../nbs/bounds/05_descriptions.ipynb #c2cc5736
+# %% ../../nbs/bounds/05_descriptions.ipynb #ee8c6860
 _words = ('random', 'base', 'q_proj', 'v_proj', 'lm_head', 'k_proj', 'o_proj', 'c_attn', 'c_proj', 'c_fc', 'gate_proj',
           'up_proj', 'down_proj', *modes, *projections)
 
