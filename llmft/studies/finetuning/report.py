@@ -6,14 +6,15 @@
 __all__ = ['data_table', 'model_size', 'predicted_memory', 'training_cost', 'finetuning_metrics', 'finetuning_verdict',
            'pretraining_metrics', 'pretraining_verdict']
 
-# %% ../../../nbs/studies/finetuning/03_report.ipynb #410d3937
+# %% ../../../nbs/studies/finetuning/03_report.ipynb #4814f090
 import math
 
 from ...models.cost import families, memory_breakdown
 from ...models.load import quantised_share
 from ...models.meter import machine_peaks
 from ...models.methods import Method
-from ...runs.tables import column, memory_error, table
+from ...runs.rivals import in_bullets, rank_judged, told
+from ...runs.tables import column, memory_error, table, text_columns
 from ...training.fit import FitResult
 from ...training.recipe import optimisers
 from ...training.strategies import Processes, strategies
@@ -28,7 +29,7 @@ def data_table(data:TrainingData,  # of the run
     rows = [dict(side=side, bytes=documents.bytes, **notes) for side, documents, notes in sides]
 
     return table(rows, ['side', 'documents', 'bytes', column('too_long', f'beyond {max_length}'), 'examples', 'targets',
-                        'targets_lost', column('without_target', 'empty')])
+                        'targets_lost', column('without_target', 'empty'), *text_columns])
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #b2e4cad7
 def model_size(model,  # as it will be trained
@@ -84,10 +85,13 @@ def training_cost(model,               # as trained
 _settings = ('method', 'num_epochs', 'batch_size', 'learning_rate', 'gradient_checkpointing')
 
 
+_judged = ('loss', 'perplexity', 'bits_per_byte', 'perplexity_with_end', 'bits_per_byte_with_end')
+
+
 def _quality(before, after):
     "Loss, perplexity and bits per byte before and after training under names of their own."
     return {f'{name}_{when}': judged[name] for when, judged in (('before', before), ('after', after))
-            for name in ('loss', 'perplexity', 'bits_per_byte')}
+            for name in _judged}
 
 
 def _cost_metrics(cost):
@@ -108,26 +112,45 @@ def finetuning_metrics(params,            # the run's parameters
 )->dict:
     "Every number of a fine-tuning run under its own name."
     settings = {name: getattr(params, name) for name in _settings}
-    counts = dict(num_samples=len(data.corpus.train), valid_targets=after['targets'], total_parameters=size['total'],
+    counts = dict(num_samples=len(data.corpus.train), valid_targets=after['targets'], valid_ends=after['ends'],
+                  control_like=data.train_notes['control_like'], total_parameters=size['total'],
                   quantised_share=size['share'], reload_difference=reload_difference)
     return result.metrics() | _quality(before, after) | settings | counts | _cost_metrics(cost)
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #ec8ec96b
+def _perplexity_change(name, old, new):
+    "From which perplexity a model came and where it went."
+    change = 1 - new['perplexity'] / old['perplexity']
+    direction = 'lowered' if change > 0 else 'raised'
+    return (f"{name} {direction} the held-out perplexity from {old['perplexity']:.1f} to {new['perplexity']:.1f} "
+            f'({abs(change):.0%})')
+
+
+def _against_unquantised(base, after):
+    "The change against the base without quantisation; nothing where it was not judged."
+    if not base:
+        return ''
+    change = after['perplexity'] / base['perplexity'] - 1
+    return f"; against the base without quantisation ({base['perplexity']:.1f}) that is {change:+.0%}"
+
+
 def finetuning_verdict(method:str,        # full, lora or qlora
                        size:dict,         # from `model_size`
                        result:FitResult,  # from `launch`
                        before:dict,       # from `judge`, before training
                        after:dict,        # the same afterwards
-)->str:
-    "What the run gained, in one sentence."
-    change = 1 - after['perplexity'] / before['perplexity']
-    direction = 'lowered' if change > 0 else 'raised'
+                       base:dict=None,    # the same for the base without quantisation, where the weights are quantised
+)->str:                                   # Markdown
+    "What the run gained over its strongest rival, how sure that is, and what it took."
+    rivals = {method: after, 'the model before training': before}
+    rivals |= {'the base without quantisation': base} if base else {}
+
     progress = result.progress
-    return (f"{method} {direction} the held-out perplexity from {before['perplexity']:.1f} to "
-            f"{after['perplexity']:.1f} ({abs(change):.0%}; n = {after['targets']:,} "
-            f"tokens of {after['documents']} documents), "
-            f"training {result.trainable:,} of {size['total']:,} parameters for {progress.step:,} steps "
-            f"({progress.stopped}).")
+    answer = f'{_perplexity_change(method, before, after)}{_against_unquantised(base, after)}.'
+    took = (f"It trained {result.trainable:,} of {size['total']:,} parameters for {progress.step:,} steps "
+            f"({progress.stopped}); n = {after['targets']:,} held-out tokens of {after['documents']} documents. Next: "
+            'compare methods on the same documents (params/sweeps/finetune_matrix.yaml).')
+    return in_bullets(answer, told(rank_judged(rivals), method), took)
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #6c81b2ed
 def pretraining_metrics(result:FitResult,  # from `launch`
@@ -139,17 +162,21 @@ def pretraining_metrics(result:FitResult,  # from `launch`
     kept = ('train_tokens', 'total_time_seconds', 'tokens_per_sec', 'flops', 'best_step')
     return {name: training[name] for name in kept} | dict(
         parameters=result.trainable, valid_loss_before=before['loss'], valid_loss=after['loss'],
-        valid_perplexity=after['perplexity'], bits_per_byte=after['bits_per_byte'], valid_targets=after['targets'],
+        valid_perplexity=after['perplexity'], valid_perplexity_with_end=after['perplexity_with_end'],
+        bits_per_byte=after['bits_per_byte'], valid_targets=after['targets'], valid_ends=after['ends'],
         valid_bytes=after['bytes'])
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #a9ff96bb
 def pretraining_verdict(result:FitResult,  # from `launch`
-                        before:dict,       # loss of the random model
+                        before:dict,       # from `judge`, of the random model
                         after:dict,        # from `judge`, on the weights as they are exported
-)->str:
-    "What the model learned, in one sentence."
+)->str:                                    # Markdown
+    "What the model learned, how sure that is, and what it took."
     progress = result.progress
-    return (f"After {progress.tokens:,} tokens ({progress.step:,} steps, {progress.seconds / 60:.1f} min) the model of "
-            f"{result.trainable:,} parameters predicts held-out files at {after['bits_per_byte']:.3f} bits per byte "
-            f"(n = {after['targets']:,} tokens, {after['bytes']:,} bytes); "
-            f"untrained, its loss was {before['loss']:.2f} nats per token, now {after['loss']:.2f}.")
+    answer = (f"The model of {result.trainable:,} parameters predicts held-out files at {after['bits_per_byte']:.3f} "
+              f"bits per byte (n = {after['targets']:,} tokens, {after['bytes']:,} bytes); untrained, its loss was "
+              f"{before['loss']:.2f} nats per token, now {after['loss']:.2f}.")
+    ranking = rank_judged({'the trained model': after, 'random weights': before}, 'files')
+    took = (f'It took {progress.tokens:,} tokens ({progress.step:,} steps, {progress.seconds / 60:.1f} min). Next: '
+            'fine-tune it (finetune, with model set to the folder of this one).')
+    return in_bullets(answer, told(ranking, 'the trained model'), took)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ...core import LabError
+from ...data.tokens import prompt_tokens
 from ...inference.generation import generate
 from ...models.load import evaluating, hidden_states, output_head
 from .codec import decode, probe
@@ -147,9 +148,7 @@ def prompt_ids(tokenizer,      # the model's
                given:int,      # steps to give
 )->list:                       # token ids of each prompt
     "The given steps of each text as token ids, ending in a separator."
-    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    beginnings = [serialisation.write(';'.join(text.split(';')[:given]) + ';') for text in texts]
-    return [begin + row for row in tokenizer(beginnings, add_special_tokens=False)['input_ids']]
+    return prompt_tokens([serialisation.write(';'.join(text.split(';')[:given]) + ';') for text in texts], tokenizer)
 
 # %% ../../../nbs/studies/forecasting/05_forecast.ipynb #01809cb2
 @dataclass

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['most_files_shown', 'blanks', 'data_table', 'file_table', 'files_in_words', 'trial_table', 'trial_bars',
            'perplexity_band', 'before_and_after', 'log_line', 'training_log', 'write_stats', 'final_facts',
-           'fill_report', 'report_values', 'conclude', 'search_metrics', 'quality_metrics']
+           'fill_report', 'report_values', 'conclude', 'pdf_verdict', 'search_metrics', 'quality_metrics']
 
-# %% ../../../nbs/studies/pdfs/03_report.ipynb #6669f468
+# %% ../../../nbs/studies/pdfs/03_report.ipynb #b51786ae
 import datetime
 import json
 from contextlib import contextmanager
@@ -16,8 +16,10 @@ from pathlib import Path
 from matplotlib import rc_context
 
 from ...core import write_atomic
+from ...data.tables import left_out
 from ...runs.figures import Plot, byte_unit, ink, muted, new_plot, palette, style
-from ...runs.tables import column, evaluation_table, table
+from ...runs.rivals import in_bullets, rank_judged, told
+from ...runs.tables import column, evaluation_table, table, text_columns
 from ...training.fit import FitResult
 from ...training.recipe import Recipe
 from .setup import PdfData
@@ -33,7 +35,7 @@ def data_table(data:PdfData,    # of the run
             for side, files, chunks, notes in sides]
 
     return table(rows, ['side', 'files', 'chunks', 'bytes', column('too_long', f'chunks beyond {max_length}'),
-                        'examples', 'targets', 'targets_lost'])
+                        'examples', 'targets', 'targets_lost', *text_columns])
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #e0d2fa7b
 most_files_shown = 20
@@ -63,7 +65,8 @@ def files_in_words(data:PdfData,  # of the run
     used = len(data.used)
     rest = used - most_files_shown
     further = f'; the {rest:,} further files that were used are in files.json' if rest > 0 else ''
-    return f'{files:,} files, {used:,} used, {files - used:,} skipped{further}'
+    besides = left_out(data.corpus.notes.get('besides', {}))
+    return f'{files:,} files, {used:,} used, {files - used:,} skipped{further}\nbeside them {besides}'
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #49dcce55
 _trial_columns = [column('trial'), column('batch', 'batch', 'rows'), column('fits'),
@@ -235,6 +238,19 @@ def conclude(params,        # lora_rank, quantisation, gradient_checkpointing, o
             f"{split['test_size']} others from "
             f'{before:.1f} to {after:.1f} ({abs(change):.0%}).')
 
+# %% ../../../nbs/studies/pdfs/03_report.ipynb #88743323
+def pdf_verdict(conclusion:str,    # from `conclude`
+                before:dict,       # from `judge`, before training
+                after:dict,        # the same afterwards
+                result:FitResult,  # from `launch`
+)->str:                            # Markdown
+    "What was achieved, how sure that is against the model before training, and how training ended."
+    ranking = rank_judged({'the trained model': after, 'the model before training': before}, 'chunks')
+    progress = result.progress
+    ended = (f'Training ended at step {progress.step} of {result.steps} ({progress.stopped}); '
+             f"n = {after['targets']:,} held-out tokens. Next: compare runs (params/sweeps/pdf_finetune.yaml).")
+    return in_bullets(conclusion, told(ranking, 'the trained model'), ended)
+
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #8d3cf3a3
 def _predicted_bytes(trials, largest):
     "The estimate for the largest batch; `None` where no trial of it has one."
@@ -261,6 +277,9 @@ def quality_metrics(data:PdfData,  # of the run
     "What the model was trained on, and how well it predicts what it was not trained on."
     return dict(loss_before=before['loss'], loss_after=after['loss'], perplexity_before=before['perplexity'],
                 perplexity_after=after['perplexity'], valid_targets=after['targets'],
+                perplexity_with_end_before=before['perplexity_with_end'],
+                perplexity_with_end_after=after['perplexity_with_end'], valid_ends=after['ends'],
+                control_like=data.train_notes['control_like'],
                 train_files=data.split['train_size'], test_files=data.split['test_size'],
                 skipped_files=len(data.files) - len(data.used), train_chunks=len(data.corpus.train),
                 test_chunks=len(data.corpus.valid))

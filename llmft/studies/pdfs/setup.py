@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from ...core import write_atomic
 from ...data.corpora import Corpus
 from ...data.pdfs import builtin_pdfs, pdf_corpus, read_pdfs
-from ...data.tokens import Examples, cut, encode, load_tokenizer, read_tokens
+from ...data.tokens import Examples, cut, encode, load_tokenizer, read_tokens, text_notes
 from ...models.methods import Method
 
 # %% ../../../nbs/studies/pdfs/01_setup.ipynb #6e2ee496
@@ -49,7 +49,8 @@ def _write_files(path, files):
 
 def _examples(documents, tokenizer, folder, max_length):
     "Documents as examples of at most `max_length` positions, with their counts; the tokens stay in `folder`."
-    return cut(encode(documents.texts, tokenizer, folder), max_length)
+    examples, notes = cut(encode(documents.texts, tokenizer, folder, ends=documents.ends), max_length)
+    return examples, notes | text_notes(documents.texts, tokenizer)
 
 
 def pdf_data(params,  # data, max_pages, min_characters, test_share, seed, chunk_characters, max_length, model
@@ -59,8 +60,10 @@ def pdf_data(params,  # data, max_pages, min_characters, test_share, seed, chunk
     folder = Path(folder)
     tokenizer = load_tokenizer(params.model)
     source = builtin_pdfs(folder/'pdfs') if params.data == 'builtin' else params.data
-    files = read_pdfs(source, params.max_pages, params.min_characters)
+    besides = None if params.data == 'builtin' else {}
+    files = read_pdfs(source, params.max_pages, params.min_characters, notes=besides)
     corpus, split = pdf_corpus(files, params.test_share, params.seed, params.chunk_characters, folder/'split_info.json')
+    corpus.notes['besides'] = besides or {}
     _write_files(folder/'files.json', files)
 
     train, train_notes = _examples(corpus.train, tokenizer, folder/'tokens'/'train', params.max_length)

@@ -22,6 +22,7 @@ from ...bounds.scoring import ALPHAS
 from ...core import LabError, find_path, read_json, write_atomic
 from ...models.subspace import Subspace, load_subspace
 from ...runs.results import read_result
+from ...runs.rivals import Measure, in_bullets, place_words, rank
 from ...runs.tables import column, table
 from ...training.recipe import Recipe
 
@@ -122,7 +123,7 @@ def claim_table(claims:dict,  # from `prove`
     rows = [dict(claim=name.replace('_', ' '), **claim) for name, claim in claims.items()]
     return table(rows, _claim_columns)
 
-# %% ../../../nbs/studies/sublora/05_proof.ipynb #dc49ebb8
+# %% ../../../nbs/studies/sublora/05_proof.ipynb #73d38a52
 def form_table(claims:dict,  # from `prove`
 ):                           # a displayed table
     "Every claim in every form; `claimed` is the one that counts."
@@ -232,9 +233,13 @@ def proof_verdict(proof:Proof,  # of one predictor
     "What was proved, in words."
     best = proof.best
     side = 'below' if best['bound'] < proof.guess else 'NOT below'
-    return (f'On documents of the same source the smoothed loss is at most {best["bound"]:.3f} bits per token, {side} '
-            f"random guessing ({proof.guess:.3f}): {best['risk']:.3f} on m = {best['m']:,} training documents and "
-            f"{best['bound'] - best['risk']:.3f} for K = {best['bits']:,.0f} bits and n = {best['n']:,}. "
-            f'This claim, together with {len(proof.claims) - 1} others, {proof.condition}. '
-            f'On {proof.held_out_documents:,} held-out documents the loss is {proof.held_out_bpd:.3f}. '
-            f'{_tried_text(proof.configurations)} tried and paid for.')
+    bounds = {'the claim': best['bound'], 'random guessing': proof.guess}
+    place = place_words(rank(bounds, Measure('bound', 'bits per token', tolerance=0)), 'the claim')
+    answer = (f"On documents of the same source the smoothed loss is at most {best['bound']:.3f} bits per token, {side} "
+              f'random guessing ({proof.guess:.3f}). {place} '
+              f'This claim, together with {len(proof.claims) - 1} others, {proof.condition}.')
+    made_of = (f"It is {best['risk']:.3f} on m = {best['m']:,} training documents and "
+               f"{best['bound'] - best['risk']:.3f} for K = {best['bits']:,.0f} bits and n = {best['n']:,}. "
+               f'On {proof.held_out_documents:,} held-out documents it is {proof.held_out_bpd:.3f}.')
+    return in_bullets(answer, made_of, f'{_tried_text(proof.configurations)} tried and paid for. Next: llmft verify '
+                                       'checks the certificate from the file alone.')
