@@ -123,7 +123,7 @@ def claim_table(claims:dict,  # from `prove`
     rows = [dict(claim=name.replace('_', ' '), **claim) for name, claim in claims.items()]
     return table(rows, _claim_columns)
 
-# %% ../../../nbs/studies/sublora/05_proof.ipynb #73d38a52
+# %% ../../../nbs/studies/sublora/05_proof.ipynb #e1b4dd2c
 def form_table(claims:dict,  # from `prove`
 ):                           # a displayed table
     "Every claim in every form; `claimed` is the one that counts."
