@@ -8,14 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import brentq
 
-from llmft.bounds.betting import (
-    bernstein_bound,
-    betting_bound,
-    coverage,
-    freedman_bound,
-    mean_limit,
-    variance_limit,
-)
+from llmft.bounds.betting import bernstein_bound, betting_bound, coverage, freedman_bound, mean_limit, variance_limit
 from llmft.bounds.bounds import lowest_loss, smoothing_width, subsampling_bound
 
 FORMS = ('hoeffding', 'kl', 'bernstein', 'betting', 'freedman')
