@@ -274,6 +274,13 @@ def _check_message(message, values_D, gates, gate_bits):
         raise LabError('the values are not levels of the codebook: quantise them first')
 
 
+def _whole_message(values_D, codebook_Q, gates, gate_bits):
+    "The message of values on their nearest levels, without a check."
+    used, symbols_D = np.unique(assign(values_D, codebook_Q), return_inverse=True)
+    counts_Q = np.bincount(symbols_D)
+    return _head(codebook_Q[used], counts_Q, len(values_D), gates, gate_bits) + _coded(symbols_D, counts_Q)
+
+
 def encode_message(values_D,        # d numbers, each one of the levels
                    codebook_Q,      # levels, exact in float16; those that never occur are left out
                    gates=(),        # whole numbers below 2**gate_bits
@@ -285,9 +292,7 @@ def encode_message(values_D,        # d numbers, each one of the levels
     if len(codebook_Q) > _most_levels:
         raise LabError(f'{len(codebook_Q)} levels do not fit one byte: use at most 255')
 
-    used, symbols_D = np.unique(assign(values_D, codebook_Q), return_inverse=True)
-    counts_Q = np.bincount(symbols_D)
-    message = _head(codebook_Q[used], counts_Q, len(values_D), gates, gate_bits) + _coded(symbols_D, counts_Q)
+    message = _whole_message(values_D, codebook_Q, gates, gate_bits)
     _check_message(message, values_D, gates, gate_bits)
     return message
 
@@ -309,6 +314,12 @@ def _check_counts(counts, d):
         raise LabError(f'the message is for {sum(counts)} numbers and not for {d}: it belongs to another configuration')
 
 
+def _check_levels(levels_Q):
+    "A `LabError` unless the levels are numbers that ascend."
+    if not (np.isfinite(levels_Q).all() and (np.diff(levels_Q) > 0).all()):
+        raise LabError('the levels of the message are not ascending numbers: it was put together by hand')
+
+
 def decode_message(message:bytes,    # from `encode_message`
                    d:int,            # numbers in the vector
                    gates:int=0,      # number of gates
@@ -318,6 +329,7 @@ def decode_message(message:bytes,    # from `encode_message`
     bits = Bits(message[:_longest_head(d, gates, gate_bits)])
     levels, counts = _take_levels(bits, d)
     _check_counts(counts, d)
+    _check_levels(levels)
 
     gate_values = [bits.take(gate_bits) for _ in range(gates)]
     whole_bytes = -(-bits.read // 8)
@@ -325,14 +337,20 @@ def decode_message(message:bytes,    # from `encode_message`
         symbols_D = _decoded(message[whole_bytes:], counts, d)
     except AssertionError as error:
         raise LabError(f'the message cannot be decoded ({error}): it was changed') from None
-    return levels[symbols_D], gate_values
+
+    values_D = levels[symbols_D]
+    if _whole_message(values_D, levels, gate_values, gate_bits) != message:
+        raise LabError('the message has bytes that say nothing, or says the same in another way: it was put together '
+                       'by hand')
+    return values_D, gate_values
 
 # %% ../../nbs/bounds/01_coding.ipynb #64eb1e02
 def charged_bits(message:bytes,         # from `encode_message`
                  configurations:int=1,  # settings that were tried, this one included
                  choices:int=1,         # values chosen afterwards, such as smoothing weights
+                 described:int=0,       # bits of the description of base, LoRA and subspace
 )->float:                               # K, bits
     "All bits that the bound charges."
     if configurations < 1 or choices < 1:
         raise LabError(f'configurations is {configurations} and choices is {choices}: give at least 1 of each')
-    return prefixed_bits(8 * len(message)) + math.log2(configurations) + math.log2(choices)
+    return prefixed_bits(8 * len(message)) + described + math.log2(configurations) + math.log2(choices)

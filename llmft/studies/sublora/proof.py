@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['carried_over', 'TrainedRun', 'read_trained', 'rebuild', 'retraining_recipe', 'write_message', 'size_table',
-           'claim_table', 'Proof', 'bound_table', 'bounds_metrics', 'proof_metrics', 'gate_shares', 'proof_verdict']
+           'claim_table', 'form_table', 'Proof', 'bound_table', 'bounds_metrics', 'proof_metrics', 'gate_shares',
+           'proof_verdict']
 
 # %% ../../../nbs/studies/sublora/05_proof.ipynb #077404c1
 import math
@@ -16,6 +17,7 @@ import torch
 
 from ...bounds.certificates import build_model, model_facts
 from ...bounds.coding import charged_bits, decode_message, encode_message, entropy, prefixed_bits, reference_bits
+from ...bounds.descriptions import description_bits
 from ...bounds.scoring import ALPHAS
 from ...core import LabError, find_path, read_json, write_atomic
 from ...models.subspace import Subspace, load_subspace
@@ -89,22 +91,24 @@ def write_message(path,                # where the message shall stand
     return message, counts
 
 # %% ../../../nbs/studies/sublora/05_proof.ipynb #ca1a9f14
-def _sizes(message, counts, configurations):
+def _sizes(message, counts, spec, configurations):
     "Way of counting -> bits of the message."
     size = 8 * len(message)
     return {'entropy of the symbols alone': int(counts.sum()) * entropy(counts),
             'published formula': reference_bits(counts),
             'the file': size,
             'the file with its prefix': prefixed_bits(size),
-            'K: with the choices paid for': charged_bits(message, configurations, len(ALPHAS))}
+            'K: with the choices paid for': charged_bits(message, configurations, len(ALPHAS),
+                                                           description_bits(spec))}
 
 
 def size_table(message:bytes,       # the coded vector and gates
                counts,              # how often each level occurs
+               spec:dict,           # description of base, LoRA and subspace
                configurations:int,  # settings that were tried, this one included
 ):                                  # a displayed table
     "The size of a message, counted in five ways."
-    rows = [dict(what=what, bits=bits) for what, bits in _sizes(message, counts, configurations).items()]
+    rows = [dict(what=what, bits=bits) for what, bits in _sizes(message, counts, spec, configurations).items()]
     return table(rows, ['what', column('bits', digits=6)])
 
 # %% ../../../nbs/studies/sublora/05_proof.ipynb #ffad5294
@@ -119,6 +123,15 @@ def claim_table(claims:dict,  # from `prove`
     rows = [dict(claim=name.replace('_', ' '), **claim) for name, claim in claims.items()]
     return table(rows, _claim_columns)
 
+# %% ../../../nbs/studies/sublora/05_proof.ipynb #e1b4dd2c
+def form_table(claims:dict,  # from `prove`
+):                           # a displayed table
+    "Every claim in every form; `claimed` is the one that counts."
+    rows = [dict(claim=name.replace('_', ' '), **claim['forms'], claimed=claim['bound']) for name, claim in claims.items()]
+    forms = list(dict.fromkeys(form for claim in claims.values() for form in claim['forms']))
+    columns = [column(form, digits=4) for form in [*forms, 'claimed']]
+    return table(rows, [column('claim'), *columns])
+
 # %% ../../../nbs/studies/sublora/05_proof.ipynb #d541fa8f
 @dataclass
 class Proof:
@@ -132,12 +145,13 @@ class Proof:
     guess: float  # bits per token of random guessing
     configurations: int  # settings that were tried, this one included
     delta: float  # probability that any claim may fail with
-    verified: bool  # every claim of the certificate holds
+    verified: bool  # every claim of the certificate comes out as it is
+    condition: str  # with which probability they hold, and provided what; from `condition`
 
     @property
     def best(self):
-        "The claim that the study is about: bits per token in the kl form."
-        return self.claims['bits_per_token_kl']
+        "The claim that the study is about: bits per token."
+        return self.claims['bits_per_token']
 
 # %% ../../../nbs/studies/sublora/05_proof.ipynb #d7c19808
 def bound_table(proof:Proof,  # of one predictor
@@ -182,9 +196,10 @@ def _held_out_metrics(proof):
 def _claim_metrics(proof):
     "The claims beside the best one, and what all of them promise together."
     claims = proof.claims
+    forms = proof.best['forms']
     errors = {name: claim['bound'] for name, claim in claims.items() if name.startswith('top')}
     return errors | dict(delta=proof.delta, claims=len(claims), configurations=proof.configurations,
-                         hoeffding_bound=claims['bits_per_token_hoeffding']['bound'],
+                         hoeffding_bound=forms['hoeffding'], kl_bound=forms['kl'], bernstein_bound=forms['bernstein'],
                          token_bound=claims.get('bits_per_token_of_tokens', {}).get('bound'), verified=proof.verified)
 
 
@@ -220,9 +235,9 @@ def proof_verdict(proof:Proof,  # of one predictor
     side = 'below' if best['bound'] < proof.guess else 'NOT below'
     bounds = {'the claim': best['bound'], 'random guessing': proof.guess}
     place = place_words(rank(bounds, Measure('bound', 'bits per token', tolerance=0)), 'the claim')
-    answer = (f'With probability {1 - proof.delta:.0%} all {len(proof.claims)} claims hold together; the first: on '
-              f"documents of the same source the smoothed loss is at most {best['bound']:.3f} bits per token, {side} "
-              f'random guessing ({proof.guess:.3f}). {place}')
+    answer = (f"On documents of the same source the smoothed loss is at most {best['bound']:.3f} bits per token, {side} "
+              f'random guessing ({proof.guess:.3f}). {place} '
+              f'This claim, together with {len(proof.claims) - 1} others, {proof.condition}.')
     made_of = (f"It is {best['risk']:.3f} on m = {best['m']:,} training documents and "
                f"{best['bound'] - best['risk']:.3f} for K = {best['bits']:,.0f} bits and n = {best['n']:,}. "
                f'On {proof.held_out_documents:,} held-out documents it is {proof.held_out_bpd:.3f}.')

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from safetensors.numpy import load_file
 
-from ...bounds.bounds import coverage, lowest_loss, smoothing_width
+from ...bounds.betting import coverage
+from ...bounds.bounds import lowest_loss, smoothing_width
 from ...bounds.scoring import ALPHAS
 from ...runs.rivals import Measure, in_bullets, place_words, rank, told
 from ...runs.tables import column, table
@@ -188,11 +189,14 @@ def play_coverage(results:dict,  # name -> what `read_result` gives
                     games, delta)
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #83e4a0d9
+_coverage_forms = ('hoeffding', 'kl', 'bernstein', 'betting', 'freedman')
+
+
 def coverage_table(played:dict,  # from `play_coverage`
 ):                               # a displayed table
     "In what share of the games each form of the bound held."
     rows = [dict(form=form, held=played[form], slack=played[f'{form}_slack'], games=played['games'])
-            for form in ('hoeffding', 'kl')]
+            for form in _coverage_forms]
     held = column('held', f"held (at least {1 - played['delta']:g} is promised)", n='games', digits=4)
     return table(rows, ['form', held, column('slack', 'mean slack', 'bits per token'), 'games'])
 
@@ -204,8 +208,9 @@ def _count(rows, holds):
 
 def _coverage_metrics(played):
     "How often the bounds held in the games; unknown without games."
-    games = played or dict(kl=None, hoeffding=None, kl_slack=None)
-    return dict(coverage_kl=games['kl'], coverage_hoeffding=games['hoeffding'], coverage_kl_slack=games['kl_slack'])
+    games = played or {}
+    held = {f'coverage_{form}': games.get(form) for form in _coverage_forms}
+    return held | {f'coverage_{form}_slack': games.get(f'{form}_slack') for form in _coverage_forms}
 
 
 def analysis_metrics(rows:list,   # one per run
