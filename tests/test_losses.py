@@ -11,6 +11,7 @@ from torch import nn
 
 from llmft.training.losses import head_cross_entropy, linear_cross_entropy, softmax_losses_, token_losses
 
+here = 'cuda' if torch.cuda.is_available() else 'cpu'
 chunk_bytes = {'one row': 1, 'three rows': 3 * 4 * 53, 'more than all': 2**25}
 
 
@@ -19,12 +20,12 @@ def example(rows=17, width=12, words=53, dtype=torch.float32, every=3, seed=0, s
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return (scale * torch.randn(*shape, generator=generator)).to(dtype).requires_grad_()
+        return (scale * torch.randn(*shape, generator=generator)).to(here, dtype).requires_grad_()
 
     targets_N = torch.randint(words, (rows,), generator=generator)
     if every:
         targets_N[::every] = -100
-    return draw(rows, width), draw(words, width), draw(words), targets_N
+    return draw(rows, width), draw(words, width), draw(words), targets_N.to(here)
 
 
 def gradients(loss, *inputs):

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmft.core import LabError
 from llmft.data.batches import micro_batches
 from llmft.data.tokens import Examples
+from llmft.inference.decoder import is_lean
 from llmft.models.adapters import add_lora
 from llmft.models.load import load_model
 from llmft.training import checkpoints
@@ -220,7 +221,8 @@ def test_gradient_checkpointing_changes_nothing_and_is_off_when_it_says_off(ragg
             model = add_lora(model, 4, 8, 0.0, ['q_proj', 'v_proj'], seed=1)
         for name, parameter in model.named_parameters():
             if 'lora_B' in name:
-                torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
+                drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+                parameter.data.copy_(0.02 * drawn)
         set_gradient_checkpointing(model, not on)
         set_gradient_checkpointing(model, on)
         model.train()
@@ -483,3 +485,15 @@ def test_weights_that_are_broken_are_not_taken_for_an_architecture_that_leaks(tm
         model.model.norm.weight[0] = float('nan')
     with pytest.raises(LabError, match='step 1: the loss is nan'):
         train_here(tmp_path, model)
+
+
+def test_checkpointing_leaves_no_trace_after_training(tmp_path):
+    "A hook left on the embedding would send every later generation to the slower decoder."
+    model = training_runs.tiny_lora()
+    assert is_lean(model)
+    set_gradient_checkpointing(model, True)
+    set_gradient_checkpointing(model, True)
+    assert not is_lean(model)
+    recipe = training_runs.recipe(gradient_checkpointing=True, max_steps=2)
+    fit(model, examples(), None, tmp_path, recipe)
+    assert is_lean(model) and not any(getattr(each, 'gradient_checkpointing', False) for each in model.modules())

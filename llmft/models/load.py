@@ -160,7 +160,9 @@ def _shares_heads(query_BHTD, masked):
     "Whether attention with these queries shares keys and values among heads without writing out its scores."
     if not query_BHTD.is_cuda:
         return True
-    halves = query_BHTD.dtype in (torch.float16, torch.bfloat16)
+    autocast = torch.is_autocast_enabled('cuda')
+    dtype = torch.get_autocast_dtype('cuda') if autocast else query_BHTD.dtype
+    halves = dtype in (torch.float16, torch.bfloat16)
     return halves and not masked and torch.cuda.get_device_capability(query_BHTD.device) >= _flash_from
 
 

@@ -246,6 +246,7 @@ def set_gradient_checkpointing(model,    # a transformers model, with or without
     model.disable_input_require_grads()
     if on:
         model.activation_checkpointing_enable()
+        model.disable_input_require_grads()  # where the line above has hooked the embedding, a second hook would stay
         model.enable_input_require_grads()
     else:
         model.activation_checkpointing_disable()

@@ -204,10 +204,12 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& name = schema.name();
   Call call(name);
   bool asked = false;  // whether the device is named by an argument
+  bool draws = false;  // whether a generator of main memory is given
 
   const auto first = stack->size() - schema.arguments().size();
   for (auto at = first; at < stack->size(); at++) {
     auto& value = (*stack)[at];
+    draws = draws || (value.isGenerator() && value.toGenerator().device().is_cpu());
     if (value.isDevice() && value.toDevice().is_cuda()) {
       asked = true;
       value = c10::IValue(host);
@@ -218,6 +220,9 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   if (!call.shown.empty() && !call.elsewhere.empty() && !crossing.count(name))
     TORCH_CHECK(false, "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu! ",
                 "(pretended, in ", name, ", with a tensor of shape ", call.elsewhere[0].sizes(), " in main memory)");
+
+  if (draws && (asked || !call.shown.empty()))
+    TORCH_CHECK(false, "Expected a 'cuda' device type for generator but found 'cpu' (pretended, in ", name, ")");
 
   if (!silent.count(name)) books().launch(name);
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
