@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['headline', 'app', 'text_table', 'show_table', 'is_sweep', 'jobs_of', 'check_jobs', 'is_single', 'run_here',
            'run_jobs', 'key_metrics', 'metrics_of', 'status_of', 'has_trained', 'exit_status', 'closing', 'as_json',
-           'result_on_disk', 'run_command', 'run_row', 'ls_command', 'params_command', 'verify_command', 'plan_row',
-           'plan_command', 'call', 'main']
+           'result_on_disk', 'run_command', 'run_row', 'ls_command', 'params_command', 'verify_command',
+           'fetch_command', 'plan_row', 'plan_command', 'call', 'main']
 
 # %% ../nbs/cli.ipynb #944647c5
 import json
@@ -199,9 +199,12 @@ def key_metrics(metrics:dict,  # name -> number
 
 # %% ../nbs/cli.ipynb #396a493d
 def metrics_of(folder) -> dict:
-    "The numbers in metrics.json of a run's folder; empty when there is none."
-    path = find_path(folder) / 'metrics.json'
-    metrics = read_json(path) if path.exists() else {}
+    "The numbers in metrics.json of a run's folder; empty when there is none that can be read."
+    try:
+        metrics = read_json(find_path(folder) / 'metrics.json')
+    except (LabError, OSError):
+        return {}
+    metrics = metrics if isinstance(metrics, dict) else {}
     numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
     return {name: value for name, value in numbers.items() if not isinstance(value, bool)}
 
@@ -438,6 +441,26 @@ def verify_command(certificate:_Certificate,       # path
     else:
         _print_claims(certificate, claims, read_certificate(certificate)[0]['settings'])
     return 0 if holds else 1
+
+# %% ../nbs/cli.ipynb #b4081cb3
+_Model = Annotated[str, typer.Argument(help='Name of a model that can be fetched, such as smollm2.')]
+
+
+@app.command('fetch')
+def fetch_command(name:_Model,                    # such as smollm2
+                  as_object:_JsonNotTable=False,  # for scripts
+):
+    "Put a pretrained model into this user's cache; then its name is a model everywhere."
+    from llmft.data.sources import fetchables
+    from llmft.models.fetch import fetch_model
+    from llmft.models.load import model_says
+
+    place = fetch_model(name)
+    licence = fetchables[name].licence
+    if as_object:
+        return _print_object(name=name, place=str(place), licence=licence)
+    print(model_says(name) or f'{name}: {fetchables[name].says}')
+    print(f'{name} is in {place} under the licence {licence}: -p model={name} takes it')
 
 # %% ../nbs/cli.ipynb #3bf5d1b3
 def _three_digits(number):

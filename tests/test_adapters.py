@@ -245,8 +245,10 @@ class Tokenizer:
 @pytest.mark.parametrize('merge', [False, True])
 def test_an_adapter_is_saved_read_back_and_merged_where_asked(merge, tmp_path):
     model = trained()
-    assert save_and_check(model, tmp_path, lambda: load_model('preset:llama-tiny'), ids, merge=merge) == 0
+    assert save_and_check(model, tmp_path, lambda: load_model('preset:llama-tiny'), ids, tokenizer=Tokenizer(), merge=merge) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ['adapter', 'merged'][: 1 + merge]
+    for folder in tmp_path.iterdir():
+        assert (folder / 'tokenizer.json').is_file() and (folder / 'generation_config.json').is_file()
     if merge:
         assert (logits(load_model(str(tmp_path / 'merged')).eval()) - logits(model)).abs().max() < 1e-4
 
@@ -260,7 +262,7 @@ def test_all_weights_are_saved_with_their_tokenizer(tmp_path):
 
 def test_an_adapter_of_another_base_is_not_saved_silently(tmp_path):
     with pytest.raises(LabError, match='is not the one'):
-        save_and_check(trained(), tmp_path, lambda: load_model('preset:llama-tiny', seed=1), ids)
+        save_and_check(trained(), tmp_path, lambda: load_model('preset:llama-tiny', seed=1), ids, tokenizer=None)
 
 
 # ---- merging

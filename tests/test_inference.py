@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmft.core import LabError, project_root
 from llmft.data.tokens import load_tokenizer
@@ -34,6 +36,7 @@ from llmft.studies.inference.word_problems import (
     reference_answer,
     score,
     word_problems,
+    written,
     wrong_calculations,
 )
 
@@ -78,15 +81,116 @@ def test_gsm8k_is_read_whole():
         ('####', None),
         ('4 #### none', '4'),
         ('#### 8 #### 9', '8'),
+        ('#### Step 1\n1 + 1\n#### Step 2: more\n#### 20', '20'),
+        ('#### 1. Add\n7 + 1 = 8\n#### 2. Double\n#### **16** apples', '16'),
+        ('#### Answer: 20', '20'),
+        ('#### The final answer is $20$.', '20'),
+        ('#### 3 + 4 = 7', '7'),
+        ('#### 20\n\nQuestion 2: 3 and 5?\n#### 8', '20'),
+        ('It is .5', '0.5'),
+        ('#### -.5', '-0.5'),
+        ('#### 0.50', '0.5'),
+        ('It is 12.', '12'),
+        ('It is -5', '-5'),
+        ('It is \u22125', '-5'),
+        ('It is \u20135', '-5'),
+        ('It is \uff0d5', '-5'),
+        ('#### \u2212$1,234.50', '-1234.5'),
+        ('#### $-5', '-5'),
+        ('#### +5', '5'),
+        ('10\u201320', '20'),
+        ('8\u22123', '3'),
+        ('-0', '0'),
+        ('1.5e3', '1500'),
+        ('2E-3', '0.002'),
+        ('1.5 \u00d7 10^3', '1500'),
+        ('1.5 \u00d7 10\u00b3', '1500'),
+        (r'$2 \times 10^{-2}$', '0.02'),
+        ('3/4', '0.75'),
+        ('-1/3', '-1/3'),
+        ('2/6', '1/3'),
+        ('1 3/4 cups', '1.75'),
+        ('2\u00bd', '2.5'),
+        ('\u2212\u00bd', '-0.5'),
+        (r'#### \frac{3}{4}', '0.75'),
+        (r'1\frac12', '1.5'),
+        ('50%', '50'),
+        (r'12.5\%', '12.5'),
+        ('#### 50 percent', '50'),
+        ('1,450,000', '1450000'),
+        ('#### 1 450 000', '1450000'),
+        ('1\u202f450\u00a0000', '1450000'),
+        ("1'450'000", '1450000'),
+        ('1_450_000', '1450000'),
+        (r'1{,}450\,000', '1450000'),
+        ('3 eggs, 450 pens', '450'),
+        ('5 kg', '5'),
+        ('5kg', '5'),
+        ('25 cm^2', '25'),
+        ('\u20ac5', '5'),
+        ('5 \u00a3', '5'),
+        (r'\boxed{42}', '42'),
+        (r'so $\boxed{-\dfrac{1}{2}}$ of 3', '-0.5'),
+        (r'#### \boxed{7}', '7'),
+        (r'\boxed{5\text{ cm}^2}', '5'),
+        (r'\boxed{50\%}', '50'),
+        (r'\boxed{x = 1{,}000}', '1000'),
+        (r'\boxed{ \left( 3, 4 \right) }', '(3,4)'),
+        (r'\boxed{2x}', '2x'),
+        (r'\boxed{\{1, 2\}} and 3', r'\{1,2\}'),
+        ('1/2/2024', None),
+        ('7/0', None),
+        ('1e999999999', None),
+        ('9' * 5000, None),
+        (r'\boxed{', None),
     ],
 )
 def test_answers_are_read(text, number):
     assert final_answer(text) == number
 
 
+def test_a_number_is_the_same_however_it_is_spelled():
+    problem = [dict(question='?', answer='#### 1,234.50')]
+    for text in ('$1234.5', '1.2345e3', '2469/2', r'\boxed{1\,234.5}', '#### 1 234.5', '1,234 1/2'):
+        assert score([text], problem)['correct'] == 1, text
+    for text in ('-1234.5', '1234', '12345', '1.2345'):
+        assert score([text], problem)['correct'] == 0, text
+
+
+def test_answers_that_were_cut_off_stand_beside_accuracy():
+    problems = word_problems(4)
+    marks = score([problem['answer'] for problem in problems], problems, ['stop', 'length', 'stop', 'stop'])
+    assert (marks['accuracy'], marks['cut_off']) == (1, 0.25) and score(['4'], problems[:1])['cut_off'] is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.fractions(max_denominator=10**6), st.sampled_from(['#### {}', 'It is {}.', r'\boxed{{{}}}', '= {} apples']))
+def test_every_fraction_is_read_back(number, sentence):
+    assert final_answer(sentence.format(written(number))) == written(number)
+    assert final_answer(sentence.format(f'{number.numerator}/{number.denominator}')) == written(number)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text('0123456789.,/-+#$%eE{}\\ boxdfrac\n\u2212\u00bd\u00b3x^', max_size=60))
+def test_no_text_stops_the_judge(text):
+    answer = final_answer(text)
+    assert answer is None or isinstance(answer, str)
+
+
+def test_rows_of_math_are_read(tmp_path):
+    rows = [dict(problem='1 + 1?', solution=r'It is $\boxed{\frac{4}{2}}$.', level='Level 1', type='Algebra')]
+    rows.append(dict(problem='?', solution=r'So $\boxed{x^2 + 1}$', answer='x^2+1', unique_id='test/a/1.json'))
+    (tmp_path / 'math.json').write_text(json.dumps(rows))
+    problems = read_problems(str(tmp_path / 'math.json'))
+    assert [reference_answer(problem) for problem in problems] == ['2', 'x^2+1']
+    assert score([r'\boxed{2}', r'\boxed{x^2+1}'], problems)['accuracy'] == 1
+
+
 @pytest.mark.parametrize(
     'lines, message',
     [
+        (['{"question": 5, "answer": "#### 1"}'], ":1 has no text in the field 'question': it holds int"),
+        (['{"problem": "a", "solution": "It is 5."}'], ":1 has no line '#### n'.*boxed"),
         (['{"question": "a"}'], "no field 'answer'"),
         (['{"question": "a", "answer": "5"}'], ":1 has no line '#### n'"),
         (['{"question": "a", "answer": "#### x"}'], 'no line'),

@@ -276,7 +276,7 @@ def no_model(*_, **__):
 )
 def test_settings_that_cannot_work_are_one_line_before_loading(monkeypatch, settings, words):
     monkeypatch.setattr(models.importlib.util, 'find_spec', lambda name: None)
-    for name in ('_random', '_pretrained', 'model_config'):
+    for name in ('_weights', '_pretrained', 'model_config'):
         monkeypatch.setattr(models, name, no_model)
     with pytest.raises(LabError, match=words) as caught:
         load_model('preset:llama-tiny', **settings)

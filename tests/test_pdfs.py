@@ -13,6 +13,7 @@ from llmft.core import LabError
 from llmft.data.pdfs import (
     PdfFile,
     mark_copies,
+    mend_breaks,
     pack_paragraphs,
     pdf_corpus,
     pdf_paragraphs,
@@ -158,3 +159,46 @@ def test_copies_are_skipped_whatever_their_white_space():
 def test_real_papers():
     files = read_pdfs(Path(shared) / 'pdf', workers=1)
     assert len(files) == 3 and all(not file.skipped and file.characters > 10_000 for file in files)
+
+
+lines = """A well-
+known fact about infor-
+mation: Fortran-
+based programs, the Smith-
+Jones law, COVID-
+19 cases, state-of-the-
+art code, a mini-
+bus, water-
+sheds and rain-
+fed fields. Fortran, minibus and watersheds stand here too; so does self-
+organisation.
+"""
+
+
+def test_hyphens_at_line_ends_stay_where_they_belong_to_the_word(tmp_path):
+    file = read_pdf(write_pdf(tmp_path / 'a.pdf', lines), min_characters=0)
+    words = ' '.join(file.text.split())
+    for word in (
+        'well-known',
+        'information',
+        'Fortran-based',
+        'Smith-Jones',
+        'COVID-19',
+        'state-of-the-art',
+        'minibus',
+    ):
+        assert f' {word} ' in words.replace(':', ' ').replace(',', ' '), (word, words)
+    assert 'watersheds and' in words and '\ufffe' not in words and '\x02' not in words
+
+
+def test_line_numbers_between_two_halves_go():
+    assert mend_breaks(['18 more infor\ufffe19 mation is\n20 here']) == ['18 more information is\n20 here']
+    assert mend_breaks(['of COVID\ufffe19 cases']) == ['of COVID-19 cases']
+
+
+def test_hidden_and_other_files_are_counted(folder):
+    (folder / '._paper00.pdf').write_bytes(b'resource fork')
+    notes = {}
+    files = read_pdfs(folder, workers=1, notes=notes)
+    (folder / '._paper00.pdf').unlink()
+    assert len(files) == 18 and notes == dict(hidden_files=1, other_files=1)

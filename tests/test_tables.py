@@ -1,8 +1,11 @@
 "Rows come one by one, the same from every format, and what can't be read is one line with file, row and field."
 
 import csv
+import datetime
 import json
+import os
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -14,8 +17,10 @@ from hypothesis import strategies as st
 from llmft.core import LabError
 from llmft.data.corpora import load_corpus
 from llmft.data.dynamics import predator_prey, solve_fixed, solve_logs
-from llmft.data.tables import document_splits, local_path, read_documents, read_rows, read_splits, read_text
-from llmft.data.token_files import document_stream
+from llmft.data.tables import document_splits, left_out, local_path, read_documents, read_rows, read_splits, read_text
+from llmft.data.token_files import document_stream, prepare_tokens
+from llmft.studies.code.tasks import load_tasks
+from llmft.studies.inference.word_problems import read_problems
 
 texts = st.text(st.characters(codec='utf-8', exclude_characters='\r\0'), max_size=40)
 
@@ -36,7 +41,10 @@ def test_every_format_gives_the_same_rows(tmp_path_factory, cells, escaped, end)
         with (folder / f'a.{ending}').open('w', newline='', encoding='utf-8') as file:
             writer = csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_ALL, lineterminator=end)
             writer.writerows([['text', 'other'], *cells])
-    for ending in ('jsonl', 'parquet', 'csv', 'tsv'):
+    (folder / 'a.json').write_text('[' + ', \r\n'.join(lines) + ' ]\n', encoding='utf-8')
+    (folder / 'b.json').write_text('\n'.join(lines), encoding='utf-8')
+    assert values(folder / 'b.json') == rows
+    for ending in ('jsonl', 'json', 'parquet', 'csv', 'tsv'):
         assert values(folder / f'a.{ending}') == rows, ending
 
 
@@ -101,6 +109,11 @@ broken = {
     'no parquet': ('a.parquet', b'PAR1 and nothing else', "a.parquet:1 can't be read as parquet"),
     'an empty file': ('a.parquet', b'', "a.parquet:1 can't be read as parquet"),
     'another ending': ('a.xls', b'', "ends in '.xls': give one of .txt"),
+    'no array': ('a.json', b'[{"text": "a"}, [1]]', 'a.json:2 is no JSON object: write an array of objects'),
+    'an open array': ('a.json', b'[{"text": "a"}', 'a.json:1 is followed by neither a comma nor the end'),
+    'a broken array': ('a.json', b'[{"text": "a"}, {"text": ]', 'a.json:2 is not JSON'),
+    'half a character in an array': ('a.json', rb'[{"text": "\ud83d"}]', 'a.json:1 holds half of a surrogate pair'),
+    'latin-1 in an array': ('a.json', b'[{"text":\n"\xe9"}]', r'a.json:2 is not UTF-8 text \(byte 2 of the line\)'),
     'no UTF-8 in text': ('a.txt', b'one\ntwo \xff', r'a.txt:2 is not UTF-8 text \(byte 5 of the line\)'),
 }
 
@@ -166,12 +179,110 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, ending):
     assert peak < {'jsonl': 8, 'csv': 16, 'parquet': 8}[ending] * size
 
 
+def many_files(folder):
+    "Files that people have beside their texts; the path of a link to nowhere, of a pipe, and of a folder with an ending."
+    (folder / 'deep').mkdir()
+    (folder / 'deep/B.TXT').write_text('upper case')
+    (folder / 'C.JSONL').write_text('{"text": "rows"}\n\n')
+    (folder / 'D.Csv').write_text('text\ncells\n')
+    (folder / 'a.md').write_text('lower case')
+    for hidden in ('.a.md.swp', '.#a.md', '._B.TXT', '.hidden.txt'):
+        (folder / hidden).write_text('an older version')
+    (folder / '.ipynb_checkpoints').mkdir()
+    (folder / '.ipynb_checkpoints/a.md').write_text('an older version')
+    for other in ('a.md~', '#a.md#', 'image.png', 'deep/LICENSE'):
+        (folder / other).write_text('no text of the corpus')
+    (folder / 'lost.txt').symlink_to(folder / 'nowhere.txt')
+    (folder / 'notes.md').mkdir()
+    (folder / 'linked').symlink_to(folder / 'deep')
+    os.mkfifo(folder / 'pipe.txt')
+
+
+def test_everything_in_a_folder_is_read_or_counted(tmp_path):
+    many_files(tmp_path)
+    notes = {}
+    found = list(read_documents(tmp_path, notes=notes))
+    assert found == [('C.JSONL:1', 'rows'), ('D.Csv:2', 'cells'), ('a.md', 'lower case'), ('B.TXT', 'upper case')]
+    expected = dict(hidden_files=4, hidden_folders=1, other_files=4, links_and_pipes=2, linked_folders=1, blank_lines=1)
+    assert notes == expected
+    corpus = load_corpus(str(tmp_path))
+    assert {reason: corpus.notes[reason] for reason in expected} == expected
+    assert 'hidden files: 4' in left_out(corpus.notes) and 'duplicates' not in left_out(corpus.notes)
+
+
+def test_every_reader_counts_what_it_leaves_out(tmp_path, tmp_path_factory):
+    rows = [dict(question=f'{n} + 1?', answer=f'#### {n + 1}', text=f'row {n}') for n in range(30)]
+    (tmp_path / 'a.jsonl').write_text('\n\n'.join(map(json.dumps, rows)))
+    (tmp_path / '.a.jsonl').write_text('an older version')
+    expected = dict(hidden_files=1, blank_lines=29)
+    notes = {}
+    read_problems(str(tmp_path), notes=notes)
+    assert notes == expected and expected.items() <= load_tasks(str(tmp_path))[1].items()
+    facts = prepare_tokens(tmp_path_factory.mktemp('tokens'), str(tmp_path), 'characters:row 0123456789')
+    assert facts['left_out'] == expected
+
+
+@pytest.mark.parametrize('ending', ['txt', 'jsonl', 'json', 'csv', 'parquet'])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, ending):
+    os.mkfifo(tmp_path / f'a.{ending}')
+    for reader in (load_corpus, lambda data: list(document_stream(data, 'train'))):
+        with pytest.raises(LabError, match='no regular file'):
+            reader(str(tmp_path / f'a.{ending}'))
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('a')
+    (tmp_path / 'a.jsonl').write_text('{"text": "a"}')
+
+    def refuse(path, *rest):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    monkeypatch.setattr(Path, 'open', refuse)
+    for name in ('a.txt', 'a.jsonl'):
+        with pytest.raises(LabError, match=f"{name} can't be opened .Permission denied."):
+            list(read_documents(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    'data, words', [('', 'data is empty'), ('x' * 5000, "can't be looked up"), ('~nobody-here/a', "can't be looked up")]
+)
+def test_names_that_are_no_paths_are_one_line(data, words):
+    with pytest.raises(LabError, match=words) as error:
+        load_corpus(data)
+    assert '\n' not in str(error.value) and len(str(error.value)) < 6000
+
+
+def test_columns_that_python_cannot_hold_leave_a_table_readable(tmp_path):
+    columns = dict(
+        text=['a', 'b'],
+        tags=pyarrow.array([[('x', 1)], []], type=pyarrow.map_(pyarrow.string(), pyarrow.int64())),
+        nanoseconds=pyarrow.array([1, 2], type=pyarrow.timestamp('ns')),
+        far=pyarrow.array([10**15, 0], type=pyarrow.timestamp('ms')),
+        nested=[dict(deep=[dict(n=1)]), None],
+        day=[datetime.date(2020, 1, 1), None],
+    )
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / 'a.parquet')
+    rows = values(tmp_path / 'a.parquet')
+    assert [row['text'] for row in rows] == ['a', 'b'] and rows[0]['tags'] == [('x', 1)]
+    assert '1970-01-01' in str(rows[0]['nanoseconds']) and rows[0]['nested'] == dict(deep=[dict(n=1)])
+    twice = pyarrow.Table.from_arrays([pyarrow.array(['a']), pyarrow.array(['b'])], names=['text', 'text'])
+    pyarrow.parquet.write_table(twice, tmp_path / 'b.parquet')
+    with pytest.raises(LabError, match='b.parquet names a field twice'):
+        values(tmp_path / 'b.parquet')
+
+
+def test_other_columns_may_hold_anything(tmp_path):
+    rows = [dict(text='a', x=1), dict(text='b', x='one'), dict(text='c', x=[1, {}]), dict(text='d', y=1e999)]
+    (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    assert [text for _, text in read_documents(tmp_path / 'a.jsonl')] == list('abcd')
+
+
 def test_one_door(tmp_path):
     (tmp_path / 'a.jsonl').write_text('{"text": "a", "n": 1}\n')
     assert [row.values for row in read_splits(str(tmp_path))['']] == [dict(text='a', n=1)]
     assert list(document_splits(str(tmp_path))['']) == [('a.jsonl:1', 'a')]
     assert local_path('someone/rows') is None
-    for data in ('missing.csv', './nowhere', '~/nowhere/at/all'):
+    for data in ('missing.csv', 'MISSING.JSON', './nowhere', '~/nowhere/at/all'):
         with pytest.raises(LabError, match='no such file or folder'):
             read_splits(data)
     with pytest.raises(LabError, match="'someone/rows' with data_config 'main' is no file.*or use builtin:x"):

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['function_modules', 'function_eval_modules', 'base_eval_modules', 'topic_eval', 'left_out', 'builtin_parts', 'Corpus',
-           'content_key', 'is_held_out', 'split_documents', 'drop_shared', 'library_files', 'library_tests',
-           'bundled_packages', 'functions_in', 'library_functions', 'paragraphs', 'paragraph_keys', 'without_seen',
-           'builtin_part', 'load_corpus']
+           'content_key', 'draw_of', 'check_share', 'fair_share', 'split_text', 'split_documents', 'drop_shared',
+           'library_files', 'library_tests', 'bundled_packages', 'functions_in', 'library_functions', 'paragraphs',
+           'paragraph_keys', 'without_seen', 'builtin_part', 'load_corpus']
 
 # %% ../../nbs/data/02_corpora.ipynb #49b7ed45
 import ast
+import io
 import re
 import sysconfig
+import tokenize
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,12 +42,62 @@ def content_key(text: str) -> str:
     return sha256_of(' '.join(text.split()))
 
 # %% ../../nbs/data/02_corpora.ipynb #182f6a1b
-def is_held_out(text:str,     # or a key of it
-                share:float,  # of all texts, in (0, 1)
-                seed:int,     # another seed, another split
-)->bool:
-    "Whether a text belongs to the held-out side: a hash decides, so that copies share a side."
-    return int(sha256_of(f'{seed} {text}')[:12], 16) < share * 16**12
+def draw_of(text:str,  # or a key of it
+            seed:int,  # another seed, other draws
+)->float:              # at least 0, below 1
+    "The number that decides the side of a text; copies have the same one."
+    return int(sha256_of(f'{seed} {text}')[:12], 16) / 16**12
+
+# %% ../../nbs/data/02_corpora.ipynb #0ca1944f
+def check_share(valid_share: float):
+    "A `LabError` unless `valid_share` is a share of documents that can be held out."
+    if not 0 < valid_share < 1:
+        raise LabError(f'valid_share is {valid_share}: give a number between 0 and 1')
+
+# %% ../../nbs/data/02_corpora.ipynb #1858bd9d
+def fair_share(texts,        # texts or keys of them, one at a time; copies count once
+               share:float,  # of all texts that should be held out, in (0, 1)
+               seed:int,     # as in `draw_of`
+)->float:                    # texts whose draw is below it are held out
+    "`share`, or the nearest share that leaves a text on each side; 0 where all texts are copies of one."
+    check_share(share)
+    lowest = 1.
+    highest = 0.
+    for text in texts:
+        draw = draw_of(text, seed)
+        lowest = min(lowest, draw)
+        highest = max(highest, draw)
+        if lowest < share <= highest:
+            return share
+
+    if lowest >= highest:
+        return 0.
+    return highest if highest < share else lowest + 16**-13
+
+# %% ../../nbs/data/02_corpora.ipynb #9ae1b585
+_boundaries = (r'\n[ \t]*\n\s*', r'\n\s*', r'\s+')  # where a text is divided: paragraphs, lines, words
+
+
+def _boundary_near(text, wanted, slack):
+    "The boundary nearest to the place `wanted` in `text`: the largest kind within `slack`; `None` without any."
+    nearest_one = None
+    for pattern in _boundaries:
+        ends = [match.end() for match in re.finditer(pattern, text) if 0 < match.start() and match.end() < len(text)]
+        nearest_one = min(ends, key=lambda end: abs(end - wanted), default=nearest_one)
+        if ends and abs(nearest_one - wanted) <= slack:
+            break
+    return nearest_one
+
+
+def split_text(text:str,     # a document
+               share:float,  # of it that is held out, in (0, 1)
+)->tuple:                    # (beginning, end); together they are the text
+    "Divide a text between two paragraphs, lines or words. `LabError` when it is a single word."
+    inner = text.rstrip()
+    place = _boundary_near(inner, (1 - share) * len(inner), min(share, 1 - share) * len(inner))
+    if place is None:
+        raise LabError(f'the only document is one word ({text.strip()[:20]!r}): add documents')
+    return text[:place], text[place:]
 
 # %% ../../nbs/data/02_corpora.ipynb #ac0282ab
 def _first_rows(documents):
@@ -56,20 +108,39 @@ def _first_rows(documents):
     return rows
 
 
+
+def _split_rows(rows, valid_share, seed):
+    "(rows to train on, rows held out) of a dict from content key to row."
+    share = fair_share(rows, valid_share, seed)
+    train = []
+    valid = []
+    for content, row in rows.items():
+        (valid if draw_of(content, seed) < share else train).append(row)
+    return train, valid
+
+
+def _split_lone(name, text, valid_share):
+    "The two parts of a text that is the only one, as a `Corpus`; the first is not where the text ends."
+    begin, end = split_text(text, valid_share)
+    first = f'{name} (beginning)'
+    return Corpus(Documents([begin], [first], frozenset([first])), Documents([end], [f'{name} (end)']))
+
+
 def split_documents(documents:Documents,   # all documents, copies included
                     valid_share:float=.1,  # share of documents to hold out, in (0, 1)
                     seed:int=42,           # another seed, another split
 )->Corpus:                                 # `notes` counts copies dropped
-    "Split by a hash of each text, so that copies share a side; further copies within a side are dropped."
-    if not 0 < valid_share < 1:
-        raise LabError(f'valid_share is {valid_share}: give a number between 0 and 1')
-
+    "Split by a hash of each text, so that copies share a side, each of which gets a document; further copies go."
+    check_share(valid_share)
     rows = _first_rows(documents)
-    train = []
-    valid = []
-    for content, row in rows.items():
-        (valid if is_held_out(content, valid_share, seed) else train).append(row)
-    return Corpus(documents.select(train), documents.select(valid), dict(duplicates=len(documents) - len(rows)))
+    copies = len(documents) - len(rows)
+    if len(rows) == 1:
+        corpus = _split_lone(documents.names[0], documents.texts[0], valid_share)
+    else:
+        train, valid = _split_rows(rows, valid_share, seed)
+        corpus = Corpus(documents.select(train), documents.select(valid))
+    corpus.notes['duplicates'] = copies
+    return corpus
 
 # %% ../../nbs/data/02_corpora.ipynb #f55dafa2
 def drop_shared(train:Documents,  # loses every document that `valid` holds too
@@ -160,6 +231,22 @@ def bundled_packages() -> Documents:
                              if text.strip() and _broken not in text)
 
 # %% ../../nbs/data/02_corpora.ipynb #52d6c91e
+_longer_than_a_line = ('"""', "'''", '\\\n')  # only a text with one of these has more than one line
+_parts_of_text = {tokenize.STRING, getattr(tokenize, 'FSTRING_MIDDLE', tokenize.STRING)}  # kinds of tokens
+
+
+def _lines_inside_texts(lines):
+    "The numbers, from 0, of the `lines` of a Python definition that begin inside a text."
+    source = '\n'.join(lines) + '\n'
+    inside = set()
+    if not any(mark in source for mark in _longer_than_a_line):
+        return inside
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in _parts_of_text:
+            inside.update(range(token.start[0], token.end[0]))
+    return inside
+
+
 def _definitions(tree):
     "(qualified name, node) of the top-level functions and methods in a syntax tree."
     classes = [(f'{node.name}.', node) for node in tree.body if isinstance(node, ast.ClassDef)]
@@ -169,19 +256,30 @@ def _definitions(tree):
                 yield prefix + node.name, node
 
 
+def _without_margin(line, margin):
+    "`line` without the white space among its first `margin` characters."
+    return line[:margin].lstrip(' \t\f') + line[margin:]
+
+
 def _text_of(node, lines):
     "The text of a definition, moved to the left margin; `lines` are those of its file."
-    return '\n'.join(line[node.col_offset:] for line in lines[node.lineno - 1:node.end_lineno]) + '\n'
+    lines = lines[node.lineno - 1:node.end_lineno]
+    if node.col_offset:
+        inside = _lines_inside_texts(lines)
+        lines = [line if number in inside else _without_margin(line, node.col_offset)
+                 for number, line in enumerate(lines)]
+    return '\n'.join(lines) + '\n'
 
 
 def _functions_of(source):
     "(qualified name, text) of the top-level functions and methods of Python `source`; none when it does not parse."
+    source = source.removeprefix('\ufeff').replace('\r\n', '\n').replace('\r', '\n')
     try:
         tree = ast.parse(source)
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
 
-    lines = source.splitlines()
+    lines = source.split('\n')
     for name, node in _definitions(tree):
         yield name, _text_of(node, lines)
 
@@ -317,11 +415,15 @@ def _without_empty(documents) -> Documents:
     return documents.select([row for row, text in enumerate(documents.texts) if text.strip()])
 
 
-def _split(splits, valid_share, seed) -> Corpus:
+def _split(splits, data, valid_share, seed) -> Corpus:
     "A `Corpus` of the splits of a data set, without empty documents."
     kept = {name: _without_empty(documents) for name, documents in splits.items()}
     train, valid = held_out_split(kept)
-    corpus = drop_shared(kept[train], kept[valid]) if valid else split_documents(kept[train], valid_share, seed)
+    if not len(kept[train]):
+        raise LabError(f'data {data} gives no training document with text in it: add documents')
+
+    own_valid = valid and len(kept[valid])
+    corpus = drop_shared(kept[train], kept[valid]) if own_valid else split_documents(kept[train], valid_share, seed)
     corpus.notes['empty'] = sum(map(len, splits.values())) - sum(map(len, kept.values()))
     return corpus
 
@@ -330,7 +432,7 @@ def _read_corpus(data, config, text_field, valid_share, seed) -> Corpus:
     "The `Corpus` of files or of a hub data set, as `document_splits` reads them."
     notes = {}
     splits = document_splits(data, config, text_field, 'data=builtin:topics or --small', notes=notes)
-    corpus = _split({name: Documents.collect(pairs) for name, pairs in splits.items()}, valid_share, seed)
+    corpus = _split({name: Documents.collect(pairs) for name, pairs in splits.items()}, data, valid_share, seed)
     corpus.notes.update(notes)
     return corpus
 
@@ -342,11 +444,10 @@ def _keep_first(corpus, num_samples):
         corpus.train = corpus.train[:num_samples]
 
 
-def _check_sides(corpus, data):
-    "A `LabError` when one side has no document."
-    for side, documents in (('training', corpus.train), ('held-out', corpus.valid)):
-        if not len(documents):
-            raise LabError(f'data {data} gives no {side} document with text in it: add documents or change valid_share')
+def _check_train(corpus, data):
+    "A `LabError` when everything that could be trained on is held out too."
+    if not len(corpus.train):
+        raise LabError(f'data {data} gives no training document that is not held out too: add documents')
 
 
 def load_corpus(data:str,                # "builtin:topics", a file or folder, or a hub name
@@ -357,10 +458,12 @@ def load_corpus(data:str,                # "builtin:topics", a file or folder, o
                 seed:int=42,             # seed of that split
 )->Corpus:
     "Training and held-out documents of any source, with nothing in common, and notes on what was dropped."
+    check_share(valid_share)
     if data.startswith('builtin:'):
         corpus = _builtin_corpus(data)
     else:
         corpus = _read_corpus(data, config, text_field, valid_share, seed)
+
     _keep_first(corpus, num_samples)
-    _check_sides(corpus, data)
+    _check_train(corpus, data)
     return corpus

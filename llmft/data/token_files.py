@@ -30,9 +30,10 @@ from llmft.data.tokens import (
 )
 
 from ..core import LabError, find_path, nearest, purpose_rng, read_json, sha256_of, short_hash, write_json
-from .corpora import builtin_part, functions_in, is_held_out, library_files, library_tests
+from .corpora import builtin_part, draw_of, fair_share, functions_in, library_files, library_tests, split_text
 from .dynamics import solve_fixed
-from .tables import Documents, document_splits, held_out_split
+from .hashes import sealed, source_hashes
+from .tables import Documents, count, document_splits, held_out_split
 
 # %% ../../nbs/data/07_token_files.ipynb #e1115d8e
 @dataclass
@@ -172,19 +173,40 @@ def function_texts(everything:bool=False,  # all of the standard library and its
     return sorted({text for text in functions_in(files, least).texts if _is_moderate(text)}, key=sha256_of)
 
 # %% ../../nbs/data/07_token_files.ipynb #15281b88
-def _one_by_one(data, side, config, text_field, valid_share, seed):
-    "The texts of one side of a source that is not simulated."
-    held_out = None
-    if data.startswith('builtin:'):
-        texts = function_texts(data == 'builtin:all_functions')
-    else:
-        splits = document_splits(data, config, text_field, 'data=simulated:predator_prey', streaming=True)
-        train, held_out = held_out_split(splits)
-        texts = (text for _, text in splits[held_out if held_out and side == 'val' else train])
+def _filled(pairs, notes):
+    "The texts of (name, text) pairs without empty ones, which `notes` counts."
+    for _, text in pairs:
+        if text.strip():
+            yield text
+        else:
+            count(notes, 'empty')
 
+
+def _texts_by_split(data, config, text_field, notes):
+    "Split -> iterator of texts of a source that is not simulated; '' for files and for what is built in."
+    if data.startswith('builtin:'):
+        return {'': iter(function_texts(data == 'builtin:all_functions'))}
+    splits = document_splits(data, config, text_field, 'data=simulated:predator_prey', streaming=True, notes=notes)
+    return {split: _filled(pairs, notes) for split, pairs in splits.items()}
+
+
+def _hashed_side(texts, again, side, valid_share, seed):
+    "The `texts` of one side by their hashes; `again` are the same texts, read to see that each side gets one."
+    share = fair_share(again, valid_share, seed)
+    if share:
+        return (text for text in texts if (draw_of(text, seed) < share) == (side == 'val'))
+    lone = list(texts)[:1]
+    return iter([split_text(text, valid_share)[side == 'val'] for text in lone])
+
+
+def _one_by_one(data, side, config, text_field, valid_share, seed, notes):
+    "The texts of one side of a source that is not simulated."
+    splits = _texts_by_split(data, config, text_field, notes)
+    train, held_out = held_out_split(splits)
     if held_out:
-        return iter(texts)
-    return (text for text in texts if is_held_out(text, valid_share, seed) == (side == 'val'))
+        return splits[held_out if side == 'val' else train]
+    again = _texts_by_split(data, config, text_field, None)[train]
+    return _hashed_side(splits[train], again, side, valid_share, seed)
 
 
 def _simulated(data, side, documents, batch, seed):
@@ -213,6 +235,7 @@ def document_stream(data:str,                # one of `_sources`, a file or fold
                     text_field:str='text',   # field of tables
                     valid_share:float=.0005, # share held out where there is no validation split
                     seed:int=0,              # of simulated documents and of the split
+                    notes:dict=None,         # counts what is left out, as in `read_rows`, and `empty` texts
 ):                                           # iterator of lists of texts
     "Batches of documents of one side. `LabError` for a source that is not there."
     _check_source(data)
@@ -220,7 +243,7 @@ def document_stream(data:str,                # one of `_sources`, a file or fold
         yield from _simulated(data, side, documents, batch, seed)
         return
 
-    texts = _one_by_one(data, side, config, text_field, valid_share, seed)
+    texts = _one_by_one(data, side, config, text_field, valid_share, seed, notes)
     if documents:
         texts = itertools.islice(texts, documents)
     while batch_texts := list(itertools.islice(texts, batch)):
@@ -297,12 +320,19 @@ def write_side(folder,   # a `Path`
     return offsets
 
 # %% ../../nbs/data/07_token_files.ipynb #5a6fefb2
+def _content(source):
+    "Hashes of what data and tokenizer hold now, where they are files, folders or built in."
+    kinds = dict(data='datasets', tokenizer='models')
+    hashes = {name: source_hashes(source.get(name, ''), kind) for name, kind in kinds.items()}
+    return {name: short_hash(found) for name, found in hashes.items() if found and None not in found.values()}
+
+
 def token_folder(outputs:str,  # folder of all runs
                  **source,     # what the tokens are made from: the arguments of `prepare_tokens`
 )->Path:                       # outputs/tokens/<data>-<hash of the source>
-    "Where runs on the same source share their token files."
+    "Where runs on the same source, with the same content, share their token files."
     name = re.sub(r'[^a-z]+', '-', source['data'].lower()).strip('-')
-    return find_path(outputs) / 'tokens' / f'{name}-{short_hash(source)}'
+    return find_path(outputs) / 'tokens' / f'{name}-{short_hash(source | dict(content=_content(source)))}'
 
 # %% ../../nbs/data/07_token_files.ipynb #c8a66470
 def read_token_file(folder,             # from `prepare_tokens`, or any with train.bin
@@ -327,8 +357,12 @@ def _prepared(folder, source):
     if not path.exists():
         return None
     facts = read_json(path)
-    if facts['source'] != source:
+    if facts['source'] | dict(content=None) != source | dict(content=None):
         raise LabError(f"{folder} holds other tokens ({facts['source']['data']}): give another folder")
+    if facts['source'] != source:
+        raise LabError(f"{folder} holds tokens of {source['data']} as it was before it changed: give another folder")
+    for side in ('train', 'val'):
+        read_side(folder, side)
     return facts
 
 
@@ -341,6 +375,11 @@ def _prepare_side(folder, side, batches, encoder, data):
     if not facts['documents']:
         raise LabError(f'{data} gives no {side} document: change valid_share or add documents')
     return facts
+
+
+def _larger(one, other):
+    "The larger of two counts for each reason in either."
+    return {reason: max(one.get(reason, 0), other.get(reason, 0)) for reason in one | other}
 
 
 def _keep_boundaries(folder):
@@ -360,17 +399,21 @@ def prepare_tokens(folder,         # train.bin, val.bin and what belongs to them
     "Prepare the token files of a corpus, or find them prepared. `LabError` when the folder holds another corpus."
     folder = Path(folder)
     source = dict(data=data, tokenizer=tokenizer, documents=documents, valid_documents=valid_documents, **options)
+    source['content'] = _content(source)
     with _alone(folder):
         if facts := _prepared(folder, source):
             return facts
 
         encoder = make_encoder(tokenizer)
         facts = dict(source=source, eot=encoder.eot, vocabulary=encoder.vocabulary, tokenizer=encoder.hash,
-                     dtype='uint16')
+                     dtype='uint16', left_out={})
         for side, most in (('train', documents), ('val', valid_documents)):
-            batches = document_stream(data, side, most, **options)
+            notes = {}
+            batches = document_stream(data, side, most, notes=notes, **options)
             facts[side] = _prepare_side(folder, side, batches, encoder, data)
+            facts['left_out'] = _larger(facts['left_out'], notes)
 
         _keep_boundaries(folder)
+        facts = sealed(facts)
         write_json(folder / 'tokens.json', facts)
         return facts

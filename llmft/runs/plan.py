@@ -56,6 +56,7 @@ class Settings:
     offload_weights: bool = False
     data: str = ''
     text_field: str = ''
+    valid_share: float = 0.1         # held out where the data has no validation split
 
     @property
     def step_rows(self):
@@ -168,20 +169,17 @@ def _has_text(settings):
     return bool(settings.text_field and is_here)
 
 
-def _has_tokenizer(settings):
-    "Whether the tokenizer of a run lies on this machine."
-    return settings.model == 'base' or (find_path(settings.model) / 'tokenizer.json').is_file()
-
-
 def read_lengths(settings,  # from `settings_of`
 ):                          # slots of every training example, or None when that cannot be known from here
     "How long the training examples of a text corpus are, when data and tokenizer lie on this machine."
-    if not (_has_text(settings) and _has_tokenizer(settings)):
+    from llmft.data.tokens import cut, encode, has_tokenizer, load_tokenizer
+
+    if not (_has_text(settings) and has_tokenizer(settings.model)):
         return None
     from llmft.data.corpora import load_corpus
-    from llmft.data.tokens import cut, encode, load_tokenizer
 
-    corpus = load_corpus(settings.data, '', settings.text_field, settings.num_samples, seed=settings.seed)
+    corpus = load_corpus(settings.data, '', settings.text_field, settings.num_samples, settings.valid_share,
+                         settings.seed)
     encoded = encode(corpus.train.texts, load_tokenizer(settings.model))
     examples, _ = cut(encoded, settings.max_length, settings.too_long)
     return examples.slots.tolist()

@@ -52,13 +52,13 @@ def _check_filled(examples, max_length):
                        'raise it, or give shorter rows')
 
 
-def task_data(params,  # model, data and its fields, num_samples, template and its settings, max_length, seed
+def task_data(params,  # model, data, its fields, valid_share, num_samples, the template's settings, max_length, seed
 )->TaskData:
     "The data of a run; a `LabError` for a template that cannot be used, or when no training or validation row is left."
     tokenizer = load_tokenizer(params.model)
     check_template(params.template, tokenizer)
     tasks, counts = load_tasks(params.data, params.data_config, params.input_field, params.training_field,
-                               params.split_field, params.num_samples, seed=params.seed)
+                               params.split_field, params.num_samples, params.valid_share, params.seed)
 
     examples, row_notes = _encode_splits(tasks, tokenizer, params)
     _check_filled(examples, params.max_length)

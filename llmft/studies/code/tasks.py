@@ -12,13 +12,14 @@ import ast
 import itertools
 import json
 import re
+from collections import namedtuple
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from ...core import LabError, choose, nearest, sha256_of
-from ...data.corpora import builtin_part, content_key
-from ...data.tables import check_fields, read_splits
+from ...core import LabError, choose, nearest
+from ...data.corpora import builtin_part, check_share, content_key, draw_of, fair_share
+from ...data.tables import Row, check_fields, read_splits
 from ...data.tokens import Examples, begun, cut, keep_as_text, looks_like_control, rendered_rows, turn_ends
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #716b4011
@@ -35,6 +36,57 @@ class Task:
     cases: list = field(default_factory=list)  # (standard input, expected output)
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #eadca153
+_Fields = namedtuple('_Fields', 'input training split')  # what the parameters call the fields of a row
+_split_names = {'validation': 'valid', 'dev': 'valid'}  # what data sets call a split -> what it is called here
+
+
+def _text(row, field, name):
+    "The text in a field of a row, with line feeds as line ends; '' for null or no field, a `LabError` for no text."
+    if field not in row:
+        return ''
+    return Row(row, name, name).text(field).replace('\r\n', '\n')
+
+
+def _parsed(text):
+    "The value that a text holds in JSON, or as Python writes it; `None` when it is neither."
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            pass
+    return None
+
+
+def _list(row, field, name):
+    "The list in a field of a row; tables without lists hold them as text, and one text is a list of one."
+    value = row.get(field)
+    if isinstance(value, str):
+        lone = [value] if value.strip() else []
+        value = _parsed(value) if value.strip().startswith('[') else lone
+    if value is not None and not isinstance(value, (list, tuple)):
+        raise LabError(f"{name} has no list in the field '{field}': it holds {type(value).__name__}")
+    return list(value or [])
+
+
+def _file_split(name):
+    "The split that the name of a row's file says: 'test' for 'gsm8k_test.jsonl:3', '' for 'rows.jsonl:3'."
+    file = name.rpartition('/')[2].partition(':')[0].lower()
+    found = re.search(r'(?<![a-z])(train|valid|validation|dev|test)(?![a-z])', file)
+    return _split_names.get(found[1], found[1]) if found else ''
+
+
+def _row_split(row, name, fields):
+    "The split that a row names, as it is called here; '' when it names none."
+    split = _text(row, fields.split, name)
+    return _split_names.get(split, split)
+
+
+def _own_split(row, name, fields):
+    "The split of a row of a public data set: what it names, or its place there, or the name of its file."
+    place = _text(row, 'unique_id', name).partition('/')
+    return _row_split(row, name, fields) or (place[0] if place[2] else '') or _file_split(name)
+
+# %% ../../../nbs/studies/code/01_tasks.ipynb #4cca1e51
 def _mbpp_split(number):
     "The split of a row of MBPP by its task_id, as in its paper; '' when it has no number."
     if not isinstance(number, int):
@@ -46,55 +98,118 @@ def _mbpp_split(number):
     return 'train' if number > 600 else 'prompt'
 
 
-def _mbpp_problem(row):
-    "The text of a row of MBPP with its first test, which says what the function is called."
-    text = row.get('text') or row.get('prompt')
-    tests = list(row['test_list'])
-    return f'{text}\nIt must pass this test:\n{tests[0]}' if tests else text
+def _mbpp(row, name, fields):
+    "A row of MBPP, full, sanitised, or with the further tests of EvalPlus."
+    text = _text(row, 'text', name) or _text(row, 'prompt', name)
+    tests = _list(row, 'test_list', name)
+    shown = f'{text}\nIt must pass this test:\n{tests[0]}' if tests and text else text
+    setup = _text(row, 'test_setup_code', name) or '\n'.join(_list(row, 'test_imports', name))
+    further = _text(row, 'test', name)
+    split = 'test' if further else _mbpp_split(row.get('task_id')) or _own_split(row, name, fields)
+    return Task(name, shown, _text(row, 'code', name), split, setup=setup, tests=[further] if further else tests)
 
 
-def _mbpp(row, name):
-    "A row of MBPP, full or sanitised."
-    setup = row.get('test_setup_code') or '\n'.join(row.get('test_imports') or [])
-    return Task(name, _mbpp_problem(row), (row['code'] or '').replace('\r\n', '\n'), _mbpp_split(row.get('task_id')),
-                setup=setup, tests=list(row['test_list']))
-
-
-def _human_eval(row, name):
+def _human_eval(row, name, fields):
     "A row of HumanEval: the model goes on where `prompt` ends."
-    return Task(name, row['prompt'], row['canonical_solution'], 'test', lead=row['prompt'],
-                tests=[f"{row['test']}\ncheck({row['entry_point']})"])
+    prompt = _text(row, 'prompt', name)
+    check = f"{_text(row, 'test', name)}\ncheck({_text(row, 'entry_point', name)})"
+    return Task(name, prompt, _text(row, 'canonical_solution', name), 'test', lead=prompt, tests=[check])
+
+
+_comparison = '''
+import copy as _copy
+import json as _json
+
+
+def _same(one, other):
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
+        return all(map(_same, one, other))
+    return one == other or isinstance(other, float) and abs(one - other) <= {tolerance}
+
+
+_names = {{}}
+exec({reference!r}, _names)
+for _arguments in _json.loads({inputs!r}):
+    _expected = _names[{entry!r}](*_copy.deepcopy(_arguments))
+    assert _same({entry}(*_copy.deepcopy(_arguments)), _expected), repr(_arguments)[:80]
+'''  # what an EvalPlus row's inputs are run by; the exact form of its own harness compares likewise
+
+
+def _eval_plus(row, name, fields):
+    "A row of EvalPlus, of HumanEval+ or MBPP+: the function is compared with the reference on the row's inputs."
+    prompt = _text(row, 'prompt', name)
+    solution = _text(row, 'canonical_solution', name)
+    inputs = json.dumps(_list(row, 'base_input', name) + _list(row, 'plus_input', name))
+    test = _comparison.format(tolerance=float(row.get('atol') or 1e-6), reference=f'{prompt}\n{solution}',
+                              inputs=inputs, entry=_text(row, 'entry_point', name))
+    return Task(name, prompt, solution, 'test', lead=prompt, tests=[test])
 
 
 def _apps_cases(pairs):
     "What APPS says a program reads and must print; calls of a function by name are no such programs."
-    if isinstance(pairs, str) and pairs.strip():
-        pairs = json.loads(pairs)
+    pairs = _parsed(pairs) if isinstance(pairs, str) else pairs
     if not isinstance(pairs, dict) or pairs.get('fn_name'):
         return []
     return list(zip(pairs.get('inputs') or [], pairs.get('outputs') or [], strict=False))
 
 
-_split_names = {'validation': 'valid', 'dev': 'valid'}  # what data sets call a split -> what it is called here
-
-
-def _cases_of(row):
-    "(standard input, expected output) of a row's tests, and of what APPS calls input_output."
-    cases = [(case['input'], case['output']) for case in row.get('tests') or [] if isinstance(case, dict)]
-    cases += _apps_cases(row.get('input_output'))
+def _text_cases(cases):
+    "Those of `cases` of which both parts are text."
     return [case for case in cases if all(isinstance(text, str) for text in case)]
 
 
-def _plain(row, name, input_field, training_field, split_field):
+def _apps(row, name, fields):
+    "A row of APPS: the first of its solutions is learnt."
+    question = '\n'.join(filter(None, [_text(row, 'question', name), _text(row, 'starter_code', name)]))
+    solutions = [text for text in _list(row, 'solutions', name) if isinstance(text, str)]
+    return Task(name, question, solutions[0] if solutions else '', _own_split(row, name, fields),
+                cases=_text_cases(_apps_cases(row['input_output'])))
+
+# %% ../../../nbs/studies/code/01_tasks.ipynb #d512bcf6
+def _worked_problem(row, name, fields, question, answer):
+    "A word problem with its worked solution, from the fields that the parameters name or else the usual ones."
+    problem = _text(row, fields.input if fields.input in row else question, name)
+    solution = _text(row, fields.training if fields.training in row else answer, name)
+    return Task(name, problem, solution, _own_split(row, name, fields))
+
+
+def _gsm8k(row, name, fields):
+    "A row of GSM8K."
+    return _worked_problem(row, name, fields, 'question', 'answer')
+
+
+def _math(row, name, fields):
+    "A row of MATH."
+    return _worked_problem(row, name, fields, 'problem', 'solution')
+
+
+def _plain(row, name, fields):
     "A row with a problem, an answer and perhaps a split and tests."
-    split = row.get(split_field)
-    return Task(name, row.get(input_field) or '', row.get(training_field) or '', _split_names.get(split, split) or '',
-                setup=row.get('setup') or '', cases=_cases_of(row),
-                tests=[test for test in row.get('tests') or [] if isinstance(test, str)])
+    tests = _list(row, 'tests', name)
+    pairs = [(test.get('input'), test.get('output')) for test in tests if isinstance(test, dict)]
+    return Task(name, _text(row, fields.input, name), _text(row, fields.training, name), _row_split(row, name, fields),
+                setup=_text(row, 'setup', name), cases=_text_cases(pairs + _apps_cases(row.get('input_output'))),
+                tests=[test for test in tests if isinstance(test, str)])
 
 
-_human_eval_fields = {'prompt', 'canonical_solution', 'test', 'entry_point'}
-_mbpp_fields = {'code', 'test_list'}
+_Form = namedtuple('_Form', 'fields reader field mark', defaults=('', ''))  # `field` holds `mark`, where there is one
+_forms = (
+    _Form({'prompt', 'canonical_solution', 'entry_point', 'base_input', 'plus_input'}, _eval_plus),
+    _Form({'prompt', 'canonical_solution', 'test', 'entry_point'}, _human_eval),
+    _Form({'text', 'code', 'test_list'}, _mbpp),
+    _Form({'prompt', 'code', 'test_list'}, _mbpp),
+    _Form({'question', 'solutions', 'input_output'}, _apps),
+    _Form({'question', 'answer'}, _gsm8k, 'answer', '####'),
+    _Form({'problem', 'solution'}, _math, 'solution', '\\boxed'),
+)
+
+
+def _reader_of(row):
+    "What reads a row of a known form; `None` for other rows."
+    for form in _forms:
+        if form.fields <= row.keys() and (not form.mark or form.mark in str(row[form.field])):
+            return form.reader
+    return None
 
 
 def as_task(row:dict,                  # one object of a table
@@ -103,15 +218,15 @@ def as_task(row:dict,                  # one object of a table
             training_field:str='solution',  # field of the answer
             split_field:str='split',   # field of the split
 )->Task:
-    "A row of any of the known kinds as a `Task`; a `LabError` that lists the fields when it has none of them."
-    if _human_eval_fields <= row.keys():
-        return _human_eval(row, name)
-    if _mbpp_fields <= row.keys() and input_field not in row:
-        return _mbpp(row, name)
+    "A row of any of the known forms as a `Task`; a `LabError` that lists the fields when it has none of them."
+    fields = _Fields(input_field, training_field, split_field)
+    reader = _reader_of(row)
+    if reader:
+        return reader(row, name, fields)
 
     check_fields(row, [input_field], name, 'input_field')
     check_fields(row, [training_field], name, 'training_field')
-    return _plain(row, name, input_field, training_field, split_field)
+    return _plain(row, name, fields)
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #3f648f90
 builtin_valid_modules = frozenset('xmlrpc telnetlib cmd numbers'.split())  # for validation; the others for the test
@@ -182,18 +297,44 @@ def function_tasks() -> tuple:
 # %% ../../../nbs/studies/code/01_tasks.ipynb #50842b71
 def read_table(data:str,       # a .jsonl or .parquet file, or a hub name
                config:str='',  # a hub data set's configuration
+               notes:dict=None,# counts what is left out, as in `llmft.data.tables.read_rows`
 )->list:                       # (row, name, split of the data set or '')
     "All rows of a table with all their fields; a `LabError` when there is no such table, or a line is no object."
-    splits = read_splits(data, config, instead='data=builtin:functions or --small')
+    splits = read_splits(data, config, instead='data=builtin:functions or --small', notes=notes)
     return [(row.values, row.name, split) for split, rows in splits.items() for row in rows]
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #d1be7ff8
-def _hashed_split(task, valid_share, seed):
-    "train, valid or test for a task whose data has no splits."
-    draw = int(sha256_of(f'{seed} {content_key(task.input)}')[:12], 16) / 16**12
-    if draw < valid_share:
-        return 'valid'
-    return 'test' if draw < 2 * valid_share else 'train'
+def _draws(tasks, seed):
+    "Problem -> the number that decides its side."
+    return {task.input: draw_of(content_key(task.input), seed) for task in tasks}
+
+
+def _hashed_splits(tasks, valid_share, seed, has_test):
+    "Tasks of one side divided by their problems: a share for validation and, unless there is a test, for that."
+    share = fair_share((content_key(task.input) for task in tasks if _is_complete(task)), valid_share, seed)
+    draws = _draws(tasks, seed)
+    last = max(draws.values())
+    test_below = share if has_test else min(share + valid_share, last)
+
+    divided = []
+    for task in tasks:
+        draw = draws[task.input]
+        kept = 'test' if draw < test_below else 'train'
+        divided.append(replace(task, split='valid' if draw < share else kept))
+    return divided
+
+
+def _with_held_out(tasks, valid_share, seed):
+    "Tasks of which some are held out, by their own splits or else by a hash of the problem."
+    splits = {task.split for task in tasks}
+    if not tasks or 'valid' in splits:
+        return tasks
+    if splits <= {'', 'train'}:
+        return _hashed_splits(tasks, valid_share, seed, False)
+
+    train = [task for task in tasks if task.split == 'train']
+    others = [task for task in tasks if task.split != 'train']
+    return others + (_hashed_splits(train, valid_share, seed, True) if train else [])
 
 
 def _table_tasks(table, input_field, training_field, split_field, valid_share, seed):
@@ -202,10 +343,7 @@ def _table_tasks(table, input_field, training_field, split_field, valid_share, s
     for row, name, split in table:
         task = as_task(row, name, input_field, training_field, split_field)
         tasks.append(replace(task, split=task.split or _split_names.get(split, split)))
-
-    if {task.split for task in tasks} <= {'', 'train'}:
-        tasks = [replace(task, split=_hashed_split(task, valid_share, seed)) for task in tasks]
-    return tasks
+    return _with_held_out(tasks, valid_share, seed)
 
 
 def _not_held_out(sides):
@@ -246,21 +384,23 @@ def load_tasks(data:str,                       # "builtin:functions", a .jsonl o
                training_field:str='solution',  # field of the answer: solution, or output for the reasoning
                split_field:str='split',        # field that says train, valid or test
                num_samples:int=0,              # training rows to keep, 0 for all
-               valid_share:float=.05,          # held out for validation, and again for test, where rows have no split
+               valid_share:float=.05,          # held out for validation, and for test where no row has a split
                seed:int=42,                    # of that split
                needs=('train', 'valid'),       # splits that must have a row
 )->tuple:                                      # (dict of lists of `Task`: train, valid, test; dict of counts)
     "Tasks of any source by split, and what was dropped on the way; a `LabError` when a split that is needed is empty."
+    check_share(valid_share)
+    notes = {}
     if data == 'builtin:functions':
         tasks, counts = function_tasks()
     elif data.startswith('builtin:'):
         raise LabError(f"data '{data}' has no tasks: use builtin:functions")
     else:
-        table = read_table(data, config)
+        table = read_table(data, config, notes)
         tasks = _table_tasks(table, input_field, training_field, split_field, valid_share, seed)
         counts = dict(rows=len(table))
 
-    sides, counts = _by_split(tasks, counts)
+    sides, counts = _by_split(tasks, counts | notes)
     _check_needed(sides, needs, tasks, data)
     return dict(sides, train=sides['train'][:num_samples or None]), counts
 

@@ -6,13 +6,15 @@
 __all__ = ['check_batch_sizes', 'held_size', 'size_table', 'answer_batches', 'speed_table', 'quality_table', 'answer_rows',
            'inference_metrics', 'inference_verdict']
 
-# %% ../../../nbs/studies/inference/03_report.ipynb #00a50eef
+# %% ../../../nbs/studies/inference/03_report.ipynb #72ac41df
 from ...core import LabError
 from ...inference.generation import end_tokens, written_text
 from ...inference.latency import answer_all, rates
 from ...models.meter import machine_peaks, resident_bytes
 from ...models.precisions import bytes_a_step, held_share
+from ...runs.rivals import Measure, in_bullets, place_words, rank
 from ...runs.tables import column, table
+from .word_problems import reference_answer
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #d51867db
 def check_batch_sizes(batch_sizes:list,  # questions at a time
@@ -52,7 +54,9 @@ def _answer_in_batches(model, tokenizer, prompts, batch_size, params, size):
                                    tokenizer.pad_token_id, params.warmup_tokens, tell, params.compiled)
     written = [ids for part in parts for ids in part.ids]
     texts = [written_text(tokenizer, prompt, ids) for prompt, ids in zip(prompts, written, strict=True)]
-    return dict(rates(parts, size['bytes_read'], size['copy_bytes_per_sec']), peak_bytes=peak_bytes, texts=texts)
+    stopped = [why for part in parts for why in part.stopped]
+    return dict(rates(parts, size['bytes_read'], size['copy_bytes_per_sec']), peak_bytes=peak_bytes, texts=texts,
+                stopped=stopped)
 
 
 def answer_batches(model,          # from `load_form`
@@ -60,7 +64,7 @@ def answer_batches(model,          # from `load_form`
                    prompts:list,   # lists of token ids
                    params,         # batch_sizes, max_new_tokens, warmup_tokens, compiled
                    size:dict,      # from `held_size`
-)->dict:                           # batch size -> dict of rates and peak_bytes, with texts under 'texts'
+)->dict:                           # batch size -> rates, peak_bytes, texts, and stopped: why each text ended
     "The answers to all prompts at every batch size, and how long they took."
     return {batch_size: _answer_in_batches(model, tokenizer, prompts, batch_size, params, size)
             for batch_size in params.batch_sizes}
@@ -84,7 +88,7 @@ def speed_table(answers:dict,  # from `answer_batches`
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #5a8761dd
 _quality_columns = [column('accuracy', 'right', 'share', n='questions'), column('answered', 'with a number', 'share'),
-                    column('perplexity', n='targets'), column('bits_per_byte'),
+                    column('cut_off', 'cut off', 'share'), column('perplexity', n='targets'), column('bits_per_byte'),
                     column('perplexity_with_end', 'perplexity', 'with the ends', n='ends')]
 
 
@@ -100,13 +104,13 @@ def answer_rows(problems:list,  # rows with question and answer
                 marks:dict,     # from `score`
 )->list:                        # question, expected, answer, right
     "The answers beside what was expected."
-    return [dict(question=problem['question'], expected=problem['answer'].rpartition('#### ')[2], answer=text,
-                 right=right) for problem, text, right in zip(problems, texts, marks['right'], strict=True)]
+    return [dict(question=problem['question'], expected=reference_answer(problem), answer=text, right=right)
+            for problem, text, right in zip(problems, texts, marks['right'], strict=True)]
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #a365c7ac
 def _rates_of(answer):
     "Rates and memory of one batch size, without its texts."
-    kept = {name: value for name, value in answer.items() if name not in ('texts', 'peak_bytes')}
+    kept = {name: value for name, value in answer.items() if name not in ('texts', 'stopped', 'peak_bytes')}
     return kept | dict(peak_memory_gb=answer['peak_bytes'] / 2**30)
 
 
@@ -119,8 +123,8 @@ def _size_metrics(size):
 def _quality_metrics(marks, judged):
     "Right answers and held-out text under the names of the metrics."
     return dict(accuracy=marks['accuracy'], correct=marks['correct'], answered=marks['answered'],
-                perplexity=judged['perplexity'], bits_per_byte=judged['bits_per_byte'], text_targets=judged['targets'],
-                perplexity_with_end=judged['perplexity_with_end'])
+                cut_off=marks['cut_off'], perplexity=judged['perplexity'], bits_per_byte=judged['bits_per_byte'],
+                text_targets=judged['targets'], perplexity_with_end=judged['perplexity_with_end'])
 
 
 def inference_metrics(params,        # precision, compute, max_new_tokens
@@ -139,18 +143,19 @@ def inference_metrics(params,        # precision, compute, max_new_tokens
         metrics |= {f'{name}_batch{batch_size}': value for name, value in _rates_of(answers[batch_size]).items()}
     return metrics
 
-# %% ../../../nbs/studies/inference/03_report.ipynb #a16a66e8
+# %% ../../../nbs/studies/inference/03_report.ipynb #eec6d7d6
 def inference_verdict(precision:str,  # of the weights
                       answers:dict,   # from `answer_batches`
                       marks:dict,     # from `score`
                       judged:dict,    # from `judge`
-)->str:
-    "Speed, memory and quality of one precision, in one sentence."
-    batch_sizes = list(answers)
-    first = batch_sizes[0]
-    last = batch_sizes[-1]
-    speed = {batch_size: answer['throughput_tokens_per_sec'] for batch_size, answer in answers.items()}
-    return (f'{precision}: {speed[first]:,.0f} new tokens/s at batch {first} and {speed[last]:,.0f} at batch {last}, '
-            f"{answers[first]['peak_bytes'] / 2**30:.3f} GiB at most, "
-            f"{marks['correct']} of {marks['questions']} answers right, "
-            f"perplexity {judged['perplexity']:.1f} (n = {judged['targets']:,} tokens).")
+)->str:                               # Markdown
+    "Quality, speed and memory of one precision, and which batch size makes most tokens."
+    speed = {f'batch {batch_size}': answer['throughput_tokens_per_sec'] for batch_size, answer in answers.items()}
+    fastest = place_words(rank(speed, Measure('throughput', 'new tokens per second', lower=False)))
+    peak = max(answer['peak_bytes'] for answer in answers.values()) / 2**30
+    return in_bullets(
+        f"{precision}: {marks['correct']} of {marks['questions']} answers right, "
+        f"{marks['cut_off']:.0%} cut off at the limit on their tokens, perplexity {judged['perplexity']:.1f} "
+        f"(n = {judged['targets']:,} tokens).",
+        f'{fastest} {peak:.3f} GiB at most. Each batch size was timed once: less than 5% apart counts as a tie.',
+        'Next: compare precisions on the same questions (params/sweeps/inference.yaml).')

@@ -60,8 +60,10 @@ def pdf_data(params,  # data, max_pages, min_characters, test_share, seed, chunk
     folder = Path(folder)
     tokenizer = load_tokenizer(params.model)
     source = builtin_pdfs(folder/'pdfs') if params.data == 'builtin' else params.data
-    files = read_pdfs(source, params.max_pages, params.min_characters)
+    besides = None if params.data == 'builtin' else {}
+    files = read_pdfs(source, params.max_pages, params.min_characters, notes=besides)
     corpus, split = pdf_corpus(files, params.test_share, params.seed, params.chunk_characters, folder/'split_info.json')
+    corpus.notes['besides'] = besides or {}
     _write_files(folder/'files.json', files)
 
     train, train_notes = _examples(corpus.train, tokenizer, folder/'tokens'/'train', params.max_length)
