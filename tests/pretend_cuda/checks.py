@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import training_runs
-from pretend_cuda import device
 
 from llmft.core import LabError
 from llmft.data.batches import MicroBatch
@@ -22,6 +21,7 @@ from llmft.training.fit import fit, train_step
 from llmft.training.largest_batch import try_batch
 from llmft.training.prepare import prepare
 from llmft.training.step import evaluate_loss, step_batches
+from pretend_cuda import device
 
 ampere = device.capability >= (8, 0)
 half = 'bf16' if ampere else 'fp16'

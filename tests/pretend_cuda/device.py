@@ -133,19 +133,6 @@ def _stand_in(torch):
     torch._C._cuda_clearCublasWorkspaces = _always(None)
 
 
-def _copy_storages(torch):
-    "Have the storages of the device copied, as deepcopy does."
-    copy = torch.UntypedStorage.clone
-
-    def clone(storage):
-        if storage.device.type != 'cuda':
-            return copy(storage)
-        numbers = torch.empty(0, dtype=torch.uint8, device='cuda').set_(storage)
-        return numbers.clone().untyped_storage()
-
-    torch.UntypedStorage.clone = clone
-
-
 def _mixed_product(torch):
     "The product of 16-bit matrices with sums in float32, which a CPU does not have."
 
@@ -170,7 +157,6 @@ def install():
 
     _stand_in(torch)
     _watch_attention(torch)
-    _copy_storages(torch)
     return _mixed_product(torch)
 
 
