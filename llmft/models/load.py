@@ -404,6 +404,7 @@ def hidden_states(model,                  # from `load_model`, with or without a
         check_rows(net, packed=True)
         if position_ids_BT is None:
             position_ids_BT = _positions_in(document_lengths)
+
     if position_ids_BT is not None:
         position_ids_BT = position_ids_BT.to(net.device)
     return _run(net, ids_BT.to(net.device), position_ids_BT, document_lengths)
@@ -703,7 +704,7 @@ def seeded(seed:int,     # of the run
 
 # %% ../../nbs/models/01_load.ipynb #8d886ec3
 def placed(model):
-    "`model` on the GPU, where there is one; in main memory for one process of several. `LabError` when it does not fit."
+    "`model` on the GPU, if there is one; in main memory for one process of several. `LabError` when it does not fit."
     if not torch.cuda.is_available() or 'RANK' in os.environ:
         return model
     try:

@@ -144,8 +144,8 @@ def check_form(form:str,            # name in `forms`
     choose('compute', compute, precisions)
     check_model_settings(wanted.precision or compute, quantisation=wanted.quantisation)
     if wanted.packed and torch.cuda.is_available() and torch.cuda.get_device_capability() < _int4_from:
-        raise LabError(f'{form} has no kernel for this GPU ({torch.cuda.get_device_name()}), which is older than Ampere: '
-                       'use precision nf4')
+        raise LabError(f'{form} has no kernel for this GPU ({torch.cuda.get_device_name()}), '
+                       'which is older than Ampere: use precision nf4')
 
 # %% ../../nbs/models/07_precisions.ipynb #6a0aa0ea
 # at every product it says that int8 multiplies in float16

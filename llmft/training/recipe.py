@@ -271,5 +271,5 @@ def check_rate(method:Method,   # what is trained, and in which precision
 ):
     "A `LabError` when weights that are held in bf16 would not move, because updates are rounded away."
     if method.full and method.precision == 'bf16' and optimiser != 'muon' and rate < _least_rate:
-        raise LabError(f'learning_rate is {rate:g} and all weights are trained in bf16, which rounds such updates away: '
-                       f'use precision fp32 with mixed_precision bf16, or a rate of {_least_rate:g} or more')
+        raise LabError(f'learning_rate is {rate:g} and all weights are trained in bf16, which rounds such updates '
+                       f'away: use precision fp32 with mixed_precision bf16, or a rate of {_least_rate:g} or more')
