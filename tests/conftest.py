@@ -48,6 +48,7 @@ longest = (
     'test_study_experiments',
     'test_sweeps',
     'test_sublora',
+    'test_pretend_cuda',
     'test_many_processes',
     'test_forecast_study',
     'test_experiments',

@@ -25,13 +25,15 @@ targets = {'llama-tiny': ['q_proj', 'down_proj'], 'gpt2-tiny': ['c_attn', 'c_fc'
 each_shape = pytest.mark.parametrize('shape', targets)
 each_quantisation = pytest.mark.parametrize('quantisation', ['none', 'int8', 'nf4'])
 ids = torch.randint(512, (2, 16), generator=torch.Generator().manual_seed(0))
+ids = ids.to('cuda' if torch.cuda.is_available() else 'cpu')
 
 
 def trained(shape='llama-tiny', quantisation='none', names=None, precision='fp32', seed=0):
     "A model with an adapter whose weights are far from zero, as after training."
     model = add_lora(load_model(f'preset:{shape}', precision, quantisation), 4, 8, 0.0, names or targets[shape], seed)
     for number, parameter in enumerate(trainable_parameters(model).values()):
-        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
+        drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        parameter.data.copy_(drawn * 0.1)
     return model.eval()
 
 

@@ -48,7 +48,7 @@ def model_of(shape):
 
 def theirs(model, prompt, new, **options):
     "New tokens of one prompt by transformers, greedy."
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -79,8 +79,8 @@ def test_greedy_tokens_are_those_of_transformers(shape):
 @each_shape
 def test_logits_of_ragged_batches_are_those_of_single_rows(shape):
     model, rows = model_of(shape), [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
-    more = torch.randint(1, 511, (12, 3), generator=torch.Generator().manual_seed(0))
-    ids = torch.tensor([[0] * (7 - len(row)) + row for row in rows])
+    more = torch.randint(1, 511, (12, 3), generator=torch.Generator().manual_seed(0)).to(model.device)
+    ids = torch.tensor([[0] * (7 - len(row)) + row for row in rows], device=model.device)
     decoders = [lambda: ModelDecoder(model, 19)] + [
         lambda steps=steps: LeanDecoder(model, 19, 3, steps) for steps in (0, 16) if is_lean(model)
     ]
@@ -88,11 +88,12 @@ def test_logits_of_ragged_batches_are_those_of_single_rows(shape):
         with torch.no_grad():
             decoder = make_decoder()
             logits = [
-                decoder.begin(ids, torch.tensor([7 - len(row) for row in rows])),
+                decoder.begin(ids, torch.tensor([7 - len(row) for row in rows], device=model.device)),
                 *(decoder.step(step) for step in more),
             ]
             for number, row in enumerate(rows):
-                alone = model(torch.tensor([[*row, *more[:, number].tolist()]])).logits[0, len(row) - 1 :]
+                together = torch.tensor([[*row, *more[:, number].tolist()]], device=model.device)
+                alone = model(together).logits[0, len(row) - 1 :]
                 torch.testing.assert_close(torch.stack([step[number] for step in logits]), alone, atol=1e-4, rtol=0)
     assert logits[0].std() > 0.1
 
@@ -193,7 +194,7 @@ def test_draws_depend_on_seed_and_row_alone(shape):
 def test_drawn_frequencies_are_the_probabilities():
     model = model_of('llama-tiny')
     with torch.no_grad():
-        wanted = (model(torch.tensor([[5, 6]])).logits[0, -1] / 0.7).softmax(-1)
+        wanted = (model(torch.tensor([[5, 6]], device=model.device)).logits[0, -1] / 0.7).softmax(-1).cpu()
     drawn = (
         torch.tensor(generate(model, [[5, 6]], 1, temperature=0.7, samples=4000).ids).flatten().bincount(minlength=512)
         / 4000
@@ -365,3 +366,19 @@ def test_compiled_steps_make_the_same_tokens_and_are_compiled_once(shape, compil
         graphs > 0 and generate(model, prompts[::-1], 12, compiled=True).ids == generate(model, prompts[::-1], 12).ids
     )
     assert compiler() == graphs, 'other prompts of the same number are not compiled again'
+
+
+def test_a_compiled_step_takes_no_number_as_input(monkeypatch, compiler):
+    "A number among the inputs would be another graph on a GPU for every value that it takes."
+    numbers, graphs = [], []
+
+    def backend(graph, inputs):
+        numbers.extend(value for value in inputs if isinstance(value, (int, torch.SymInt)))
+        graphs.append(graph)
+        return graph.forward
+
+    model, tracer = load_model('preset:llama-tiny').eval(), torch.compile.__closure__[0].cell_contents
+    monkeypatch.setattr(torch, 'compile', lambda call, **options: tracer(call, backend=backend, dynamic=None))
+    for prompts in ([[1, 2, 3]], [[1, 2, 3, 4, 5]]):
+        generate(model, prompts, 12, compiled=True)
+    assert graphs and not numbers

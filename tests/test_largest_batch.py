@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmft.core import LabError
-from llmft.models.adapters import add_lora, weights_hash
+from llmft.models.adapters import add_lora, trainable_parameters, weights_hash
 from llmft.models.load import load_model
 from llmft.training import largest_batch as module
 from llmft.training.largest_batch import Trial, bisect_batch, largest_batch, memory_limit, split_step, try_batch
@@ -46,6 +46,15 @@ def state(net):
         net.training,
         [p.grad for p in net.parameters() if p.grad is not None],
     )
+
+
+@pytest.mark.parametrize('optimiser', ['adamw', 'paged_adamw_8bit', 'muon'])
+def test_gradients_that_are_not_finite_leave_the_adapter_as_it_was(optimiser):
+    own = add_lora(load_model('preset:llama-tiny'), 4, 8, 0.0, ['q_proj', 'v_proj'], seed=1)
+    own.get_input_embeddings().weight.data[:] = math.nan
+    before = weights_hash(trainable_parameters(own))
+    assert try_batch(own, Recipe(max_length=16, optimiser=optimiser), 2, 2**40).fits
+    assert weights_hash(trainable_parameters(own)) == before
 
 
 @pytest.mark.parametrize('broken', [None, 'forward', 'optimiser', 'other'])

@@ -11,6 +11,7 @@ from torch import nn
 
 from llmft.training.losses import head_cross_entropy, linear_cross_entropy, softmax_losses_, token_losses
 
+here = 'cuda' if torch.cuda.is_available() else 'cpu'
 chunk_bytes = {'one row': 1, 'three rows': 3 * 4 * 53, 'more than all': 2**25}
 
 
@@ -19,12 +20,12 @@ def example(rows=17, width=12, words=53, dtype=torch.float32, every=3, seed=0, s
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
-        return (scale * torch.randn(*shape, generator=generator)).to(dtype).requires_grad_()
+        return (scale * torch.randn(*shape, generator=generator)).to(here, dtype).requires_grad_()
 
     targets_N = torch.randint(words, (rows,), generator=generator)
     if every:
         targets_N[::every] = -100
-    return draw(rows, width), draw(words, width), draw(words), targets_N
+    return draw(rows, width), draw(words, width), draw(words), targets_N.to(here)
 
 
 def gradients(loss, *inputs):
@@ -110,8 +111,8 @@ def test_extreme_logits_stay_exact():
 
 def test_nothing_to_learn_is_zero_with_zero_gradients():
     hidden_ND, weight_VD, bias_V, _ = example()
-    nothing = torch.full((17,), -100)
-    for head in (nn.Linear(12, 53), nn.Sequential(nn.Linear(12, 53))):
+    nothing = torch.full((17,), -100, device=here)
+    for head in (nn.Linear(12, 53).to(here), nn.Sequential(nn.Linear(12, 53)).to(here)):
         if type(head) is not nn.Linear:
             head.weight = head[0].weight
         loss, count = head_cross_entropy(hidden_ND, head, nothing)
@@ -153,7 +154,7 @@ def test_no_gradient_work_without_gradients():
 
 def test_autocast_computes_in_the_autocast_dtype():
     hidden_ND, weight_VD, _, targets_N = example()
-    with torch.autocast('cpu', dtype=torch.bfloat16):
+    with torch.autocast(here, dtype=torch.bfloat16):
         loss, _ = linear_cross_entropy(hidden_ND, weight_VD, targets_N)
     slopes = torch.autograd.grad(loss, (hidden_ND, weight_VD))
     exact = linear_cross_entropy(hidden_ND, weight_VD, targets_N)[0]
@@ -163,7 +164,7 @@ def test_autocast_computes_in_the_autocast_dtype():
 @pytest.mark.parametrize('words', [50, 500])
 def test_lora_wrapped_head(words):
     torch.manual_seed(0)
-    model = nn.ModuleDict(dict(head=nn.Linear(12, words, bias=False)))
+    model = nn.ModuleDict(dict(head=nn.Linear(12, words, bias=False))).to(here)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=['head'], init_lora_weights=False), model)
     head = model['head']
     hidden_ND, _, _, targets_N = example(words=words)
@@ -183,7 +184,7 @@ def test_lora_wrapped_head(words):
 
 def test_lora_dropout_belongs_to_the_loss_that_was_returned():
     torch.manual_seed(0)
-    model = nn.ModuleDict(dict(head=nn.Linear(12, 50, bias=False)))
+    model = nn.ModuleDict(dict(head=nn.Linear(12, 50, bias=False))).to(here)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=['head'], init_lora_weights=False, lora_dropout=0.5), model)
     hidden_ND, _, _, targets_N = example(words=50)
     torch.manual_seed(1)
@@ -200,7 +201,7 @@ def test_lora_dropout_belongs_to_the_loss_that_was_returned():
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 def test_token_losses(dtype):
-    head = nn.Linear(12, 53).to(dtype)
+    head = nn.Linear(12, 53).to(here, dtype)
     hidden_ND, _, _, targets_N = example(dtype=dtype)
     expected = F.cross_entropy(head(hidden_ND).float(), targets_N, reduction='none')
     for size in (1, 700, 2**25):

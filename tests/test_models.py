@@ -1,10 +1,12 @@
 """Models: packed documents stay apart, quantised gradients are right, weights depend on the seed alone, and nothing asks the network."""
 
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -23,15 +25,17 @@ from llmft.models.load import (
     presets,
     quantised_share,
 )
+from llmft.models.precisions import check_form
 
 shapes = ['llama-tiny', 'gpt2-tiny', 'qwen2-tiny']
+here = 'cuda' if torch.cuda.is_available() else 'cpu'
 each_shape = pytest.mark.parametrize('shape', shapes)
 lengths = [7, 12, 12, 1, 30, 5]
 packed_slots = sum(lengths)
 
 
 def tokens(rows=1, slots=packed_slots, seed=0):
-    return torch.randint(512, (rows, slots), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(512, (rows, slots), generator=torch.Generator().manual_seed(seed)).to(here)
 
 
 def logits_and_gradients(model, pieces, **packed):
@@ -62,7 +66,7 @@ def test_nothing_leaks_between_documents(shape):
     model, ids = load_model(f'preset:{shape}').eval(), tokens()
     before = hidden_states(model, ids, document_lengths=lengths)
     for document, start in enumerate([0, 7, 19, 31, 32, 62]):
-        after = hidden_states(model, ids.index_fill(1, torch.tensor([start]), 511), document_lengths=lengths)
+        after = hidden_states(model, ids.index_fill(1, torch.tensor([start], device=here), 511), document_lengths=lengths)
         changed = (after != before).any(-1)[0].nonzero().flatten().tolist()
         assert changed and min(changed) == start and max(changed) < start + lengths[document]
 
@@ -99,7 +103,7 @@ def test_gradient_checkpointing_changes_nothing(shape):
 
 @each_shape
 def test_generation_is_that_of_sdpa(shape):
-    ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.long)
+    ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.long, device=here)
     mask[0, :4] = mask[1, :1] = 0
     ours, theirs = (load_model(f'preset:{shape}', attention=attention).eval() for attention in ('documents', 'sdpa'))
     options = dict(
@@ -421,22 +425,19 @@ def test_the_shipped_base_loads():
 
 
 @pytest.mark.parametrize(
-    'gpu, rank, room, moves',
+    'gpu, rank, moves',
     [
-        (True, False, True, ['cuda']),
-        (True, True, True, []),
-        (False, False, True, []),
-        (True, False, False, ['cuda', 'cpu']),
+        (True, False, ['cuda']),
+        (True, True, []),
+        (False, False, []),
     ],
 )
-def test_a_model_goes_to_the_gpu_where_it_fits(monkeypatch, gpu, rank, room, moves):
+def test_a_model_goes_to_the_gpu_where_there_is_one(monkeypatch, gpu, rank, moves):
     class Model:
         went = []
 
         def to(self, device):
             self.went = [*self.went, device]
-            if device == 'cuda' and not room:
-                raise torch.cuda.OutOfMemoryError('full')
             return self
 
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
@@ -448,20 +449,48 @@ def test_a_model_goes_to_the_gpu_where_it_fits(monkeypatch, gpu, rank, room, mov
     assert models.placed(model) is model and model.went == moves
 
 
+def test_a_model_that_does_not_fit_the_gpu_says_so(monkeypatch):
+    model = torch.nn.Linear(2**10, 2**10, bias=False)
+
+    def refuse(device):
+        raise torch.cuda.OutOfMemoryError('full')
+
+    monkeypatch.setattr(model, 'to', refuse)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: SimpleNamespace(total_memory=2**21))
+    monkeypatch.delenv('RANK', raising=False)
+    with pytest.raises(LabError, match='take 0.00391 GiB and do not fit the GPU of 0.00195 GiB: use quantisation nf4'):
+        models.placed(model)
+
+
+@pytest.mark.parametrize('capability, fits', [((7, 5), False), ((8, 0), True)])
+def test_four_fast_bits_are_refused_before_ampere(monkeypatch, capability, fits):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda *device: capability)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda *device: 'T4')
+    with contextlib.nullcontext() if fits else pytest.raises(LabError, match='int4_fast has no kernel for this GPU'):
+        check_form('int4_fast')
+
+
 class OnGpu(torch.Tensor):
     is_cuda = True
 
 
 @pytest.mark.parametrize(
-    'dtype, masked, repeated',
+    'dtype, masked, capability, repeated',
     [
-        (torch.float32, False, True),
-        (torch.float32, True, True),
-        (torch.bfloat16, True, True),
-        (torch.bfloat16, False, False),
+        (torch.float32, False, (9, 0), True),
+        (torch.float32, True, (9, 0), True),
+        (torch.bfloat16, True, (9, 0), True),
+        (torch.bfloat16, False, (8, 0), False),
+        (torch.float16, False, (7, 5), True),
     ],
 )
-def test_shared_heads_are_repeated_where_cuda_would_write_out_the_scores(dtype, masked, repeated):
+def test_shared_heads_are_repeated_where_cuda_would_write_out_the_scores(
+    monkeypatch, dtype, masked, capability, repeated
+):
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
     query, key, value = (torch.randn(1, heads, 5, 8, dtype=dtype) for heads in (4, 2, 2))
     assert models.shared_heads(query, key, value, masked)[2] and not models.shared_heads(query, query, query, masked)[2]
     keys, values, grouped = models.shared_heads(query.as_subclass(OnGpu), key, value, masked)

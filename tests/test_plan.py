@@ -60,7 +60,7 @@ def nothing_is_loaded(monkeypatch):
     ],
 )
 def test_figures_of_the_matrix_study(nothing_is_loaded, config, trainable, weights):
-    plan = make_plan(params_of(f'finetune/{config}.yaml', 'precision=fp16'), gpu='rtx5090')
+    plan = make_plan(params_of(f'finetune/{config}.yaml', 'precision=fp16', 'mixed_precision=no'), gpu='rtx5090')
     assert (plan['parameters'], plan['trainable']) == (3_212_749_824, trainable)
     own = plan['memory']['weights'] - (0 if config == 'full' else 4 * trainable)
     assert abs(own / 2**30 / weights - 1) < 0.01
@@ -369,3 +369,14 @@ def test_predicted_memory_is_within_15_percent_of_the_measured(row, tmp_path):
     assert abs(predicted['total'] / done.peak_bytes - 1) < 0.08, {
         name: round(value / 2**20, 1) for name, value in predicted.items()
     }
+
+
+def test_full_fine_tuning_keeps_weights_that_its_rate_can_move(capsys):
+    memory = make_plan(params_of('finetune/full.yaml'), gpu='h100')['memory']
+    assert memory['weights'] == memory['gradients'] == memory['optimiser'] / 2 == 4 * 3_212_749_824
+    assert 50 < memory['total'] / 2**30 < 60 and memory['copies'] > 0
+    held_in_bf16 = ['precision=bf16', 'mixed_precision=no']
+    with pytest.raises(LabError, match='use precision fp32 with mixed_precision bf16, or a rate of 0.0001 or more'):
+        make_plan(params_of('finetune/full.yaml', *held_in_bf16), gpu='h100')
+    make_plan(params_of('finetune/full.yaml', *held_in_bf16, 'learning_rate=1e-4'), gpu='h100')
+    make_plan(params_of('finetune/lora.yaml', *held_in_bf16, 'learning_rate=1e-5'), gpu='h100')

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmft.core import LabError
 from llmft.data.batches import micro_batches
 from llmft.data.tokens import Examples
+from llmft.inference.decoder import is_lean
 from llmft.models.adapters import add_lora
 from llmft.models.load import load_model
 from llmft.training import checkpoints
@@ -198,12 +199,17 @@ def ragged():
     return examples(8, 60, seed=3)
 
 
+def there(batches, model):
+    "Micro-batches where the model is."
+    return [batch.to(model.device) for batch in batches]
+
+
 def loss_and_gradient(ragged, layout, size):
     model = load_model('preset:llama-tiny')
     batches, targets = step_batches(
         ragged, np.arange(8), Recipe(batch_size=size, gradient_accumulation=8 // size, max_length=60, layout=layout)
     )
-    loss = accumulate(LossModel(model), batches, targets)
+    loss = accumulate(LossModel(model), there(batches, model), targets)
     return float(loss), torch.cat([p.grad.flatten() for p in model.parameters()]), batches
 
 
@@ -224,7 +230,7 @@ def test_a_step_does_not_depend_on_its_layout(ragged):
 def test_a_mean_of_means_would_be_noticed(ragged):
     model = load_model('preset:llama-tiny')
     losses = [
-        (float(LossModel(model)(batch)), batch.supervised)
+        (float(LossModel(model)(batch.to(model.device)).detach()), batch.supervised)
         for batch in micro_batches(ragged, np.arange(8), 2, 60, 'padded')
     ]
     assert len(losses) == 4
@@ -239,11 +245,10 @@ def test_processes_share_a_step_without_changing_it(ragged, world):
     shares = [step_batches(ragged, np.arange(7), recipe, world, rank) for rank in range(world)]
     assert len({len(batches) for batches, _ in shares}) == 1 and len({targets for _, targets in shares}) == 1
     model = load_model('preset:llama-tiny')
-    loss = sum(float(accumulate(LossModel(model), *share)) for share in shares)
+    loss = sum(float(accumulate(LossModel(model), there(batches, model), targets)) for batches, targets in shares)
     alone = load_model('preset:llama-tiny')
-    assert math.isclose(
-        loss, float(accumulate(LossModel(alone), *step_batches(ragged, np.arange(7), recipe))), rel_tol=1e-5
-    )
+    batches, targets = step_batches(ragged, np.arange(7), recipe)
+    assert math.isclose(loss, float(accumulate(LossModel(alone), there(batches, alone), targets)), rel_tol=1e-5)
     for p, q in zip(model.parameters(), alone.parameters(), strict=True):
         assert torch.allclose(p.grad, q.grad, rtol=1e-4, atol=1e-6)
 
@@ -257,12 +262,14 @@ def test_gradient_checkpointing_changes_nothing_and_is_off_when_it_says_off(ragg
             model = add_lora(model, 4, 8, 0.0, ['q_proj', 'v_proj'], seed=1)
         for name, parameter in model.named_parameters():
             if 'lora_B' in name:
-                torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
+                drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+                parameter.data.copy_(0.02 * drawn)
         set_gradient_checkpointing(model, not on)
         set_gradient_checkpointing(model, on)
         model.train()
         assert any(getattr(module, 'gradient_checkpointing', False) for module in model.modules()) == on
-        accumulate(LossModel(model), *step_batches(ragged, np.arange(8), Recipe(batch_size=8, max_length=60)))
+        batches, targets = step_batches(ragged, np.arange(8), Recipe(batch_size=8, max_length=60))
+        accumulate(LossModel(model), there(batches, model), targets)
         found[on] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     assert len(found[True]) == len(found[False]) > 0 and torch.allclose(found[True], found[False], rtol=1e-5, atol=1e-7)
 
@@ -520,3 +527,15 @@ def test_weights_that_are_broken_are_not_taken_for_an_architecture_that_leaks(tm
         model.model.norm.weight[0] = float('nan')
     with pytest.raises(LabError, match='step 1: the loss is nan'):
         train_here(tmp_path, model)
+
+
+def test_checkpointing_leaves_no_trace_after_training(tmp_path):
+    "A hook left on the embedding would send every later generation to the slower decoder."
+    model = training_runs.tiny_lora()
+    assert is_lean(model)
+    set_gradient_checkpointing(model, True)
+    set_gradient_checkpointing(model, True)
+    assert not is_lean(model)
+    recipe = training_runs.recipe(gradient_checkpointing=True, max_steps=2)
+    fit(model, examples(), None, tmp_path, recipe)
+    assert is_lean(model) and not any(getattr(each, 'gradient_checkpointing', False) for each in model.modules())

@@ -457,7 +457,8 @@ class CompiledDecoder(ModelDecoder):
 
     def _single(self, ids_B1):
         "One compiled step."
-        places = self._places(1)
+        # copies whose strides are always the same: a step would be compiled, or captured, again for other ones
+        places = {name: place.clone(memory_format=torch.contiguous_format) for name, place in self._places(1).items()}
         mask = self._step_mask(ids_B1, places)
         compiled = self.net.get_compiled_call(None)
         out = compiled(input_ids=ids_B1, attention_mask=mask, **{self.cache_name: self.cache}, **places, **self.extra)

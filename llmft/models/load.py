@@ -171,6 +171,19 @@ class DocumentLengths(list):
         self.windows = set()  # how far back they were told to look, `None` for all the way
 
 # %% ../../nbs/models/01_load.ipynb #d85b8595
+_flash_from = (8, 0)  # compute capability from which CUDA has a kernel that shares heads: Ampere
+
+
+def _shares_heads(query_BHTD, masked):
+    "Whether attention with these queries shares keys and values among heads without writing out its scores."
+    if not query_BHTD.is_cuda:
+        return True
+    autocast = torch.is_autocast_enabled('cuda')
+    dtype = torch.get_autocast_dtype('cuda') if autocast else query_BHTD.dtype
+    halves = dtype in (torch.float16, torch.bfloat16)
+    return halves and not masked and torch.cuda.get_device_capability(query_BHTD.device) >= _flash_from
+
+
 def shared_heads(query_BHTD,   # queries
                  key_BHTD,     # keys of as many heads, or of a divisor of them
                  value_BHTD,   # values of the same shape
@@ -178,7 +191,7 @@ def shared_heads(query_BHTD,   # queries
 )->tuple:                      # (keys, values, whether `scaled_dot_product_attention` must share them among heads)
     "Keys and values for PyTorch's attention, repeated where CUDA has no kernel that shares them."
     groups = query_BHTD.shape[1] // key_BHTD.shape[1]
-    if groups == 1 or not (query_BHTD.is_cuda and (masked or query_BHTD.dtype == torch.float32)):
+    if groups == 1 or _shares_heads(query_BHTD, masked):
         return key_BHTD, value_BHTD, groups > 1
     return key_BHTD.repeat_interleave(groups, 1), value_BHTD.repeat_interleave(groups, 1), False
 
@@ -225,6 +238,8 @@ def documents_attention(module,               # the attention module that asks
     "Attention for transformers: inside each of `documents` of a packed row; without them, transformers' own SDPA."
     _refuse_changed_scores(kwargs)
     if documents is None:
+        if attention_mask is None:  # with a mask, transformers repeats them
+            key_BHTD, value_BHTD, _ = shared_heads(query_BHTD, key_BHTD, value_BHTD, False)
         return sdpa_attention_forward(module, query_BHTD, key_BHTD, value_BHTD, attention_mask, dropout=dropout,
                                       scaling=scaling, **kwargs)
 
@@ -377,7 +392,7 @@ def _run(net, ids_BT, positions_BT, lengths):
 
 
 def hidden_states(model,                  # from `load_model`, with or without an adapter
-                  ids_BT,                 # token ids, (rows, slots)
+                  ids_BT,                 # token ids, (rows, slots), on any device
                   position_ids_BT=None,   # position of each token in its document; from `document_lengths` when `None`
                   document_lengths=None,  # tokens of each document of the one row (B == 1) of a packed batch
 ):                                        # (rows, slots, width), what the head turns into logits
@@ -388,8 +403,11 @@ def hidden_states(model,                  # from `load_model`, with or without a
         _check_row(ids_BT, document_lengths)
         check_rows(net, packed=True)
         if position_ids_BT is None:
-            position_ids_BT = _positions_in(document_lengths).to(ids_BT.device)
-    return _run(net, ids_BT, position_ids_BT, document_lengths)
+            position_ids_BT = _positions_in(document_lengths)
+
+    if position_ids_BT is not None:
+        position_ids_BT = position_ids_BT.to(net.device)
+    return _run(net, ids_BT.to(net.device), position_ids_BT, document_lengths)
 
 # %% ../../nbs/models/01_load.ipynb #3c431170
 def largest_difference(vectors,   # tensors (..., width), as hidden states or logits
@@ -686,13 +704,16 @@ def seeded(seed:int,     # of the run
 
 # %% ../../nbs/models/01_load.ipynb #8d886ec3
 def placed(model):
-    "`model` on the GPU, where there is one and it fits; in main memory for one process of several."
+    "`model` on the GPU, if there is one; in main memory for one process of several. `LabError` when it does not fit."
     if not torch.cuda.is_available() or 'RANK' in os.environ:
         return model
     try:
         return model.to('cuda')
     except torch.cuda.OutOfMemoryError:
-        return model.to('cpu')
+        size = sum(weight.nbytes for weight in model.parameters()) / 2**30
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    raise LabError(f'the weights take {size:.3g} GiB and do not fit the GPU of {memory:.3g} GiB: use quantisation nf4, '
+                   'precision bf16 or a smaller model, or hide the GPU (CUDA_VISIBLE_DEVICES= ) to use the processor')
 
 # %% ../../nbs/models/01_load.ipynb #3bd8e80e
 @contextlib.contextmanager

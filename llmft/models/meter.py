@@ -12,6 +12,7 @@ import ctypes
 import functools
 import gc
 import hashlib
+import math
 import os
 import platform
 import threading
@@ -253,22 +254,39 @@ def _best(work, repeats=5):
     return min(once() for _ in range(repeats))
 
 
+def _spare_bytes():
+    "Bytes of the GPU that nothing holds, half of which a measurement may take beside a loaded model."
+    free, _ = torch.cuda.mem_get_info()
+    return (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) // 2
+
+
+def _matrix_size():
+    "Rows of the largest matrices of which five in float32 fit what is spare: 8,192, or a smaller power of two."
+    rows = math.isqrt(_spare_bytes() // (5 * 4))
+    return min(8192, 2 ** (max(rows, 1).bit_length() - 1))
+
+
 def matmul_peak(device,               # 'cuda' or 'cpu'
                 dtype=torch.float32,  # of the two matrices
                 size=None,            # rows and columns; by default what fills the device
 )->float:                             # operations per second
     "Operations per second of a square matrix product of `size`."
-    size = size or (8192 if device == 'cuda' else 2048)
+    size = size or (_matrix_size() if device == 'cuda' else 2048)
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
     return 2 * size**3 / _best(lambda: torch.mm(left, right, out=out))
 
 # %% ../../nbs/models/09_meter.ipynb #abd3e18e
+def _copy_size():
+    "Bytes of the largest block of which two fit what is spare, 2 GiB at most."
+    return max(1, min(2**31, _spare_bytes() // 2))
+
+
 def copy_peak(device,     # 'cuda' or 'cpu'
               size=None,  # bytes; by default far beyond any cache
 )->float:                 # bytes per second
     "Bytes per second, read and written, of a copy of `size` bytes in memory."
-    size = size or (2**31 if device == 'cuda' else 2**27)
+    size = size or (_copy_size() if device == 'cuda' else 2**27)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * size / _best(lambda: target.copy_(source))

@@ -133,6 +133,9 @@ forms = dict(
     int4_fast=Format('4 evenly spaced bits, for speed', 'bf16', packed=True))
 
 # %% ../../nbs/models/07_precisions.ipynb #e4c3284c
+_int4_from = (8, 0)  # compute capability of the first GPUs, Ampere, that multiply by packed matrices
+
+
 def check_form(form:str,            # name in `forms`
                compute:str='fp32',  # name in `load.precisions`: what int8 and nf4 compute in
 ):
@@ -140,6 +143,9 @@ def check_form(form:str,            # name in `forms`
     wanted = choose('precision', form, forms)
     choose('compute', compute, precisions)
     check_model_settings(wanted.precision or compute, quantisation=wanted.quantisation)
+    if wanted.packed and torch.cuda.is_available() and torch.cuda.get_device_capability() < _int4_from:
+        raise LabError(f'{form} has no kernel for this GPU ({torch.cuda.get_device_name()}), '
+                       'which is older than Ampere: use precision nf4')
 
 # %% ../../nbs/models/07_precisions.ipynb #6a0aa0ea
 # at every product it says that int8 multiplies in float16

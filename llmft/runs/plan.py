@@ -23,7 +23,7 @@ from llmft.models.cost import (
 
 from ..core import LabError, find_path, nearest
 from ..models.methods import Method
-from ..training.recipe import optimisers
+from ..training.recipe import check_rate, optimisers
 from .params import check_choice, declared_names
 
 # %% ../../nbs/runs/13_plan.ipynb #79a449c6
@@ -92,6 +92,8 @@ def settings_of(params:dict,  # name -> value of all parameters of a notebook
         check_choice(name, value)
     settings = Settings(method=Method.from_params(SimpleNamespace(**params)), **_plain_settings(params))
     _check_processes(settings)
+    if 'learning_rate' in params:
+        check_rate(settings.method, params['learning_rate'], settings.optimiser)
     return settings
 
 # %% ../../nbs/runs/13_plan.ipynb #d24ca001

@@ -20,7 +20,15 @@ from ..models.meter import Meter, TensorMemory, resident_bytes, synchronise
 from .checkpoints import Progress, load_checkpoint
 from .prepare import Fit, prepare, save
 from .recipe import Recipe, learning_rate_at, warmup_steps
-from .step import accumulate, document_lengths, evaluate_loss, micro_batch_flops, step_shares, targets_of
+from llmft.training.step import (
+    accumulate,
+    document_lengths,
+    evaluate_loss,
+    micro_batch_flops,
+    set_gradient_checkpointing,
+    step_shares,
+    targets_of,
+)
 from .strategies import Processes
 
 # %% ../../nbs/training/08_fit.ipynb #f6dadd30
@@ -446,8 +454,11 @@ def fit(model,             # from `load_model`, with or without an adapter; it i
     run = prepare(model, train, valid, folder, recipe, on_log, ledger, processes)
     resident = resident_bytes(model, run.optimiser)
 
-    with Meter() as meter:
-        _walk(run)
-        if run.valid is not None and recipe.keep_best and run.progress.best_step != run.progress.step:
-            _restore_best(run)
+    try:
+        with Meter() as meter:
+            _walk(run)
+            if run.valid is not None and recipe.keep_best and run.progress.best_step != run.progress.step:
+                _restore_best(run)
+    finally:
+        set_gradient_checkpointing(model, False)
     return _result(run, _memory_of_all(run, meter, resident), first_hash)

@@ -131,6 +131,8 @@ def _step(model, recipe, batch, accumulation):
     with _gradients_let_go(parameters, accumulation):
         with _autocast(model, recipe):
             accumulate(LossModel(model), [each.to(device) for each in batches], targets)
+        for parameter in parameters:
+            parameter.grad.zero_()  # a rate of 0 times a gradient that is not finite would not be 0
         optimiser.step()
 
 
@@ -176,6 +178,7 @@ def _training(model, recipe):
         with in_mode(model, training=True):
             yield
     finally:
+        set_gradient_checkpointing(model, False)
         return_memory()
 
 

@@ -31,7 +31,7 @@ from .checkpoints import Progress, load_checkpoint
 from .fit import FitResult, fit
 from .ledger import GroupLedger, Ledger
 from .prepare import planned_steps
-from .recipe import Recipe
+from .recipe import Recipe, check_rate
 from .strategies import Processes, check_processes, check_subspace
 
 # %% ../../nbs/training/09_launch.ipynb #bfe48096
@@ -40,8 +40,10 @@ def training_settings(params,      # settings of `Recipe`, `Method` and `Process
 )->tuple:                          # (`Recipe`, `Processes`)
     "How a run trains and in how many processes; a `LabError` for what cannot be done."
     recipe = Recipe.from_params(params)
+    method = Method.from_params(params)
+    check_rate(method, recipe.learning_rate, recipe.optimiser)
     whole_step = replace(recipe, batch_size=rows, gradient_accumulation=1) if rows else recipe
-    return recipe, check_processes(Processes.from_params(params), whole_step, Method.from_params(params))
+    return recipe, check_processes(Processes.from_params(params), whole_step, method)
 
 # %% ../../nbs/training/09_launch.ipynb #85d37ace
 def _size(examples):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['schedules', 'optimisers', 'mixed_precisions', 'ranges', 'Schedule', 'Optimiser', 'Range', 'Recipe', 'warmup_steps',
-           'learning_rate_at', 'make_optimiser']
+           'learning_rate_at', 'make_optimiser', 'check_rate']
 
 # %% ../../nbs/training/03_recipe.ipynb #13bd2e85
 import math
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from ..core import LabError, choose
+from ..models.methods import Method
 
 # %% ../../nbs/training/03_recipe.ipynb #50c2482c
 @dataclass(frozen=True)
@@ -259,3 +260,16 @@ def make_optimiser(parameters,     # list of trained parameters; each may carry 
 
     betas = (recipe.beta1, recipe.beta2)
     return optimisers[recipe.optimiser].make(groups, lr=recipe.learning_rate, betas=betas, eps=recipe.epsilon)
+
+# %% ../../nbs/training/03_recipe.ipynb #a03ea1af
+_least_rate = 1e-4  # of weights in bf16: half the distance between neighbouring numbers from 0.016 to 0.031
+
+
+def check_rate(method:Method,   # what is trained, and in which precision
+               rate:float,      # peak of the learning rate
+               optimiser:str,   # name in `optimisers`
+):
+    "A `LabError` when weights that are held in bf16 would not move, because updates are rounded away."
+    if method.full and method.precision == 'bf16' and optimiser != 'muon' and rate < _least_rate:
+        raise LabError(f'learning_rate is {rate:g} and all weights are trained in bf16, which rounds such updates '
+                       f'away: use precision fp32 with mixed_precision bf16, or a rate of {_least_rate:g} or more')

@@ -280,8 +280,10 @@ def set_gradient_checkpointing(model,    # a transformers model, with or without
                                on:bool,  # recompute (less memory, more time) or keep activations
 ):
     "Recompute activations in the backward pass, or do not; a `LabError` for a model that ignores the switch."
+    model.disable_input_require_grads()
     if on:
         model.activation_checkpointing_enable()
+        model.disable_input_require_grads()  # where the line above has hooked the embedding, a second hook would stay
         model.enable_input_require_grads()
     else:
         model.activation_checkpointing_disable()

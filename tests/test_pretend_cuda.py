@@ -1,0 +1,53 @@
+"""The suite that depends on the device, on a pretended GPU of each generation; see tests/pretend_cuda."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pretend_cuda import device
+
+tests = Path(__file__).parent
+pytestmark = pytest.mark.skipif(not device.compiler(), reason='no C++ compiler to build the pretended GPU with')
+
+# Files, and what of them is left out, with the reason.
+files = ('losses', 'models', 'methods', 'adapters', 'generation', 'training', 'largest_batch')
+left_out = {
+    'other processes have no such GPU': 'process or kill or undisturbed or straight or resume or every_step_once',
+    'time and main memory are those of a CPU': 'faster or memory or peak_of or does_not_grow or take_the_machine '
+    'or counts_the_moments',
+    'the compiler does not know the device': 'compiled',
+    'slow': 'greedy or k_bit or shipped or texts_end or packed_batch or draw_is or schedule_reaches or flop_budget',
+    'kernels of bitsandbytes are those of a GPU': 'nf4 or int8 or 8bit',
+    'parameters of the device cannot be deepcopied': 'merg',
+    'an operation has no kernel under this key': 'without_formulas',
+    'the network': 'hub or network or offline or import',
+}
+deselected = ' or '.join(left_out.values())
+everything = ['pretend_cuda/checks.py', *(f'test_{name}.py' for name in files), '-k', f'not ({deselected})']
+
+
+def pretended(capability, arguments):
+    "Run pytest on a GPU of this capability; (exit status, what it said, tests that passed)."
+    env = {name: value for name, value in os.environ.items() if not name.startswith('PYTEST_')}
+    env |= dict(PRETEND_CAPABILITY=capability, OMP_NUM_THREADS='1')
+    env['PYTHONPATH'] = os.pathsep.join([str(tests), str(tests.parent), env.get('PYTHONPATH', '')])
+    plugins = ['-p', 'pretend_cuda.plugin', '-p', 'no:xdist', '-p', 'no:cacheprovider']
+    command = [sys.executable, '-m', 'pytest', '-q', *plugins, *arguments]
+    done = subprocess.run(command, cwd=tests, env=env, capture_output=True, text=True)
+    passed = re.search(r'(\d+) passed', done.stdout)
+    return done.returncode, done.stdout[-4000:] + done.stderr[-2000:], int(passed[1]) if passed else 0
+
+
+@pytest.mark.parametrize(
+    'capability, arguments, least',
+    [('9.0', everything, 220), ('8.0', ['pretend_cuda/checks.py'], 33), ('7.5', ['pretend_cuda/checks.py'], 27)],
+    ids=['9.0', '8.0', '7.5'],
+)
+def test_the_suite_passes_on_a_pretended_gpu(capability, arguments, least):
+    status, said, passed = pretended(capability, arguments)
+    print(f'capability {capability}: {passed} tests passed')
+    assert status == 0, said
+    assert passed >= least, said
