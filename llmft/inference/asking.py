@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['commands', 'asked_by', 'chat_tokens', 'question_tokens', 'base_name', 'both_models', 'ask_both', 'differing',
-           'printable', 'side_by_side', 'stream_answer', 'chat']
+           'printable', 'side_by_side', 'stream_answer', 'chat', 'tuned_model', 'talk_with']
 
 # %% ../../nbs/inference/04_asking.ipynb #ccdbbcc3
 import difflib
@@ -143,6 +143,13 @@ def _bracketed(pieces):
     return re.sub(r'\](\s+)\[', r'\1', text)
 
 
+def _plain(pieces):
+    "Text for `rich` in which brackets are brackets."
+    from rich.text import Text
+
+    return Text(_bracketed(pieces))
+
+
 def side_by_side(answers:dict,          # from `ask_both`
                  in_terminal:bool=False,# whether to mark by style; otherwise by brackets
                  width:int=100,         # characters of the table
@@ -162,13 +169,6 @@ def side_by_side(answers:dict,          # from `ask_both`
     with console.capture() as captured:
         console.print(shown)
     return captured.get()
-
-
-def _plain(pieces):
-    "Text for `rich` in which brackets are brackets."
-    from rich.text import Text
-
-    return Text(_bracketed(pieces))
 
 # %% ../../nbs/inference/04_asking.ipynb #fec5ed0d
 def stream_answer(model,        # in evaluation mode
@@ -217,14 +217,12 @@ def _begun_by(line):
 
 
 def chat(model,      # in evaluation mode
-         tokenizer,  # the model's; a `LabError` when it has no chat template
+         tokenizer,  # the model's, with a chat template
          read,       # called without arguments, it gives a line of the user; EOFError ends the conversation
          show,       # called with each piece of text
          **options,  # of `stream_answer`
 )->list:             # the turns of the last conversation
     "Talk with a model until the user ends it, turn after turn by its chat template."
-    if not tokenizer.chat_template:
-        raise LabError('the tokenizer of this model has no chat template: give a prompt, as in llmft try RUN "..."')
     turns = []
     while True:
         try:
@@ -254,3 +252,27 @@ def _answered(turns, line, model, tokenizer, show, options):
         return turns
     show('\n')
     return [*asked, dict(role='assistant', content=answer)]
+
+# %% ../../nbs/inference/04_asking.ipynb #3a9428d4
+def tuned_model(name:str,  # as for `load_model`
+):                         # in evaluation mode
+    "The model that a run trained, its adapter beside its base as in training."
+    source = find_model(name)
+    precision, quantisation = trained_as(source)
+    if source.kind != 'adapter':
+        return load_model(name, precision).eval()
+    return load_adapter(load_model(base_of(source).name, precision, quantisation), source.place).eval()
+
+
+def talk_with(name:str,  # as for `load_model`
+              read,      # as for `chat`
+              show,      # as for `chat`
+              **options, # of `stream_answer`
+)->list:                 # the turns of the last conversation
+    "Load a model and talk with it; a `LabError` when its tokenizer has no chat template."
+    tokenizer = load_tokenizer(name)
+    if not tokenizer.chat_template:
+        raise LabError(f'the tokenizer of {name} has no chat template: give a prompt, as in llmft try {name} "..."')
+    model = tuned_model(name)
+    show('\n'.join(f'{name}: {says}' for name, says in commands.items()) + '\n')
+    return chat(model, tokenizer, read, show, **options)
