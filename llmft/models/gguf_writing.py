@@ -135,7 +135,8 @@ def word_cut(tokenizer,  # as `load_tokenizer` gives it
     "How a tokenizer cuts text into words; a `LabError` when no name is known for it."
     backend = tokenizer.backend_tokenizer
     is_bytes = type(backend.decoder).__name__ == 'ByteLevel' and type(backend.model).__name__ == 'BPE'
-    if is_bytes and backend.normalizer is None and backend.pre_tokenizer is not None:
+    is_plain = type(backend.normalizer).__name__ in ('NoneType', 'NFC')  # llama.cpp leaves NFC to who writes the text
+    if is_bytes and is_plain and backend.pre_tokenizer is not None:
         own = _words(backend.pre_tokenizer)
         for name, cut in _known_cuts().items():
             if _words(cut) == own:
