@@ -502,7 +502,7 @@ def try_command(run:_Trained,                   # a model
 
 # %% ../nbs/cli.ipynb #2db5a1ff
 _Form = _text('--to', 'merged, gguf, adapter or hub.', 'FORM')
-_Numbers = _text('--as', 'merged, hub: fp32, bf16 or fp16; gguf: f16, f32 or q8_0; the first is the usual one.', 'FORMAT')
+_Numbers = _text('--as', 'merged, hub: fp32, bf16, fp16; gguf: f16, f32, q8_0; the first is the usual one.', 'FORMAT')
 _Out = _text('--out', 'Where to put it; otherwise below the folder of the run.', 'FOLDER')
 _Repo = _text('--repo', 'Name of the new repository on the hub.', 'OWNER/NAME')
 _Public = _flag('--public', 'Let everyone read the repository on the hub.')
@@ -510,8 +510,8 @@ _Public = _flag('--public', 'Let everyone read the repository on the hub.')
 
 def _made_text(made: dict) -> str:
     "What an export made, in one line."
-    return (f"{made['place']}: {made['bytes'] / 2**20:,.1f} MiB in {made['seconds']:.0f} s; read back, no logit differs "
-            f"by more than {made['difference']:.2g} of the largest ({made['allowed']:g} is allowed)")
+    return (f"{made['place']}: {made['bytes'] / 2**20:,.1f} MiB in {made['seconds']:.0f} s; read back, no logit "
+            f"differs by more than {made['difference']:.2g} of the largest ({made['allowed']:g} is allowed)")
 
 
 @app.command('export')

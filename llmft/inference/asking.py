@@ -13,10 +13,10 @@ import re
 from ..core import LabError
 from ..data.sources import base_of, find_model
 from ..data.tokens import keep_as_text, load_tokenizer, prompt_tokens, rendered_rows
-from .generation import end_tokens, generate, written_text
 from ..models.export import run_of, trained_as
 from ..models.load import load_model
 from ..models.merging import load_adapter
+from .generation import end_tokens, generate, written_text
 
 # %% ../../nbs/inference/04_asking.ipynb #7a748125
 def asked_by(source,     # a `Source`, from `find_model`
@@ -64,7 +64,7 @@ def base_name(source,  # a `Source`, from `find_model`
         return base_of(source).name
     return run_of(source).get('params', {}).get('model', '')
 
-
+# %% ../../nbs/inference/04_asking.ipynb #9551e34f
 def both_models(name:str,  # as for `load_model`
 ):                         # pairs of 'base' or 'tuned' and a model; the first is used up by the second
     "The base of a model and the model itself, one after the other; only 'tuned' where there is no base."
@@ -96,7 +96,7 @@ def ask_both(name:str,              # as for `load_model`
              max_new_tokens:int=128,# longest answer, tokens
              temperature:float=0.8, # of the draws
              seed:int=0,            # of the draws
-)->dict:                            # greedy, sampled: 'base' and 'tuned' -> text; the base is left out where there is none
+)->dict:                            # greedy, sampled: 'base' and 'tuned' -> text; no base where there is none
     "What a model and its base answer to the same prompt."
     source = find_model(name)
     tokenizer = load_tokenizer(name)
@@ -263,7 +263,7 @@ def tuned_model(name:str,  # as for `load_model`
         return load_model(name, precision).eval()
     return load_adapter(load_model(base_of(source).name, precision, quantisation), source.place).eval()
 
-
+# %% ../../nbs/inference/04_asking.ipynb #ae4e91e6
 def talk_with(name:str,  # as for `load_model`
               read,      # as for `chat`
               show,      # as for `chat`

@@ -43,7 +43,7 @@ forms = dict(
     adapter=Form("the adapter alone, in PEFT's format, to be used on its base"),
     hub=Form('the merged folder in a repository of the Hugging Face hub, private unless --public', tuple(precisions)))
 
-
+# %% ../../nbs/models/14_export.ipynb #25093057
 def chosen_numbers(form:str,    # name in `forms`
                    numbers:str, # as the user writes it; '' is the usual format
 )->str:                         # '' for a form without a choice
@@ -108,7 +108,7 @@ def export_folder(name:str,     # the model, as the user names it
 @contextlib.contextmanager
 def new_folder(folder,  # where nothing is yet
 ):
-    "The path of a folder that takes the name `folder` when the block ends well; a `LabError` when it cannot be written."
+    "The path of a folder that is called `folder` when the block ends well; a `LabError` when it cannot be written."
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.', suffix='.partial') as place:
@@ -149,7 +149,8 @@ def check_tokenizer(folder,     # of an export
     found = load_tokenizer(str(folder))
     if found.chat_template != tokenizer.chat_template:
         state = 'differs' if found.chat_template else 'is missing'
-        raise LabError(f'the chat template {state} after the export, and answers would be bad: report it with the model')
+        raise LabError(f'the chat template {state} after the export, and answers would be bad: '
+                       'export it merged, or set the template of the base again')
     same = [each(_probe)['input_ids'] for each in (found, tokenizer)]
     if same[0] != same[1] or found.eos_token_id != tokenizer.eos_token_id:
         raise LabError('the tokenizer gives other tokens after the export, and answers would be bad: '
@@ -264,7 +265,7 @@ def check_hub(repo:str,  # OWNER/NAME
 ):                       # a `huggingface_hub.HfApi` that is logged in
     "A `LabError` unless the hub answers, the user is logged in, and nothing has the name `repo`."
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', repo):
         raise LabError(f'--repo {repo!r}: give the name of a new repository, as OWNER/NAME')

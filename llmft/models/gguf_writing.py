@@ -8,7 +8,6 @@ __all__ = ['packings', 'families', 'Packing', 'Family', 'family_of', 'word_cut',
 
 # %% ../../nbs/models/13_gguf_writing.ipynb #2aad2ead
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,7 +187,7 @@ def add_tokenizer(writer,     # a `gguf.GGUFWriter`
 
 # %% ../../nbs/models/13_gguf_writing.ipynb #8fe35425
 def interleaved(weight_OI,  # of a query or a key; its rows are heads, one after the other
-                heads:int,
+                heads:int,  # of attention, in those rows
 ):                          # an array of the same shape
     "The rows of each head with its two halves alternating."
     halves_HPNI = weight_OI.reshape(heads, 2, len(weight_OI) // heads // 2, -1)
