@@ -30,7 +30,7 @@ def card(folder):
     report = (folder / 'report.html').read_text(encoding='utf-8')
     page = f'gallery/{folder.parent.name}/{folder.name}'
     title = re.search('<h1[^>]*>(.*?)</h1>', report)[1]
-    verdict = html.escape(run.get('verdict') or '')
+    verdict = '<br>'.join(html.escape(line.removeprefix('- ')) for line in (run.get('verdict') or '').splitlines())
     facts = f"{run['notebook']}/{run['name']} · {run['seconds']:,.0f} s · {run['started'][:10]}"
 
     picture = ''

@@ -1,5 +1,8 @@
 "The page of a run: self-contained, truthful about the status, safe whatever a cell put out."
 
+import base64
+import json
+import os
 import re
 from pathlib import Path
 
@@ -8,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from llmft.core import LabError
+from llmft.runs import tables
 from llmft.runs.execute import execute_run
-from llmft.runs.report import ansi_html, last_state, markdown_html, math_html, render_report, safe_html
+from llmft.runs.report import ansi_html, clean_html, last_state, markdown_html, math_html, render_report, safe_html
+from llmft.runs.results import read_result
 
 here = Path(__file__).parent / 'notebooks'
 record = dict(
@@ -162,3 +168,183 @@ def test_what_would_be_fetched_goes_and_text_stays(tag):
     text = '<pre>    src = os.fspath(src)\n    background="blue", poster = 1\n</pre>'
     page = safe_html(tag + text)
     assert 'http' not in page and text in page
+
+
+# ---- hostile text, in every place that a report reads
+
+payloads = [
+    '<meta http-equiv="refresh" content="0;url=http://evil.test/refresh">',
+    '<img src=x onerror="window.hacked=1">',
+    '"><img src=x onerror=window.hacked=2>',
+    "'><img src=x onerror=window.hacked=3>",
+    '<scr<script></script>ipt>window.hacked=4</script>',
+    '<svg onload="window.hacked=5"><script>window.hacked=6</script></svg>',
+    '<svg><style><img src=x onerror=window.hacked=7></style></svg>',
+    '<math><mtext></form><form><mglyph><style></math><img src=x onerror=window.hacked=8>',
+    '<iframe srcdoc="<script>parent.hacked=9</script>"></iframe><iframe src="http://evil.test/frame"></iframe>',
+    '<a href="javascript:window.hacked=10">link</a>[link](javascript:window.hacked=11)',
+    '<a href="  jAvAsCrIpT:window.hacked=12" onmouseover="window.hacked=13">link</a><http://evil.test/auto>',
+    '<div style="background:url(http://evil.test/style)">x</div><style>@import "http://evil.test/import";</style>',
+    '<div style="background:\\75rl(http://evil.test/escaped)">x</div>',
+    '<link rel="stylesheet" href="http://evil.test/a.css"><base href="http://evil.test/">',
+    '<object data="http://evil.test/o"></object><embed src="http://evil.test/e"><video poster="http://evil.test/v" autoplay>',
+    '<form action="http://evil.test/f"><input autofocus onfocus="window.hacked=14"></form>',
+    '<details open ontoggle="window.hacked=15">x</details><body onload="window.hacked=16">',
+    '<img srcset="http://evil.test/set 1x"><picture><source srcset="http://evil.test/p"></picture>',
+    '![x](http://evil.test/image.png)![y](data:image/png,"onerror="window.hacked=17)',
+    '$\\text{<img src=x onerror=window.hacked=18>}$',
+    '</title></head><script>window.hacked=19</script>',
+    '<math href="javascript:window.hacked=20"><mi xlink:href="javascript:window.hacked=21">x</mi></math>',
+    '<template><script>window.hacked=22</script></template><noscript><p title="</noscript><img src=x onerror=window.hacked=23>">',
+]
+hostile = '\n\n'.join(payloads)
+
+
+def hostile_outputs():
+    "Every kind of output that a cell can have, full of hostile text."
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" onload="window.hacked=30"><image href="http://evil.test/svg"/></svg>'
+    kinds = ['text/plain', 'text/html', 'text/markdown', 'text/latex', 'image/png', 'image/jpeg']
+    outputs = [new_output('display_data', data={kind: hostile}) for kind in kinds]
+    outputs += [new_output('display_data', data={kind: payload}) for kind in kinds for payload in payloads]
+    outputs += [new_output('display_data', data={'image/svg+xml': svg})]
+    outputs += [new_output('stream', name=name, text=hostile) for name in ('stdout', 'stderr')]
+    outputs += [new_output('error', ename=name, evalue=hostile, traceback=[hostile]) for name in ('LabError', hostile)]
+    view = {'application/vnd.jupyter.widget-view+json': dict(model_id='w'), 'text/plain': hostile}
+    table_rows = [{hostile: hostile, 'name': payload} for payload in payloads]
+    shown = tables.table(table_rows, caption=hostile)._repr_html_()
+    return [*outputs, new_output('display_data', data=view), new_output('display_data', data={'text/html': shown})]
+
+
+def hostile_page(**changed):
+    "A report in which whatever is text is hostile."
+    facts = dict.fromkeys(('notebook', 'name', 'verdict', 'error', 'cell', 'command', 'id', 'resumed'), hostile)
+    run = record['run'] | facts | changed
+    meta = dict(fingerprint=hostile, machine={hostile: hostile, 'gpus': [hostile]}, data={hostile: [hostile]})
+    image = {'a.png': {'image/png': '" onerror="window.hacked=40', f'image/"{hostile}': 'iVBORw0K'}}
+    parameters = new_code_cell(f'rank: str = {hostile!r}  # {payloads[1]}', metadata=dict(tags=['parameters']))
+    cells = [
+        new_markdown_cell(f'# {payloads[1]}\n> {payloads[5]}\n\n{hostile}\n\n## {payloads[2]}\n'),
+        *(new_markdown_cell(f'{payload}\n\n| a |\n|---|\n| {payload} |\n\n- {payload}') for payload in payloads),
+        new_markdown_cell('![a](attachment:a.png)', attachments=image),
+        parameters,
+        new_code_cell(hostile, outputs=hostile_outputs(), metadata=dict(papermill=dict(status=hostile))),
+    ]
+    state = dict(w=dict(state=dict(_model_name='HTMLModel', value=hostile, children=[])))
+    widgets = {'application/vnd.jupyter.widget-state+json': dict(state=state)}
+    notebook = new_notebook(cells=cells, metadata=dict(widgets=widgets))
+    page_record = dict(run=run, params=dict(rank=payloads[2]), train={hostile: hostile}, meta=meta)
+    return render_report(notebook, page_record, {hostile: hostile})
+
+
+@pytest.fixture(scope='module')
+def browser():
+    "A real headless Chromium."
+    api = pytest.importorskip('playwright.sync_api')
+    from test_site import chromium, flags
+
+    if not chromium:
+        pytest.skip('no Chromium on this machine: install chromium to see the report tested in it')
+    with api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=flags)
+        yield started
+        started.close()
+
+
+looks_for_trouble = """() => {
+  const found = window.hacked === undefined ? [] : ['ran: ' + window.hacked];
+  for (const node of document.querySelectorAll('*')) {
+    if (/^(script|iframe|object|embed|form|input|link|base|video|audio|svg|template)$/i.test(node.localName))
+      found.push('<' + node.localName + '>');
+    for (const each of node.attributes) {
+      if (/^on/i.test(each.name)) found.push(node.localName + ' ' + each.name);
+      const value = each.value.replace(/\\s/g, '');
+      if (/^(href|src|xlink:href|action|srcset)$/i.test(each.name) && /^(javascript|data:text|vbscript)/i.test(value))
+        found.push(node.localName + ' ' + value);
+    }
+  }
+  return found;
+}"""
+
+
+def opened(browser, path):
+    "What a page did that a report must not: requests, navigations, dialogs, messages, and what its nodes could do."
+    tab = browser.new_page()
+    trouble = []
+    own = path.as_uri()
+    tab.on(
+        'request', lambda each: each.url != own and not each.url.startswith('data:image/') and trouble.append(each.url)
+    )
+    tab.on('framenavigated', lambda frame: frame.url not in (own, 'about:blank') and trouble.append(f'to {frame.url}'))
+    tab.on('dialog', lambda dialog: trouble.append(dialog.message) or dialog.dismiss())
+    tab.on('console', lambda message: trouble.append(message.text))
+    tab.on('pageerror', lambda error: trouble.append(str(error)))
+    tab.goto(own)
+    tab.locator('summary').evaluate_all('all => all.forEach(each => each.parentElement.open = true)')
+    tab.locator('a').evaluate_all('all => all.forEach(each => each.dispatchEvent(new MouseEvent("mouseover")))')
+    tab.wait_for_timeout(150)
+    trouble += tab.evaluate(looks_for_trouble)
+    assert tab.locator('.cell').count() >= 2, 'the page was not drawn'
+    tab.close()
+    return trouble
+
+
+@pytest.mark.parametrize('status', ['done', 'failed', payloads[2]])
+@pytest.mark.parametrize('locked', [True, False], ids=['with policy', 'without policy'])
+def test_nothing_in_a_hostile_report_loads_runs_or_navigates(browser, tmp_path, status, locked):
+    page = hostile_page(status=status)
+    if not locked:  # the sanitiser alone has to do: the policy is the second lock
+        page, count = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', '', page)
+        assert count == 1
+    path = tmp_path / 'report.html'
+    path.write_text(page)
+    assert opened(browser, path) == []
+
+
+def test_the_browser_sees_what_would_run(browser, tmp_path):
+    path = tmp_path / 'bad.html'
+    path.write_text('<div class="cell"><img src=x onerror="window.hacked=1"></div><div class="cell"></div>')
+    assert any('ran: 1' in each for each in opened(browser, path))
+
+
+@pytest.mark.parametrize('payload', payloads)
+def test_cleaned_twice_is_cleaned_once(payload):
+    assert clean_html(clean_html(payload)) == clean_html(payload)
+
+
+def test_good_markup_stays():
+    kept = '<p>a <b>bold</b> <a href="#data">link</a> <code>x</code></p><ul><li>one</li></ul>'
+    assert clean_html(kept).replace(' rel="noopener noreferrer"', '') == kept
+    assert '<mfrac>' in math_html(r'\frac{a}{b}') and 'stretchy' in math_html(r'\left(\frac{a}{b}\right)')
+    assert 'background' in clean_html('<span style="background:#0072b233">x</span>')
+    assert clean_html('<td colspan="2">x</td>') == 'x' and 'colspan' in clean_html(
+        '<table><tbody><tr><td colspan="2">x</td></tr></tbody></table>'
+    )
+
+
+@pytest.mark.parametrize('place', ['../secret.png', '{absolute}', 'link.png', 'file://{absolute}', 'pipe.png', 'a.txt'])
+def test_markdown_carries_off_no_file_from_outside_the_run(tmp_path, place):
+    secret = tmp_path / 'secret.png'
+    secret.write_bytes(b'\x89PNG secret')
+    folder = tmp_path / 'run'
+    folder.mkdir()
+    (folder / 'own.png').write_bytes(b'\x89PNG own')
+    (folder / 'a.txt').write_text('text')
+    (folder / 'link.png').symlink_to(secret)
+    os.mkfifo(folder / 'pipe.png')
+    shown = markdown_html(f'![x]({place.format(absolute=secret)}) ![own](own.png)', folder)
+    assert shown.count('<img') == 1 and base64.b64encode(b'\x89PNG own').decode() in shown
+    assert '<img' not in markdown_html(f'![x]({secret})') and '<img' not in markdown_html('![x](own.png)')
+
+
+@pytest.mark.parametrize('part', ['name', 'notebook'])
+@pytest.mark.parametrize('value', [payloads[0], '../x', '', None, 3, 'a\nb'])
+def test_names_in_run_json_are_checked(tmp_path, part, value):
+    folder = tmp_path / 'finetune' / 'x'
+    folder.mkdir(parents=True)
+    run = dict(notebook='finetune', name='x', status='done', id='1', started='2026-08-01T10:00:00+00:00') | {
+        part: value
+    }
+    (folder / 'run.json').write_text(json.dumps(dict(run=run, params={}, meta={})))
+    (folder / 'metrics.json').write_text('{}')
+    with pytest.raises(LabError, match=f'{part} is .* names no run'):
+        read_result(folder)

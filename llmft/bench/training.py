@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['largest_loss_difference', 'Block', 'watch', 'train_block', 'loss_before', 'our_step', 'same_step', 'check_steps',
-           'steps_table', 'summary', 'block_rates', 'compare', 'useful_flops_per_sec', 'throughput_table',
-           'throughput_bars', 'step_memory', 'measured_memory']
+           'steps_table', 'summary', 'block_rates', 'compare', 'useful_flops_per_sec', 'rank_trainers',
+           'throughput_table', 'throughput_bars', 'step_memory', 'measured_memory']
 
 # %% ../../nbs/bench/03_training.ipynb #febd3816
 import json
@@ -24,6 +24,7 @@ from ..data.tokens import Examples
 from ..models.load import model_config, presets
 from ..models.meter import Meter
 from ..runs.figures import bars
+from ..runs.rivals import Measure, rank
 from ..runs.tables import column, table
 from ..training.fit import fit
 from ..training.step import LossModel, accumulate, evaluate_loss, step_batches
@@ -263,6 +264,17 @@ def useful_flops_per_sec(compared:dict,  # from `compare`
     "The useful work of every trainer per second, in FLOPs of ours."
     tokens = sum(block.tokens)
     return {name: facts['tokens_per_sec'] * block.flops / tokens for name, facts in compared.items()}
+
+# %% ../../nbs/bench/03_training.ipynb #2c0c239c
+def rank_trainers(compared:dict,  # from `compare`
+                  where:str='',   # in words, such as the name of the model
+)->list:                          # `Ranking` by throughput, `Ranking` by held-out loss
+    "All trainers by real tokens per second, and by the loss that they end at."
+    ending = f', {where}' if where else ''
+    speed = Measure(f'throughput{ending}', 'real tokens/s', lower=False)
+    loss = Measure(f'held-out loss at the end{ending}', 'nats', tolerance=1e-4, digits=5)
+    return [rank({name: facts['tokens_per_sec'] for name, facts in compared.items()}, speed),
+            rank({name: facts['valid_loss'] for name, facts in compared.items()}, loss)]
 
 # %% ../../nbs/bench/03_training.ipynb #b6294c9b
 def throughput_table(rows:list,    # a row per trainer: its name as `trainer`, and its facts from `compare`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['take_turns', 'ratios', 'seconds_of', 'medians', 'fastest', 'run_python', 'Target', 'targets_table', 'targets_verdict',
-           'machine_table']
+           'contest_verdict', 'machine_table']
 
 # %% ../../nbs/bench/01_turns.ipynb #5f35280b
 import gc
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ..core import LabError
 from ..models.meter import synchronise
+from ..runs.rivals import in_bullets, place_words
 from ..runs.tables import column, table
 
 # %% ../../nbs/bench/01_turns.ipynb #464b8a19
@@ -163,6 +164,18 @@ def targets_verdict(targets:list,  # of `Target`
     count = sum(target.met == 'met' for target in targets)
     named = ''.join(_named(targets, status) for status in ('missed', 'met', 'not measured'))
     return f'{count} of {len(targets)} targets are met{named}'
+
+# %% ../../nbs/bench/01_turns.ipynb #629b6aa6
+def contest_verdict(rankings:list, # of `Ranking`, one per measure; all contenders are in them
+                    targets:list,  # of `Target`
+                    basis:str,     # on what the numbers rest, such as the rounds
+                    own:str='ours',  # the contender that the words are about, where it is in a ranking
+)->str:                            # Markdown
+    "Who is best by each measure, which targets are met, and on what that rests."
+    places = [place_words(ranking, own if own in ranking.values else '') for ranking in rankings]
+    met = f'{targets_verdict(targets)}.' if targets else ''
+    return in_bullets(' '.join(places), met, f'{basis} Medians less than 5% apart count as a tie unless a measure says '
+                                             'otherwise. Next: more rounds on a quiet machine.')
 
 # %% ../../nbs/bench/01_turns.ipynb #35196d03
 def machine_table(peaks:dict,  # from `machine_peaks`

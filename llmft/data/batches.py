@@ -52,6 +52,7 @@ class MicroBatch:
     lengths: list  # documents of a packed row, in slots; None for rows of one document each
     tokens: int  # real input tokens
     supervised: int  # targets trained on
+    examples: list = None  # the numbers of the examples in it, in their order; None when that is unknown
 
     @property
     def slots(self):
@@ -60,7 +61,7 @@ class MicroBatch:
     def to(self, device) -> 'MicroBatch':
         "The same micro-batch on `device`."
         tensors = (tensor.to(device, non_blocking=True) for tensor in (self.ids_BT, self.labels_BT, self.positions_BT))
-        return MicroBatch(*tensors, self.lengths, self.tokens, self.supervised)
+        return MicroBatch(*tensors, self.lengths, self.tokens, self.supervised, self.examples)
 
 # %% ../../nbs/data/05_batches.ipynb #1683cd39
 @dataclass(frozen=True)
@@ -125,21 +126,21 @@ def _padded(rows, fill):
     return padded_BT
 
 
-def _micro_batch(pairs, lengths, pad) -> MicroBatch:
-    "Rows of (inputs, labels), padded to the longest; `lengths` are the documents of a packed row."
+def _micro_batch(pairs, lengths, pad, rows) -> MicroBatch:
+    "Rows of (inputs, labels), padded to the longest, from the examples at `rows`; `lengths` are those of a packed row."
     ids_BT = _padded([ids for ids, _ in pairs], pad)
     labels_BT = _padded([labels for _, labels in pairs], IGNORED)
 
     tensors = (torch.from_numpy(array) for array in (ids_BT, labels_BT, _positions(lengths, ids_BT.shape)))
     tokens = sum(len(ids) for ids, _ in pairs)
-    return MicroBatch(*tensors, lengths, tokens, int((labels_BT != IGNORED).sum()))
+    return MicroBatch(*tensors, lengths, tokens, int((labels_BT != IGNORED).sum()), [int(row) for row in rows])
 
 
 def _packed(examples, rows, pad) -> MicroBatch:
     "The examples at `rows` end to end in one row."
     pairs = [_example(examples, row) for row in rows]
     joined = tuple(np.concatenate(parts) for parts in zip(*pairs, strict=True))
-    return _micro_batch([joined], [len(ids) for ids, _ in pairs], pad)
+    return _micro_batch([joined], [len(ids) for ids, _ in pairs], pad, rows)
 
 
 def _in_turn(rows, size):
@@ -164,7 +165,8 @@ def micro_batches(examples:Examples,    # all examples, of which `rows` are laid
 
     if chosen.sorts:
         rows = rows[np.argsort(-slots, kind='stable')]
-    return [_micro_batch([_example(examples, row) for row in group], None, pad) for group in _in_turn(rows, batch_size)]
+    return [_micro_batch([_example(examples, row) for row in group], None, pad, group)
+            for group in _in_turn(rows, batch_size)]
 
 # %% ../../nbs/data/05_batches.ipynb #e854302b
 def _groups_in_order(examples, rows, capacity):

@@ -9,7 +9,7 @@ __all__ = ['table_style', 'text_columns', 'column', 'best_rows', 'table', 'memor
 # %% ../../nbs/runs/07_tables.ipynb #a3f44395
 from html import escape
 
-from ..core import Html, LabError, nearest
+from ..core import Html, LabError, assets, nearest
 from .figures import byte_unit, is_number, require_values, show_number
 
 # %% ../../nbs/runs/07_tables.ipynb #e6f4b149
@@ -37,16 +37,7 @@ def best_rows(values,    # one value per row
     return {row for row, value in numbers.items() if value == target}
 
 # %% ../../nbs/runs/07_tables.ipynb #6cc7d064
-table_style = (
-    '<style>.llmft-table{overflow-x:auto;max-width:100%;margin:.6em 0}'
-    '.llmft-table table{border-collapse:collapse;font-size:.92em;margin:0;border:0}\n'
-    '.llmft-table th,.llmft-table td{padding:.4em .6em;text-align:right;white-space:nowrap;border:0;'
-    'border-bottom:1px solid rgba(128,128,128,.3);background:none;font-variant-numeric:tabular-nums}\n'
-    '.llmft-table th{border-bottom:2px solid rgba(128,128,128,.6);vertical-align:bottom}'
-    '.llmft-table .text{text-align:left}'
-    '.llmft-table td.text{white-space:normal;vertical-align:top;min-width:5em}'
-    '.llmft-table small{display:block;opacity:.7;font-weight:normal}</style>'
-)
+table_style = f"<style>{(assets / 'report' / 'table.css').read_text()}</style>"
 
 # %% ../../nbs/runs/07_tables.ipynb #03060a25
 def _small(text):

@@ -7,10 +7,9 @@ __all__ = ['by_short_name', 'run_metrics', 'held_out_hashes', 'same_held_out', '
            'reference_table', 'matrix_of', 'first_samples', 'best_run', 'comparison_verdict', 'comparison_metrics']
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #73b3225c
-import math
-
+from ...runs.rivals import Measure, in_bullets, place_words, rank, rank_trained, told
 from ...runs.tables import column, table
-from .published import matrix_key, matrix_verdict, prediction_verdict, short_names
+from .published import matrix_key, prediction_verdict, short_names
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #2e9b72ad
 def by_short_name(results:dict,  # name of the run -> what `read_result` gives
@@ -126,29 +125,35 @@ def best_run(rows:list,  # from `run_metrics`
     "The run with the lowest held-out perplexity."
     return min(rows, key=lambda row: row['perplexity_after'])
 
-# %% ../../../nbs/studies/finetuning/04_comparison.ipynb #5bf093e3
-def _winners(rows):
-    "Which run predicts best, which is fastest and which needs the least memory, in two sentences."
-    best = best_run(rows)
-    fastest = min(rows, key=lambda row: row['time_per_epoch_seconds'])
-    leanest = min(rows, key=lambda row: row['peak_memory_gb'] or math.inf)
-    return (f"{best['run']} reached the lowest held-out perplexity, {best['perplexity_after']:.1f} "
-            f"(from {best['perplexity_before']:.1f}; n = {best['valid_targets']:,} tokens). "
-            f"{fastest['run']} was the fastest at {fastest['time_per_epoch_seconds']:.1f} s per epoch and "
-            f"{leanest['run']} needed the least memory, {leanest['peak_memory_gb']:.2f} GiB.")
+# %% ../../../nbs/studies/finetuning/04_comparison.ipynb #52c58557
+def _unequal_rates(rows):
+    "Which learning rates differ; nothing when they are the same."
+    rates = {row['run']: row['learning_rate'] for row in rows}
+    if len(set(rates.values())) < 2:
+        return ''
+    apart = max(rates.values()) / min(rates.values())
+    return f'Learning rates differ {apart:.3g}-fold, so this compares recipes and not methods alone.'
+
+
+def _cost_words(rows):
+    "Which run is fastest and which needs the least memory."
+    time = rank({row['run']: row['time_per_epoch_seconds'] for row in rows}, Measure('time per epoch', 's'))
+    peaks = {row['run']: row['peak_memory_gb'] for row in rows}
+    known = [peak for peak in peaks.values() if peak is not None]
+    memory = place_words(rank(peaks, Measure('peak memory', 'GiB'))) if known else ''
+    return f'{place_words(time)} {memory} One run and one seed each: less than 5% apart counts as a tie.'
 
 
 def comparison_verdict(results:dict,  # from `by_short_name`
-)->str:
-    "Which run is best by each measure, what each change did, and how well memory was foreseen."
+)->str:                               # Markdown
+    "Which run is best, how sure that is, and what it costs."
     rows = run_metrics(results)
-    sentences = [
-        _winners(rows),
-        '' if same_held_out(results) else
-        'The runs were judged on different documents, so the perplexities can not be compared.',
-        matrix_verdict(matrix_of(results)), prediction_verdict({row['run']: row for row in rows}),
-        'One run per method and one seed: differences of a few per cent may be chance.']
-    return ' '.join(sentence for sentence in sentences if sentence)
+    quality = told(rank_trained(rows, {name: result['folder'] for name, result in results.items()}))
+    if not same_held_out(results):
+        quality = 'The runs were judged on different documents, so the perplexities can not be compared.'
+    foreseen = prediction_verdict({row['run']: row for row in rows})
+    return in_bullets(f'{quality} {_unequal_rates(rows)}', _cost_words(rows),
+                      f'{foreseen} Next: repeat the first two with other seeds (-p seed=1).')
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #b124203d
 _kept = ('perplexity_before', 'perplexity_after', 'total_time_seconds', 'tokens_per_sec', 'time_per_epoch_seconds',

@@ -8,6 +8,7 @@ __all__ = ['least_percent_shown', 'step_table', 'operation_table', 'kind_bars', 
 
 # %% ../../../nbs/studies/finetuning/05_profile.ipynb #c9b1e13b
 from ...runs.figures import Plot, bars
+from ...runs.rivals import Measure, in_bullets, place_words, rank
 from ...runs.tables import column, table
 from ...training.profiling import Profile, shares
 
@@ -80,22 +81,28 @@ def part_bars(operations:list,  # from `operations`
     return bars(percents, 'Time of a step by part of the model', '% of self time', note=_clock(profile))
 
 # %% ../../../nbs/studies/finetuning/05_profile.ipynb #ea171e16
+def _largest(name, found):
+    "Which of several shares of the time is largest."
+    return place_words(rank(found, Measure(f'share of the time by {name}', lower=False, percent=True)))
+
+
 def profile_verdict(operations:list,  # from `operations`
                     profile:Profile,  # they come from
                     method:str,       # full, lora or qlora
-)->str:
-    "Where the time went, in two sentences."
+)->str:                               # Markdown
+    "Where the time went: the largest kind of work and part of the model, and the passes."
     kinds, phases, parts = (shares(operations, what) for what in ('kind', 'phase', 'part'))
-    (first, first_share), (second, second_share) = list(kinds.items())[:2]
-    part, part_share = next(iter(parts.items()))
-    adapter = f", the adapter took {parts.get('adapter', 0):.0%}" if method != 'full' else ''
-    quantised = f" and handling quantised weights {kinds.get('quantised weights', 0):.0%}" if method == 'qlora' else ''
+    adapter = f" The adapter took {parts.get('adapter', 0):.0%}." if method != 'full' else ''
+    quantised = f" Quantised weights took {kinds.get('quantised weights', 0):.0%}." if method == 'qlora' else ''
+    passes = ', '.join(f'{name} {share:.0%}' for name, share in phases.items())
+    largest = f"{_largest('kind of work', kinds)} {_largest('part of the model', parts)}"
 
-    return (f'Of {profile.steps} {method} steps ({1e3 * profile.seconds:,.0f} ms each under the profiler, '
-            f'{1e3 * profile.plain_seconds:,.0f} ms without), {first} took {first_share:.0%} of the time and '
-            f'{second} {second_share:.0%}. The backward pass took {phases.get("backward", 0):.0%}, '
-            f'the forward pass {phases.get("forward", 0):.0%} and the optimiser {phases.get("optimiser", 0):.0%}; '
-            f'{part} was the costliest part with {part_share:.0%}{adapter}{quantised}.')
+    return in_bullets(
+        f'{largest.replace("has the best", "has the largest")}{adapter}{quantised}',
+        f'Passes: {passes}. The chunked loss computes its gradient within the forward pass. n = {profile.steps} '
+        f'{method} steps, {1e3 * profile.seconds:,.0f} ms each under the profiler, '
+        f'{1e3 * profile.plain_seconds:,.0f} ms without.',
+        'Next: shorten the largest kind of work (mixed_precision, attention) and profile again.')
 
 # %% ../../../nbs/studies/finetuning/05_profile.ipynb #fa33bfc6
 def profile_metrics(operations:list,  # from `operations`

@@ -6,13 +6,14 @@
 __all__ = ['data_table', 'model_size', 'predicted_memory', 'training_cost', 'finetuning_metrics', 'finetuning_verdict',
            'pretraining_metrics', 'pretraining_verdict']
 
-# %% ../../../nbs/studies/finetuning/03_report.ipynb #410d3937
+# %% ../../../nbs/studies/finetuning/03_report.ipynb #4814f090
 import math
 
 from ...models.cost import families, memory_breakdown
 from ...models.load import quantised_share
 from ...models.meter import machine_peaks
 from ...models.methods import Method
+from ...runs.rivals import in_bullets, rank_judged, told
 from ...runs.tables import column, memory_error, table, text_columns
 from ...training.fit import FitResult
 from ...training.recipe import optimisers
@@ -117,21 +118,39 @@ def finetuning_metrics(params,            # the run's parameters
     return result.metrics() | _quality(before, after) | settings | counts | _cost_metrics(cost)
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #ec8ec96b
+def _perplexity_change(name, old, new):
+    "From which perplexity a model came and where it went."
+    change = 1 - new['perplexity'] / old['perplexity']
+    direction = 'lowered' if change > 0 else 'raised'
+    return (f"{name} {direction} the held-out perplexity from {old['perplexity']:.1f} to {new['perplexity']:.1f} "
+            f'({abs(change):.0%})')
+
+
+def _against_unquantised(base, after):
+    "The change against the base without quantisation; nothing where it was not judged."
+    if not base:
+        return ''
+    change = after['perplexity'] / base['perplexity'] - 1
+    return f"; against the base without quantisation ({base['perplexity']:.1f}) that is {change:+.0%}"
+
+
 def finetuning_verdict(method:str,        # full, lora or qlora
                        size:dict,         # from `model_size`
                        result:FitResult,  # from `launch`
                        before:dict,       # from `judge`, before training
                        after:dict,        # the same afterwards
-)->str:
-    "What the run gained, in one sentence."
-    change = 1 - after['perplexity'] / before['perplexity']
-    direction = 'lowered' if change > 0 else 'raised'
+                       base:dict=None,    # the same for the base without quantisation, where the weights are quantised
+)->str:                                   # Markdown
+    "What the run gained over its strongest rival, how sure that is, and what it took."
+    rivals = {method: after, 'the model before training': before}
+    rivals |= {'the base without quantisation': base} if base else {}
+
     progress = result.progress
-    return (f"{method} {direction} the held-out perplexity from {before['perplexity']:.1f} to "
-            f"{after['perplexity']:.1f} ({abs(change):.0%}; n = {after['targets']:,} "
-            f"tokens of {after['documents']} documents), "
-            f"training {result.trainable:,} of {size['total']:,} parameters for {progress.step:,} steps "
-            f"({progress.stopped}).")
+    answer = f'{_perplexity_change(method, before, after)}{_against_unquantised(base, after)}.'
+    took = (f"It trained {result.trainable:,} of {size['total']:,} parameters for {progress.step:,} steps "
+            f"({progress.stopped}); n = {after['targets']:,} held-out tokens of {after['documents']} documents. Next: "
+            'compare methods on the same documents (params/sweeps/finetune_matrix.yaml).')
+    return in_bullets(answer, told(rank_judged(rivals), method), took)
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #6c81b2ed
 def pretraining_metrics(result:FitResult,  # from `launch`
@@ -149,12 +168,15 @@ def pretraining_metrics(result:FitResult,  # from `launch`
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #a9ff96bb
 def pretraining_verdict(result:FitResult,  # from `launch`
-                        before:dict,       # loss of the random model
+                        before:dict,       # from `judge`, of the random model
                         after:dict,        # from `judge`, on the weights as they are exported
-)->str:
-    "What the model learned, in one sentence."
+)->str:                                    # Markdown
+    "What the model learned, how sure that is, and what it took."
     progress = result.progress
-    return (f"After {progress.tokens:,} tokens ({progress.step:,} steps, {progress.seconds / 60:.1f} min) the model of "
-            f"{result.trainable:,} parameters predicts held-out files at {after['bits_per_byte']:.3f} bits per byte "
-            f"(n = {after['targets']:,} tokens, {after['bytes']:,} bytes); "
-            f"untrained, its loss was {before['loss']:.2f} nats per token, now {after['loss']:.2f}.")
+    answer = (f"The model of {result.trainable:,} parameters predicts held-out files at {after['bits_per_byte']:.3f} "
+              f"bits per byte (n = {after['targets']:,} tokens, {after['bytes']:,} bytes); untrained, its loss was "
+              f"{before['loss']:.2f} nats per token, now {after['loss']:.2f}.")
+    ranking = rank_judged({'the trained model': after, 'random weights': before}, 'files')
+    took = (f'It took {progress.tokens:,} tokens ({progress.step:,} steps, {progress.seconds / 60:.1f} min). Next: '
+            'fine-tune it (finetune, with model set to the folder of this one).')
+    return in_bullets(answer, told(ranking, 'the trained model'), took)

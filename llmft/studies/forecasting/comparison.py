@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['judged_step', 'shown_characters', 'Comparison', 'compare_forecasts', 'error_table', 'spread_table', 'variable_table',
-           'speed_table', 'compared', 'comparison_verdict', 'example_text', 'comparison_metrics', 'save_forecasts',
-           'forecast_rows']
+           'speed_table', 'compared', 'trajectory_errors', 'rank_forecasts', 'comparison_verdict', 'example_text',
+           'comparison_metrics', 'keep_errors', 'save_forecasts', 'forecast_rows']
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #aacc7235
 from dataclasses import dataclass
 
 import numpy as np
 
+from ...core import LabError
+from ...runs.rivals import Measure, in_bullets, keep_scores, rank, told
 from ...runs.tables import column, table
 from .metrics import baselines, horizon_errors, point_forecast, score_forecast
 from .prepared import Split
@@ -179,45 +181,62 @@ def _shown(error):
     return 'unknown' if error is None else f'{error:.3f}'
 
 
-def _listed(names, errors):
-    "Names with their errors."
-    return ', '.join(f'{name} ({_shown(errors[name])})' for name in names)
+def trajectory_errors(comparison:Comparison,  # of one evaluation
+                      step:int=0,             # steps ahead; 0 for the mean over all steps
+)->dict:                                      # name -> error of each trajectory, or None where none can be read
+    "Absolute errors on the trajectories that every readable forecast covers; a `LabError` when there is none."
+    whole = {name: gap_NHV.mean((1, 2)) for name, gap_NHV in comparison.gaps().items()}
+    readable = {name: np.isfinite(gap_N) for name, gap_N in whole.items() if np.isfinite(gap_N).any()}
+    shared_N = np.all(list(readable.values()), axis=0)
+    if not shared_N.any():
+        raise LabError('no trajectory is forecast by all that is compared: judge the models one at a time')
+
+    steps = slice(step - 1, step) if step else slice(None)
+    return {name: gap_NHV[shared_N, steps].mean((1, 2)) if name in readable else None
+            for name, gap_NHV in comparison.gaps().items()}
 
 
-def _against_baselines(comparison, judged):
-    "The sentence that says which simple forecasts the model beats ten steps ahead, and which not."
-    errors = comparison.at_ten
-    own = errors[judged]
-    beaten = [name for name in comparison.simple if own is not None and own < errors[name]]
-    unbeaten = [name for name in comparison.simple if name not in beaten]
+# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #f20e428e
+def rank_forecasts(comparison:Comparison,  # of one evaluation
+                   step:int=0,             # steps ahead; 0 for the mean over all steps
+):                                         # a `Ranking`
+    "All forecasts, of models and of what needs none, by their median error."
+    when = f'{step} steps ahead' if step else f'over {comparison.future_NHV.shape[1]} steps'
+    measure = Measure(f'median error {when}', items='trajectories')
+    return rank(trajectory_errors(comparison, step), measure, median=True)
 
-    sentence = f'. Ten steps ahead its median error is {_shown(own)}; '
-    sentence += f"it beats {_listed(beaten, errors) or 'none of the simple forecasts'}"
-    return sentence + (f' and not {_listed(unbeaten, errors)}' if unbeaten else '')
-
-
-def _against_untrained(own, untrained):
+# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #fe97cf26
+def _against_untrained(comparison, judged):
     "How the median error stands to that before training; nothing where one of them is unknown."
-    if not (untrained and own['mae_median'] and untrained['mae_median']):
+    own = comparison.rows[judged]['mae_median']
+    untrained = comparison.rows.get('untrained', {}).get('mae_median')
+    if judged == 'untrained' or not (own and untrained):
         return ''
-    ratio = compared(untrained['mae_median'], own['mae_median'])
-    return f", {ratio} untrained ({_shown(untrained['mae_median'])})"
+    return f'It is {compared(untrained, own)} untrained ({_shown(untrained)}).'
+
+
+def _unreadable(comparison, judged):
+    "How many trajectories could be read; nothing when all could."
+    count = len(comparison.future_NHV)
+    readable = comparison.rows[judged]['trajectories']
+    return '' if readable == count else f'Only {readable} of {count} trajectories could be read.'
 
 
 def comparison_verdict(comparison:Comparison,  # of one evaluation
                        judged:str,             # name of the model that is judged
-                       untrained=None,         # scores of the model before training, where it was judged as well
-)->str:
-    "The result of an evaluation in words."
-    own = comparison.rows[judged]
+)->str:                                        # Markdown
+    "How the judged model stands to its strongest rival, over all steps and ten steps ahead."
     count, horizon = comparison.future_NHV.shape[:2]
-    verdict = (f"The {judged} model's forecasts have a median MAE of {_shown(own['mae_median'])} "
-               f"(mean {_shown(own['mae'])}; scaled units, {own['trajectories']} of {count} trajectories readable, "
-               f'{horizon} steps)')
-    verdict += _against_untrained(own, untrained)
-    if horizon >= judged_step:
-        verdict += _against_baselines(comparison, judged)
-    return verdict + '.'
+    if comparison.rows[judged]['mae_median'] is None:
+        return in_bullets(f'No forecast of the {judged} model could be read (n = {count} trajectories).',
+                          'Next: forecast with the grammar (constrained), or train longer.')
+
+    whole = rank_forecasts(comparison)
+    ahead = told(rank_forecasts(comparison, judged_step), judged) if horizon >= judged_step else ''
+    answer = f'{told(whole, judged)} {_against_untrained(comparison, judged)} {_unreadable(comparison, judged)}'
+    following = (f'Next: {whole.rival_of(judged)} is what the model has to beat; train longer or on more trajectories '
+                 '(forecast_train), and judge it on the same ones.')
+    return in_bullets(answer, ahead, following)
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #3f0d3c40
 shown_characters = 160
@@ -249,9 +268,24 @@ def comparison_metrics(comparison:Comparison,  # of one evaluation
 )->dict:                                       # flat
     "Scores of the model before training, and of every baseline."
     metrics = {f'untrained_{name}': untrained[name] for name in _untrained_scores} if untrained else {}
+    if untrained:
+        metrics |= dict(untrained_error_at_10=comparison.at_ten.get('untrained'))
     for name in comparison.simple:
         metrics |= _baseline_metrics(comparison, name)
     return metrics
+
+# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #fa5af947
+def keep_errors(folder,                 # of the run
+                comparison:Comparison,  # of one evaluation
+                items:str,              # a hash of the trajectories, and of the steps given and forecast
+):
+    "Keep the error of each trajectory, over all steps and ten steps ahead, for the summary of the study."
+    steps = dict(mae_median=0, error_at_10=judged_step)
+    if comparison.future_NHV.shape[1] < judged_step:
+        del steps['error_at_10']
+    for name, step in steps.items():
+        known = {rival: errors for rival, errors in trajectory_errors(comparison, step).items() if errors is not None}
+        keep_scores(folder, name, items, known)
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #1c2c4f57
 def save_forecasts(path,                   # an .npz file

@@ -14,6 +14,7 @@ import numpy as np
 from ...core import sha256_of
 from ...models.meter import machine_peaks, share_of_peak
 from ...runs.figures import bars
+from ...runs.rivals import Measure, in_bullets, rank, told
 from ...runs.tables import column, table
 from .budget import adapter_of
 from .series import unscale
@@ -73,6 +74,7 @@ class TrainingOutcome:
     flops_study: float  # operations of training, by the study's rules
     share_of_peak: float  # achieved over the machine's matrix products; None when unknown
     reload_difference: float  # largest difference of a logit after the adapter was read back
+    errors: dict  # untrained, best -> error of each trajectory that both forecast
 
 # %% ../../../nbs/studies/forecasting/11_report.ipynb #e29c7171
 def curve_table(outcome:TrainingOutcome,  # its errors before training and of every checkpoint
@@ -139,11 +141,18 @@ def training_verdict(params,                   # max_steps, valid_horizon
                      progress,                 # `Progress` of the run
 )->str:
     "The result of a training run in words."
-    best = outcome.best
-    return (f"The mean absolute error of the forecasts went from {outcome.before['mae']:.3f} to {best['mae']:.3f} "
-            f"(scaled units; n = {best['trajectories']} validation trajectories, {params.valid_horizon} steps), "
-            f"best at step {best['step']:,}. {_why_it_ended(params, outcome, progress)}; "
-            f"{outcome.flops_study:.3g} operations by the study's rules, {progress.flops:.3g} by the hardware count.")
+    trained = f"step {outcome.best['step']:,}"
+    measure = Measure(f'mean absolute error over {params.valid_horizon} steps', items='validation trajectories')
+    known = {'untrained': outcome.errors['untrained'], trained: outcome.errors['best']}
+    answer = 'No trajectory could be read both before and after training.'
+    if len(known[trained]):
+        answer = (f'{told(rank(known, measure), trained)} The step is the best of {len(outcome.curve)} checkpoints on '
+                  'these trajectories.')
+
+    cost = (f"{_why_it_ended(params, outcome, progress)}; {outcome.flops_study:.3g} operations by the study's rules, "
+            f'{progress.flops:.3g} by the hardware count.')
+    return in_bullets(answer, cost, 'Next: forecast_eval judges the adapter on the test split, beside forecasts that '
+                                    'need no language model.')
 
 # %% ../../../nbs/studies/forecasting/11_report.ipynb #067bdeb6
 def _own_settings(params, model):

@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['all_checkpoints', 'judged_rows', 'forecasting_recipe', 'ForecastJudge', 'kept_steps', 'restore_step',
-           'best_forecaster']
+           'best_forecaster', 'keep_errors']
 
 # %% ../../../nbs/studies/forecasting/08_selection.ipynb #db9ee098
 import dataclasses
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from ...core import LabError
+from ...core import LabError, short_hash
 from ...models.adapters import trainable_parameters
+from ...runs.rivals import keep_scores
 from ...training.checkpoints import load_checkpoint
 from ...training.recipe import Recipe
 from .forecast import evaluate_forecasts
+from .metrics import point_forecast
 from .setup import ForecastingData
 
 # %% ../../../nbs/studies/forecasting/08_selection.ipynb #6afafe91
@@ -58,6 +61,12 @@ class ForecastJudge:
         self.forecasts.append(made)
         return {name: scores[name] for name in ('mae', 'mae_median', 'trajectories', 'success_rate')}
 
+    def errors(self, number):
+        "Mean absolute error of each trajectory in its `number`-th forecasts, (N,); NaN where one cannot be read."
+        forecast_NHV = point_forecast(self.forecasts[number].samples_NSHV)
+        truth_NTV = self.data.valid_part.scaled_NTV[:len(forecast_NHV)]
+        return np.abs(forecast_NHV - truth_NTV[:, self.given:self.given + self.horizon]).mean((1, 2))
+
 # %% ../../../nbs/studies/forecasting/08_selection.ipynb #70d0c524
 def kept_steps(folder,  # the folder given to `fit`
 )->dict:                # step -> folder of its checkpoint
@@ -90,3 +99,17 @@ def best_forecaster(model,      # trained by `fit` with checkpoints kept; it end
     best = min(curve, key=lambda row: math.inf if row['mae'] is None else row['mae'])
     restore_step(model, kept_steps(folder)[best['step']])
     return best, curve
+
+# %% ../../../nbs/studies/forecasting/08_selection.ipynb #69b50e32
+def keep_errors(folder,     # of the run
+                judge,      # a `ForecastJudge` that judged the untrained model first, then every checkpoint
+                best:dict,  # from `best_forecaster`
+                curve:list, # the same
+)->dict:                    # untrained, best -> error of each trajectory that both forecast
+    "The errors of the untrained model and of the best checkpoint; kept where every trajectory could be read."
+    errors = dict(untrained=judge.errors(0), best=judge.errors(1 + curve.index(best)))
+    shared_N = np.isfinite(errors['untrained']) & np.isfinite(errors['best'])
+    if shared_N.all():
+        metadata = {name: fact for name, fact in judge.data.valid_part.metadata.items() if name != 'precision'}
+        keep_scores(folder, 'valid_mae', short_hash([metadata, len(shared_N), judge.given, judge.horizon]), errors)
+    return {name: errors_N[shared_N] for name, errors_N in errors.items()}

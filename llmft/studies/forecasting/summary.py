@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['notebooks', 'error_columns', 'seconds_per_hour', 'published_horizon', 'study_results', 'StudyRows', 'study_rows',
            'study_text', 'by_error', 'judged_by', 'search_table', 'context_table', 'final_table', 'evaluation_table',
-           'budget_table', 'operations_by_part', 'write_csv', 'summary_verdict', 'summary_metrics']
+           'budget_table', 'operations_by_part', 'write_csv', 'rivals_of', 'summary_verdict', 'summary_metrics']
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #febba816
 import csv
 import io
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...core import LabError, write_atomic
-from ...runs.results import read_result
-from ...runs.run import list_runs
+from ...runs.results import done_folders, read_result
+from ...runs.rivals import Measure, in_bullets, kept_scores, paired_scores, rank, told
 from ...runs.tables import column, table
 from .comparison import compared
 from .published import published, published_search
@@ -24,17 +24,11 @@ from .published import published, published_search
 notebooks = ('forecast_train', 'forecast_eval')
 
 
-def _finished_runs(outputs):
-    "The folders of all finished runs of the study."
-    return [run['folder'] for run in list_runs(outputs)
-            if run['run']['notebook'] in notebooks and run['run']['status'] == 'done']
-
-
 def study_results(runs:list,   # run folders; [] takes all finished runs of the study under `outputs`
                   outputs:str, # folder of all runs
 )->list:                       # what `read_result` gives, runs of other notebooks left out
     "The finished runs of a forecasting study; a `LabError` when there is none."
-    folders = runs or _finished_runs(outputs)
+    folders = runs or done_folders(outputs, notebooks)
     results = [result for result in map(read_result, folders) if result['record']['run']['notebook'] in notebooks]
     if not results:
         raise LabError(f'there is no finished run of forecast_train or forecast_eval under {outputs}: run the study '
@@ -49,6 +43,7 @@ class StudyRows:
     trained: list  # runs of forecast_train; those of search and context carry the published error of the same run
     tests: list  # runs of forecast_eval
     sources: list  # the data they used, in words
+    folders: dict = field(default_factory=dict)  # notebook/run -> its folder
 
     def part(self, name: str) -> list:
         "The training runs of one part of the study: search, context or final."
@@ -90,7 +85,9 @@ def study_rows(results:list,  # from `study_results`
     "The rows of a study, with the published errors in those of its search and context runs."
     rows = [_row(result) for result in results]
     trained = [row for row in rows if row['notebook'] == 'forecast_train']
-    return StudyRows(trained, [row for row in rows if row['notebook'] == 'forecast_eval'], _sources(results))
+    tests = [row for row in rows if row['notebook'] == 'forecast_eval']
+    folders = {f"{row['notebook']}/{row['run']}": result['folder'] for row, result in zip(rows, results, strict=True)}
+    return StudyRows(trained, tests, _sources(results), folders)
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #43ee9bee
 def study_text(study:StudyRows,  # from `study_rows`
@@ -196,10 +193,15 @@ _test_columns = (
     column('mae', 'MAE', 'mean', n='trajectories'),
     column('mae_median', 'MAE', 'median'),
     column('error_at_10', 'error', 'median, 10 steps ahead'),
-    column('linear_autoregression_error_at_10', 'linear autoregression', 'the same'),
-    column('last_value_error_at_10', 'last value', 'the same'),
     column('success_rate', 'readable', 'share'),
 )
+
+
+def _rival_columns(tests):
+    "A column for each rival whose error ten steps ahead any evaluation knows."
+    ending = '_error_at_10'
+    keys = dict.fromkeys(key for row in tests for key in row if key.endswith(ending))
+    return [column(key, key.removesuffix(ending).replace('_', ' '), 'the same') for key in keys]
 
 
 def _published_test(row):
@@ -213,7 +215,7 @@ def evaluation_table(tests:list,  # runs of forecast_eval
     if not tests:
         return print('no evaluations')
     ours = [dict(row, n=row['asked'], forecast_steps=row['horizon']) for row in tests]
-    return table([*ours, *map(_published_test, published['test'])], _test_columns)
+    return table([*ours, *map(_published_test, published['test'])], [*_test_columns, *_rival_columns(tests)])
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #310665ba
 _budget_columns = (
@@ -264,68 +266,105 @@ def write_csv(path,       # where the table shall stand
     writer.writerows(map(_known_values, rows))
     write_atomic(path, text.getvalue())
 
+# %% ../../../nbs/studies/forecasting/13_summary.ipynb #310e3261
+_judged_errors = dict(mae_median='median MAE', error_at_10='median error 10 steps ahead')  # metric -> in words
+
+
+def _own_name(row):
+    "The name of the model that an evaluation judged."
+    return 'untrained' if row.get('untrained_mae_median') is None else 'fine-tuned'
+
+
+def rivals_of(row:dict,   # metrics of an evaluation
+              error:str,  # mae_median or error_at_10
+)->dict:                  # name -> error; that of the judged model first
+    "The error of the judged model and of every rival that the evaluation measured."
+    others = {key.removesuffix(f'_{error}').replace('_', ' '): value for key, value in row.items()
+              if key.endswith(f'_{error}')}
+    return {_own_name(row): row.get(error)} | others
+
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #66a6ff6b
-def _search_sentence(search):
-    "Which run won the search."
-    best = by_error(search)[0]
-    return (f"The search ({len(search)} runs) was won by learning rate {best['learning_rate']:g}, rank "
-            f"{best['lora_rank']}, {best['precision']} decimals with a validation MAE of {best['valid_mae']:.3f} "
-            f"(n = {best['valid_trajectories']}); one seed a run, so near values may be chance.")
+def _rank_trained(rows, study, label):
+    "Training runs by their validation error, paired where all kept the errors of the same trajectories."
+    measure = Measure('validation MAE', items='trajectories')
+    names = {row['run']: f"{row['run']} ({label(row)})" for row in rows}
+    folders = {names[row['run']]: study.folders.get(f"forecast_train/{row['run']}", '') for row in rows}
+    scores, _ = paired_scores(folders, 'valid_mae', 'best')
+    return rank(scores or {names[row['run']]: row['valid_mae'] for row in rows}, measure)
 
 
-def _ahead_sentence(row):
-    "How the error ten steps ahead compares with that of the simple forecasts."
-    last_value = row['last_value_error_at_10']
-    linear = row['linear_autoregression_error_at_10']
-    wins = 'beats both' if row['error_at_10'] < min(last_value, linear) else 'does not beat both'
-    return (f"Ten steps ahead its median error is {row['error_at_10']:.3f}, against {last_value:.3f} for "
-            f'the last value and {linear:.3f} for linear autoregression: it {wins}.')
+def _settings_words(row):
+    "What a run of the search tried."
+    return f"learning rate {row['learning_rate']:g} with rank {row['lora_rank']} and {row['precision']} decimals"
 
 
-def _test_sentences(row):
-    "How a fine-tuned model compares with the untrained one and with the simple forecasts; none where it is unknown."
-    untrained = row.get('untrained_mae_median')
-    if not (untrained and row['mae_median']):
-        return []
-    against_untrained = (f"On the test split the fine-tuned model's median MAE is {row['mae_median']:.3f}, "
-                         f"{compared(untrained, row['mae_median'])} untrained ({untrained:.3f}; "
-                         f"n = {row['trajectories']}).")
-    return [against_untrained] if row['error_at_10'] is None else [against_untrained, _ahead_sentence(row)]
+def _trained_words(study):
+    "Which run won the search, and which context length is best; one seed each."
+    searched = [row for row in study.part('search') if row['valid_mae'] is not None]
+    lengths = [row for row in study.part('context') if row['valid_mae'] is not None]
+    words = []
+    if searched:
+        words.append(f'Search of {len(searched)} runs: {told(_rank_trained(searched, study, _settings_words))}')
+    if lengths:
+        words.append(told(_rank_trained(lengths, study, lambda row: f"a context of {row['context_length']} tokens")))
+    return ' '.join([*words, 'One seed each.'] if words else words)
 
+
+def _departures(study):
+    "Where a final run did not take the settings of the winner of the search."
+    searched = study.part('search')
+    winner = by_error(searched)[0] if searched else {}
+    named = dict(learning_rate='learning rate', lora_rank='rank', precision='decimals')
+    sentences = []
+    for final in study.part('final'):
+        other = [f'{words} {final[key]:g}, not {winner[key]:g}' for key, words in named.items()
+                 if winner and final.get(key) is not None and final[key] != winner[key]]
+        sentences += [f"The final run {final['run']} departs from the winner: {'; '.join(other)}."] if other else []
+    return ' '.join(sentences)
 
 def _budget_sentence(spent, max_flops):
     "What all training took, and whether the budget allowed it."
+    if spent is None:
+        return ''
     sentence = f"All training together took {spent:.4g} operations by the study's rules"
     if not max_flops:
         return f'{sentence}.'
     return f"{sentence}, {spent / max_flops:.2%} of the budget{'' if spent <= max_flops else ', MORE than it allows'}."
 
 
+def _test_words(row, study):
+    "How the judged model of an evaluation stands to its strongest rival by each error; '' where none is known."
+    own = _own_name(row)
+    folder = study.folders.get(f"forecast_eval/{row['run']}", '')
+    words = []
+    for error, name in _judged_errors.items():
+        scores = kept_scores(folder, error).get('scores') or rivals_of(row, error)
+        if scores.get(own) is not None:
+            words.append(told(rank(scores, Measure(name, items='trajectories'), median=True), own))
+
+    untrained = row.get('untrained_mae_median')
+    if untrained and row.get('mae_median'):
+        words.append(f"It is {compared(untrained, row['mae_median'])} untrained ({untrained:.3f}).")
+    return ' '.join(words)
+
+
 def summary_verdict(study:StudyRows,  # from `study_rows`
                     spent,            # operations by the account, None without one
                     max_flops:float,  # operations that all runs may take together, 0 for no limit
-)->str:
-    "The result of the study in words."
-    search = study.part('search')
-    context = study.part('context')
-    sentences = [_search_sentence(search)] if search else []
-    if context:
-        sentences.append(f"The best context length was {by_error(context)[0]['context_length']} tokens.")
+)->str:                               # Markdown
+    "How the tested models stand to their strongest rivals, what the search showed, and what it cost."
+    tested = ' '.join(_test_words(row, study) for row in study.tests)
+    following = 'repeat the final run with other seeds' if study.tests else 'judge the final run (forecast_eval)'
+    cost = f'{_departures(study)} {_budget_sentence(spent, max_flops)} Next: {following}.'
+    lines = (tested, _trained_words(study), cost)
+    return in_bullets(*lines) if study.tests or study.trained else 'No runs, nothing to conclude.'
 
-    for row in study.tests:
-        sentences += _test_sentences(row)
-    if spent is not None:
-        sentences.append(_budget_sentence(spent, max_flops))
-    return ' '.join(sentences) or f'{len(study)} runs, nothing to conclude.'
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #2aa259ed
-_errors_by_run = ('mae', 'mae_median', 'error_at_10', 'untrained_mae_median', 'linear_autoregression_error_at_10',
-                  'last_value_error_at_10')
-
-
 def _run_errors(row):
-    "The errors of an evaluation under the name of its run."
-    return {f"{row['run']}_{error}": row.get(error) for error in _errors_by_run}
+    "The errors of an evaluation, and those of all its rivals, under the name of its run."
+    errors = [key for key in row if key == 'mae' or key.endswith(tuple(_judged_errors))]
+    return {f"{row['run']}_{error}": row[error] for error in errors}
 
 
 def summary_metrics(study:StudyRows,  # from `study_rows`

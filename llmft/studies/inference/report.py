@@ -6,12 +6,13 @@
 __all__ = ['check_batch_sizes', 'held_size', 'size_table', 'answer_batches', 'speed_table', 'quality_table', 'answer_rows',
            'inference_metrics', 'inference_verdict']
 
-# %% ../../../nbs/studies/inference/03_report.ipynb #00a50eef
+# %% ../../../nbs/studies/inference/03_report.ipynb #72ac41df
 from ...core import LabError
 from ...inference.generation import end_tokens, written_text
 from ...inference.latency import answer_all, rates
 from ...models.meter import machine_peaks, resident_bytes
 from ...models.precisions import bytes_a_step, held_share
+from ...runs.rivals import Measure, in_bullets, place_words, rank
 from ...runs.tables import column, table
 from .word_problems import reference_answer
 
@@ -142,19 +143,19 @@ def inference_metrics(params,        # precision, compute, max_new_tokens
         metrics |= {f'{name}_batch{batch_size}': value for name, value in _rates_of(answers[batch_size]).items()}
     return metrics
 
-# %% ../../../nbs/studies/inference/03_report.ipynb #a16a66e8
+# %% ../../../nbs/studies/inference/03_report.ipynb #eec6d7d6
 def inference_verdict(precision:str,  # of the weights
                       answers:dict,   # from `answer_batches`
                       marks:dict,     # from `score`
                       judged:dict,    # from `judge`
-)->str:
-    "Speed, memory and quality of one precision, in one sentence."
-    batch_sizes = list(answers)
-    first = batch_sizes[0]
-    last = batch_sizes[-1]
-    speed = {batch_size: answer['throughput_tokens_per_sec'] for batch_size, answer in answers.items()}
-    return (f'{precision}: {speed[first]:,.0f} new tokens/s at batch {first} and {speed[last]:,.0f} at batch {last}, '
-            f"{answers[first]['peak_bytes'] / 2**30:.3f} GiB at most, "
-            f"{marks['correct']} of {marks['questions']} answers right, "
-            f"{marks['cut_off']:.0%} of the answers cut off at the limit on their tokens, "
-            f"perplexity {judged['perplexity']:.1f} (n = {judged['targets']:,} tokens).")
+)->str:                               # Markdown
+    "Quality, speed and memory of one precision, and which batch size makes most tokens."
+    speed = {f'batch {batch_size}': answer['throughput_tokens_per_sec'] for batch_size, answer in answers.items()}
+    fastest = place_words(rank(speed, Measure('throughput', 'new tokens per second', lower=False)))
+    peak = max(answer['peak_bytes'] for answer in answers.values()) / 2**30
+    return in_bullets(
+        f"{precision}: {marks['correct']} of {marks['questions']} answers right, "
+        f"{marks['cut_off']:.0%} cut off at the limit on their tokens, perplexity {judged['perplexity']:.1f} "
+        f"(n = {judged['targets']:,} tokens).",
+        f'{fastest} {peak:.3f} GiB at most. Each batch size was timed once: less than 5% apart counts as a tie.',
+        'Next: compare precisions on the same questions (params/sweeps/inference.yaml).')

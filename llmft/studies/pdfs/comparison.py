@@ -7,6 +7,7 @@ __all__ = ['compared_rows', 'same_held_out', 'settings_table', 'comparison_table
            'comparison_metrics']
 
 # %% ../../../nbs/studies/pdfs/04_comparison.ipynb #78a29ec4
+from ...runs.rivals import Measure, in_bullets, place_words, rank, rank_trained, told
 from ...runs.tables import column, table
 
 # %% ../../../nbs/studies/pdfs/04_comparison.ipynb #dbc365e7
@@ -15,7 +16,8 @@ def _compared(name, result):
     record = result['record']
     metrics = result['metrics']
     course = dict(run=name, seconds_per_step=metrics['total_time_seconds'] / metrics['steps'])
-    return course | record['params'] | metrics | dict(held_out=record['meta']['data']['valid']['sha256'])
+    held_out = record['meta']['data']['valid']['sha256']
+    return course | record['params'] | metrics | dict(held_out=held_out, folder=result['folder'])
 
 
 def compared_rows(results:dict,  # name of the run -> what `read_result` gives
@@ -60,18 +62,19 @@ def winners(rows:list,  # from `compared_rows`
     best = min(rows, key=lambda row: row['perplexity_after'])
     return widest, fastest, best
 
-# %% ../../../nbs/studies/pdfs/04_comparison.ipynb #425c36f0
+# %% ../../../nbs/studies/pdfs/04_comparison.ipynb #59914f9d
 def comparison_verdict(rows:list,  # from `compared_rows`
-)->str:
-    "Which run is best by each measure."
-    widest, fastest, best = winners(rows)
-    different = '' if same_held_out(rows) else ('The runs were judged on different chunks, so the perplexities can not '
-                                                'be compared. ')
-    return (f"{widest['run']} fits the most rows, {widest['max_batch_size']}; "
-            f"{fastest['run']} takes the least time, {fastest['seconds_per_step']:.2f} s per step; "
-            f"{best['run']} ends at the lowest perplexity, {best['perplexity_after']:.2f} "
-            f"(n = {best['valid_targets']:,} tokens). "
-            f'{different}One run and one seed each: differences of a few per cent may be chance.')
+)->str:                            # Markdown
+    "Which run fits the most rows, what that costs in time, and which predicts best."
+    batches = {row['run']: row['max_batch_size'] for row in rows}
+    widest = rank(batches, Measure('capacity', 'rows of full length', lower=False, tolerance=0))
+    fastest = rank({row['run']: row['seconds_per_step'] for row in rows}, Measure('time of a step', 's'))
+    quality = told(rank_trained(rows, {row['run']: row['folder'] for row in rows}, 'chunks'))
+    if not same_held_out(rows):
+        quality = 'The runs were judged on different chunks, so the perplexities can not be compared.'
+    return in_bullets(f'{place_words(widest)} {place_words(fastest)}', quality,
+                      'One run and one seed each: times less than 5% apart count as a tie. Next: repeat the first two '
+                      'with other seeds (-p seed=1).')
 
 # %% ../../../nbs/studies/pdfs/04_comparison.ipynb #1b7cfa4f
 def comparison_metrics(rows:list,  # from `compared_rows`

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['most_files_shown', 'blanks', 'data_table', 'file_table', 'files_in_words', 'trial_table', 'trial_bars',
            'perplexity_band', 'before_and_after', 'log_line', 'training_log', 'write_stats', 'final_facts',
-           'fill_report', 'report_values', 'conclude', 'search_metrics', 'quality_metrics']
+           'fill_report', 'report_values', 'conclude', 'pdf_verdict', 'search_metrics', 'quality_metrics']
 
-# %% ../../../nbs/studies/pdfs/03_report.ipynb #6669f468
+# %% ../../../nbs/studies/pdfs/03_report.ipynb #b51786ae
 import datetime
 import json
 from contextlib import contextmanager
@@ -18,6 +18,7 @@ from matplotlib import rc_context
 from ...core import write_atomic
 from ...data.tables import left_out
 from ...runs.figures import Plot, byte_unit, ink, muted, new_plot, palette, style
+from ...runs.rivals import in_bullets, rank_judged, told
 from ...runs.tables import column, evaluation_table, table, text_columns
 from ...training.fit import FitResult
 from ...training.recipe import Recipe
@@ -236,6 +237,19 @@ def conclude(params,        # lora_rank, quantisation, gradient_checkpointing, o
             f"({ended}). Training on {split['train_size']} files {direction} the perplexity of "
             f"{split['test_size']} others from "
             f'{before:.1f} to {after:.1f} ({abs(change):.0%}).')
+
+# %% ../../../nbs/studies/pdfs/03_report.ipynb #88743323
+def pdf_verdict(conclusion:str,    # from `conclude`
+                before:dict,       # from `judge`, before training
+                after:dict,        # the same afterwards
+                result:FitResult,  # from `launch`
+)->str:                            # Markdown
+    "What was achieved, how sure that is against the model before training, and how training ended."
+    ranking = rank_judged({'the trained model': after, 'the model before training': before}, 'chunks')
+    progress = result.progress
+    ended = (f'Training ended at step {progress.step} of {result.steps} ({progress.stopped}); '
+             f"n = {after['targets']:,} held-out tokens. Next: compare runs (params/sweeps/pdf_finetune.yaml).")
+    return in_bullets(conclusion, told(ranking, 'the trained model'), ended)
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #8d3cf3a3
 def _predicted_bytes(trials, largest):

@@ -263,14 +263,26 @@ def _shown_text(test):
     return f"{test['comparison']} ({test['mean']:+.3f} {test['unit']}, p = {test['p']:.3f})"
 
 
+def _measured_text(tests):
+    "The differences of comparisons that showed nothing, their direction and their smallest p-value."
+    known = [test for test in tests if test['mean'] is not None]
+    if not known:
+        return 'nothing was measured'
+    means = [test['mean'] for test in known]
+    words = f"differences of {min(means):+.3f} to {max(means):+.3f} {known[0]['unit']}"
+    if known[0]['hypothesis'] == uneven and min(means) > 0:
+        words = f"uneven splits were {min(means):.3f} to {max(means):.3f} {known[0]['unit']} worse"
+    values = [test['p'] for test in known if test['p'] is not None]
+    return f'{words}, p >= {min(values):.2f}' if values else f'{words}, p unknown'
+
+
 def _answer(tests):
     "What the comparisons of one hypothesis say."
     shown = [_shown_text(test) for test in tests if test['shown']]
     if shown:
         return f"shown for {'; '.join(shown)}."
     seeds = min(test['n'] for test in tests)
-    return f'not shown by {len(tests)} comparisons with n = {seeds} seeds each.'
-
+    return f'no evidence, {_measured_text(tests)} ({len(tests)} comparisons, n = {seeds} seeds each).'
 
 def answers(tests:list,  # from `hypotheses`
 )->list:

@@ -20,6 +20,7 @@ from ...bounds.scoring import ALPHAS
 from ...core import LabError, find_path, read_json, write_atomic
 from ...models.subspace import Subspace, load_subspace
 from ...runs.results import read_result
+from ...runs.rivals import Measure, in_bullets, place_words, rank
 from ...runs.tables import column, table
 from ...training.recipe import Recipe
 
@@ -217,9 +218,13 @@ def proof_verdict(proof:Proof,  # of one predictor
     "What was proved, in words."
     best = proof.best
     side = 'below' if best['bound'] < proof.guess else 'NOT below'
-    return (f'With probability {1 - proof.delta:.0%} all {len(proof.claims)} claims hold together; the first: on '
-            f"documents of the same source the smoothed loss is at most {best['bound']:.3f} bits per token, {side} "
-            f"random guessing ({proof.guess:.3f}): {best['risk']:.3f} on m = {best['m']:,} training documents and "
-            f"{best['bound'] - best['risk']:.3f} for K = {best['bits']:,.0f} bits and n = {best['n']:,}. "
-            f'On {proof.held_out_documents:,} held-out documents it is {proof.held_out_bpd:.3f}. '
-            f'{_tried_text(proof.configurations)} tried and paid for.')
+    bounds = {'the claim': best['bound'], 'random guessing': proof.guess}
+    place = place_words(rank(bounds, Measure('bound', 'bits per token', tolerance=0)), 'the claim')
+    answer = (f'With probability {1 - proof.delta:.0%} all {len(proof.claims)} claims hold together; the first: on '
+              f"documents of the same source the smoothed loss is at most {best['bound']:.3f} bits per token, {side} "
+              f'random guessing ({proof.guess:.3f}). {place}')
+    made_of = (f"It is {best['risk']:.3f} on m = {best['m']:,} training documents and "
+               f"{best['bound'] - best['risk']:.3f} for K = {best['bits']:,.0f} bits and n = {best['n']:,}. "
+               f'On {proof.held_out_documents:,} held-out documents it is {proof.held_out_bpd:.3f}.')
+    return in_bullets(answer, made_of, f'{_tried_text(proof.configurations)} tried and paid for. Next: llmft verify '
+                                       'checks the certificate from the file alone.')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['document_table', 'HeldOut', 'held_out', 'held_out_table', 'trained_numbers', 'training_metrics', 'training_verdict',
            'source_text', 'group_table', 'hypothesis_table', 'play_coverage', 'coverage_table', 'analysis_metrics',
-           'analysis_verdict']
+           'rank_allocations', 'analysis_verdict']
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #b858a39f
 import math
@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from ...bounds.bounds import coverage, lowest_loss, smoothing_width
 from ...bounds.scoring import ALPHAS
+from ...runs.rivals import Measure, in_bullets, place_words, rank, told
 from ...runs.tables import column, table
 from .allocation import answers
 from .proof import gate_shares
@@ -114,10 +115,14 @@ def training_verdict(params,          # allocation_mode, b_ratio
 )->str:
     "The result of a training run in words."
     ratio = f' {params.b_ratio:g}' if params.allocation_mode == 'fixed' else ''
-    return (f'{trained_numbers(subspace):,} trained numbers move {subspace.start.numel():,} parameters '
-            f'({params.allocation_mode}{ratio}) and take the held-out loss from {losses.before:.3f} to '
-            f'{losses.after:.3f} bits per token (random guess {losses.guess:.3f}; n = {losses.targets:,} tokens of '
-            f'{losses.documents:,} documents) in {progress.step:,} steps ({progress.stopped}).')
+    measure = Measure('held-out loss', 'bits per token', items='documents', tolerance=0.01)
+    bits = {'the trained model': losses.after, 'the untrained model': losses.before, 'random guessing': losses.guess}
+    took = (f'{trained_numbers(subspace):,} trained numbers move {subspace.start.numel():,} parameters '
+            f'({params.allocation_mode}{ratio}) in {progress.step:,} steps ({progress.stopped}); held-out loss '
+            f'{losses.before:.3f} to {losses.after:.3f} bits per token, random guess {losses.guess:.3f} '
+            f'(n = {losses.targets:,} tokens of {losses.documents:,} documents).')
+    return in_bullets(place_words(rank(bits, measure), 'the trained model'), took,
+                      'Next: sublora_bounds turns it into a guarantee.')
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #9eda24e9
 def source_text(results:dict,  # name -> what `read_result` gives
@@ -218,15 +223,29 @@ def analysis_metrics(rows:list,   # one per run
     return winner | counts | _coverage_metrics(played)
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #43ab7cd8
+def rank_allocations(groups:list,  # from `aggregate`
+                     guess:float,  # bits per token of random guessing
+):                                 # a `Ranking`
+    "All allocations and random guessing by their bound, paired by seed where all have the same seeds."
+    measure = Measure('bound', 'bits per token', items='seeds', tolerance=0.01)
+    by_seed = {f"{group['name']} (d = {group['budget']:,})": group['bound_value_by_seed'] for group in groups}
+    seeds = sorted(next(iter(by_seed.values())))
+    same = len(seeds) > 1 and all(sorted(values) == seeds for values in by_seed.values())
+    scores = {name: [values[seed] for seed in seeds] if same else float(np.mean(list(values.values())))
+              for name, values in by_seed.items()}
+    return rank(scores | {'random guessing': guess}, measure)
+
+# %% ../../../nbs/studies/sublora/06_report.ipynb #c4a32bca
 def analysis_verdict(metrics:dict,  # from `analysis_metrics`
                      tests:list,    # from `hypotheses`
-)->str:
-    "The result of the study in words."
+                     groups:list,   # from `aggregate`
+)->str:                             # Markdown
+    "Which allocation has the lowest bound, what the hypotheses showed, and whether the bounds held."
     runs = metrics['runs']
-    sentences = [
-        f"{metrics['non_vacuous']} of {runs} runs have a bound below random guessing "
-        f"({metrics['random_guess_bits']:.3f} bits per token); the best is {metrics['best']} with "
-        f"{metrics['best_bound']:.3f} ({metrics['best_empirical_bpd']:.3f} on the sample).",
-        f"In {metrics['above_held_out']} of {runs} the bound lies above the loss on held-out documents, as it must in "
-        'all but a few.']
-    return ' '.join([*sentences, *answers(tests)])
+    best = told(rank_allocations(groups, metrics['random_guess_bits']))
+    guessed = (f"{metrics['non_vacuous']} of {runs} runs have a bound below random guessing "
+               f"({metrics['random_guess_bits']:.3f} bits per token); the lowest is that of {metrics['best']}, "
+               f"{metrics['best_bound']:.3f} ({metrics['best_empirical_bpd']:.3f} on the sample).")
+    held = (f"In {metrics['above_held_out']} of {runs} the bound lies above the loss on held-out documents, as it must "
+            'in all but a few. Next: more seeds, where the differences are small.')
+    return in_bullets(f'{guessed} {best}', ' '.join(answers(tests)), held)

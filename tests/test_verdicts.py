@@ -1,0 +1,429 @@
+"Every verdict names the strongest rival, whoever that is: each of them is made to win in turn."
+
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import nbformat
+import numpy as np
+import pytest
+from house import experiments, root
+
+from llmft.bench.training import rank_trainers
+from llmft.bench.turns import Target, contest_verdict
+from llmft.runs.rivals import Measure, rank
+from llmft.studies.code import report as code
+from llmft.studies.code.pass_at_k import Attempt
+from llmft.studies.finetuning import comparison as finetune_runs
+from llmft.studies.finetuning import profile
+from llmft.studies.finetuning import report as finetuning
+from llmft.studies.forecasting import comparison as forecasts
+from llmft.studies.forecasting import report as forecast_training
+from llmft.studies.forecasting import summary
+from llmft.studies.inference import comparison as precisions
+from llmft.studies.inference import report as inference
+from llmft.studies.pdfs import comparison as pdf_runs
+from llmft.studies.pdfs import report as pdfs
+from llmft.studies.sublora import proof
+from llmft.studies.sublora import report as sublora
+
+rng = np.random.default_rng(0)
+items = 40
+hard_N = rng.normal(3, 0.3, items)
+far = {True: 0.0, False: 1.0}  # what is added to the winner's score, and to those of the others
+
+
+def judged(wins):
+    "What `judge` gives of a model that is best, or is not."
+    losses_N = hard_N + far[wins]
+    loss = float(losses_N.mean())
+    facts = dict(targets=100 * items, documents=items, bytes=9000, bits_per_byte=loss / 3)
+    return dict(facts, loss=loss, perplexity=math.exp(loss), document_losses=losses_N, document_targets=[100] * items)
+
+
+fitted = SimpleNamespace(
+    progress=SimpleNamespace(step=20, stopped='finished', tokens=10_000, seconds=60.0, flops=1e12, best_step=20),
+    trainable=1000,
+    steps=20,
+)
+
+
+def finetune(best):
+    after, before, base = (judged(best == name) for name in rivals['finetune'])
+    return finetuning.finetuning_verdict('qlora', dict(total=5000), fitted, before, after, base)
+
+
+def pretrain(best):
+    after, before = (judged(best == name) for name in rivals['pretrain'])
+    return finetuning.pretraining_verdict(fitted, before, after)
+
+
+def pdf_finetune(best):
+    after, before = (judged(best == name) for name in rivals['pdf_finetune'])
+    return pdfs.pdf_verdict('Done.', before, after, fitted)
+
+
+def finetune_result(name, best):
+    cost = dict.fromkeys(('time_per_epoch_seconds', 'peak_memory_gb'), 1 + far[name == best])
+    metrics = cost | dict(perplexity_after=20 * math.exp(far[name == best]), learning_rate=1e-3, memory_error=0.5)
+    metrics |= dict(perplexity_before=20 * math.exp(far['full before training' == best] + 0.5))
+    record = dict(params=dict(method=name), meta=dict(data=dict(valid=dict(sha256='a'))))
+    return dict(record=record, metrics=metrics, folder='')
+
+
+def compare(best):
+    results = {name: finetune_result(name, best) for name in ('full', 'lora', 'qlora')}
+    return finetune_runs.comparison_verdict(results)
+
+
+def pdf_compare(best):
+    rows = [
+        dict(
+            run=name,
+            max_batch_size=4 if name == best else 2,
+            seconds_per_step=1 + far[name == best],
+            perplexity_before=20 * math.exp(0.5 + far['half before training' == best]),
+            perplexity_after=20 * math.exp(far[name == best]),
+            held_out='a',
+            folder='',
+        )
+        for name in ('half', 'nf4')
+    ]
+    return pdf_runs.comparison_verdict(rows)
+
+
+def inference_compare(best):
+    rows = [
+        dict(
+            run=name,
+            throughput_tokens_per_sec=600.0 if name == best else 300.0,
+            memory=1 + far[name == best],
+            peak_memory_gb=1 + far[name == best],
+            model_size_gb=1.0,
+            perplexity=20 * math.exp(far[name == best]),
+            accuracy=0.6 if name == best else 0.2,
+            correct=6,
+            total_queries=10,
+            folder='',
+        )
+        for name in rivals['inference_compare']
+    ]
+    return precisions.comparison_verdict(rows, 'fp32', True)
+
+
+def one_inference(best):
+    sizes = {int(name.split()[1]): name for name in rivals['inference']}
+    answers = {
+        size: dict(throughput_tokens_per_sec=600.0 if name == best else 300.0, peak_bytes=2**30)
+        for size, name in sizes.items()
+    }
+    marks = dict(correct=3, questions=10)
+    return inference.inference_verdict('fp32', answers, marks, judged(True))
+
+
+def profiled(best):
+    kinds = rivals['profile']
+    operations = [
+        dict(name=kind, kind=kind, part='head', phase='forward', seconds=5.0 if kind == best else 1.0) for kind in kinds
+    ]
+    return profile.profile_verdict(operations, SimpleNamespace(steps=3, seconds=1.0, plain_seconds=0.9), 'full')
+
+
+def instruct(best):
+    def measured(wins):
+        answers = [Attempt(f'p{n}', 0, '', 'passed' if n < 30 * wins else 'wrong', '', 0.1) for n in range(items)]
+        return dict(valid=judged(wins), test=judged(wins), attempts=answers)
+
+    after, before = (measured(best == name) for name in rivals['instruct'])
+    metrics = dict(steps=2, planned_steps=2, stopped='finished', best_step=2, eval_loss_before=3.0, eval_loss=2.0)
+    data = SimpleNamespace(row_notes=dict(train=dict(targets=10, targets_lost=10)))
+    return code.instruct_verdict(metrics, data, before, after)
+
+
+simple = ['last value', 'seasonal', 'linear autoregression', 'equations refitted']
+
+
+def forecast_comparison(best):
+    truth_NTV = np.ones((items, 70, 2))
+    names = ['fine-tuned', 'untrained', *simple]
+    noise_NHV = rng.random((items, 20, 2)) * 0.1
+    points = {name: truth_NTV[:, 50:] + noise_NHV + far[name == best] for name in names}
+    known = dict(mae_median=1.0, mae=1.0, mse=1.0, success_rate=1.0, trajectories=items)
+    rows = {name: known for name in names}
+    return forecasts.Comparison(
+        None, truth_NTV, truth_NTV[:, 50:], points, simple, rows, {}, {}, dict.fromkeys(names, 1.0)
+    )
+
+
+def forecast_eval(best):
+    return forecasts.comparison_verdict(forecast_comparison(best), 'fine-tuned')
+
+
+def forecast_row(best):
+    own = dict(mae_median=1 + far['fine-tuned' == best], error_at_10=1 + far['fine-tuned' == best])
+    keys = {name: name.replace(' ', '_') for name in [*simple, 'untrained']}
+    errors = {f'{key}_{error}': 1 + far[name == best] for name, key in keys.items() for error in own}
+    return dict(run='test', trajectories=items, **own, **errors)
+
+
+def forecast_summary(best):
+    return summary.summary_verdict(summary.StudyRows([], [forecast_row(best)], []), None, 0.0)
+
+
+def forecast_train(best):
+    errors = dict(best=hard_N + far[best == 'step 20'], untrained=hard_N + far[best == 'untrained'])
+    curve = dict(step=20, mae=1.0, trajectories=items)
+    outcome = forecast_training.TrainingOutcome(curve, curve, [curve], 20, 1e12, 0.4, 0.0, errors)
+    params = SimpleNamespace(valid_horizon=10, max_steps=20)
+    return forecast_training.training_verdict(params, outcome, fitted.progress)
+
+
+def sublora_bounds(best):
+    bound = 8 + far[best == 'the claim']
+    claim = dict(bound=bound, risk=7.0, m=10, bits=100.0, n=1000)
+    guess = 8 + far[best == 'random guessing']
+    return proof.proof_verdict(proof.Proof(b'', None, dict(bits_per_token_kl=claim), 7.5, 100, guess, 1, 0.05, True))
+
+
+def sublora_analysis(best):
+    groups = [
+        dict(
+            name=name,
+            budget=1000,
+            bound_value_by_seed={s: 4 + far[best == f'{name} (d = 1,000)'] + s / 9 for s in range(3)},
+        )
+        for name in ('uniform', 'learned')
+    ]
+    metrics = dict(
+        runs=6, non_vacuous=6, random_guess_bits=4.2 + far[best == 'random guessing'], best='r', best_bound=4.0
+    )
+    metrics |= dict(best_empirical_bpd=3.0, above_held_out=6)
+    return sublora.analysis_verdict(metrics, [], groups)
+
+
+def sublora_train(best):
+    names = rivals['sublora_train']
+    after, before, guess = (3 + far[best == name] for name in names)
+    losses = sublora.HeldOut(before, after, guess, 1000, 100)
+    weight = SimpleNamespace(numel=lambda: 10)
+    subspace = SimpleNamespace(trained=lambda: [weight], start=weight)
+    return sublora.training_verdict(
+        SimpleNamespace(allocation_mode='uniform', b_ratio=None), subspace, fitted.progress, losses
+    )
+
+
+def verdict_of_cell(notebook, **values):
+    "What the verdict cell of an experiment says of these values."
+    cells = nbformat.read(root / f'nbs/experiments/{notebook}.ipynb', 4).cells
+    source = next(cell.source for cell in cells if re.search(r'^verdict = ', cell.source, re.MULTILINE))
+    tools = dict(Measure=Measure, rank=rank, rank_trainers=rank_trainers, contest_verdict=contest_verdict)
+    space = tools | dict(Markdown=str, rounds=3) | values
+    exec('from llmft.runs.rivals import *\nfrom llmft.bench.pdfs import rank_readers\n' + source, space)
+    return space['verdict']
+
+
+def rate(wins):
+    return 900.0 if wins else 300.0
+
+
+def found_by(best, names):
+    return {name: dict(tokens_per_sec=rate(name == best), valid_loss=10 + far[name == best]) for name in names}
+
+
+unmet = [Target('what nobody asked', 1.0, 2.0)]
+
+
+def bench(best):
+    memory = {name: 1 + far[name == best] for name in ('ours', 'hf_trainer')}
+    return verdict_of_cell(
+        'bench',
+        models=['m'],
+        found=dict(m=found_by(best, rivals['bench'])),
+        memory=memory,
+        mebibytes=memory,
+        targets=unmet,
+        documents=9,
+        largest_difference=1e-6,
+    )
+
+
+def bench_instruct(best):
+    return verdict_of_cell(
+        'bench_instruct',
+        found=found_by(best, rivals['bench_instruct']),
+        memory={},
+        pdf_files=0,
+        targets=unmet,
+        rows=9,
+        difference=dict(gradient_difference=1e-6),
+    )
+
+
+def bench_inference(best):
+    row = dict(model='base', batch=1) | {name: rate(name == best) for name in rivals['bench_inference']}
+    alone = [dict(model='base', precision='fp32', step=1.0)]
+    return verdict_of_cell('bench_inference', rows=[row], alone=alone, forms=['fp32'], targets=unmet)
+
+
+def bench_bounds(best):
+    kinds = [dict(kind=kind, d=10, both=1 + far[kind == best]) for kind in rivals['bench_bounds']]
+    steps, scoring = dict(lora=1.0, sublora=1.1), dict(forward=1.0, scoring=1.1)
+    facts = dict(projections=kinds, dimensions=[10], steps=steps, scoring=scoring, metrics=dict(adjoint_error=1e-7))
+    return verdict_of_cell('bench_bounds', targets=unmet, **facts)
+
+
+def bench_forecast(best):
+    together, alone = (1 + far[best == name] for name in rivals['bench_forecast'])
+    facts = dict(trajectories=9, one_by_one=3, codec_trajectories=100, all_seconds=dict(encode=1, decode=1))
+    return verdict_of_cell('bench_forecast', together=together, alone=alone, faster=alone / together, **facts)
+
+
+rivals = dict(  # experiment -> names of all that its verdict must be able to name
+    finetune=['qlora', 'the model before training', 'the base without quantisation'],
+    pretrain=['the trained model', 'random weights'],
+    pdf_finetune=['the trained model', 'the model before training'],
+    compare=['full', 'lora', 'qlora'],
+    pdf_compare=['half', 'nf4'],
+    inference=['batch 1', 'batch 8', 'batch 32'],
+    inference_compare=['fp32', 'fp16', 'nf4'],
+    profile=['Matrix products', 'attention', 'copies'],
+    instruct=[code.trained_name, code.start_name],
+    forecast_eval=['fine-tuned', 'untrained', *simple],
+    forecast_summary=['fine-tuned', 'untrained', *simple],
+    forecast_train=['step 20', 'untrained'],
+    sublora_bounds=['the claim', 'random guessing'],
+    sublora_analysis=['uniform (d = 1,000)', 'learned (d = 1,000)', 'random guessing'],
+    sublora_train=['the trained model', 'the untrained model', 'random guessing'],
+    bench=['ours', 'trl_packed', 'trl_padded', 'hf_trainer'],
+    bench_instruct=['ours', 'trl_packed', 'hf_padded_full'],
+    bench_inference=['ours', 'transformers'],
+    bench_bounds=['kronecker', 'fastfood', 'sparse'],
+    bench_forecast=['together, with grammar', 'one by one, transformers'],
+)
+verdicts = {
+    'inference': one_inference,
+    'profile': profiled,
+    **{name: globals()[name] for name in rivals if name not in ('inference', 'profile')},
+}
+no_rivals = {'forecast_data'}  # it prepares data and judges nothing
+
+
+def test_every_experiment_is_here():
+    assert {path.stem for path in experiments} == set(rivals) | no_rivals
+
+
+@pytest.mark.parametrize('notebook, best', [(notebook, best) for notebook, names in rivals.items() for best in names])
+def test_the_verdict_names_the_rival_that_wins(notebook, best):
+    verdict = verdicts[notebook](best)
+    lines = verdict.split('\n')
+    assert 1 < len(lines) <= 3 and all(line.startswith('- ') for line in lines), verdict
+    name = re.escape(best)
+    won = rf'{name} has the (best|largest)|loses to {name}, the strongest rival'
+    undecided = rf'Too few \w+ to say whether .*{name}'
+    assert re.search(f'{won}|{undecided}', verdict), verdict
+    assert 'Next: ' in lines[-1], verdict
+
+
+def test_a_run_before_training_that_wins_is_named():
+    assert 'full before training has the best held-out perplexity' in compare('full before training')
+    assert 'half before training has the best held-out perplexity' in pdf_compare('half before training')
+
+
+measured_by = {  # metric with _error or _ratio, by experiment -> what in the verdict stands for it
+    'bench': r'tokens_per_sec_ratio_vs_(?P<rival>trl_packed|trl_padded|hf_trainer)(_\w+)?|memory_ratio_vs_.*|runner_overhead_ratio',
+    'bench_inference': r'decode_ratio_.*',
+    'bench_bounds': r'.*',
+    'bench_instruct': r'tokens_per_sec_ratio_vs_(hf_padded|trl_packed)|memory_ratio_vs_hf_padded|pdf_ratio_vs_pypdf',
+    'finetune': r'memory_error',  # a prediction of memory, which the comparison of runs judges
+    'forecast_eval': r'(untrained_|last_value_|seasonal_|linear_autoregression_|equations_refitted_)?error_at_10',
+    'forecast_summary': r'.+_error_at_10',
+    'instruct': r'pass_at_1_error',  # the spread of a mean, for which the interval stands
+    'sublora_bounds': r'top\d+_error|b_ratio',  # further claims, all in the table; a setting
+}
+
+
+def test_every_error_and_ratio_of_a_finished_run_is_known_to_a_verdict():
+    looked = 0
+    for path in sorted((root / 'outputs/gallery').glob('*/*/metrics.json')):
+        notebook = path.parent.parent.name
+        for key in json.loads(path.read_text()):
+            if '_error' in key or '_ratio' in key:
+                looked += 1
+                assert re.fullmatch(measured_by.get(notebook, 'none'), key), f'{notebook}: no verdict tells of {key}'
+    assert looked >= 30
+
+
+@pytest.mark.parametrize('error', ['error_at_10', 'mae_median'])
+def test_each_baseline_that_a_forecast_measures_is_a_rival(error):
+    comparison = forecast_comparison('seasonal')
+    untrained = dict.fromkeys(('mae', 'mae_median', 'mse', 'success_rate'), 1.0)
+    metrics = forecasts.comparison_metrics(comparison, untrained)
+    measured = {key.removesuffix(f'_{error}').replace('_', ' ') for key in metrics if key.endswith(f'_{error}')}
+    assert measured == {*simple, 'untrained'}
+    row = metrics | dict(run='x', mae_median=1.0, error_at_10=1.0)
+    assert set(summary.rivals_of(row, error)) == {*simple, 'untrained', 'fine-tuned'}
+    for step in (0, forecasts.judged_step):
+        assert set(forecasts.rank_forecasts(comparison, step).values) == {'fine-tuned', 'untrained', *simple}
+
+
+def test_a_baseline_that_nobody_thought_of_is_named_by_the_summary():
+    row = forecast_row('nobody') | dict(oracle_error_at_10=0.01, oracle_mae_median=0.01)
+    said = summary.summary_verdict(summary.StudyRows([], [row], []), None, 0.0)
+    assert said.count('loses to oracle, the strongest rival') == 2
+    assert (
+        'oracle'
+        in summary.evaluation_table(
+            [row | dict(asked=1, horizon=20, success_rate=1.0, precision=2, mae=1.0)]
+        )._repr_html_()
+    )
+
+
+def test_rows_before_step_ten_and_unreadable_models():
+    comparison = forecast_comparison('seasonal')
+    comparison.points['untrained'] = np.full_like(comparison.points['untrained'], np.nan)
+    assert 'Unknown: untrained.' in forecasts.comparison_verdict(comparison, 'fine-tuned')
+    comparison.rows['fine-tuned'] = dict(comparison.rows['fine-tuned'], mae_median=None, trajectories=0)
+    assert 'No forecast of the fine-tuned model could be read' in forecasts.comparison_verdict(comparison, 'fine-tuned')
+
+
+def test_two_contexts_that_are_close_tie():
+    rows = [
+        dict(
+            run=str(n), part='context', context_length=n, valid_mae=mae, valid_trajectories=6, notebook='forecast_train'
+        )
+        for n, mae in ((512, 1.45), (768, 1.47))
+    ]
+    said = summary.summary_verdict(summary.StudyRows(rows, [], []), None, 0.0)
+    assert 'tie in validation MAE' in said and 'has the best' not in said
+
+
+def test_a_final_run_that_departs_from_the_winner_says_so():
+    shared = dict(valid_trajectories=6, precision=2, notebook='forecast_train')
+    search = dict(shared, run='s', part='search', learning_rate=0.01, lora_rank=4, valid_mae=1.0)
+    final = dict(shared, run='f', part='final', learning_rate=0.004, lora_rank=8, valid_mae=0.9)
+    said = summary.summary_verdict(summary.StudyRows([search, final], [], []), None, 0.0)
+    assert 'learning rate 0.004, not 0.01' in said and 'rank 8, not 4' in said
+
+
+def test_a_four_bit_run_is_measured_against_the_whole_base():
+    before, after = judged(False), judged(True)
+    worse = dict(after, document_losses=hard_N + 0.1, loss=after['loss'] + 0.1, perplexity=after['perplexity'] * 1.1)
+    said = finetuning.finetuning_verdict('qlora', dict(total=5000), fitted, before, worse, after)
+    assert 'lowered' in said and 'that is +10%' in said and 'loses to the base without quantisation' in said
+
+
+def test_few_documents_say_so():
+    few = [
+        dict(judged(wins), document_losses=hard_N[:3] + far[wins], document_targets=[9] * 3) for wins in (True, False)
+    ]
+    said = finetuning.finetuning_verdict('lora', dict(total=5000), fitted, few[1], few[0])
+    assert 'Too few documents to say' in said and 'n = 3 documents' in said
+
+
+def test_no_problem_solved_is_said_first():
+    none = dict(valid=judged(False), test=judged(False), attempts=[Attempt('p', 0, '', 'wrong', '', 0.1)] * 6)
+    metrics = dict(steps=2, planned_steps=2, stopped='finished', best_step=2, eval_loss_before=3.0, eval_loss=2.0)
+    data = SimpleNamespace(row_notes=dict(train=dict(targets=41_553, targets_lost=42_099)))
+    first, _, last = code.instruct_verdict(metrics, data, none, none).split('\n')
+    assert first == '- No problem of 1 is solved, before or after.' and '50% of the training targets were lost' in last
