@@ -6,7 +6,7 @@
 __all__ = ['headline', 'app', 'text_table', 'show_table', 'is_sweep', 'jobs_of', 'check_jobs', 'is_single', 'run_here',
            'run_jobs', 'key_metrics', 'metrics_of', 'status_of', 'has_trained', 'exit_status', 'closing', 'as_json',
            'result_on_disk', 'run_command', 'run_row', 'ls_command', 'params_command', 'verify_command',
-           'fetch_command', 'plan_row', 'plan_command', 'call', 'main']
+           'fetch_command', 'try_command', 'export_command', 'plan_row', 'plan_command', 'call', 'main']
 
 # %% ../nbs/cli.ipynb #944647c5
 import json
@@ -285,6 +285,7 @@ def _text(name: str, help: str, metavar: str = None):
 _Files = Annotated[list[str], typer.Argument(help='Parameter files: configs, overlays (_*.yaml) or sweeps.')]
 _Overrides = Annotated[list[str], typer.Option('-p', metavar='NAME=VALUE', help='Set a parameter; may be repeated.')]
 _JsonNotTable = _flag('--json', 'Print one JSON object instead of the table.')
+_JsonNotText = _flag('--json', 'Print one JSON object instead of text.')
 
 # %% ../nbs/cli.ipynb #8ee3cb6a
 app = typer.Typer(
@@ -464,6 +465,80 @@ def fetch_command(name:_Model,                    # such as smollm2
     print(model_says(name) or f'{name}: {fetchables[name].says}')
     print(f'{name} is in {place} under the licence {licence}: -p model={name} takes it')
 
+# %% ../nbs/cli.ipynb #c29e9d12
+_Trained = Annotated[str, typer.Argument(help='Folder of a run or an adapter, or any model.', metavar='RUN')]
+_Prompt = Annotated[str, typer.Argument(help='What to ask; without it a conversation begins.', show_default=False)]
+_Tokens = Annotated[int, typer.Option('--tokens', help='Longest answer, tokens.')]
+_Temperature = Annotated[float, typer.Option('--temperature', help='Of the draws, above 0.')]
+_Seed = Annotated[int, typer.Option('--seed', help='Of the draws.')]
+
+
+def _talk(run: str, options: dict):
+    "A conversation with a trained model, in the terminal."
+    from llmft.inference.asking import talk_with
+
+    def show(text):
+        print(text, end='', flush=True)
+
+    try:
+        talk_with(run, lambda: input('> '), show, **options)
+    except KeyboardInterrupt:
+        show('\n')
+
+
+@app.command('try')
+def try_command(run:_Trained,                   # a model
+                prompt:_Prompt='',              # text
+                tokens:_Tokens=128,             # most of an answer
+                temperature:_Temperature=0.8,   # of the draws
+                seed:_Seed=0,                   # of the draws
+                as_object:_JsonNotText=False,   # for scripts
+):
+    "Ask a trained model and its base the same, or talk with the trained one."
+    from llmft.inference.asking import ask_both, side_by_side
+
+    options = dict(max_new_tokens=tokens, temperature=temperature, seed=seed)
+    if not prompt:
+        return _talk(run, options)
+    answers = ask_both(run, prompt, **options)
+    if as_object:
+        return _print_object(prompt=prompt, answers=answers)
+    print(side_by_side(answers, sys.stdout.isatty(), shutil.get_terminal_size().columns))
+
+# %% ../nbs/cli.ipynb #2db5a1ff
+_Form = _text('--to', 'merged, gguf, adapter or hub.', 'FORM')
+_Numbers = _text('--as', 'merged, hub: fp32, bf16, fp16; gguf: f16, f32, q8_0; the first is the usual one.', 'FORMAT')
+_Out = _text('--out', 'Where to put it; otherwise below the folder of the run.', 'FOLDER')
+_Repo = _text('--repo', 'Name of the new repository on the hub.', 'OWNER/NAME')
+_Public = _flag('--public', 'Let everyone read the repository on the hub.')
+
+
+def _made_text(made: dict) -> str:
+    "What an export made, in one line."
+    return (f"{made['place']}: {made['bytes'] / 2**20:,.1f} MiB in {made['seconds']:.0f} s; read back, no logit "
+            f"differs by more than {made['difference']:.2g} of the largest ({made['allowed']:g} is allowed)")
+
+
+@app.command('export')
+def export_command(run:_Trained,                  # a model
+                   form:_Form,                    # of the artefact
+                   numbers:_Numbers='',           # format of the weights
+                   out:_Out='',                   # folder
+                   repo:_Repo='',                 # on the hub
+                   public:_Public=False,          # on the hub
+                   as_object:_JsonNotText=False,  # for scripts
+):
+    "Write a trained model for other programs, and read it back."
+    from llmft.models.export import export_model, export_to_hub
+
+    if form == 'hub':
+        made = export_to_hub(run, repo, numbers, public)
+    else:
+        made = export_model(run, form, numbers, out)
+    if as_object:
+        return _print_object(**made)
+    print(_made_text(made))
+
 # %% ../nbs/cli.ipynb #3bf5d1b3
 def _three_digits(number):
     "A number to three digits; `None` stays unknown."
@@ -491,7 +566,6 @@ _Gpu = _text('--gpu', 'Plan for this GPU (h100, a100-40gb, rtx4090, t4, ...) ins
 _SmallPlan = _flag('--small', 'Scale of a laptop, as for llmft run.')
 _Rows = Annotated[int, typer.Option('--rows', help='Training rows, where neither the parameters nor local data say.')]
 _Share = Annotated[float, typer.Option('--share', help="Share of the device's peak to reckon with.")]
-_JsonNotText = _flag('--json', 'Print one JSON object instead of text.')
 
 
 def _points_to_plan(files: list, overrides, small: bool) -> list:

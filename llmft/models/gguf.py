@@ -6,6 +6,8 @@
 __all__ = ['read_gguf', 'gguf_facts', 'gguf_config', 'gguf_model']
 
 # %% ../../nbs/models/11_gguf.ipynb #90cb3627
+import copy
+import functools
 from collections import Counter
 from pathlib import Path
 
@@ -75,6 +77,13 @@ def gguf_config(path,  # of a .gguf file
 ):                     # the architecture, a `PreTrainedConfig`
     "The configuration in a GGUF file; a `LabError` when transformers does not know the architecture."
     path = Path(path)
+    stat = path.stat() if path.exists() else None
+    return copy.deepcopy(_read_config(path.absolute(), stat and (stat.st_size, stat.st_mtime_ns, stat.st_ino)))
+
+
+@functools.lru_cache(maxsize=8)
+def _read_config(path, state):
+    "The configuration in a file; a header with a vocabulary takes seconds, so one of the same `state` is read once."
     read_gguf(path)
     try:
         return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)

@@ -575,6 +575,15 @@ def log(self: Run, values: dict):
     if self.tracker:
         self.tracker.log(jsonable(values))
 
+# %% ../../nbs/runs/04_run.ipynb #91ee11e3
+@patch
+def keep(self:Run, name:str,  # of the file, without ending
+         rows:list,           # dicts, one for each answer
+):
+    "Write all rows to name.jsonl of the run's folder."
+    lines = [json.dumps(jsonable(row), ensure_ascii=False) + '\n' for row in rows]
+    write_atomic(self.folder / f'{name}.jsonl', ''.join(lines))
+
 # %% ../../nbs/runs/04_run.ipynb #a5de28e3
 _figure_dpi = 150
 _screen_dpi = 96

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['trained_name', 'start_name', 'data_table', 'lost_rows', 'attempts_at', 'measured', 'loss_table', 'checkpoint_rows',
-           'checkpoint_table', 'answer_rows', 'final_score', 'instruct_metrics', 'solved_share', 'instruct_verdict']
+           'checkpoint_table', 'answer_rows', 'all_answers', 'final_score', 'instruct_metrics', 'solved_share',
+           'instruct_verdict']
 
 # %% ../../../nbs/studies/code/06_report.ipynb #73a9b043
+from dataclasses import asdict
 from pathlib import Path
 
 from ...data.tables import left_out
@@ -108,7 +110,7 @@ def _checkpoint_row(step, valid_loss, attempts, best_step):
     "Validation loss and solved problems of the weights at one step."
     scored = score(attempts) if attempts else {'pass@1': None, 'pass@1_error': None, 'problems': 0, 'cut_off': None,
                                                'together': None}
-    return dict(step=step, valid_loss=valid_loss, chosen=step == best_step, **scored)
+    return dict(step=step, valid_loss=valid_loss, chosen=step == best_step, attempts=attempts, **scored)
 
 
 def _valid_losses(log):
@@ -128,7 +130,7 @@ def checkpoint_rows(model,             # of the run; it ends with the best weigh
                     data:TaskData,     # of the run
                     problems:list,     # of `Task` that are run
                     params,            # every_checkpoint, and as for `attempts_at`
-)->list:                               # step, valid_loss, chosen, pass@1 and its error, problems
+)->list:                               # step, valid_loss, chosen, attempts, pass@1 and its error, problems
     "Validation loss and solved problems of every kept checkpoint, or of the best one only."
     best_step = result.progress.best_step
     kept = Path(folder)/'checkpoints'
@@ -164,6 +166,12 @@ def answer_rows(attempts:list,  # of `Attempt`
     "The first answers and what became of them."
     return [dict(problem=attempt.name, answer=attempt.answer[:length], outcome=attempt.status, reason=attempt.reason)
             for attempt in attempts[:count]]
+
+# %% ../../../nbs/studies/code/06_report.ipynb #2f029f35
+def all_answers(rows:list,  # from `checkpoint_rows`
+)->list:                    # of dicts: the step of the weights, and the fields of `Attempt`
+    "Every answer of a run, whole: step 0 is before training."
+    return [dict(step=row['step'], **asdict(attempt)) for row in rows for attempt in row['attempts']]
 
 # %% ../../../nbs/studies/code/06_report.ipynb #7aba40c8
 def final_score(attempts:list,  # of `Attempt`, `samples` to each problem

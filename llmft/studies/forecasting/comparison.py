@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['judged_step', 'shown_characters', 'Comparison', 'compare_forecasts', 'error_table', 'spread_table', 'variable_table',
            'speed_table', 'compared', 'trajectory_errors', 'rank_forecasts', 'comparison_verdict', 'example_text',
-           'comparison_metrics', 'keep_errors', 'save_forecasts']
+           'comparison_metrics', 'keep_errors', 'save_forecasts', 'forecast_rows']
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #aacc7235
 from dataclasses import dataclass
@@ -296,3 +296,11 @@ def save_forecasts(path,                   # an .npz file
     "Write truth, factors, times and all samples."
     samples = {name.replace('-', '_'): made.samples_NSHV for name, made in forecasts.items()}
     np.savez(path, truth=comparison.truth_NTV, factors=factors_NV, times=comparison.times_T, **samples)
+
+# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #584f5fe0
+def forecast_rows(forecasts:dict,  # name -> `Forecast`
+)->list:                           # of dicts: model, trajectory, sample, text
+    "Every forecast as the model wrote it."
+    return [dict(model=name, trajectory=trajectory, sample=sample, text=text)
+            for name, made in forecasts.items() for trajectory, texts in enumerate(made.texts)
+            for sample, text in enumerate(texts)]
