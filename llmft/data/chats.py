@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ..core import LabError, nearest
-from .tables import Row, shape_of, shapes
+from .tables import Row, shape_of
 from .tokens import Examples, control_tokens, keep_as_text, rendered_rows, token_type, turn_ends
 
 # %% ../../nbs/data/09_chats.ipynb #73f238b5
@@ -71,8 +71,9 @@ def check_order(chat:Chat):
     _check_systems(spoken, chat.where)
     for number, (before, role) in enumerate(itertools.pairwise(['start', *spoken]), 1):
         if role not in _followers[before]:
-            raise LabError(f"{chat.where}, turn {number} is of the {role} behind {before}: the turns must alternate, so "
-                           f"{' or '.join(_followers[before])} must stand there")
+            wanted = ' or '.join(_followers[before])
+            raise LabError(f'{chat.where}, turn {number} is of the {role} behind {before}: '
+                           f'the turns must alternate, so {wanted} must stand there')
     if 'assistant' not in spoken:
         raise LabError(f'{chat.where} has no assistant turn: there is nothing to train on')
 
@@ -147,7 +148,9 @@ def _alpaca(row):
 def _side(row, name, role):
     "The turns of one side of a row of prompt and completion: a text, or turns."
     value = row.values[name]
-    return [dict(role=role, content=value)] if isinstance(value, str) else _objects(value, f"{row.where}, field '{name}',")
+    if isinstance(value, str):
+        return [dict(role=role, content=value)]
+    return _objects(value, f"{row.where}, field '{name}',")
 
 
 def _completion(row):
@@ -232,7 +235,8 @@ def _tagged(chat, tokenizer):
     render_chat(chat, tokenizer)  # its errors name the conversation
     options = _options(chat) | tokenizer.special_tokens_map
     template = tokenizer.get_chat_template(None, chat.tools or None)
-    texts, spans = render_jinja_template([chat.turns], chat_template=template, return_assistant_tokens_mask=True, **options)
+    texts, spans = render_jinja_template([chat.turns], chat_template=template, return_assistant_tokens_mask=True,
+                                         **options)
     return texts[0], spans[0]
 
 
@@ -252,8 +256,8 @@ def _told_apart(chat, asked, text, tokenizer):
     turns = [*chat.turns[:-1], dict(role='assistant', content=_probe)]
     head, found, _ = render_chat(replace(chat, turns=turns), tokenizer).partition(_probe)
     if not found or not text.startswith(head):
-        raise LabError(f'{chat.where}: the chat template writes the prompt otherwise when an answer follows, and no marker '
-                       'says where the answer begins: take a model with another template')
+        raise LabError(f'{chat.where}: the chat template writes the prompt otherwise when an answer follows, and no '
+                       'marker says where the answer begins: take a model with another template')
     space = head[len(head.rstrip()):]
     return text[len(head):] if asked.endswith(space) else space + text[len(head):]
 

@@ -21,7 +21,16 @@ from ...core import LabError, choose, nearest
 from ...data.chats import Chat, as_chat, chat_examples, check_chat_template, render_chat
 from ...data.corpora import builtin_part, check_share, content_key, draw_of, fair_share
 from ...data.tables import Row, check_fields, read_splits, shape_of
-from ...data.tokens import Examples, begun, cut, keep_as_text, looks_like_control, rendered_rows, token_type, turn_ends
+from llmft.data.tokens import (
+    Examples,
+    begun,
+    cut,
+    keep_as_text,
+    looks_like_control,
+    rendered_rows,
+    token_type,
+    turn_ends,
+)
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #716b4011
 @dataclass
