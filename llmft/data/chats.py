@@ -13,11 +13,9 @@ import re
 from collections import namedtuple
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from ..core import LabError, nearest
 from .tables import Row, shape_of
-from .tokens import Examples, control_tokens, keep_as_text, rendered_rows, token_type, turn_ends
+from .tokens import Examples, control_tokens, keep_as_text, masked_examples, rendered_rows, turn_ends
 
 # %% ../../nbs/data/09_chats.ipynb #73f238b5
 roles = ('system', 'user', 'assistant', 'tool')
@@ -49,8 +47,8 @@ class Chat:
         return replace(self, turns=self.turns[:count])
 
 # %% ../../nbs/data/09_chats.ipynb #38788917
-_followers = dict(start=('system', 'user'), system=('user',), user=('assistant',), assistant=('user', 'tool'),
-                  tool=('tool', 'assistant'))  # role -> roles that may follow it
+_followers = {'the start': ('system', 'user'), 'system': ('user',), 'user': ('assistant',),
+              'assistant': ('user', 'tool'), 'tool': ('tool', 'assistant')}  # role -> roles that may follow it
 
 
 def _check_systems(spoken, where):
@@ -69,11 +67,11 @@ def check_order(chat:Chat):
         raise LabError(f'{chat.where} holds an empty conversation: drop the row')
 
     _check_systems(spoken, chat.where)
-    for number, (before, role) in enumerate(itertools.pairwise(['start', *spoken]), 1):
+    for number, (before, role) in enumerate(itertools.pairwise(['the start', *spoken]), 1):
         if role not in _followers[before]:
             wanted = ' or '.join(_followers[before])
-            raise LabError(f'{chat.where}, turn {number} is of the {role} behind {before}: '
-                           f'the turns must alternate, so {wanted} must stand there')
+            raise LabError(f'{chat.where}, turn {number} ({role}) follows {before}: '
+                           f'the turns must alternate, so put {wanted} there')
     if 'assistant' not in spoken:
         raise LabError(f'{chat.where} has no assistant turn: there is nothing to train on')
 
@@ -337,9 +335,4 @@ def chat_examples(chats,      # of `Chat`
                   tokenizer,  # as `load_tokenizer` gives it, with a chat template
 )->Examples:                  # of any length, each with the answers as its targets
     "Conversations as examples in one flat array. `LabError` as from `chat_rows`."
-    rows = chat_rows(chats, tokenizer)
-    sizes = np.array([len(ids) for ids, _ in rows], dtype=np.int64)
-    ends = np.cumsum(sizes)
-    ids = np.fromiter(itertools.chain.from_iterable(ids for ids, _ in rows), token_type(len(tokenizer)))
-    loss = np.fromiter(itertools.chain.from_iterable(mask for _, mask in rows), bool)
-    return Examples(ids, ends - sizes, ends, loss)
+    return masked_examples(chat_rows(chats, tokenizer), tokenizer)

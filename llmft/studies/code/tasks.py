@@ -9,7 +9,6 @@ __all__ = ['builtin_valid_modules', 'builtin_checks', 'problem_template', 'exper
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #a45d147d
 import ast
-import itertools
 import json
 import re
 from collections import namedtuple
@@ -21,16 +20,7 @@ from ...core import LabError, choose, nearest
 from ...data.chats import Chat, as_chat, chat_examples, check_chat_template, render_chat
 from ...data.corpora import builtin_part, check_share, content_key, draw_of, fair_share
 from ...data.tables import Row, check_fields, read_splits, shape_of
-from llmft.data.tokens import (
-    Examples,
-    begun,
-    cut,
-    keep_as_text,
-    looks_like_control,
-    rendered_rows,
-    token_type,
-    turn_ends,
-)
+from ...data.tokens import begun, cut, keep_as_text, looks_like_control, masked_examples, rendered_rows, turn_ends
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #716b4011
 @dataclass
@@ -526,24 +516,6 @@ def _answer_rows(tasks, tokenizer, template):
     return [_ended(row, ends, tokenizer.eos_token_id) for row in rows]
 
 
-def _targets_mask(size, starts, prompts, loss_on):
-    "Which of `size` tokens are targets: all, or all but the prompts."
-    loss = np.ones(size, dtype=bool)
-    if loss_on == 'completion':
-        for start, prompt in zip(starts, prompts, strict=True):
-            loss[start:start + len(prompt)] = False
-    return loss
-
-
-def _as_examples(prompts, answers, loss_on, dtype):
-    "Rows of prompt and answer in one flat array, with their targets marked."
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    sizes = np.array([len(row) for row in rows], dtype=np.int64)
-    ends = np.cumsum(sizes)
-    ids = np.fromiter(itertools.chain.from_iterable(rows), dtype=dtype, count=int(sizes.sum()))
-    return Examples(ids, ends - sizes, ends, _targets_mask(len(ids), ends - sizes, prompts, loss_on))
-
-
 def _check_policies(loss_on, too_long):
     "A `LabError` for a setting that is not declared."
     choose('loss_on', loss_on, losses)
@@ -571,7 +543,9 @@ def _task_examples(tasks, tokenizer, template, system_prompt, loss_on):
         return _chat_examples(tasks, tokenizer, system_prompt, loss_on)
     prompts = prompt_rows(tasks, tokenizer, template, system_prompt)
     answers = _answer_rows(tasks, tokenizer, template)
-    return _as_examples(prompts, answers, loss_on, token_type(len(tokenizer))), [len(prompt) for prompt in prompts]
+    rows = [(prompt + answer, [loss_on == 'all'] * len(prompt) + [True] * len(answer))
+            for prompt, answer in zip(prompts, answers, strict=True)]
+    return masked_examples(rows, tokenizer), [len(prompt) for prompt in prompts]
 
 
 def _check_conversations(tasks, template):
