@@ -12,6 +12,9 @@ from chat_templates import byte_tokenizer, families, family_tokenizer, with_tags
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmft.bench.instruct import instruct_setting, with_turns
+from llmft.bench.peers import log_normal_documents
+from llmft.bench.training import check_steps, same_step
 from llmft.core import LabError
 from llmft.data.chats import Chat, as_chat, chat_examples, chat_rows, render_chat
 from llmft.data.tables import Row, read_documents, shape_of
@@ -328,3 +331,13 @@ def test_cutting_keeps_the_answers_that_fit(tmp_path):
     assert 0 < notes['targets'] < int(whole.supervised()[0]) == notes['targets'] + notes['targets_lost']
     everything, _ = encode_tasks([task], tokenizer, 1000, 'chat', loss_on='all')
     assert int(everything.supervised()[0]) == int(everything.slots[0])
+
+
+# ---- the benchmark
+
+
+def test_peers_train_on_the_answers_of_conversations_alone():
+    setting = instruct_setting('preset:llama-tiny', rank=4, max_length=128, rows=4, accumulation=1)
+    rows = with_turns(log_normal_documents(4, 512, 1, median=40.0, spread=0.6, high=120), 4)
+    steps = {name: same_step(name, setting, rows) for name in ('ours', 'hf_padded_full')}
+    assert check_steps(steps)[1]['gradient_difference'] < 1e-5
