@@ -199,9 +199,12 @@ def key_metrics(metrics:dict,  # name -> number
 
 # %% ../nbs/cli.ipynb #396a493d
 def metrics_of(folder) -> dict:
-    "The numbers in metrics.json of a run's folder; empty when there is none."
-    path = find_path(folder) / 'metrics.json'
-    metrics = read_json(path) if path.exists() else {}
+    "The numbers in metrics.json of a run's folder; empty when there is none that can be read."
+    try:
+        metrics = read_json(find_path(folder) / 'metrics.json')
+    except (LabError, OSError):
+        return {}
+    metrics = metrics if isinstance(metrics, dict) else {}
     numbers = {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
     return {name: value for name, value in numbers.items() if not isinstance(value, bool)}
 

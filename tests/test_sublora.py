@@ -29,8 +29,9 @@ from llmft.bounds.certificates import build_model, make_claims, prove, read_cert
 from llmft.bounds.coding import decode_message, encode_message, entropy, make_codebook, prefixed_bits, reference_bits
 from llmft.bounds.scoring import Scores, summarise
 from llmft.core import LabError, project_root
+from llmft.data.hashes import sealed
 from llmft.data.token_files import prepare_tokens, read_token_file
-from llmft.data.tokens import boundaries
+from llmft.data.tokens import boundaries, side_facts
 from llmft.models.projections import make_projection, projections
 from llmft.models.subspace import SubspaceConfig
 from llmft.training.fit import fit
@@ -583,17 +584,21 @@ def test_two_runs_of_one_seed_are_not_averaged_in_silence():
         aggregate([row, row])
 
 
-@pytest.mark.parametrize('file', ['train_offsets.npy', 'tokens.json'])
+@pytest.mark.parametrize('file', ['train_offsets.npy', 'train.bin'])
 def test_a_certificate_is_about_these_documents(certified, data, tmp_path, file):
+    "Other documents are seen although the facts about the folder were written anew for them."
     other = tmp_path / 'data'
     shutil.copytree(data, other)
-    if file == 'tokens.json':
-        facts = json.loads((other / file).read_text())
-        facts['train']['sha256'] = '0' * 64
-        (other / file).write_text(json.dumps(facts))
+    if file == 'train.bin':
+        ids = np.fromfile(other / file, np.uint16)
+        ids[0] = (ids[0] + 1) % 15
+        ids.tofile(other / file)
     else:
         offsets = np.load(other / file)
         offsets[1] += 1
         np.save(other / file, offsets)
-    with pytest.raises(LabError, match='another corpus' if file == 'tokens.json' else 'other documents'):
+    facts = json.loads((other / 'tokens.json').read_text())
+    facts['train'] = side_facts(other, 'train')
+    (other / 'tokens.json').write_text(json.dumps(sealed(facts)))
+    with pytest.raises(LabError, match='another corpus' if file == 'train.bin' else 'other documents'):
         verify(certified[0], other)

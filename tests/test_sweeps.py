@@ -14,6 +14,7 @@ from house import write, write_experiment
 
 from llmft.core import LabError, write_json
 from llmft.runs import sweeps
+from llmft.runs.identity import seal_record
 from llmft.runs.params import find_notebook
 from llmft.runs.run import read_run
 from llmft.runs.sweep_file import Point, expand, sweep_points
@@ -215,7 +216,7 @@ def test_finished_points_are_skipped_and_the_summary_is_current(project, monkeyp
     record = json.loads(Path('outputs/act/p-1/run.json').read_text())
     identity = read_run('outputs/total/s')['run']['id']
     record['run']['ended'] = '2999-01-01T00:00:00+00:00'  # as if p-1 had been run again by hand
-    Path('outputs/act/p-1/run.json').write_text(json.dumps(record))
+    write_json('outputs/act/p-1/run.json', seal_record(Path('outputs/act/p-1'), record))
     run_stages(expand(sweep(text)))
     assert attempts('p-1') == 1 and read_run('outputs/total/s')['run']['id'] != identity
 
@@ -226,17 +227,12 @@ def test_an_unfinished_point_begins_anew_when_what_it_reads_was_made_since(proje
         for name, start in (('a', ''), ('b', str(Path('outputs/act/a/adapter').absolute())))
     ]
     for point, status, started, ended in ((source, 'done', 3, 4), (reader, 'interrupted', 1, None)):
-        write_json(
-            point.folder / 'run.json',
-            dict(
-                run=dict(
-                    status=status,
-                    started=f'2026-01-01T00:00:0{started}+00:00',
-                    ended=ended and f'2026-01-01T00:00:0{ended}+00:00',
-                ),
-                meta={},
-            ),
+        run = dict(
+            status=status,
+            started=f'2026-01-01T00:00:0{started}+00:00',
+            ended=ended and f'2026-01-01T00:00:0{ended}+00:00',
         )
+        write_json(point.folder / 'run.json', seal_record(point.folder, dict(run=run, meta={})))
     results = {source.folder: sweeps.point_result(source, read_run(source.folder))}
     assert sweeps.ready_points([reader], results, [source], False, lambda *_: None) == [reader] and reader.again
     write_json(

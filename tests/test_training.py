@@ -92,6 +92,43 @@ def test_another_recipe_is_refused(straight, tmp_path):
         train_here(tmp_path / 'run', learning_rate=5e-3)
 
 
+def test_other_data_of_the_same_size_is_refused(straight, tmp_path):
+    shutil.copytree(straight, tmp_path / 'run')
+    train, valid = examples(), examples(6, seed=1)
+    other = Examples(train.ids[::-1].copy(), train.starts, train.ends)
+    with pytest.raises(LabError, match='belongs to another run .content differ'):
+        train_here(tmp_path / 'run', train=other)
+    other = Examples(valid.ids + 1, valid.starts, valid.ends)
+    with pytest.raises(LabError, match='belongs to another run .content differ'):
+        train_here(tmp_path / 'run', valid=other)
+
+
+def forge(log):
+    lines = log.read_text().splitlines()
+    lines[4] = json.dumps(json.loads(lines[4]) | dict(loss=0.5))
+    log.write_text('\n'.join(lines) + '\n')
+
+
+log_harms = dict(
+    forged=(forge, 'log.jsonl was changed'),
+    cut=(lambda log: log.write_text(''.join(log.read_text().splitlines(keepends=True)[:-3])), 'has 41 of them'),
+    gap=(lambda log: log.write_text(''.join(log.read_text().splitlines(keepends=True)[3:])), 'has 41 of them'),
+    emptied=(lambda log: log.write_text(''), 'has 0 of them'),
+    deleted=(Path.unlink, 'has 0 of them'),
+    binary=(lambda log: log.write_bytes(b'\xff' * 4000), 'has 1 of them'),
+)
+
+
+@pytest.mark.parametrize('harm', log_harms)
+def test_a_log_that_was_altered_before_a_resume_is_refused(straight, tmp_path, harm):
+    shutil.copytree(straight, tmp_path / 'run')
+    change, words = log_harms[harm]
+    change(tmp_path / 'run' / 'log.jsonl')
+    with pytest.raises(LabError, match=words) as caught:
+        train_here(tmp_path / 'run')
+    assert '\n' not in str(caught.value) and 'restore the log' in str(caught.value)
+
+
 def train_here(folder, model=None, train=None, valid=None, ledger=None, on_log=None, **settings):
     model = model or training_runs.tiny_lora()
     recipe = training_runs.recipe(**settings)

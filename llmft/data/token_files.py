@@ -32,6 +32,7 @@ from llmft.data.tokens import (
 from ..core import LabError, find_path, nearest, purpose_rng, read_json, sha256_of, short_hash, write_json
 from .corpora import builtin_part, draw_of, fair_share, functions_in, library_files, library_tests, split_text
 from .dynamics import solve_fixed
+from .hashes import sealed, source_hashes
 from .tables import Documents, count, document_splits, held_out_split
 
 # %% ../../nbs/data/07_token_files.ipynb #e1115d8e
@@ -319,12 +320,19 @@ def write_side(folder,   # a `Path`
     return offsets
 
 # %% ../../nbs/data/07_token_files.ipynb #5a6fefb2
+def _content(source):
+    "Hashes of what data and tokenizer hold now, where they are files, folders or built in."
+    kinds = dict(data='datasets', tokenizer='models')
+    hashes = {name: source_hashes(source.get(name, ''), kind) for name, kind in kinds.items()}
+    return {name: short_hash(found) for name, found in hashes.items() if found and None not in found.values()}
+
+
 def token_folder(outputs:str,  # folder of all runs
                  **source,     # what the tokens are made from: the arguments of `prepare_tokens`
 )->Path:                       # outputs/tokens/<data>-<hash of the source>
-    "Where runs on the same source share their token files."
+    "Where runs on the same source, with the same content, share their token files."
     name = re.sub(r'[^a-z]+', '-', source['data'].lower()).strip('-')
-    return find_path(outputs) / 'tokens' / f'{name}-{short_hash(source)}'
+    return find_path(outputs) / 'tokens' / f'{name}-{short_hash(source | dict(content=_content(source)))}'
 
 # %% ../../nbs/data/07_token_files.ipynb #c8a66470
 def read_token_file(folder,             # from `prepare_tokens`, or any with train.bin
@@ -349,8 +357,12 @@ def _prepared(folder, source):
     if not path.exists():
         return None
     facts = read_json(path)
-    if facts['source'] != source:
+    if facts['source'] | dict(content=None) != source | dict(content=None):
         raise LabError(f"{folder} holds other tokens ({facts['source']['data']}): give another folder")
+    if facts['source'] != source:
+        raise LabError(f"{folder} holds tokens of {source['data']} as it was before it changed: give another folder")
+    for side in ('train', 'val'):
+        read_side(folder, side)
     return facts
 
 
@@ -387,6 +399,7 @@ def prepare_tokens(folder,         # train.bin, val.bin and what belongs to them
     "Prepare the token files of a corpus, or find them prepared. `LabError` when the folder holds another corpus."
     folder = Path(folder)
     source = dict(data=data, tokenizer=tokenizer, documents=documents, valid_documents=valid_documents, **options)
+    source['content'] = _content(source)
     with _alone(folder):
         if facts := _prepared(folder, source):
             return facts
@@ -401,5 +414,6 @@ def prepare_tokens(folder,         # train.bin, val.bin and what belongs to them
             facts['left_out'] = _larger(facts['left_out'], notes)
 
         _keep_boundaries(folder)
+        facts = sealed(facts)
         write_json(folder / 'tokens.json', facts)
         return facts

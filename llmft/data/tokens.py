@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from fastcore.basics import patch
 
-from ..core import Html, LabError, choose, find_path, hub_answers, read_json, sha256_of, write_json
+from ..core import Html, LabError, choose, find_path, hub_answers, read_json, sha256_of, short_hash, write_json
+from .hashes import check_sealed, sealed
 from .sources import base_of, fetchables, find_model
 
 # %% ../../nbs/data/04_tokens.ipynb #f7947650
@@ -406,10 +407,12 @@ def finish(self:TokenWriter) -> np.ndarray:
 # %% ../../nbs/data/04_tokens.ipynb #1f823e42
 def side_facts(folder:Path, # a token folder
                side:str,    # name of a finished side
-)->dict:                    # documents, tokens, sha256 of the tokens
+)->dict:                    # documents, tokens, sha256 of the tokens, and that of the offsets
     "What tokens.json says about one side."
-    offsets = np.load(folder / f'{side}_offsets.npy')
-    return dict(documents=len(offsets) - 1, tokens=int(offsets[-1]), sha256=sha256_of(folder / f'{side}.bin'))
+    starts_file = folder / f'{side}_offsets.npy'
+    offsets = np.load(starts_file)
+    hashes = dict(sha256=sha256_of(folder / f'{side}.bin'), offsets=sha256_of(starts_file))
+    return dict(documents=len(offsets) - 1, tokens=int(offsets[-1]), **hashes)
 
 # %% ../../nbs/data/04_tokens.ipynb #daf5764c
 def boundaries(ids,      # tokens of a whole file
@@ -428,25 +431,39 @@ def boundaries(ids,      # tokens of a whole file
     return offsets
 
 # %% ../../nbs/data/04_tokens.ipynb #ca153cfa
-def _mapped(path, dtype, tokens):
-    "The file at `path` as an array; a `LabError` when it does not hold so many `tokens`."
+def _check_size(path, dtype, tokens):
+    "A `LabError` when the file at `path` does not hold so many `tokens`."
     size = path.stat().st_size
     if size != tokens * dtype.itemsize:
         raise LabError(f'{path} holds {size:,} bytes and not {tokens:,} tokens of {dtype.itemsize}: '
                        'it was cut; delete the folder and prepare it again')
-    return np.memmap(path, dtype=dtype, mode='r') if size else np.zeros(0, dtype)
+
+
+def _mapped(path, dtype, tokens):
+    "The file at `path` as an array; a `LabError` when it does not hold so many `tokens`."
+    _check_size(path, dtype, tokens)
+    return np.memmap(path, dtype=dtype, mode='r') if tokens else np.zeros(0, dtype)
+
+
+def _check_side(folder, side, dtype, noted):
+    "A `LabError` unless both files of a side are those whose hashes were `noted` in tokens.json."
+    _check_size(folder / f'{side}.bin', dtype, noted['tokens'])
+    hashes = {f'{side}.bin': noted['sha256'], f'{side}_offsets.npy': noted['offsets']}
+    check_sealed(folder, 'tokens.json', hashes, 'delete the folder and prepare it again')
 
 
 def read_side(folder,   # a token folder, or any with the file side.bin
               side:str, # such as train
 )->tuple:               # (tokens, memory-mapped; offsets, int64, (n + 1,))
-    "The tokens of one side and where its documents begin. `LabError` when the file is missing or was cut."
+    "The tokens of one side and where its documents begin. `LabError` when a file is missing, was cut or changed."
     folder = Path(folder)
     path = folder / f'{side}.bin'
     if not path.exists():
         raise LabError(f'there is no {path}: prepare the tokens first')
     facts = read_json(folder / 'tokens.json') if (folder / 'tokens.json').exists() else {}
     dtype = np.dtype(facts.get('dtype', 'uint16'))
+    if side in facts:
+        _check_side(folder, side, dtype, facts[side])
 
     if (folder / f'{side}_offsets.npy').exists():
         offsets = np.load(folder / f'{side}_offsets.npy')
@@ -501,8 +518,9 @@ def encode(texts,          # list of documents
 
     folder = Path(folder)
     _write_documents(folder, batches, dtype)
-    facts = dict(dtype=np.dtype(dtype).name, tokenizer=tokenizer_hash(tokenizer), tokens=side_facts(folder, 'tokens'))
-    write_json(folder / 'tokens.json', facts)
+    facts = dict(dtype=np.dtype(dtype).name, tokenizer=tokenizer_hash(tokenizer), texts=short_hash(texts),
+                 tokens=side_facts(folder, 'tokens'))
+    write_json(folder / 'tokens.json', sealed(facts))
     return read_tokens(folder)
 
 # %% ../../nbs/data/04_tokens.ipynb #bc06f75e

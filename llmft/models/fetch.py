@@ -13,7 +13,8 @@ import zipfile
 from pathlib import Path
 
 from ..core import LabError, choose, hub_answers, sha256_of
-from ..data.sources import cache_folder, fetchables, fetched
+from ..data.hashes import cache_folder
+from ..data.sources import fetchables, fetched
 
 # %% ../../nbs/models/12_fetch.ipynb #8d3b933d
 _hub_files = ['*.json', '*.txt', '*.safetensors', '*.model', 'LICENSE*']

@@ -21,10 +21,10 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core import project_root, read_json, write_atomic
-from .locks import held, now, seconds_since
+from .locks import held
 from .params import check_params, find_notebook
 from .report import render_report, warm_up
-from .run import close_folder, merge, open_folder, run_folder
+from .run import close_folder, ending, inputs_problem, merge, open_folder, run_folder, why_anew
 from .verdict import full_disk, kernel_verdict, stamp_verdict
 
 # %% ../../nbs/runs/09_execute.ipynb #b26f4dc1
@@ -411,14 +411,21 @@ def _report_problem(session:Session, # as for `save_reports`
         return f'{error.__class__.__name__}: {error}'
 
 
-def _final_facts(record:dict,  # run.json
+def _final_facts(folder,       # of the run
+                 record:dict,  # run.json
                  status:str,   # done, failed or interrupted
                  message:str,  # the error in one line, or `None`
                  cell:int,     # number of the cell it happened in, or `None`
 )->dict:                       # the record as the report shows it
     "The record of a run that has ended, before it is written."
-    seconds = seconds_since(record['run']['started'])
-    return merge(record, dict(run=dict(status=status, error=message, cell=cell, ended=now(), seconds=seconds)))
+    return merge(record, dict(run=dict(status=status, error=message, cell=cell) | ending(folder, record)))
+
+
+def _verdict_of(session, error, record):
+    "(status, error, cell) of a session that has ended; one whose inputs changed meanwhile has failed."
+    status, message, cell = kernel_verdict(session, error, 'finished' in record['run'])
+    problem = inputs_problem(record) if status == 'done' else ''
+    return ('failed', problem, None) if problem else (status, message, cell)
 
 
 def end_session(session:Session,  # the session, after execution
@@ -429,9 +436,10 @@ def end_session(session:Session,  # the session, after execution
     session.close()
     (session.folder / '.report.partial.ipynb').unlink(missing_ok=True)
     record = read_json(session.folder / 'run.json')
-    status, message, cell = kernel_verdict(session, error, 'finished' in record['run'])
+    status, message, cell = _verdict_of(session, error, record)
 
-    problem = _report_problem(session, notebook, _final_facts(record, status, message, cell))
+    facts = _final_facts(session.folder, record, status, message, cell)
+    problem = _report_problem(session, notebook, facts)
     if problem and status == 'done':
         status = 'failed'
         message = f'the report could not be written: {problem}'
@@ -456,6 +464,8 @@ def execute_run(notebook,                   # path or name of the experiment not
     session = Session(folder, held[str(folder)], on_line, environment=environment)
     with signals_to(session):
         log = RunLog(session)
+        if reason := why_anew(record):
+            log.emit(reason, always=True)
         try:
             if timeout_seconds:
                 session.after(timeout_seconds, session.stop, f'ran longer than {timeout_seconds:g} s')

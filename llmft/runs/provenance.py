@@ -13,7 +13,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from ..core import assets, find_path, project_root, sha256_of, short_hash
+from ..core import assets, find_path, project_root, short_hash
+from ..data.hashes import file_hashes
 from .params import code_cells
 
 # %% ../../nbs/runs/03_provenance.ipynb #c2e51f13
@@ -26,7 +27,8 @@ def library_hashes() -> dict:
     modules = package.rglob('*.py')
     shipped = [path for path in assets.rglob('*') if path.is_file()]
     used = [path for path in shipped if path.relative_to(assets).parts[0] != _style_folder]
-    return {str(path.relative_to(package)): sha256_of(path) for path in sorted([*modules, *used])}
+    hashes = file_hashes([*modules, *used])
+    return {str(path.relative_to(package)): hashes[path] for path in sorted(hashes)}
 
 # %% ../../nbs/runs/03_provenance.ipynb #a0b9ae45
 def _library_of(params: dict) -> dict:

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['reserve_bytes', 'trackers', 'save_record', 'merge', 'update_record', 'run_folder', 'check_inside', 'set_aside',
-           'without_secret', 'open_folder', 'close_folder', 'read_run', 'list_runs', 'began_after', 'declared_types',
-           'injected_names', 'declared_parameters', 'check_namespace', 'check_model_params', 'say_model',
-           'check_tracker', 'open_tracker', 'Run', 'end_unmanaged', 'watch_cells', 'start_run']
+           'remove_partials', 'without_secret', 'open_folder', 'why_anew', 'ending', 'inputs_problem', 'close_folder',
+           'read_run', 'list_runs', 'began_after', 'declared_types', 'injected_names', 'declared_parameters',
+           'check_namespace', 'check_model_params', 'say_model', 'check_tracker', 'open_tracker', 'Run',
+           'end_unmanaged', 'watch_cells', 'start_run']
 
 # %% ../../nbs/runs/04_run.ipynb #2efab354
 import ast
@@ -16,8 +17,10 @@ import json
 import os
 import re
 import secrets
+import shutil
 import sys
-from datetime import datetime
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta, timezone
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,8 +41,9 @@ from llmft.runs.params import (
 
 from ..core import LabError, choose, find_path, jsonable, nearest, read_json, require, write_atomic, write_json
 from .cards import write_cards
+from .identity import altered, changed_inputs, inputs_of, read_record, seal_record, what_differs
 from .inputs import check_inputs
-from .locks import held, hold, is_held, now, release, seconds_since
+from .locks import held, hold, is_held, now, release, seconds_held
 from .provenance import fingerprint, git_state, machine, provenance_line, versions
 
 # %% ../../nbs/runs/04_run.ipynb #079637c7
@@ -99,13 +103,24 @@ def set_aside(folder,       # the run's folder
 )->Path:                    # where it is now
     "Move a run's folder to `_previous` beside it, under its name and id."
     folder = Path(folder)
-    target = folder.parent / '_previous' / f"{folder.name}-{record.get('run', {}).get('id', 'unknown')}"
+    identity = str(record.get('run', {}).get('id'))
+    suffix = identity if re.fullmatch(r'[\w-]+', identity) and identity != 'None' else 'unknown'
+    target = folder.parent / '_previous' / f'{folder.name}-{suffix}'
     while target.exists():
         target = target.with_name(f'{target.name}-{secrets.token_hex(2)}')
 
     target.parent.mkdir(exist_ok=True)
     folder.rename(target)
     return target
+
+# %% ../../nbs/runs/04_run.ipynb #14f6ecc7
+def remove_partials(folder):
+    "Delete the half-written files and folders below `folder` that an earlier process left."
+    for path in sorted(Path(folder).rglob('*.partial*')):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 # %% ../../nbs/runs/04_run.ipynb #f2587352
 _secret_names = re.compile(r'(?i)token$|secret|passw|(?:api|access|private)_?key|credential')
@@ -125,8 +140,8 @@ def without_secret(argument:str,  # of a command line
 def _record_in(folder: Path) -> dict:
     "The run.json of `folder`; empty when there is none, or none that can be read."
     try:
-        return read_json(folder / 'run.json')
-    except (LabError, OSError):
+        return read_record(folder)
+    except LabError:
         return {}
 
 
@@ -138,7 +153,9 @@ def _new_id() -> str:
 def _new_record(folder:Path,     # outputs/notebook/name
                 params:dict,     # all parameters
                 identity:str,    # the fingerprint
+                read:dict,       # from `inputs_of`
                 resumed:str,     # id of the run that goes on, or `None`
+                anew:str,        # why an earlier run does not count, or `None`
 )->dict:                         # the content of run.json
     "The record of a run that begins now."
     command = ' '.join([Path(sys.argv[0]).name, *map(without_secret, sys.argv[1:])])
@@ -156,8 +173,9 @@ def _new_record(folder:Path,     # outputs/notebook/name
         error=None,
         cell=None,
         resumed=resumed,
+        anew=anew,
     )
-    return dict(run=run, params=params, train={}, meta=meta)
+    return dict(run=run, params=params, train={}, meta=meta, read=read)
 
 
 def _has_files(folder: Path) -> bool:
@@ -165,14 +183,36 @@ def _has_files(folder: Path) -> bool:
     return folder.exists() and any(folder.iterdir())
 
 
-def _begin(folder:Path,   # of the run, with room for it
+def _begin(folder:Path,   # of the run
            record:dict,   # its run.json
+           old:dict,      # the run.json that lies there
 )->dict:                  # the record
-    "Write the first run.json, with a reserve for the last one on a full disk."
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / '.reserve', b'\0' * reserve_bytes)
-    save_record(folder, record)
+    "Make room and write the first run.json, with a reserve for the last one; when that fails, all is as it was."
+    resumed = record['run']['resumed']
+    aside = set_aside(folder, old) if _has_files(folder) and not resumed else None
+
+    try:
+        remove_partials(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / '.reserve', b'\0' * reserve_bytes)
+        save_record(folder, record)
+    except OSError:
+        if not resumed:
+            shutil.rmtree(folder, ignore_errors=True)
+        if aside:
+            aside.rename(folder)
+        raise
     return record
+
+
+@contextmanager
+def _one_line(folder):
+    "Within, an error of the disk becomes a `LabError`."
+    try:
+        yield
+    except OSError as error:
+        advice = 'make room, or give another folder for outputs'
+        raise LabError(f"{folder} can't be written ({error.strerror}): {advice}") from None
 
 
 def open_folder(folder,               # outputs/notebook/name
@@ -181,42 +221,98 @@ def open_folder(folder,               # outputs/notebook/name
                 fresh:bool=False,     # set an equal run aside as well
                 keep_done:bool=False, # give an equal finished run back instead of setting it aside
 )->dict:                              # the content of run.json; status 'done' only with `keep_done`
-    "Lock `folder`, make room in it and write a run.json with status running; a `LabError` when it is in use."
+    "Lock `folder`, make room in it and write a run.json with status running; a `LabError` when that can't be."
     folder = Path(folder).absolute()
     check_inside(folder, folder.parent.parent)
     identity = fingerprint(params, notebook)
-    hold(folder)
-    try:
-        old = _record_in(folder)
-        same = old.get('meta', {}).get('fingerprint') == identity and not fresh
-        status = old.get('run', {}).get('status')
-        if same and status == 'done' and keep_done:
-            release(folder)
-            return old
+    read = inputs_of(params)
+    with _one_line(folder):
+        hold(folder)
+        try:
+            old = _record_in(folder)
+            reason = what_differs(folder, old, params, identity, read) if old else ''
+            same = bool(old) and not reason and not fresh
+            is_done = old.get('run', {}).get('status') == 'done'
+            if same and is_done and keep_done:
+                release(folder)
+                return old
 
-        resumed = old['run']['id'] if same and status != 'done' else None
-        if _has_files(folder) and not resumed:
-            set_aside(folder, old)
-        return _begin(folder, _new_record(folder, params, identity, resumed))
-    except BaseException:
-        release(folder)
-        raise
+            resumed = old['run'].get('id') if same and not is_done else None
+            return _begin(folder, _new_record(folder, params, identity, read, resumed, reason or None), old)
+        except BaseException:
+            release(folder)
+            raise
+
+# %% ../../nbs/runs/04_run.ipynb #8af7961b
+def why_anew(record:dict,  # run.json
+)->str:                    # one line; '' for a first run, and for one that goes on
+    "Why a run begins anew although there is an earlier one of its name."
+    reason = record['run'].get('anew')
+    return f'{reason}: the run begins anew, and the earlier one is in _previous' if reason else ''
+
+# %% ../../nbs/runs/04_run.ipynb #4cca07cb
+def ending(folder,       # of a run this process has open
+           record:dict,  # its run.json
+)->dict:                 # ended, seconds
+    "When a run that ends now ended, and how many seconds it took; `None` where another process opened it."
+    seconds = seconds_held(folder)
+    started = datetime.fromisoformat(record['run']['started'])
+    ended = max(datetime.fromisoformat(now()), started + timedelta(seconds=seconds or 0))
+    return dict(ended=ended.isoformat(timespec='milliseconds'), seconds=seconds)
+
+# %% ../../nbs/runs/04_run.ipynb #a3ee6ff3
+def inputs_problem(record:dict,  # run.json of a run that is about to be done
+)->str:                          # one line; '' when nothing changed
+    "Which input changed while the run read it; runs that were finished meanwhile do not count."
+    read = record.get('read', {})
+    try:
+        now_there = inputs_of(record['params'])
+    except LabError as error:
+        return str(error)
+
+    fixed = [name for name in read.keys() | now_there.keys() if record['params'].get(name) != []]
+    before, after = ({name: hashes.get(name, {}) for name in fixed} for hashes in (read, now_there))
+    reason = changed_inputs(before, after)
+    return f'{reason}, while the run read it: run it again' if reason else ''
 
 # %% ../../nbs/runs/04_run.ipynb #83a2f32c
+def _known_by_now(record):
+    "What the run read, with revisions of the hub that were unknown before it downloaded them."
+    if not any(None in hashes.values() for hashes in record['read'].values()):
+        return record['read']
+    try:
+        found = inputs_of(record['params'])
+    except LabError:
+        return record['read']
+    return {name: found.get(name, {}) | {file: digest for file, digest in hashes.items() if digest is not None}
+            for name, hashes in record['read'].items()}
+
+
+def _sealed(folder, record):
+    "The record of a run that is done, with the hashes of what it read and wrote."
+    remove_partials(folder)
+    return seal_record(folder, record | dict(read=_known_by_now(record)))
+
+
 def close_folder(folder,           # of a run this process has open
                  status:str,       # done, failed or interrupted
                  error:str=None,   # one line: what went wrong
                  cell:int=None,    # number of the code cell it went wrong in, from 1
 )->dict:                           # the content of run.json
     "Write how the run ended and release its lock."
-    seconds = seconds_since(read_json(Path(folder) / 'run.json')['run']['started'])
+    folder = Path(folder)
+    record = read_json(folder / 'run.json')
+
     try:
-        return update_record(folder, run=dict(status=status, error=error, cell=cell, ended=now(), seconds=seconds))
+        record = merge(record, dict(run=dict(status=status, error=error, cell=cell) | ending(folder, record)))
+        record = _sealed(folder, record) if status == 'done' else record
+        save_record(folder, record)
+        return record
     finally:
-        (Path(folder) / '.reserve').unlink(missing_ok=True)
+        (folder / '.reserve').unlink(missing_ok=True)
         release(folder)
 
-# %% ../../nbs/runs/04_run.ipynb #f3b11c08
+# %% ../../nbs/runs/04_run.ipynb #f14ed1b0
 def _mark_interrupted(folder, record: dict) -> dict:
     "The record of a run whose process is gone, written back where this process may write."
     error = 'the process ended without a word: killed, or the machine stopped'
@@ -238,30 +334,60 @@ def _check_names(record, path):
             raise LabError(f'{path}: {part} is {name!r}, which names no run: leave the folder out') from None
 
 
+def _as_believed(folder, record: dict) -> dict:
+    "The record of a finished run; with status altered when what it wrote is no longer there as it was."
+    problem = altered(folder, record)
+    if not problem:
+        return record
+    return merge(record, dict(run=dict(status='altered', error=problem)))
+
+
 def read_run(folder) -> dict:
     "run.json of `folder` with its true status; a `LabError` when there is none, or its names are not those of a run."
-    path = Path(folder) / 'run.json'
-    if not path.exists():
-        raise LabError(f'{folder} holds no run: it has no run.json')
-
-    record = read_json(path)
-    _check_names(record, path)
-    if record['run']['status'] != 'running' or is_held(folder):
-        return record
-    record = read_json(path)  # the run may have ended since the first look
-    return record if record['run']['status'] != 'running' else _mark_interrupted(folder, record)
+    record = read_record(folder)
+    _check_names(record, Path(folder) / 'run.json')
+    if record['run']['status'] == 'running' and not is_held(folder):
+        record = read_record(folder)  # the run may have ended since the first look
+        if record['run']['status'] == 'running':
+            return _mark_interrupted(folder, record)
+    return _as_believed(folder, record) if record['run']['status'] == 'done' else record
 
 # %% ../../nbs/runs/04_run.ipynb #384371fb
+def _unreadable(folder: Path, reason: str) -> dict:
+    "What stands for the record of a run whose own can't be read."
+    changed = datetime.fromtimestamp((folder / 'run.json').stat().st_mtime, timezone.utc).astimezone()
+    run = dict(
+        id=None,
+        notebook=folder.parent.name,
+        name=folder.name,
+        status='unreadable',
+        started=changed.isoformat(timespec='milliseconds'),
+        ended=None,
+        seconds=None,
+        error=reason,
+    )
+    return dict(run=run, params={}, train={}, meta={})
+
+
+def _listed(folder: Path):
+    "The record of the run in `folder` for a list; `None` when the folder is gone."
+    try:
+        record = read_run(folder)
+        missing = [name for name in ('notebook', 'name', 'started') if not record['run'].get(name)]
+        if missing:
+            raise LabError(f"{folder / 'run.json'} lacks {', '.join(missing)}: delete it or restore it")
+        return record
+    except (LabError, OSError) as error:
+        with suppress(OSError):
+            return _unreadable(folder, str(error))
+
+
 def list_runs(outputs='outputs') -> list:
-    "The true records of all runs under `outputs`, newest last; each with its `folder`."
+    "The true records of all runs under `outputs`, newest last; each with its `folder`. One can't hide the others."
     records = []
-    for path in find_path(outputs).glob('*/*/run.json'):
-        if path.parent.parent.name.startswith(('_', '.')):
-            continue
-        try:
-            records.append(read_run(path.parent) | dict(folder=str(path.parent)))
-        except (LabError, KeyError, OSError):
-            continue  # a folder that is being written or removed
+    for path in find_path(outputs).glob('[!._]*/*/run.json'):
+        if record := _listed(path.parent):
+            records.append(record | dict(folder=str(path.parent)))
     return sorted(records, key=lambda record: record['run']['started'])
 
 # %% ../../nbs/runs/04_run.ipynb #745cd24a
@@ -475,6 +601,15 @@ def figure(self:Run, fig,  # a matplotlib figure
     return Image(data, width=round(_png_width(data) * _screen_dpi / _figure_dpi))
 
 # %% ../../nbs/runs/04_run.ipynb #2b230cec
+def _close_done(folder):
+    "End a run well; a `LabError`, and a failed run, when an input changed while the run read it."
+    problem = inputs_problem(read_json(folder / 'run.json'))
+    if not problem:
+        return close_folder(folder, 'done')
+    close_folder(folder, 'failed', problem)
+    raise LabError(problem)
+
+
 @patch
 def finish(self:Run, metrics:dict,  # flat: name -> number, text or `None`
            verdict:str='',          # the result in words
@@ -491,7 +626,7 @@ def finish(self:Run, metrics:dict,  # flat: name -> number, text or `None`
         self.tracker.summary.update(jsonable(metrics))
         self.tracker.finish()
 
-    record = read_json(self.folder / 'run.json') if self.managed else close_folder(self.folder, 'done')
+    record = read_json(self.folder / 'run.json') if self.managed else _close_done(self.folder)
     self.finished = True
     print(provenance_line(record, self.folder))
 
@@ -551,6 +686,8 @@ def start_run(notebook:str,    # name of the experiment notebook, as in nbs/expe
         close_folder(folder, 'interrupted', 'the setup cell was run again')
     path = _notebook_path(notebook)
     record = open_folder(folder, params, path)
+    if reason := why_anew(record):
+        print(reason)
     try:
         run = Run(folder, record)
     except BaseException as error:

@@ -29,6 +29,7 @@ from llmft.runs.workers import (
 
 from ..core import LabError
 from .execute import execute_run
+from .identity import inputs_of, what_differs
 from .locks import is_held
 from .provenance import fingerprint
 from .run import began_after, read_run, run_folder
@@ -36,20 +37,21 @@ from .sweep_file import needs, shown_folder
 
 # %% ../../nbs/runs/12_sweeps.ipynb #ace02bb1
 def _is_same(record, point):
-    "Whether a record is of these parameters and this code."
-    return record.get('meta', {}).get('fingerprint') == fingerprint(point.params, point.notebook)
+    "Whether a record is of these parameters, this code and this data, and unaltered."
+    identity = fingerprint(point.params, point.notebook)
+    return not what_differs(point.folder, record, point.params, identity, inputs_of(point.params))
 
 
 def finished_record(point,      # a `Point`
              sources=(), # records of runs that it reads
 )->dict:                 # its record, or `None`
-    "The record of a point that is done with these parameters and this code, after all runs that it reads."
+    "The record of a point that is done with these parameters, code and data, unaltered, after all that it reads."
     try:
         record = read_run(point.folder)
+        is_done = record['run']['status'] == 'done' and _is_same(record, point)
     except LabError:
         return None
-    is_same = _is_same(record, point)
-    return record if is_same and began_after(record, sources) and record['run']['status'] == 'done' else None
+    return record if is_done and began_after(record, sources) else None
 
 # %% ../../nbs/runs/12_sweeps.ipynb #5a65351a
 def _wait_for_lock(folder, seconds):
@@ -70,8 +72,9 @@ def _failed(error, **facts):
 
 
 def _record_at(folder):
-    "The record of the run in `folder`, `None` where there is none."
-    return read_run(folder) if (folder / 'run.json').exists() else None
+    "The record of the run in `folder`, `None` where there is none that can be read."
+    with contextlib.suppress(LabError):
+        return read_run(folder)
 
 
 def _work_in(place, worker):

@@ -9,6 +9,7 @@ __all__ = ['optimiser_state', 'counter_device', 'restore_optimiser', 'random_sta
 
 # %% ../../nbs/training/04_checkpoints.ipynb #c9ea6ca1
 import errno
+import hashlib
 import json
 import os
 import random
@@ -127,6 +128,15 @@ class Progress:
     stopped: str = ''  # why the run ended: finished | early stopping | FLOP budget
 
 # %% ../../nbs/training/04_checkpoints.ipynb #aa793356
+def _flush(path):
+    "Make sure `path`, a file or a folder, is on the disk."
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 class Log:
     "log.jsonl, one object per logged step, and plain lines for people. Only the main process writes and speaks."
 
@@ -139,24 +149,44 @@ class Log:
         self.file = self.folder / 'log.jsonl'
         self.main = main
         self.on_log = on_log
+        self.digest = hashlib.sha256()  # of the lines that are part of the run
 
     def entries(self) -> list:
         "All logged objects."
         return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
 
-    def resume(self, lines: int):
-        "Cut the log back to its first `lines` lines."
+    def resume(self,
+               lines:int,          # lines that are part of the run
+               expected:str=None,  # their hash, from the checkpoint; None for a run that begins
+    ):
+        "Cut the log back to its first `lines` lines; a `LabError` unless they are those that the run wrote."
         if not self.main:
             return
-        kept = self.file.read_text().splitlines(keepends=True)[:lines] if self.file.exists() else []
-        write_atomic(self.file, ''.join(kept))
+        kept = self.file.read_bytes().splitlines(keepends=True)[:lines] if self.file.exists() else []
+        content = b''.join(kept)
+        if expected and sha256_of(content) != expected:
+            found = f'has {len(kept)} of them' if len(kept) < lines else 'was changed'
+            raise LabError(f'{self.file} {found}: the checkpoint was saved after {lines} lines with other content; '
+                           'restore the log, or run again with --fresh')
+        write_atomic(self.file, content)
+        self.digest = hashlib.sha256(content)
+
+    def content_hash(self) -> str:
+        "The hash of all lines that are part of the run, once they are on the disk; `None` in other processes."
+        if not self.main:
+            return None
+        if self.file.exists():
+            _flush(self.file)
+        return self.digest.hexdigest()
 
     def write(self, entry: dict):
         "Append one object."
         if not self.main:
             return
-        with self.file.open('a') as file:
-            file.write(json.dumps(jsonable(entry)) + '\n')
+        line = json.dumps(jsonable(entry)).encode() + b'\n'
+        with self.file.open('ab') as file:
+            file.write(line)
+        self.digest.update(line)
         if self.on_log:
             self.on_log(entry)
 
@@ -257,15 +287,6 @@ def part_groups(folder) -> dict:
     return {stem: Pieces(parts) for stem, parts in files.items()}
 
 # %% ../../nbs/training/04_checkpoints.ipynb #fc6bf959
-def _flush(path):
-    "Make sure `path`, a file or a folder, is on the disk."
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _write_group(partial, stem, tensors, rank):
     "Write one group of tensors, whole or in pieces; its file comes back."
     pieces = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, Piece)}

@@ -22,7 +22,8 @@ from llmft.studies.forecasting.series import (
     split_rows,
 )
 
-from ...core import LabError, find_path, read_json, write_atomic, write_json
+from ...core import LabError, find_path, read_json, short_hash, write_atomic, write_json
+from ...data.hashes import check_sealed, content_hashes, sealed
 from ...data.tokens import Examples, read_tokens, tokenizer_hash
 from ...data.tokens import encode as encode_texts
 from .codec import check_precision, decode, encode, probe
@@ -57,7 +58,10 @@ def write_series(folder,      # receives train_texts.txt, val_texts.txt, test_te
 
     row_arrays = {f'{split}_rows': part for split, part in rows.items()}
     np.savez(folder / 'factors.npz', factors_NV=factors_NV, times_T=series.times_T, **row_arrays)
-    metadata = settings | _series_facts(series, rows)
+    files = content_hashes(folder / 'factors.npz')
+    for split in rows:
+        files |= content_hashes(_texts_file(folder, split))
+    metadata = sealed(settings | _series_facts(series, rows) | dict(files=files))
     write_json(folder / 'metadata.json', metadata)
     return metadata
 
@@ -105,11 +109,13 @@ def _read_texts(folder, split):
 
 
 def _read_metadata(folder):
-    "How the series in a folder were prepared; a `LabError` when it holds none."
+    "How the series in a folder were prepared; a `LabError` when it holds none, or when a file was changed since."
     if not (folder / 'metadata.json').exists():
         raise LabError(f'{folder} holds no prepared series (metadata.json is missing): run forecast_data first, '
                        'as in llmft run params/forecast_data/p2.yaml (with --small, where this run has it)')
-    return read_json(folder / 'metadata.json')
+    metadata = read_json(folder / 'metadata.json')
+    check_sealed(folder, 'metadata.json', metadata.get('files', {}), 'prepare the data again')
+    return metadata
 
 
 def _numbers_of(texts, metadata, folder, split):
@@ -180,16 +186,11 @@ def windows(examples:Examples,  # one document per trajectory
     return type(examples)(examples.ids, starts[kept], ends[kept], examples.loss)
 
 # %% ../../../nbs/studies/forecasting/03_prepared.ipynb #42bafb32
-def _encode_split(folder, split, tokenizer, precision):
-    "The texts of a split as tokens."
-    serialisation = probe(tokenizer, precision)
-    return encode_texts([serialisation.write(text) for text in _read_texts(folder, split)], tokenizer)
-
-
-def _were_made_with(token_folder, tokenizer):
-    "Whether there are token files, made with this tokenizer."
-    facts = token_folder / 'tokens.json'
-    return facts.exists() and read_json(facts)['tokenizer'] == tokenizer_hash(tokenizer)
+def _were_made_of(token_folder, texts, tokenizer):
+    "Whether there are token files, made of these texts with this tokenizer."
+    path = token_folder / 'tokens.json'
+    facts = read_json(path) if path.exists() else {}
+    return (facts.get('tokenizer'), facts.get('texts')) == (tokenizer_hash(tokenizer), short_hash(texts))
 
 
 def series_documents(folder,     # of a forecast_data run
@@ -198,13 +199,15 @@ def series_documents(folder,     # of a forecast_data run
                      precision:int=2,    # decimals
                      trajectories:int=0, # the first so many; 0 is all
 )->Examples:                     # one per trajectory
-    "The trajectories of a split as tokens, from the token files where they were made with this tokenizer."
+    "The trajectories of a split as tokens, from the token files where these were made of its texts."
     folder = find_path(folder)
+    _read_metadata(folder)
+    serialisation = probe(tokenizer, precision)
+    texts = [serialisation.write(text) for text in _read_texts(folder, split)]
+
     token_folder = folder / 'tokens' / split
-    if _were_made_with(token_folder, tokenizer):
-        documents = read_tokens(token_folder)
-    else:
-        documents = _encode_split(folder, split, tokenizer, precision)
+    made = _were_made_of(token_folder, texts, tokenizer)
+    documents = read_tokens(token_folder) if made else encode_texts(texts, tokenizer)
     return documents.select(np.arange(min(trajectories or len(documents), len(documents))))
 
 # %% ../../../nbs/studies/forecasting/03_prepared.ipynb #44e0aad0

@@ -14,9 +14,8 @@ import math
 from dataclasses import dataclass, field
 
 from ...core import LabError, write_atomic
-from ...runs.results import read_result
+from ...runs.results import done_folders, read_result
 from ...runs.rivals import Measure, in_bullets, kept_scores, paired_scores, rank, told
-from ...runs.run import list_runs
 from ...runs.tables import column, table
 from .comparison import compared
 from .published import published, published_search
@@ -25,17 +24,11 @@ from .published import published, published_search
 notebooks = ('forecast_train', 'forecast_eval')
 
 
-def _finished_runs(outputs):
-    "The folders of all finished runs of the study."
-    return [run['folder'] for run in list_runs(outputs)
-            if run['run']['notebook'] in notebooks and run['run']['status'] == 'done']
-
-
 def study_results(runs:list,   # run folders; [] takes all finished runs of the study under `outputs`
                   outputs:str, # folder of all runs
 )->list:                       # what `read_result` gives, runs of other notebooks left out
     "The finished runs of a forecasting study; a `LabError` when there is none."
-    folders = runs or _finished_runs(outputs)
+    folders = runs or done_folders(outputs, notebooks)
     results = [result for result in map(read_result, folders) if result['record']['run']['notebook'] in notebooks]
     if not results:
         raise LabError(f'there is no finished run of forecast_train or forecast_eval under {outputs}: run the study '
