@@ -132,14 +132,23 @@ def _peer_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token='<pad>', eos_token='<eos>', unk_token='<eos>')
 
 
+def _labels(examples, row):
+    "The tokens of one example, with those that are not trained on ignored."
+    trained = examples.loss[examples.starts[row]:examples.ends[row]]
+    return np.where(trained, examples[row].astype(np.int64), IGNORED).tolist()
+
+
 def peer_data(examples:Examples,
-)->tuple:         # (`datasets.Dataset` with the column input_ids, tokenizer with padding token 0 and end of text 1)
+)->tuple:         # (`datasets.Dataset` with the column input_ids, and labels where the examples have a loss mask;
+                  # tokenizer with padding token 0 and end of text 1)
     "Documents as the peers read them."
     datasets = require('datasets', 'bench')
     datasets.disable_progress_bars()
     tokenizer = _peer_tokenizer()
-    rows = [examples[row].tolist() for row in range(len(examples))]
-    return datasets.Dataset.from_dict(dict(input_ids=rows)), tokenizer
+    columns = dict(input_ids=[examples[row].tolist() for row in range(len(examples))])
+    if examples.loss is not None:
+        columns['labels'] = [_labels(examples, row) for row in range(len(examples))]
+    return datasets.Dataset.from_dict(columns), tokenizer
 
 # %% ../../nbs/bench/02_peers.ipynb #bfa718f7
 def pad_fully(collate,    # a collator of transformers
@@ -190,11 +199,11 @@ def _trl_trainer(peer, setting, train, arguments):
     return trl.SFTTrainer(adapted_model(setting, 'sdpa'), arguments, train_dataset=data, processing_class=tokenizer)
 
 
-def _hf_collator(peer, setting, tokenizer):
-    "The collator of transformers that pads as the peer does."
-    from transformers import DataCollatorForLanguageModeling
+def _hf_collator(peer, setting, tokenizer, labelled):
+    "The collator of transformers that pads as the peer does, `labelled` rows with their labels."
+    from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    collator = DataCollatorForSeq2Seq(tokenizer) if labelled else DataCollatorForLanguageModeling(tokenizer, mlm=False)
     return pad_fully(collator, setting.max_length) if peer.pads_fully else collator
 
 
@@ -203,7 +212,7 @@ def _hf_trainer(peer, setting, train, arguments):
     import transformers
 
     data, tokenizer = peer_data(train)
-    collator = _hf_collator(peer, setting, tokenizer)
+    collator = _hf_collator(peer, setting, tokenizer, train.loss is not None)
     return transformers.Trainer(adapted_model(setting, 'sdpa'), transformers.TrainingArguments(**arguments), collator,
                                 data, processing_class=tokenizer)
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['special_tokens', 'chat_template', 'policies', 'train_tokenizer', 'load_tokenizer', 'has_tokenizer', 'tokenizer_hash',
            'control_tokens', 'looks_like_control', 'spell_control', 'keep_as_text', 'rendered_rows', 'text_rows',
-           'edges', 'begun', 'turn_ends', 'are_rendered', 'prompt_tokens', 'Examples', 'token_type', 'TokenWriter',
-           'side_facts', 'boundaries', 'read_side', 'encode', 'text_notes', 'scored_bytes', 'read_tokens', 'Policy',
-           'cut', 'show_tokens']
+           'edges', 'begun', 'turn_ends', 'are_rendered', 'prompt_tokens', 'Examples', 'token_type', 'masked_examples',
+           'TokenWriter', 'side_facts', 'boundaries', 'read_side', 'encode', 'text_notes', 'scored_bytes',
+           'read_tokens', 'Policy', 'cut', 'show_tokens']
 
 # %% ../../nbs/data/04_tokens.ipynb #8116180d
 import html
@@ -336,6 +336,17 @@ def token_type(vocabulary:int, # entries of the tokenizer
 ):                             # np.uint16 or np.uint32
     "The smallest type that holds every token."
     return np.uint16 if vocabulary <= 2**16 else np.uint32
+
+# %% ../../nbs/data/04_tokens.ipynb #4187f1fe
+def masked_examples(rows,       # of (token ids, whether each is trained on)
+                    tokenizer,  # the one that made them
+)->Examples:
+    "The rows end to end in one flat array, each as an example."
+    sizes = np.array([len(ids) for ids, _ in rows], dtype=np.int64)
+    ends = np.cumsum(sizes)
+    ids = np.fromiter(itertools.chain.from_iterable(ids for ids, _ in rows), token_type(len(tokenizer)))
+    loss = np.fromiter(itertools.chain.from_iterable(mask for _, mask in rows), bool)
+    return Examples(ids, ends - sizes, ends, loss)
 
 # %% ../../nbs/data/04_tokens.ipynb #b42cb2b5
 _size_type = np.dtype(np.int64)

@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core import LabError, assets, check_regular, choose, find_path, nearest
-from ..data.tables import local_path, read_documents, read_rows
+from ..data.chats import as_chat
+from ..data.tables import local_path, read_documents, read_rows, shape_of
 from .params import declared_choices, declared_names, declared_needs, shown
 
 # %% ../../nbs/runs/16_inputs.ipynb #ba8155a1
@@ -44,14 +45,23 @@ def check_token_source(data:str,    # simulated:..., builtin:..., or what `check
         check_documents(data, params)
 
 # %% ../../nbs/runs/16_inputs.ipynb #617ade62
+def _check_conversation(row, params):
+    "A `LabError` when a row is a conversation that is broken, or that the run's template can't write."
+    if 'template' in params and shape_of(row.values):
+        chat = as_chat(row)
+        if params['template'] != 'chat':
+            raise LabError(f'{chat.where} is a conversation: set template=chat')
+
+
 def check_rows(data:str,      # builtin:..., a file, a folder, or a hub name
                params:dict,   # of the run
 ):
-    "A `LabError` when `data` is here and gives no first row."
+    "A `LabError` when `data` is here and gives no first row, or a conversation that can't be trained on."
     path = None if ':' in data else local_path(data)
     if path:
         check_regular(path)
-        for _ in read_rows(path):
+        for row in read_rows(path):
+            _check_conversation(row, params)
             return
         raise LabError(f'{shown(path)} holds no row: add rows to it')
 

@@ -9,7 +9,6 @@ __all__ = ['builtin_valid_modules', 'builtin_checks', 'problem_template', 'exper
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #a45d147d
 import ast
-import itertools
 import json
 import re
 from collections import namedtuple
@@ -18,9 +17,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from ...core import LabError, choose, nearest
+from ...data.chats import Chat, as_chat, chat_examples, check_chat_template, render_chat
 from ...data.corpora import builtin_part, check_share, content_key, draw_of, fair_share
-from ...data.tables import Row, check_fields, read_splits
-from ...data.tokens import Examples, begun, cut, keep_as_text, looks_like_control, rendered_rows, turn_ends
+from ...data.tables import Row, check_fields, read_splits, shape_of
+from ...data.tokens import begun, cut, keep_as_text, looks_like_control, masked_examples, rendered_rows, turn_ends
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #716b4011
 @dataclass
@@ -34,6 +34,7 @@ class Task:
     setup: str = ''  # code before `lead`
     tests: list = field(default_factory=list)  # statements that raise when the answer is wrong
     cases: list = field(default_factory=list)  # (standard input, expected output)
+    chat: Chat = None  # the whole conversation, where the row is one
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #eadca153
 _Fields = namedtuple('_Fields', 'input training split')  # what the parameters call the fields of a row
@@ -205,8 +206,25 @@ _forms = (
 )
 
 
+def _said(turn):
+    "What a turn says, in one line with its role."
+    calls = json.dumps(turn['tool_calls'], ensure_ascii=False) if 'tool_calls' in turn else ''
+    return f"{turn['role']}: {turn['content']}{calls}"
+
+
+def _conversation(row, name, fields):
+    "A row that is a conversation: its last answer is the solution, and all before it is the problem."
+    chat = as_chat(Row(row, name, name))
+    last = max(place for place, turn in enumerate(chat.turns) if turn['role'] == 'assistant')
+    tools = [json.dumps(tool, ensure_ascii=False) for tool in chat.tools]
+    return Task(name, '\n'.join([*tools, *map(_said, chat.turns[:last])]), _said(chat.turns[last]),
+                _row_split(row, name, fields), chat=chat.until(last + 1))
+
+
 def _reader_of(row):
     "What reads a row of a known form; `None` for other rows."
+    if shape_of(row):
+        return _conversation
     for form in _forms:
         if form.fields <= row.keys() and (not form.mark or form.mark in str(row[form.field])):
             return form.reader
@@ -427,9 +445,7 @@ def check_template(template:str,  # text with {input} and {solution}, or 'chat'
 )->str:                           # `template`
     "A `LabError` unless `template` shows the problem and marks where the answer begins."
     if template == 'chat':
-        if not tokenizer.chat_template:
-            raise LabError("template is 'chat' and this tokenizer has no chat template: "
-                           'give text with {input} and {solution}')
+        check_chat_template(tokenizer)
         return template
 
     _check_markers(template)
@@ -449,27 +465,16 @@ def prompt_of(task:Task,          # the problem
 )->str:                           # the text a model continues
     "What stands before the answer."
     if template == 'chat':
-        return tokenizer.apply_chat_template(_messages(task, system_prompt), tokenize=False, add_generation_prompt=True)
+        return render_chat(Chat(task.name, _messages(task, system_prompt)), tokenizer, ask=True)
     places = dict(system_prompt=system_prompt, input=task.input)
     return re.sub(r'\{(system_prompt|input)\}', lambda place: places[place[1]], template.split('{solution}')[0])
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #f033ef68
-def answer_of(task:Task,          # its solution is the answer
-              template:str,       # as in `check_template`
-              system_prompt:str,  # put where the template says
-              tokenizer,          # for chat templates
-)->str:                           # the text to be learnt, without the end of text
-    "What stands from the answer on; a `LabError` when a chat template does not say where that is."
-    if template != 'chat':
-        return task.solution + template.split('{solution}')[1]
-
-    conversation = [*_messages(task, system_prompt), dict(role='assistant', content=task.solution)]
-    whole = tokenizer.apply_chat_template(conversation, tokenize=False)
-    prompt = prompt_of(task, template, system_prompt, tokenizer)
-    if not whole.startswith(prompt):
-        raise LabError('the chat template writes the prompt otherwise when an answer follows: no marker says where the '
-                       'answer begins; give text with {input} and {solution}')
-    return whole[len(prompt):]
+def answer_of(task:Task,     # its solution is the answer
+              template:str,  # text, as in `check_template`
+)->str:                      # the text to be learnt, without the end of text
+    "What stands from the answer on."
+    return task.solution + template.split('{solution}')[1]
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #e90cf734
 losses = ('completion', 'all')  # what loss_on may be
@@ -504,31 +509,12 @@ def _ended(row, ends, end):
     return [*row, end] if first is None else row[:first + 1]
 
 
-def _answer_rows(tasks, tokenizer, template, system_prompt):
+def _answer_rows(tasks, tokenizer, template):
     "The token ids of each answer, with one end."
     ends = turn_ends(tokenizer)
-    marked, system_prompt = _as_text(tasks, system_prompt, tokenizer)
-    answers = [answer_of(task, template, system_prompt, tokenizer) for task in marked]
-    rows = rendered_rows(answers, tokenizer, goes_on=True)
+    marked, _ = _as_text(tasks, '', tokenizer)
+    rows = rendered_rows([answer_of(task, template) for task in marked], tokenizer, goes_on=True)
     return [_ended(row, ends, tokenizer.eos_token_id) for row in rows]
-
-
-def _targets_mask(size, starts, prompts, loss_on):
-    "Which of `size` tokens are targets: all, or all but the prompts."
-    loss = np.ones(size, dtype=bool)
-    if loss_on == 'completion':
-        for start, prompt in zip(starts, prompts, strict=True):
-            loss[start:start + len(prompt)] = False
-    return loss
-
-
-def _as_examples(prompts, answers, loss_on, dtype):
-    "Rows of prompt and answer in one flat array, with their targets marked."
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    sizes = np.array([len(row) for row in rows], dtype=np.int64)
-    ends = np.cumsum(sizes)
-    ids = np.fromiter(itertools.chain.from_iterable(rows), dtype=dtype, count=int(sizes.sum()))
-    return Examples(ids, ends - sizes, ends, _targets_mask(len(ids), ends - sizes, prompts, loss_on))
 
 
 def _check_policies(loss_on, too_long):
@@ -539,12 +525,35 @@ def _check_policies(loss_on, too_long):
                        f"choose from {', '.join(long_policies)}; half an answer is no example of its own")
 
 
+def _chat_of(task, system_prompt):
+    "A task as a conversation: its own, or the problem and the answer."
+    answer = dict(role='assistant', content=task.solution)
+    return task.chat or Chat(task.name, [*_messages(task, system_prompt), answer])
+
+
+def _chat_examples(tasks, tokenizer, system_prompt, loss_on):
+    "Tasks in the words of the chat template, and the tokens before the first answer of each example."
+    examples = chat_examples([_chat_of(task, system_prompt) for task in tasks], tokenizer)
+    prompts = [int(np.argmax(examples.loss[start:])) for start in examples.starts]
+    return replace(examples, loss=examples.loss | (loss_on == 'all')), prompts
+
+
 def _task_examples(tasks, tokenizer, template, system_prompt, loss_on):
-    "Tasks as examples of any length, and the tokens of each prompt."
+    "Tasks as examples of any length, and the tokens before the first answer of each."
+    if template == 'chat':
+        return _chat_examples(tasks, tokenizer, system_prompt, loss_on)
     prompts = prompt_rows(tasks, tokenizer, template, system_prompt)
-    answers = _answer_rows(tasks, tokenizer, template, system_prompt)
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    return _as_examples(prompts, answers, loss_on, dtype), [len(prompt) for prompt in prompts]
+    answers = _answer_rows(tasks, tokenizer, template)
+    rows = [(prompt + answer, [loss_on == 'all'] * len(prompt) + [True] * len(answer))
+            for prompt, answer in zip(prompts, answers, strict=True)]
+    return masked_examples(rows, tokenizer), [len(prompt) for prompt in prompts]
+
+
+def _check_conversations(tasks, template):
+    "A `LabError` when a task is a conversation and the template is no chat template."
+    chat = next((task.chat for task in tasks if task.chat), None)
+    if chat and template != 'chat':
+        raise LabError(f'{chat.where} is a conversation: set template=chat')
 
 
 def _cut_examples(examples, without_answer, max_length, too_long):
@@ -577,6 +586,7 @@ def encode_tasks(tasks:list,                      # of `Task`
 )->tuple:                                         # (Examples, notes with counts)
     "Tasks as examples of at most `max_length` positions with their targets marked, and a count of what was lost."
     check_template(template, tokenizer)
+    _check_conversations(tasks, template)
     _check_policies(loss_on, too_long)
     examples, prompt_sizes = _task_examples(tasks, tokenizer, template, system_prompt, loss_on)
     without_answer = np.array([size > max_length for size in prompt_sizes], dtype=bool)
