@@ -21,6 +21,7 @@ from llmft.studies.finetuning import report as finetuning
 from llmft.studies.forecasting import comparison as forecasts
 from llmft.studies.forecasting import report as forecast_training
 from llmft.studies.forecasting import summary
+from llmft.studies.forecasting.baselines import ceiling, for_the_record, uninformed
 from llmft.studies.inference import comparison as precisions
 from llmft.studies.inference import report as inference
 from llmft.studies.pdfs import comparison as pdf_runs
@@ -141,18 +142,18 @@ def instruct(best):
     return code.instruct_verdict(metrics, data, before, after)
 
 
-simple = ['last value', 'seasonal', 'linear autoregression', 'equations refitted']
+simple = list(uninformed)
 
 
 def forecast_comparison(best):
     truth_NTV = np.ones((items, 70, 2))
-    names = ['fine-tuned', 'untrained', *simple]
+    names = ['fine-tuned', 'untrained', *simple, ceiling, for_the_record]
     noise_NHV = rng.random((items, 20, 2)) * 0.1
     points = {name: truth_NTV[:, 50:] + noise_NHV + far[name == best] for name in names}
     known = dict(mae_median=1.0, mae=1.0, mse=1.0, success_rate=1.0, trajectories=items)
     rows = {name: known for name in names}
     return forecasts.Comparison(
-        None, truth_NTV, truth_NTV[:, 50:], points, simple, rows, {}, {}, dict.fromkeys(names, 1.0)
+        None, truth_NTV, truth_NTV[:, 50:], points, names[2:], rows, {}, {}, dict.fromkeys(names, 1.0)
     )
 
 
@@ -336,7 +337,7 @@ measured_by = {  # metric with _error or _ratio, by experiment -> what in the ve
     'bench_bounds': r'.*',
     'bench_instruct': r'tokens_per_sec_ratio_vs_(hf_padded|trl_packed)|memory_ratio_vs_hf_padded|pdf_ratio_vs_pypdf',
     'finetune': r'memory_error',  # a prediction of memory, which the comparison of runs judges
-    'forecast_eval': r'(untrained_|last_value_|seasonal_|linear_autoregression_|equations_refitted_)?error_at_10',
+    'forecast_eval': r'(untrained_|last_value_|seasonal_|linear_autoregression_|context_parroting_|\w+_refitted_)?error_at_10',
     'forecast_summary': r'.+_error_at_10',
     'instruct': r'pass_at_1_error',  # the spread of a mean, for which the interval stands
     'sublora_bounds': r'top\d+_error|b_ratio',  # further claims, all in the table; a setting

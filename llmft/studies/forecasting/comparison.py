@@ -67,7 +67,7 @@ def _compared_points(split, forecasts, count, given, horizon):
     "(point forecasts by name, those of the baselines alone)."
     given_NTV = split.scaled_NTV[:count, :given]
     step_time = float(split.times_T[1] - split.times_T[0])
-    simple = baselines(given_NTV, horizon, step_time, split.metadata.get('system', 'none'))
+    simple = baselines(given_NTV, horizon, step_time, split.metadata.get('system', 'unknown'))
     return {name: point_forecast(made.samples_NSHV) for name, made in forecasts.items()} | simple, simple
 
 
@@ -140,7 +140,7 @@ def spread_table(comparison:Comparison,  # of one evaluation
     rows = [dict(run=name, **row) for name, row in comparison.rows.items()]
     return table(rows, _spread_columns, 'Scaled units; n: samples of each trajectory')
 
-# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #4e8a647c
+# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #4a22f004
 shown_steps = (1, 10, 25, 50)  # steps ahead in the table; the file has all
 
 
@@ -354,7 +354,7 @@ def keep_errors(folder,                 # of the run
         known = {rival: errors for rival, errors in trajectory_errors(comparison, step).items() if errors is not None}
         keep_scores(folder, name, items, known)
 
-# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #6dd98a1b
+# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #e13b5895
 def keep_steps(folder,                 # of the run
                comparison:Comparison,  # of one evaluation
 ):

@@ -74,7 +74,7 @@ def prepare_series(folder,               # receives texts, factors and metadata
                    scaling:str='context',# context | per_trajectory | global
                    context:int=50,       # given steps, for scaling `context`
                    split_seed:int=42,    # of the permutation
-                   system:str='rosenzweig_macarthur',  # equations that simulate, or that the file was made with
+                   system:str='auto',   # equations that simulate, or that the file was made with; auto where unknown
                    **simulation,         # of `simulate`
 ):                                       # (Series, rows of each split, factors, metadata)
     "From a file or a simulation to what a study reads; a `LabError` for anything that can not be used."

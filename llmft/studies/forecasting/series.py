@@ -28,7 +28,7 @@ class Series:
     def __len__(self):
         return len(self.values_NTV)
 
-# %% ../../../nbs/studies/forecasting/01_series.ipynb #74a084d6
+# %% ../../../nbs/studies/forecasting/01_series.ipynb #f11612f9
 saturating_ranges = dict(r=(.1, .3), K=(5, 15), a=(.2, .5), h=(.05, .2), e=(.3, .7), m=(.1, .3), start=(.8, 1.2))
 closed_ranges = dict(rates=(.8, 1.2), start=(.2, 6.))  # initial values in units of the equilibrium
 
@@ -66,18 +66,16 @@ systems = dict(rosenzweig_macarthur=System(_simulate_saturating, 200 / 99),
                lotka_volterra=System(_simulate_closed, .4))
 
 # %% ../../../nbs/studies/forecasting/01_series.ipynb #706a0f7b
-def check_system(system:str,  # of `systems`, or none
+def check_system(system:str,  # of `systems`, or auto
 ):
-    "A `LabError` unless the equations are known, or known to be unknown."
-    if system not in (*systems, 'none'):
-        raise LabError(f"system is '{system}'{nearest(system, systems)}: choose from {', '.join(systems)}, none")
+    "A `LabError` for equations that nobody knows the name of."
+    if system not in ('auto', *systems):
+        raise LabError(f"system is '{system}'{nearest(system, systems)}: choose from auto, {', '.join(systems)}")
 
 
 def _check_simulation(system, count, steps, step_time):
     "A `LabError` for what can not be solved."
     check_system(system)
-    if system == 'none':
-        raise LabError('system is none and there is no file: give `data`, or name the equations to simulate')
     if count < 1 or steps < 2 or not 0 <= step_time < math.inf:
         raise LabError(f'simulate: {count} trajectories of {steps} steps, {step_time} apart: '
                        'give at least 1, at least 2, and a time above 0 (0 for that of the system)')
@@ -86,11 +84,12 @@ def _check_simulation(system, count, steps, step_time):
 def simulate(count:int,            # trajectories
              steps:int=100,        # time steps of each
              step_time:float=0.,   # time between two steps, 0 for that of the system
-             system:str='rosenzweig_macarthur',  # of `systems`
+             system:str='auto',    # of `systems`; auto is the first of them
              seed:int=0,           # the only thing the draws depend on, beside `count` and `system`
 )->Series:
     "Draw rates and initial values, and solve; a `LabError` when there is nothing to solve."
     _check_simulation(system, count, steps, step_time)
+    system = next(iter(systems)) if system == 'auto' else system
     step_time = step_time or systems[system].step_time
     times_T = np.linspace(0, step_time * (steps - 1), steps)
     values_NTV = systems[system].simulate(count, times_T, purpose_rng(seed, 'predator-prey')).astype(np.float32)
@@ -143,7 +142,7 @@ def _read_hdf5(path):
 
 
 def load_series(path,               # HDF5 file with `trajectories` and `time`
-                system:str='none',  # the equations it was made with, of `systems`, or none
+                system:str='auto',  # the equations it was made with, of `systems`; auto where they are unknown
 )->Series:
     "Read trajectories from an HDF5 file; a `LabError` when it is not one, lacks an array, or has another shape."
     path = find_path(path)
@@ -155,6 +154,7 @@ def load_series(path,               # HDF5 file with `trajectories` and `time`
         raise LabError(f'{path}: trajectories {values.shape} and time {times.shape} do not belong together: '
                        '(N, T, V) and (T,) are needed')
     check_system(system)
+    system = 'unknown' if system == 'auto' else system
     notes = dict(source=path.name, system=system, trajectories=len(values), steps=values.shape[1], seed=None)
     return Series(check_series(values, str(path)), times.astype(float), notes)
 

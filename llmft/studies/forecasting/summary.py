@@ -220,8 +220,8 @@ _test_columns = (
 def _rival_columns(tests):
     "Columns for every rival that any evaluation knows: its mean and median error over all steps."
     kinds = dict(mae='MAE, mean', mae_median='MAE, median')
-    names = dict.fromkeys(name for row in tests for error in kinds for name in list(rivals_of(row, error))[1:])
-    return [column(f'{name} {error}', name, words) for name in names for error, words in kinds.items()]
+    known = dict.fromkeys((name, error) for row in tests for error in kinds for name in list(rivals_of(row, error))[1:])
+    return [column(f'{name} {error}', name, kinds[error]) for name, error in known]
 
 
 def _rival_errors(row):
