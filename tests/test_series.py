@@ -306,7 +306,8 @@ def test_bad_files_are_refused_by_name(tmp_path):
         (dict(scaling='contxt'), "did you mean 'context'"),
         (dict(context=101), 'context is 101'),
         (dict(simulate_count=2), 'split empty'),
-        (dict(spread=1.0), 'spread is 1'),
+        (dict(system='lotka_voltera'), "did you mean 'lotka_volterra'"),
+        (dict(step_time=-1.0), 'a time above 0'),
         (dict(simulate_count=0), 'at least 1'),
     ],
 )

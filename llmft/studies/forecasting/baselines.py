@@ -8,7 +8,7 @@ __all__ = ['orders', 'ridges', 'judged_steps', 'parroted_steps', 'finer', 'runge
            'linear_autoregression', 'context_parroting', 'guess_closed', 'guess_saturating', 'fit_equations',
            'refit_saturating', 'refit_closed', 'baselines']
 
-# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #b18643ef
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #60157b1e
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,14 +16,14 @@ import numpy as np
 from ...core import LabError
 from ...data.dynamics import growth, saturating_growth, solve_logs
 
-# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #28a39ca4
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #ff0690bd
 def last_value(given_NTV, # given steps
                horizon,   # steps to forecast
 )->np.ndarray:            # (N, H, V)
     "The last given step, repeated."
     return np.repeat(np.asarray(given_NTV, float)[:, -1:], horizon, axis=1)
 
-# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #88c31e88
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #adce3034
 def _autocorrelations(centred, lags):
     "How alike a series is to itself so many steps later, over the shorter overlap."
     length = len(centred)
@@ -42,7 +42,7 @@ def period(given_TV, # given steps of one trajectory
     turn = next((i for i in range(1, len(alike)) if alike[i] > alike[i - 1]), None)
     return length if turn is None else int(lags[turn + int(np.argmax(alike[turn:]))])
 
-# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #40ae0f2c
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #0acbafe1
 def seasonal(given_NTV, # given steps
              horizon,   # steps to forecast
 )->np.ndarray:          # (N, H, V)
@@ -53,7 +53,7 @@ def seasonal(given_NTV, # given steps
         forecasts.append(given_TV[len(given_TV) - lag + np.arange(horizon) % lag])
     return np.stack(forecasts)
 
-# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #a5512b38
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #0af4bf3d
 orders = (1, 2, 3, 4, 6, 8)
 ridges = (1e-6, 0.1, 1.0, 10.0)
 judged_steps = 10  # last given steps, which choose order and penalty
@@ -103,7 +103,7 @@ def choose_regression(given_TV,            # given steps of one trajectory
 
     return min(((order, ridge) for order in usable for ridge in ridges), key=error)
 
-# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #0244dfe1
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #609d5779
 def linear_autoregression(given_NTV, # given steps
                           horizon,   # steps to forecast
 )->np.ndarray:                       # (N, H, V)
@@ -114,7 +114,7 @@ def linear_autoregression(given_NTV, # given steps
         forecasts.append(_run_forward(given_TV, order, ridge, horizon))
     return np.array(forecasts)
 
-# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #75222c44
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #77aaacd3
 parroted_steps = 5  # length of the window that is looked for
 
 
@@ -141,7 +141,7 @@ def context_parroting(given_NTV, # given steps
               for given_TV, lag in zip(given_NTV, lags, strict=True)]
     return np.stack(copies)
 
-# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #06341306
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #f7f66ecc
 finer = 8  # points of the splines in one time step
 _floor = .005  # smallest value in a logarithm: half of the last decimal
 _noise = .1  # populations that weigh half in the regression
@@ -194,7 +194,7 @@ def guess_closed(given_NTV,  # given steps
     g, d = np.maximum(integrals.fit([-one, integrals.prey_NP], 1), 1e-3).T
     return _with_start([a, b, g, d], integrals)
 
-
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #59fa3991
 def guess_saturating(given_NTV,  # given steps
                      step_time,  # time between two steps
                      handling_N, # h of each trajectory, in units of the given steps: the rest is linear
@@ -209,7 +209,7 @@ def guess_saturating(given_NTV,  # given steps
     capacity = np.clip(r / crowding, 1, 1000)
     return _with_start([r, capacity, a, handling_N, gained / a, m], integrals)
 
-# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #2922f503
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #8b55d8a2
 runge_kutta_parts = 4  # steps of the solver in one time step
 nudge = 1e-5  # of a logarithm, for the slope of the residuals
 _rate_range = -12, 6  # logarithms of rates that are told apart
@@ -280,7 +280,7 @@ def fit_equations(law,        # `growth` or `saturating_growth`
     steps = given_NTV.shape[1]
     return fit.solve(unknown_NU, steps + horizon)[:, steps:], (residuals**2).mean(1)
 
-# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #e35194b5
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #72b74d5b
 handlings = (1, 3)  # values of h times the most prey, from which a fit begins; the better end is kept
 
 
@@ -296,7 +296,7 @@ def refit_saturating(given_NTV,  # given steps, scaled or not
     best_N = np.argmin([residual_N for _, residual_N in fits], axis=0)
     return np.array([forecast for forecast, _ in fits])[best_N, np.arange(len(best_N))]
 
-# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #14df9772
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #3273a9b0
 def refit_closed(given_NTV,  # given steps, scaled or not
                  horizon,    # steps to forecast
                  step_time,  # time between two steps
@@ -305,7 +305,7 @@ def refit_closed(given_NTV,  # given steps, scaled or not
     given_NTV = np.asarray(given_NTV, float)
     return fit_equations(growth, guess_closed(given_NTV, step_time), given_NTV, horizon, step_time)[0]
 
-# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #c8275f06
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #1bea027b
 ceiling = 'true equations refitted'  # the forecast that no model should beat
 for_the_record = 'Lotka-Volterra refitted'  # a fit by equations that the data do not follow
 informed = (ceiling, for_the_record)  # forecasts that are given equations, no rivals of a model
@@ -323,7 +323,7 @@ def _refits(system):
 def baselines(given_NTV, # given steps, as they stand in the prompts
               horizon,   # steps to forecast
               step_time, # time between two steps
-              system='', # equations of the data: rosenzweig_macarthur, lotka_volterra, or '' where unknown
+              system='unknown', # equations of the data: rosenzweig_macarthur, lotka_volterra or unknown
 )->dict:                 # name -> point forecast (N, H, V)
     "All forecasts that need no language model; the refitted equations where these are known."
     simple = {name: forecast(given_NTV, horizon) for name, forecast in uninformed.items()}

@@ -140,7 +140,7 @@ def spread_table(comparison:Comparison,  # of one evaluation
     rows = [dict(run=name, **row) for name, row in comparison.rows.items()]
     return table(rows, _spread_columns, 'Scaled units; n: samples of each trajectory')
 
-# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #4a22f004
+# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #185ccc17
 shown_steps = (1, 10, 25, 50)  # steps ahead in the table; the file has all
 
 
@@ -233,7 +233,7 @@ def without_equations(scores:dict,  # name -> anything
     "The rivals of a model: what has to find out by itself how the data go on."
     return {name: value for name, value in scores.items() if name not in informed}
 
-
+# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #51762e59
 def rank_forecasts(comparison:Comparison,  # of one evaluation
                    step:int=0,             # steps ahead; 0 for the mean over all steps
                    median:bool=True,       # median over trajectories, or mean
@@ -242,6 +242,15 @@ def rank_forecasts(comparison:Comparison,  # of one evaluation
     when = f'{step} steps ahead' if step else f'over {comparison.future_NHV.shape[1]} steps'
     measure = Measure(f"{'median' if median else 'mean'} error {when}", items='trajectories')
     return rank(without_equations(trajectory_errors(comparison, step)), measure, median=median)
+
+# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #3b418d55
+def ceiling_words(mean,    # error of the true equations over all trajectories, None when unknown
+                  median,  # the same, median
+)->str:
+    "What the true equations reach, as far as they are known."
+    if mean is None or median is None:
+        return ''
+    return f'The ceiling, {ceiling}, errs by {_shown(mean)} in the mean and {_shown(median)} in the median.'
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #fe97cf26
 def _against_untrained(comparison, judged):
@@ -265,15 +274,6 @@ def _answer(judged, *rankings):
     return f'The {judged} model {verb} every rival that is not given the equations, in the mean and in the median.'
 
 
-def ceiling_words(mean,    # error of the true equations over all trajectories, None when unknown
-                  median,  # the same, median
-)->str:
-    "What the true equations reach, as far as they are known."
-    if mean is None or median is None:
-        return ''
-    return f'The ceiling, {ceiling}, errs by {_shown(mean)} in the mean and {_shown(median)} in the median.'
-
-
 def _unreadable(comparison, judged):
     "How many trajectories could be read; nothing when all could."
     count = len(comparison.future_NHV)
@@ -290,7 +290,8 @@ def comparison_verdict(comparison:Comparison,  # of one evaluation
         return in_bullets(f'No forecast of the {judged} model could be read (n = {count} trajectories).',
                           'Next: forecast with the grammar (constrained), or train longer.')
 
-    means, medians = rank_forecasts(comparison, median=False), rank_forecasts(comparison)
+    means = rank_forecasts(comparison, median=False)
+    medians = rank_forecasts(comparison)
     answer = f'{_answer(judged, means, medians)} {told(means, judged)} {_unreadable(comparison, judged)}'
     ahead = told(rank_forecasts(comparison, judged_step), judged) if horizon >= judged_step else ''
     median_words = f'{told(medians, judged)} {_against_untrained(comparison, judged)} {ahead}'
@@ -322,7 +323,7 @@ def metric_name(name:str,  # of a forecast, such as Lotka-Volterra refitted
     "What the metrics of a forecast begin with."
     return name.lower().replace(' ', '_').replace('-', '_')
 
-
+# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #c1d27062
 def _baseline_metrics(comparison, name):
     "The scores of one baseline under its name."
     row = comparison.rows[name]
@@ -354,7 +355,7 @@ def keep_errors(folder,                 # of the run
         known = {rival: errors for rival, errors in trajectory_errors(comparison, step).items() if errors is not None}
         keep_scores(folder, name, items, known)
 
-# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #e13b5895
+# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #6cf539ee
 def keep_steps(folder,                 # of the run
                comparison:Comparison,  # of one evaluation
 ):

@@ -28,7 +28,7 @@ class Series:
     def __len__(self):
         return len(self.values_NTV)
 
-# %% ../../../nbs/studies/forecasting/01_series.ipynb #f11612f9
+# %% ../../../nbs/studies/forecasting/01_series.ipynb #a84d89cc
 saturating_ranges = dict(r=(.1, .3), K=(5, 15), a=(.2, .5), h=(.05, .2), e=(.3, .7), m=(.1, .3), start=(.8, 1.2))
 closed_ranges = dict(rates=(.8, 1.2), start=(.2, 6.))  # initial values in units of the equilibrium
 
@@ -72,7 +72,7 @@ def check_system(system:str,  # of `systems`, or auto
     if system not in ('auto', *systems):
         raise LabError(f"system is '{system}'{nearest(system, systems)}: choose from auto, {', '.join(systems)}")
 
-
+# %% ../../../nbs/studies/forecasting/01_series.ipynb #2ecc8227
 def _check_simulation(system, count, steps, step_time):
     "A `LabError` for what can not be solved."
     check_system(system)

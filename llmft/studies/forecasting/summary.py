@@ -226,7 +226,8 @@ def _rival_columns(tests):
 
 def _rival_errors(row):
     "The errors of the rivals of an evaluation, by column."
-    return {f'{name} {error}': value for error in ('mae', 'mae_median') for name, value in rivals_of(row, error).items()}
+    return {f'{name} {error}': value
+            for error in ('mae', 'mae_median') for name, value in rivals_of(row, error).items()}
 
 
 def _published_test(row):
