@@ -9,18 +9,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmft.core import LabError
+from llmft.data.dynamics import saturating_growth, saturating_predator_prey, solve_logs
+from llmft.studies.forecasting.baselines import (
+    baselines,
+    ceiling,
+    choose_regression,
+    context_parroting,
+    informed,
+    linear_autoregression,
+    refit_closed,
+    refit_saturating,
+    uninformed,
+)
 from llmft.studies.forecasting.codec import decode, encode, probe
 from llmft.studies.forecasting.metrics import (
-    baselines,
-    choose_regression,
     crps,
-    linear_autoregression,
     point_errors,
     point_forecast,
+    scaled_scores,
     spread_scores,
+    step_scores,
 )
 from llmft.studies.forecasting.prepared import prepare_series, read_split, windows
-from llmft.studies.forecasting.series import load_series, round_series, scale_factors, simulate, split_rows, unscale
+from llmft.studies.forecasting.series import (
+    load_series,
+    round_series,
+    scale_factors,
+    simulate,
+    split_rows,
+    systems,
+    unscale,
+)
 
 
 def plain(values, precision):
@@ -51,17 +70,63 @@ def test_reference_lines_follow_the_exact_float_recipe(precision):
     values = np.random.default_rng(4).uniform(0.1, 3, (600, 100, 2)).astype(np.float32)
     lines = encode(round_series(values, scale_factors(values, 'per_trajectory'), precision), precision)
     expected, other = [], 0
+    early = 0
     for row in values:
         columns, double = [], []
         for v in range(2):
             x = row[:, v]
             s = np.float32(10.0 / np.float64(np.percentile(x.astype(np.float64), 99)))
-            columns.append(np.round(x * s, precision))
+            columns.append(x * s)
             double.append(np.round(x.astype(np.float64) * (10.0 / np.percentile(x.astype(np.float64), 99)), precision))
         expected.append(plain(np.stack(columns, 1), precision))
         other += plain(np.stack(double, 1), precision) != expected[-1]
+        early += plain(np.round(np.stack(columns, 1), precision), precision) != expected[-1]
     assert lines == expected
     assert other, 'computing in float64 gives the same lines: this test proves nothing'
+    assert early, 'rounding in float32 gives the same lines: this test proves nothing'
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(2, 3), st.integers(0, 60_000), st.floats(0.0625, 40, width=32), st.integers(-3, 3))
+def test_products_near_half_a_unit_round_by_their_exact_value(precision, unit, factor, steps_away):
+    "Float32 products at, and a few floats beside, half a unit of the last decimal."
+    half = (unit + 0.5) / 10**precision
+    value = np.float32(half / np.float64(np.float32(factor)))
+    for _ in range(abs(steps_away)):
+        value = np.nextafter(value, np.float32(np.inf if steps_away > 0 else 0))
+    product = np.float32(value) * np.float32(factor)
+    rounded = round_series(np.full((1, 1, 1), value), np.full((1, 1), factor, np.float32), precision)
+    exact = f'{product:.{precision}f}'
+    assert encode(rounded, precision) == [exact] == encode(np.full((1, 1, 1), product), precision)
+    assert rounded.item() == float(exact)
+
+
+def test_the_published_split_is_that_of_the_older_generator():
+    rows = split_rows(1000)
+    order = np.random.RandomState(42).permutation(1000)
+    assert [len(part) for part in rows.values()] == [700, 150, 150]
+    assert np.concatenate(list(rows.values())).tolist() == order.tolist()
+    assert rows['train'][:4].tolist() == [521, 737, 740, 660]
+
+
+def test_the_equations_of_the_teaching_set_and_its_solver_give_the_known_values():
+    rates, at = (0.2, 10, 0.35, 0.1, 0.5, 0.2), [1, 10, 50, 99]
+    exact = [(0.780550, 0.888692), (1.511216, 0.274405), (2.042211, 0.532963), (1.222035, 0.379331)]
+    loose = [(0.781647, 0.888880), (1.510726, 0.275539), (2.039303, 0.529307), (1.212040, 0.377194)]
+    solved = saturating_predator_prey([rates], [(1.0, 1.0)], np.linspace(0, 200, 100))[0]
+    assert np.abs(solved[at] - loose).max() < 6e-7
+    fine = solve_logs(np.array([rates]).T, np.zeros((1, 2)), 100, 200 / 99, 32, saturating_growth)[0]
+    assert np.abs(fine[at] - exact).max() < 6e-7
+
+
+def test_a_simulation_is_drawn_as_the_teaching_set_seems_to_be():
+    series = simulate(60, seed=4)
+    assert series.values_NTV.dtype == np.float32 and series.values_NTV.shape == (60, 100, 2)
+    assert (series.times_T == np.linspace(0, 200, 100)).all()
+    assert (abs(series.values_NTV[:, 0] - 1) <= 0.2).all() and (series.values_NTV > 0).all()
+    closed = simulate(60, system='lotka_volterra', seed=4)
+    swings = [np.ptp(each.values_NTV[:, 50:], axis=1) / np.ptp(each.values_NTV[:, :50], axis=1) for each in (series, closed)]
+    assert (swings[0] < 0.9).mean() > 0.3 > 0.02 > (swings[1] < 0.9).mean()
 
 
 def test_a_hundred_thousand_trajectories_take_seconds():
@@ -241,7 +306,8 @@ def test_bad_files_are_refused_by_name(tmp_path):
         (dict(scaling='contxt'), "did you mean 'context'"),
         (dict(context=101), 'context is 101'),
         (dict(simulate_count=2), 'split empty'),
-        (dict(spread=1.0), 'spread is 1'),
+        (dict(system='lotka_voltera'), "did you mean 'lotka_volterra'"),
+        (dict(step_time=-1.0), 'a time above 0'),
         (dict(simulate_count=0), 'at least 1'),
     ],
 )
@@ -266,7 +332,7 @@ def test_files_and_metadata(tmp_path):
         metadata['split_seed'],
         metadata['seed'],
     ) == (3, 10.0, 42, 1)
-    order = np.random.default_rng(42).permutation(40)
+    order = np.random.RandomState(42).permutation(40)
     lines = (tmp_path / 'val_texts.txt').read_text().splitlines()
     assert lines == encode(round_series(series.values_NTV[order[28:34]], factors[order[28:34]], 3), 3)
     part = read_split(tmp_path, 'valid')
@@ -326,15 +392,66 @@ def test_crps_is_the_integral_of_squared_differences(count, seed):
     assert abs(crps(samples, truth).item() - integral) < 2e-3
 
 
-def test_baselines_forecast_from_the_given_steps_alone():
-    values = simulate(12, seed=6).values_NTV.astype(float)
-    forecasts = baselines(values[:, :50], 10, 0.4)
-    assert set(forecasts) == {'last value', 'seasonal', 'linear autoregression', 'equations refitted'}
-    errors = {name: point_errors(forecast, values[:, 50:60])['mae_median'] for name, forecast in forecasts.items()}
-    assert errors['equations refitted'] < 0.002 and errors['equations refitted'] < min(
-        error for name, error in errors.items() if name != 'equations refitted'
-    )
+def rounded_and_split(count, seed, **settings):
+    "Given and true steps as they stand in the texts, and the time between two."
+    series = simulate(count, seed=seed, **settings)
+    scaled = round_series(series.values_NTV, scale_factors(series.values_NTV, 'per_trajectory'))
+    return scaled[:, :50], scaled[:, 50:], series.times_T[1]
+
+
+@pytest.mark.parametrize('system', [*systems, 'unknown'])
+def test_baselines_forecast_from_the_given_steps_alone(system):
+    made_by = 'auto' if system == 'unknown' else system
+    given, future, step_time = rounded_and_split(12, 6, system=made_by)
+    forecasts = baselines(given, 50, step_time, system)
+    refits = {'rosenzweig_macarthur': informed, 'lotka_volterra': [ceiling], 'unknown': []}[system]
+    assert list(forecasts) == [*uninformed, *refits]
+    errors = {name: point_errors(forecast, future)['mae_median'] for name, forecast in forecasts.items()}
+    assert min(errors, key=errors.get) == ceiling or not refits
     assert errors['linear autoregression'] < errors['last value']
+
+
+def test_equations_are_refitted_for_two_variables_only():
+    given = np.random.default_rng(0).uniform(1, 9, (2, 50, 3))
+    assert list(baselines(given, 5, 1.0, 'rosenzweig_macarthur')) == list(uninformed)
+
+
+def test_the_true_equations_are_found_for_every_trajectory():
+    "40 of 40 within 0.1 in scaled units over 50 steps; equations of closed orbits are nowhere near."
+    given, future, step_time = rounded_and_split(40, 3)
+    error_N = np.abs(refit_saturating(given, 50, step_time) - future).mean((1, 2))
+    assert error_N.max() < 0.1 and np.median(error_N) < 0.03, np.sort(error_N)[-5:]
+    assert np.median(np.abs(refit_closed(given, 50, step_time) - future).mean((1, 2))) > 0.5
+
+
+def test_parroting_copies_what_followed_and_goes_on_with_its_copy():
+    motif = np.array([1.0, 4.0, 2.0, 8.0, 5.0, 7.0])
+    given = np.tile(motif, 3)[:14, None].repeat(2, 1)[None]
+    expected = np.tile(motif, 12)[14:54]
+    assert context_parroting(given, 40)[0, :, 0].tolist() == expected.tolist()
+
+
+def test_scores_without_a_unit_are_their_definitions():
+    rng = np.random.default_rng(5)
+    given, truth, samples = rng.uniform(1, 9, (3, 8, 2)), rng.uniform(1, 9, (3, 4, 2)), rng.uniform(1, 9, (3, 7, 4, 2))
+    mase = [
+        np.mean([abs(np.median(samples[n, :, h, v]) - truth[n, h, v]) for h in range(4)])
+        / np.mean([abs(given[n, t, v] - given[n, t - 1, v]) for t in range(1, 8)])
+        for n in range(3)
+        for v in range(2)
+    ]
+    loss = 0
+    for level in np.arange(1, 10) / 10:
+        for n, h, v in np.ndindex(3, 4, 2):
+            under = truth[n, h, v] - np.quantile(samples[n, :, h, v], level)
+            loss += 2 * max(level * under, (level - 1) * under) / 9
+    scores = scaled_scores(samples, truth, given)
+    assert scores['mase'] == pytest.approx(np.mean(mase)) and scores['wql'] == pytest.approx(loss / truth.sum())
+    curves = step_scores(samples, truth, given)
+    assert curves['mase_H'].mean() == pytest.approx(np.mean(mase))
+    assert curves['crps_H'].mean() == pytest.approx(crps(samples, truth).mean())
+    assert curves['coverage_H'].mean() == pytest.approx(spread_scores(samples, truth)['coverage_80'])
+    assert (curves['wql_H'] * truth.sum((0, 2))).sum() == pytest.approx(loss)
 
 
 def test_autoregression_recovers_a_linear_process():

@@ -21,6 +21,7 @@ from llmft.studies.finetuning import report as finetuning
 from llmft.studies.forecasting import comparison as forecasts
 from llmft.studies.forecasting import report as forecast_training
 from llmft.studies.forecasting import summary
+from llmft.studies.forecasting.baselines import ceiling, informed, uninformed
 from llmft.studies.inference import comparison as precisions
 from llmft.studies.inference import report as inference
 from llmft.studies.pdfs import comparison as pdf_runs
@@ -141,18 +142,18 @@ def instruct(best):
     return code.instruct_verdict(metrics, data, before, after)
 
 
-simple = ['last value', 'seasonal', 'linear autoregression', 'equations refitted']
+simple = list(uninformed)
 
 
 def forecast_comparison(best):
     truth_NTV = np.ones((items, 70, 2))
-    names = ['fine-tuned', 'untrained', *simple]
+    names = ['fine-tuned', 'untrained', *simple, *informed]
     noise_NHV = rng.random((items, 20, 2)) * 0.1
     points = {name: truth_NTV[:, 50:] + noise_NHV + far[name == best] for name in names}
     known = dict(mae_median=1.0, mae=1.0, mse=1.0, success_rate=1.0, trajectories=items)
     rows = {name: known for name in names}
     return forecasts.Comparison(
-        None, truth_NTV, truth_NTV[:, 50:], points, simple, rows, {}, {}, dict.fromkeys(names, 1.0)
+        None, truth_NTV, truth_NTV[:, 50:], points, names[2:], rows, {}, {}, dict.fromkeys(names, 1.0)
     )
 
 
@@ -336,7 +337,7 @@ measured_by = {  # metric with _error or _ratio, by experiment -> what in the ve
     'bench_bounds': r'.*',
     'bench_instruct': r'tokens_per_sec_ratio_vs_(hf_padded|trl_packed)|memory_ratio_vs_hf_padded|pdf_ratio_vs_pypdf',
     'finetune': r'memory_error',  # a prediction of memory, which the comparison of runs judges
-    'forecast_eval': r'(untrained_|last_value_|seasonal_|linear_autoregression_|equations_refitted_)?error_at_10',
+    'forecast_eval': r'(untrained_|last_value_|seasonal_|linear_autoregression_|context_parroting_|\w+_refitted_)?error_at_10',
     'forecast_summary': r'.+_error_at_10',
     'instruct': r'pass_at_1_error',  # the spread of a mean, for which the interval stands
     'sublora_bounds': r'top\d+_error|b_ratio',  # further claims, all in the table; a setting
@@ -354,17 +355,34 @@ def test_every_error_and_ratio_of_a_finished_run_is_known_to_a_verdict():
     assert looked >= 30
 
 
-@pytest.mark.parametrize('error', ['error_at_10', 'mae_median'])
+@pytest.mark.parametrize('error', ['error_at_10', 'mae', 'mae_median'])
 def test_each_baseline_that_a_forecast_measures_is_a_rival(error):
     comparison = forecast_comparison('seasonal')
     untrained = dict.fromkeys(('mae', 'mae_median', 'mse', 'success_rate'), 1.0)
     metrics = forecasts.comparison_metrics(comparison, untrained)
-    measured = {key.removesuffix(f'_{error}').replace('_', ' ') for key in metrics if key.endswith(f'_{error}')}
-    assert measured == {*simple, 'untrained'}
-    row = metrics | dict(run='x', mae_median=1.0, error_at_10=1.0)
-    assert set(summary.rivals_of(row, error)) == {*simple, 'untrained', 'fine-tuned'}
-    for step in (0, forecasts.judged_step):
-        assert set(forecasts.rank_forecasts(comparison, step).values) == {'fine-tuned', 'untrained', *simple}
+    measured = {key.removesuffix(f'_{error}') for key in metrics if key.endswith(f'_{error}')}
+    assert measured == {forecasts.metric_name(name) for name in (*simple, *informed, 'untrained')}
+    row = metrics | dict(run='x', mae=1.0, mae_median=1.0, error_at_10=1.0, original_mae=1.0, original_mae_median=1.0)
+    assert set(summary.rivals_of(row, error)) == {*simple, *informed, 'untrained', 'fine-tuned'}
+    for step, median in ((0, True), (0, False), (forecasts.judged_step, True)):
+        assert set(forecasts.rank_forecasts(comparison, step, median).values) == {'fine-tuned', 'untrained', *simple}
+
+
+def test_the_ceiling_is_named_and_is_no_rival():
+    comparison = forecast_comparison('fine-tuned')
+    comparison.points[ceiling] = comparison.truth_NTV[:, 50:]
+    said = forecasts.comparison_verdict(comparison, 'fine-tuned')
+    assert said.startswith('- The fine-tuned model beats every rival that is not given the equations')
+    assert f'The ceiling, {ceiling}, errs by 1.000 in the mean' in said and f'loses to {ceiling}' not in said
+    row = forecast_row('fine-tuned') | dict(mae=1.0, true_equations_refitted_mae=0.02)
+    row |= dict(true_equations_refitted_mae_median=0.01)
+    said = summary.summary_verdict(summary.StudyRows([], [row], []), None, 0.0)
+    assert f'The ceiling, {ceiling}, errs by 0.020' in said and f'to {ceiling}' not in said
+
+
+def test_a_tie_with_the_strongest_rival_is_no_win():
+    comparison = forecast_comparison('nobody')
+    assert 'does not beat every rival' in forecasts.comparison_verdict(comparison, 'fine-tuned')
 
 
 def test_a_baseline_that_nobody_thought_of_is_named_by_the_summary():

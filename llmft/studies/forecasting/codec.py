@@ -55,9 +55,8 @@ def _encode_one_by_one(rounded_NTV, precision):
 
 
 def _are_exact(rounded_NTV, precision):
-    "Whether arithmetic on float32 gives the decimals of all these numbers."
-    largest = 10 ** (6 - precision) * 10**2
-    return (rounded_NTV >= 0).all() and rounded_NTV.max(initial=0) < largest
+    "Whether arithmetic on float64 gives the decimals of all these numbers."
+    return (rounded_NTV >= 0).all() and rounded_NTV.max(initial=0) * 10.0**precision < 2.0**50
 
 
 def _encode_block(rounded_NTV, precision):

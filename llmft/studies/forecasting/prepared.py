@@ -74,12 +74,13 @@ def prepare_series(folder,               # receives texts, factors and metadata
                    scaling:str='context',# context | per_trajectory | global
                    context:int=50,       # given steps, for scaling `context`
                    split_seed:int=42,    # of the permutation
+                   system:str='auto',   # equations that simulate, or that the file was made with; auto where unknown
                    **simulation,         # of `simulate`
 ):                                       # (Series, rows of each split, factors, metadata)
     "From a file or a simulation to what a study reads; a `LabError` for anything that can not be used."
     check_precision(precision)
     check_alpha(alpha)
-    series = load_series(path) if path else simulate(simulate_count, **simulation)
+    series = load_series(path, system) if path else simulate(simulate_count, system=system, **simulation)
     check_series(series.values_NTV, path or 'the simulation')
     rows = split_rows(len(series), split_seed)
     factors = scale_factors(series.values_NTV, scaling, alpha, context, rows['train'])

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['notebooks', 'error_columns', 'seconds_per_hour', 'published_horizon', 'study_results', 'StudyRows', 'study_rows',
-           'study_text', 'by_error', 'judged_by', 'search_table', 'context_table', 'final_table', 'evaluation_table',
-           'budget_table', 'operations_by_part', 'write_csv', 'rivals_of', 'summary_verdict', 'summary_metrics']
+           'study_text', 'by_error', 'judged_by', 'search_table', 'context_table', 'final_table', 'rivals_of',
+           'evaluation_table', 'budget_table', 'operations_by_part', 'write_csv', 'summary_verdict', 'summary_metrics']
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #febba816
 import csv
@@ -17,7 +17,8 @@ from ...core import LabError, write_atomic
 from ...runs.results import done_folders, read_result
 from ...runs.rivals import Measure, in_bullets, kept_scores, paired_scores, rank, told
 from ...runs.tables import column, table
-from .comparison import compared
+from .baselines import ceiling, informed, uninformed
+from .comparison import ceiling_words, compared, metric_name, without_equations
 from .published import published, published_search
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #d553c94d
@@ -184,6 +185,25 @@ def final_table(final:list,  # final runs
                'on one A100')
     return table([*ours, _published_final()], _final_columns, caption)
 
+# %% ../../../nbs/studies/forecasting/13_summary.ipynb #310e3261
+_judged_errors = dict(mae='mean MAE', mae_median='median MAE', error_at_10='median error 10 steps ahead')  # in words
+_forecast_names = {metric_name(name): name for name in (*uninformed, *informed)}  # what metrics begin with -> name
+
+
+def _own_name(row):
+    "The name of the model that an evaluation judged."
+    return 'untrained' if row.get('untrained_mae_median') is None else 'fine-tuned'
+
+
+def rivals_of(row:dict,   # metrics of an evaluation
+              error:str,  # mae, mae_median or error_at_10
+)->dict:                  # name -> error; that of the judged model first
+    "The error of the judged model and of every other forecast that the evaluation measured, in scaled units."
+    beginnings = [key.removesuffix(f'_{error}') for key in row if key.endswith(f'_{error}')]
+    others = {_forecast_names.get(each, each.replace('_', ' ')): row[f'{each}_{error}']
+              for each in beginnings if each != 'original'}
+    return {_own_name(row): row.get(error)} | others
+
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #9bd5f5a2
 published_horizon = 50  # steps of the published test errors
 _test_columns = (
@@ -198,10 +218,16 @@ _test_columns = (
 
 
 def _rival_columns(tests):
-    "A column for each rival whose error ten steps ahead any evaluation knows."
-    ending = '_error_at_10'
-    keys = dict.fromkeys(key for row in tests for key in row if key.endswith(ending))
-    return [column(key, key.removesuffix(ending).replace('_', ' '), 'the same') for key in keys]
+    "Columns for every rival that any evaluation knows: its mean and median error over all steps."
+    kinds = dict(mae='MAE, mean', mae_median='MAE, median')
+    known = dict.fromkeys((name, error) for row in tests for error in kinds for name in list(rivals_of(row, error))[1:])
+    return [column(f'{name} {error}', name, kinds[error]) for name, error in known]
+
+
+def _rival_errors(row):
+    "The errors of the rivals of an evaluation, by column."
+    return {f'{name} {error}': value
+            for error in ('mae', 'mae_median') for name, value in rivals_of(row, error).items()}
 
 
 def _published_test(row):
@@ -214,7 +240,7 @@ def evaluation_table(tests:list,  # runs of forecast_eval
     "Errors on the test split, with the published ones below."
     if not tests:
         return print('no evaluations')
-    ours = [dict(row, n=row['asked'], forecast_steps=row['horizon']) for row in tests]
+    ours = [dict(row, **_rival_errors(row), n=row['asked'], forecast_steps=row['horizon']) for row in tests]
     return table([*ours, *map(_published_test, published['test'])], [*_test_columns, *_rival_columns(tests)])
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #310665ba
@@ -265,23 +291,6 @@ def write_csv(path,       # where the table shall stand
     writer.writeheader()
     writer.writerows(map(_known_values, rows))
     write_atomic(path, text.getvalue())
-
-# %% ../../../nbs/studies/forecasting/13_summary.ipynb #310e3261
-_judged_errors = dict(mae_median='median MAE', error_at_10='median error 10 steps ahead')  # metric -> in words
-
-
-def _own_name(row):
-    "The name of the model that an evaluation judged."
-    return 'untrained' if row.get('untrained_mae_median') is None else 'fine-tuned'
-
-
-def rivals_of(row:dict,   # metrics of an evaluation
-              error:str,  # mae_median or error_at_10
-)->dict:                  # name -> error; that of the judged model first
-    "The error of the judged model and of every rival that the evaluation measured."
-    others = {key.removesuffix(f'_{error}').replace('_', ' '): value for key, value in row.items()
-              if key.endswith(f'_{error}')}
-    return {_own_name(row): row.get(error)} | others
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #66a6ff6b
 def _rank_trained(rows, study, label):
@@ -338,9 +347,10 @@ def _test_words(row, study):
     folder = study.folders.get(f"forecast_eval/{row['run']}", '')
     words = []
     for error, name in _judged_errors.items():
-        scores = kept_scores(folder, error).get('scores') or rivals_of(row, error)
+        scores = without_equations(kept_scores(folder, error).get('scores') or rivals_of(row, error))
         if scores.get(own) is not None:
-            words.append(told(rank(scores, Measure(name, items='trajectories'), median=True), own))
+            words.append(told(rank(scores, Measure(name, items='trajectories'), median=error != 'mae'), own))
+    words.append(ceiling_words(*(rivals_of(row, error).get(ceiling) for error in ('mae', 'mae_median'))))
 
     untrained = row.get('untrained_mae_median')
     if untrained and row.get('mae_median'):
@@ -359,11 +369,10 @@ def summary_verdict(study:StudyRows,  # from `study_rows`
     lines = (tested, _trained_words(study), cost)
     return in_bullets(*lines) if study.tests or study.trained else 'No runs, nothing to conclude.'
 
-
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #2aa259ed
 def _run_errors(row):
     "The errors of an evaluation, and those of all its rivals, under the name of its run."
-    errors = [key for key in row if key == 'mae' or key.endswith(tuple(_judged_errors))]
+    errors = [key for key in row if key.endswith(tuple(_judged_errors))]
     return {f"{row['run']}_{error}": row[error] for error in errors}
 
 
