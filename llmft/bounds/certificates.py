@@ -13,25 +13,16 @@ from pathlib import Path
 
 import torch
 
-from .betting import all_forms, certified, freedman_bound
-from .bounds import lowest_loss, shared_delta, smoothing_width, token_bound
 from ..core import LabError, check_regular, find_path, jsonable, read_json, sha256_of, short_hash, write_atomic
 from ..data.token_files import read_token_file
 from ..models.adapters import weights_hash
 from ..models.load import load_model, placed
 from ..models.low_rank import add_low_rank, frozen_gpt2
 from ..models.subspace import SubspaceConfig, attach, describe
+from .betting import all_forms, certified, freedman_bound
+from .bounds import lowest_loss, shared_delta, smoothing_width, token_bound
 from .coding import charged_bits, decode_message
-from llmft.bounds.descriptions import (
-    check_form,
-    check_spec,
-    description_bits,
-    read_strictly,
-    real,
-    record,
-    text,
-    whole,
-)
+from .descriptions import check_form, check_spec, description_bits, read_strictly, real, record, text, whole
 from .scoring import draw_sample, in_drawn_order, score_documents, score_tokens
 
 # %% ../../nbs/bounds/06_certificates.ipynb #b44b705b
