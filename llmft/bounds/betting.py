@@ -19,7 +19,7 @@ _most_staked = .99  # of the capital, on one value
 
 
 def _losers(f, means, floor, stakes, nats):
-    "Whether a game against the conditional means `means` was won: the capital passed exp(nats), or the means cannot be."
+    "Whether a game against the conditional means was won: the capital passed exp(nats), or the means cannot be."
     room = means - floor
     staked = np.minimum(stakes, _most_staked / np.maximum(room, 1e-9))
     gains = np.maximum(staked * (f - means), -_most_staked)
@@ -192,12 +192,14 @@ def all_forms(losses,         # of the sampled documents in the order they were 
     "The bound in every form."
     risk = float(np.mean(losses))
     m = len(losses)
+
     if m == n:
         old = dict(hoeffding=full_bound(risk, bits, n, width, delta),
                    kl=full_bound(risk, bits, n, width, delta, True, lowest))
     else:
         old = dict(hoeffding=subsampling_bound(risk, bits, n, m, width, delta, choices),
                    kl=kl_bound(risk, bits, n, m, width, delta, choices, lowest))
+
     rest = dict(delta=delta, choices=choices, lowest=lowest)
     return old | dict(bernstein=float(bernstein_bound(losses, bits, n, width, **rest)),
                       betting=float(betting_bound(losses, bits, n, width, **rest)))

@@ -224,8 +224,8 @@ def write_certificate(path,           # where the file shall stand
                       settings:dict,  # samples, token_samples, configurations, delta and block, as given to `prove`
 )->Path:                              # `path`
     "Write a certificate."
-    header = dict(spec=check_spec(spec), model=model_facts(model, subspace), data=_data_facts(folder), settings=settings,
-                  claims=_rounded_up(claims))
+    header = dict(spec=check_spec(spec), model=model_facts(model, subspace), data=_data_facts(folder),
+                  settings=settings, claims=_rounded_up(claims))
     return write_atomic(path, _file_content(header, message))
 
 # %% ../../nbs/bounds/06_certificates.ipynb #39263c28
@@ -233,7 +233,8 @@ _hash = text(64, r'^[0-9a-f]{8,64}\Z')
 _count = whole(1, 2**50)
 _bound = real(-1e6, 1e6)
 _claim_fields = dict(bound=_bound, risk=_bound, alpha=real(0, 1), width=real(0, 1e6), bits=real(0, 1e12), n=_count,
-                     m=_count, delta=real(0, 1), forms=dict(type='object', additionalProperties=_bound, maxProperties=9))
+                     m=_count, delta=real(0, 1),
+                     forms=dict(type='object', additionalProperties=_bound, maxProperties=9))
 _form_of_claim = dict(record(**_claim_fields), required=sorted(set(_claim_fields) - {'alpha'}))
 
 _form = record(
@@ -287,8 +288,9 @@ def _header_and_message(path, body):
 
 def _check_agreement(path, header):
     "A `LabError` when the parts of a description contradict each other."
-    spec, settings, data = header['spec'], header['settings'], header['data']
-    base = spec['base']
+    settings = header['settings']
+    data = header['data']
+    base = header['spec']['base']
     if base['model'] == 'random' and (base['block'] != settings['block'] or base['vocabulary'] < data['vocabulary']):
         raise LabError(f'{path} contradicts itself: its base has {base["block"]} positions and {base["vocabulary"]} '
                        f'tokens, its settings {settings["block"]} and its data {data["vocabulary"]}')
@@ -414,7 +416,9 @@ def verify(path,       # a certificate
 def condition(header:dict,  # from `read_certificate`
 )->str:                     # one line
     "With which probability the claims of a certificate hold, and provided what."
-    settings, base = header['settings'], header['spec']['base']
+    settings = header['settings']
+    base = header['spec']['base']
+
     promise = f"holds with probability {1 - settings['delta']:.6g}"
     independent = 'the documents are independent draws from one source'
     if base['model'] == 'random':

@@ -58,17 +58,23 @@ def check_form(what:str,     # how errors call the value
     raise LabError(f'{what} is malformed at {place[:80]} ({error.message[:120]}): get it from its author again')
 
 # %% ../../nbs/bounds/05_descriptions.ipynb #e3538e63
-def whole(low: int, high: int) -> dict:
+def whole(low:int,   # the least
+          high:int,  # the largest
+)->dict:
     "The schema of a whole number from `low` to `high`."
     return dict(type='integer', minimum=low, maximum=high)
 
 # %% ../../nbs/bounds/05_descriptions.ipynb #66329ed2
-def real(low: float, high: float) -> dict:
+def real(low:float,   # the least
+         high:float,  # the largest
+)->dict:
     "The schema of a number from `low` to `high`."
     return dict(type='number', minimum=low, maximum=high)
 
 # %% ../../nbs/bounds/05_descriptions.ipynb #c67af134
-def text(longest: int, pattern: str = '') -> dict:
+def text(longest:int,     # characters
+         pattern:str='',  # that it must fit; by default anything without control characters
+)->dict:
     "The schema of text of at most `longest` characters, none of them a control character, that fits `pattern`."
     return dict(type='string', maxLength=longest, pattern=pattern or r'^[^\x00-\x1f\x7f]*\Z')
 
@@ -93,7 +99,9 @@ _subspace = record(dimension=whole(1, 2**20), mode=dict(enum=list(modes)), ratio
 
 def _check_totals(base, lora):
     "A `LabError` for a random base, or factors on it, with more numbers than are built here."
-    layers, width, vocabulary = base['layers'], base['width'], base['vocabulary']
+    layers = base['layers']
+    width = base['width']
+    vocabulary = base['vocabulary']
     numbers = layers * (12 * width**2 + 13 * width) + (vocabulary + base['block']) * width
     factors = layers * len(lora['targets']) * lora['rank'] * (width + max(4 * width, vocabulary))
     if max(numbers, factors) > _most_numbers:

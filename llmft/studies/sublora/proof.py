@@ -127,7 +127,8 @@ def claim_table(claims:dict,  # from `prove`
 def form_table(claims:dict,  # from `prove`
 ):                           # a displayed table
     "Every claim in every form; `claimed` is the one that counts."
-    rows = [dict(claim=name.replace('_', ' '), **claim['forms'], claimed=claim['bound']) for name, claim in claims.items()]
+    rows = [dict(claim=name.replace('_', ' '), **claim['forms'], claimed=claim['bound'])
+            for name, claim in claims.items()]
     forms = list(dict.fromkeys(form for claim in claims.values() for form in claim['forms']))
     columns = [column(form, digits=4) for form in [*forms, 'claimed']]
     return table(rows, [column('claim'), *columns])
@@ -235,8 +236,8 @@ def proof_verdict(proof:Proof,  # of one predictor
     side = 'below' if best['bound'] < proof.guess else 'NOT below'
     bounds = {'the claim': best['bound'], 'random guessing': proof.guess}
     place = place_words(rank(bounds, Measure('bound', 'bits per token', tolerance=0)), 'the claim')
-    answer = (f"On documents of the same source the smoothed loss is at most {best['bound']:.3f} bits per token, {side} "
-              f'random guessing ({proof.guess:.3f}). {place} '
+    answer = (f"On documents of the same source the smoothed loss is at most {best['bound']:.3f} bits per token, "
+              f'{side} random guessing ({proof.guess:.3f}). {place} '
               f'This claim, together with {len(proof.claims) - 1} others, {proof.condition}.')
     made_of = (f"It is {best['risk']:.3f} on m = {best['m']:,} training documents and "
                f"{best['bound'] - best['risk']:.3f} for K = {best['bits']:,.0f} bits and n = {best['n']:,}. "
