@@ -14,13 +14,13 @@ import numpy as np
 
 from llmft.studies.forecasting.series import (
     check_alpha,
-    check_series,
-    load_series,
     round_series,
     scale_factors,
     simulate,
     split_rows,
+    split_windows,
 )
+from .sources import load_series
 
 from ...core import LabError, find_path, read_json, short_hash, write_atomic, write_json
 from ...data.hashes import check_sealed, content_hashes, sealed
@@ -40,7 +40,9 @@ def _texts_file(folder, split):
 def _series_facts(series, rows):
     "Where the series come from, how long they are, and how many are in each split."
     sizes = {split: len(part) for split, part in rows.items()}
-    return series.notes | dict(sizes=sizes, variables=series.values_NTV.shape[2], steps=series.values_NTV.shape[1])
+    signed = bool((series.values_NTV < 0).any())
+    _, steps, variables = series.values_NTV.shape
+    return series.notes | dict(sizes=sizes, variables=variables, steps=steps, signed=signed)
 
 
 def write_series(folder,      # receives train_texts.txt, val_texts.txt, test_texts.txt, factors.npz, metadata.json
@@ -66,22 +68,29 @@ def write_series(folder,      # receives train_texts.txt, val_texts.txt, test_te
     return metadata
 
 # %% ../../../nbs/studies/forecasting/03_prepared.ipynb #3d668209
+def _rows_of_splits(series, context, seed):
+    "Rows of each split: whole series by chance, windows by time."
+    if series.starts_N is None:
+        return split_rows(len(series), seed)
+    return split_windows(series.starts_N, series.lengths_N, series.values_NTV.shape[1], context)
+
+
 def prepare_series(folder,               # receives texts, factors and metadata
-                   path:str='',          # HDF5 file; '' simulates
+                   path='',              # what `load_series` takes; '' simulates
                    simulate_count:int=1000,  # trajectories to simulate
                    precision:int=2,      # decimals
                    alpha:float=10.,      # what the 99th percentile becomes
                    scaling:str='context',# context | per_trajectory | global
                    context:int=50,       # given steps, for scaling `context`
                    split_seed:int=42,    # of the permutation
-                   **simulation,         # of `simulate`
+                   **origin,             # of `simulate`, or of `load_series`
 ):                                       # (Series, rows of each split, factors, metadata)
     "From a file or a simulation to what a study reads; a `LabError` for anything that can not be used."
     check_precision(precision)
     check_alpha(alpha)
-    series = load_series(path) if path else simulate(simulate_count, **simulation)
-    check_series(series.values_NTV, path or 'the simulation')
-    rows = split_rows(len(series), split_seed)
+    simulated = isinstance(path, str) and not path
+    series = simulate(simulate_count, **origin) if simulated else load_series(path, **origin)
+    rows = _rows_of_splits(series, context, split_seed)
     factors = scale_factors(series.values_NTV, scaling, alpha, context, rows['train'])
 
     metadata = write_series(folder, series, rows, factors, precision=precision, alpha=alpha, scaling=scaling,
@@ -120,7 +129,7 @@ def _read_metadata(folder):
 
 def _numbers_of(texts, metadata, folder, split):
     "The numbers in the texts of a split; a `LabError` names the first line that can not be read."
-    decoded = decode(texts, metadata['steps'], metadata['variables'], metadata['precision'])
+    decoded = decode(texts, *(metadata[name] for name in ('steps', 'variables', 'precision', 'signed')))
     if decoded.malformed_N.any():
         line = int(np.argmax(decoded.malformed_N > 0)) + 1
         raise LabError(f'{folder}: line {line} of the {split} texts can not be read: prepare the data again')
@@ -201,8 +210,7 @@ def series_documents(folder,     # of a forecast_data run
 )->Examples:                     # one per trajectory
     "The trajectories of a split as tokens, from the token files where these were made of its texts."
     folder = find_path(folder)
-    _read_metadata(folder)
-    serialisation = probe(tokenizer, precision)
+    serialisation = probe(tokenizer, precision, _read_metadata(folder)['signed'])
     texts = [serialisation.write(text) for text in _read_texts(folder, split)]
 
     token_folder = folder / 'tokens' / split

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['chunk_trajectories', 'nearest_start', 'scalings', 'simulate', 'check_alpha', 'scale_factors', 'round_series',
-           'unscale', 'split_rows']
+           'unscale', 'split_rows', 'split_windows']
 
 # %% ../../../nbs/studies/forecasting/01_series.ipynb #d6add714
 import math
@@ -86,20 +86,19 @@ def _check_scaling(scaling, alpha, context, train_rows, steps):
 
 def _shared_tops(values_NTV, train_rows):
     "The 99th percentile of each variable over the training split, (1, V)."
-    train_MV = values_NTV[train_rows].astype(np.float64).reshape(-1, values_NTV.shape[2])
+    train_MV = np.abs(values_NTV[train_rows].astype(np.float64)).reshape(-1, values_NTV.shape[2])
     return np.percentile(train_MV, 99, axis=0)[None]
 
 
 def _own_tops(values_NTV):
     "The 99th percentile of each trajectory and variable, (N, V)."
-    return np.percentile(values_NTV.astype(np.float64), 99, axis=1)
+    return np.percentile(np.abs(values_NTV.astype(np.float64)), 99, axis=1)
 
 
-def _check_tops(tops):
-    "A `LabError` for a trajectory without a scale."
-    if not (tops > 0).all():
-        first = int(np.argwhere(~(tops > 0))[0][0])
-        raise LabError(f'trajectory {first}: the 99th percentile is 0, so it has no scale: leave it out')
+def _in_range(factors):
+    "Factors as float32; 1 for a percentile of 0, and none that float32 can not hold."
+    usable = np.isfinite(factors) & (factors > np.finfo(np.float32).tiny) & (factors < np.finfo(np.float32).max)
+    return np.where(usable, factors, 1).astype(np.float32)
 
 
 def scale_factors(values_NTV,         # trajectories, float32
@@ -108,7 +107,7 @@ def scale_factors(values_NTV,         # trajectories, float32
                   context=50,         # given steps, for `context`
                   train_rows=None,    # rows of the training split, for `global`
 )->np.ndarray:                        # float32, (N, V)
-    "The factor of each trajectory and variable; a `LabError` for one whose percentile is 0."
+    "The factor of each trajectory and variable, 1 where the percentile is 0; a `LabError` for unknown scaling."
     count, steps, variables = values_NTV.shape
     _check_scaling(scaling, alpha, context, train_rows, steps)
 
@@ -116,8 +115,9 @@ def scale_factors(values_NTV,         # trajectories, float32
         tops = _shared_tops(values_NTV, train_rows)
     else:
         tops = _own_tops(values_NTV[:, :context] if scaling == 'context' else values_NTV)
-    _check_tops(tops)
-    return np.broadcast_to((alpha / tops).astype(np.float32), (count, variables)).copy()
+    with np.errstate(divide='ignore'):
+        factors = _in_range(alpha / tops)
+    return np.broadcast_to(factors, (count, variables)).copy()
 
 # %% ../../../nbs/studies/forecasting/01_series.ipynb #031d89f1
 def round_series(values_NTV,  # trajectories, float32
@@ -151,4 +151,28 @@ def split_rows(count:int,          # trajectories
     for split, part in rows.items():
         if not len(part):
             raise LabError(f'{count} trajectories leave the {split} split empty: give more of them')
+    return rows
+
+# %% ../../../nbs/studies/forecasting/01_series.ipynb #5b685304
+def split_windows(starts_N,   # first step of each window in its series
+                  lengths_N,  # steps of the series of each window
+                  window:int, # steps of a window
+                  given:int,  # of them, steps given; the rest is forecast
+                  shares=(.7, .15),  # of training and validation; the rest is the test split
+)->dict:                      # train, valid, test: row numbers in order
+    "The windows of each split by time; a `LabError` when one would be empty, or nothing is left to forecast."
+    if not 0 < given < window:
+        raise LabError(f'a window has {window} steps and {given} are given: give 1 to {window - 1}, or raise window')
+    train_end_N = np.round(lengths_N * shares[0])
+    valid_end_N = np.round(lengths_N * (shares[0] + shares[1]))
+    asked_N = starts_N + given
+    ends_N = starts_N + window
+
+    chosen = dict(train=ends_N <= train_end_N, valid=(asked_N >= train_end_N) & (ends_N <= valid_end_N),
+                  test=asked_N >= valid_end_N)
+    rows = {split: np.flatnonzero(chosen_N) for split, chosen_N in chosen.items()}
+    for split, part in rows.items():
+        if not len(part):
+            raise LabError(f'{len(starts_N)} windows of {window} steps leave the {split} split empty: '
+                           'lower window or stride')
     return rows
