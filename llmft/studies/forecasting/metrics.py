@@ -15,6 +15,7 @@ import numpy as np
 
 from ...core import LabError
 from ...data.dynamics import solve_logs
+from .sources import predator_prey_names
 
 # %% ../../../nbs/studies/forecasting/04_metrics.ipynb #11b600d2
 def point_forecast(samples_NSHV, # decoded samples; NaN where malformed
@@ -178,6 +179,8 @@ def _fit_lags(past_TV, order, ridge):
 def _run_forward(given_TV, order, ridge, horizon):
     "A vector autoregression with a ridge penalty on its lags, fitted to the given steps and run on; (horizon, V)."
     centre = given_TV.mean(0)
+    lowest = np.minimum(2 * given_TV.min(0), 0)
+    highest = np.maximum(2 * given_TV.max(0), 0)
     length = len(given_TV)
     past = given_TV - centre
     coefficients = _fit_lags(past, order, ridge)
@@ -185,7 +188,7 @@ def _run_forward(given_TV, order, ridge, horizon):
     history = list(past)
     for _ in range(horizon):
         following = np.concatenate(history[:-order - 1:-1]) @ coefficients
-        history.append(np.clip(following, -centre, 2 * given_TV.max(0) - centre))
+        history.append(np.clip(following, lowest - centre, highest - centre))
     return np.array(history[length:]) + centre
 
 
@@ -310,12 +313,13 @@ def refit_predator_prey(given_NTV,     # given steps, scaled or not
 def baselines(given_NTV, # given steps, as they stand in the prompts
               horizon,   # steps to forecast
               step_time, # time between two steps
+              names=predator_prey_names,  # of the variables
 )->dict:                 # name -> point forecast (N, H, V)
-    "All forecasts that need no language model; the refitted equations only for two variables."
+    "All forecasts that need no language model; the refitted equations only for what they describe."
     forecasts = {'last value': last_value(given_NTV, horizon),
                  'seasonal': seasonal(given_NTV, horizon),
                  'linear autoregression': linear_autoregression(given_NTV, horizon)}
-    if np.shape(given_NTV)[2] == 2:
+    if list(names) == predator_prey_names:
         forecasts['equations refitted'] = refit_predator_prey(given_NTV, horizon, step_time)
     return forecasts
 
