@@ -34,7 +34,8 @@ def check_series(values_NTV, # trajectories
                  where:str,  # what to call their source in an error
 )->np.ndarray:               # float32
     "The trajectories as float32; a `LabError` names the first that is not finite."
-    values_NTV = np.asarray(values_NTV, dtype=np.float32)
+    with np.errstate(over='ignore'):
+        values_NTV = np.asarray(values_NTV, dtype=np.float32)
     if values_NTV.ndim != 3 or 0 in values_NTV.shape:
         raise LabError(f'{where}: trajectories have the shape {values_NTV.shape}: '
                        '(trajectories, steps, variables) is needed, none of them 0')
@@ -91,8 +92,8 @@ def _is_missing(cells):
 
 def _check_real(cells, name, where):
     "A `LabError` for a column of complex numbers."
-    first = cells.dropna().head(1)
-    if np.iscomplexobj(first.to_numpy()) or first.map(lambda cell: isinstance(cell, complex)).any():
+    objects = cells[cells.map(lambda cell: isinstance(cell, complex))] if cells.dtype == object else cells[:0]
+    if cells.dtype.kind == 'c' or len(objects):
         raise LabError(f"{where}: the column '{name}' holds complex numbers: split it into two columns")
 
 
