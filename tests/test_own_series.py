@@ -1,6 +1,7 @@
 """Series of one's own: every form of table, what is refused, windows by time, signs, and scores of another library."""
 
 import json
+import re
 from pathlib import Path
 
 import h5py
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmft.cli import call
 from llmft.core import LabError
 from llmft.data.tokens import load_tokenizer
 from llmft.models.load import load_model
@@ -24,6 +26,7 @@ from llmft.studies.forecasting.series import round_series, scale_factors, split_
 from llmft.studies.forecasting.sources import load_series
 
 root = Path(__file__).parent.parent
+stages = ('forecast_data', 'forecast_train', 'forecast_eval')
 
 # ---- forms
 
@@ -46,7 +49,8 @@ def written(frame, folder, ending):
 
 @pytest.mark.parametrize('ending', ['csv', 'tsv', 'parquet'])
 def test_every_form_gives_the_same_series(tmp_path, ending):
-    for source in (long, written(long, tmp_path, ending), written(long.sample(6, random_state=1).sort_values('ds'), tmp_path, ending)):
+    mixed = long.sample(6, random_state=1).sort_values('ds')
+    for source in (long, mixed, written(long, tmp_path, ending), written(mixed, tmp_path, 'csv')):
         series = load_series(source)
         order = [0, 1] if series.values_NTV[0, 0, 0] == 1 else [1, 0]
         assert (series.values_NTV[order] == expected).all()
@@ -176,9 +180,9 @@ def test_missing_values_follow_the_rule(rule, kept):
 def test_previous_never_looks_ahead():
     values = np.arange(12.0)
     values[[3, 4, 9]] = np.nan
-    first = load_series(pd.DataFrame(dict(time=range(12), y=values)), missing='previous').values_NTV
     other = np.where(np.arange(12) > 6, values * 5, values)
-    assert (load_series(pd.DataFrame(dict(time=range(12), y=other)), missing='previous').values_NTV[0, :7] == first[0, :7]).all()
+    filled = [load_series(pd.DataFrame(dict(time=range(12), y=y)), missing='previous') for y in (values, other)]
+    assert (filled[0].values_NTV[0, :7] == filled[1].values_NTV[0, :7]).all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -200,7 +204,8 @@ def test_resampling_lies_on_the_lines_between_rows(steps, seed):
 @given(st.integers(40, 200), st.integers(4, 20), st.integers(1, 9), st.integers(1, 19))
 def test_no_step_to_forecast_was_trained_on(length, window, stride, known):
     known = min(known, window - 1)
-    frame = pd.DataFrame(dict(id=np.repeat(['a', 'b'], length), time=list(range(length)) * 2, y=np.arange(2.0 * length)))
+    times = list(range(length)) * 2
+    frame = pd.DataFrame(dict(id=np.repeat(['a', 'b'], length), time=times, y=np.arange(2.0 * length)))
     series = load_series(frame, window=window, stride=stride)
     try:
         rows = split_windows(series.starts_N, series.lengths_N, window, known)
@@ -311,7 +316,8 @@ def test_a_table_is_evaluated_like_the_study(tmp_path, variables):
     assert part.metadata['signed'] and part.metadata['names'] == names
     model, tokenizer = load_model('base'), load_tokenizer('base')
     made, scores = evaluate_forecasts(model, tokenizer, part, 8, 4, 2, samples=2)
-    assert made.success_rate == 1 and np.isfinite(scores['nll_per_value']) and {f'mae_{name}' for name in names} <= set(scores)
+    assert made.success_rate == 1 and np.isfinite(scores['nll_per_value'])
+    assert {f'mae_{name}' for name in names} <= set(scores)
 
     comparison = compare_forecasts(part, {'untrained': made}, {'untrained': scores}, 8, 4)
     assert comparison.names == names and 'equations refitted' not in comparison.points
@@ -326,3 +332,32 @@ def test_a_table_is_evaluated_like_the_study(tmp_path, variables):
         figures.boxes_figure(comparison.gaps(), names=names),
     ]
     assert len(drawn) == 5
+
+
+# ---- the guide
+
+
+def test_the_guide_leads_from_its_table_to_a_verdict(tmp_path, monkeypatch, capsys):
+    "The example table and the parameter file of the guide, cut to two steps."
+    guide = (root / 'nbs/guides/own-series.qmd').read_text()
+    (block,) = re.findall(r'```python\n(.*?)```', guide, flags=re.DOTALL)
+    assert 'llmft run params/sweeps/own_series.yaml --small' in guide
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, 'guide', 'exec'), {})
+
+    sweep = (root / 'params/sweeps/own_series.yaml').read_text()
+    assert 'data: my_series.csv' in sweep
+    (tmp_path / 'own.yaml').write_text(
+        sweep.replace('outputs/', f'{tmp_path}/outputs/').replace('my_series.csv', f'{tmp_path}/my_series.csv')
+    )
+    monkeypatch.chdir(root)
+    cut = ('max_steps=2', 'eval_every=2', 'valid_trajectories=1', 'valid_horizon=2', 'valid_samples=1')
+    cut += ('num_samples=2', 'samples=2', 'horizon=2', f'outputs={tmp_path}/outputs')
+    arguments = ['run', str(tmp_path / 'own.yaml'), '--small', *[word for value in cut for word in ('-p', value)]]
+    assert call(arguments) == 0, capsys.readouterr()
+
+    done = {name: json.loads((tmp_path / f'outputs/{name}/own-series/run.json').read_text()) for name in stages}
+    assert [record['run']['status'] for record in done.values()] == ['done'] * 3
+    series = done['forecast_eval']['meta']['series']
+    assert series['names'] == ['load', 'temperature'] and series['missing_values'] == 1 and series['signed']
+    assert series['frequency'] == 'D'
