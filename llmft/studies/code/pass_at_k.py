@@ -22,7 +22,7 @@ import torch
 from ...core import LabError
 from ...inference.generation import end_tokens, generate, written_text
 from ...training.checkpoints import load_checkpoint
-from .sandbox import run_program, same_output
+from .sandbox import run_program, run_tests, same_output
 from .tasks import Task, prompt_rows
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #9c8e7ada
@@ -215,7 +215,7 @@ def program_of(task:Task,    # its `setup`, `lead`
     parts = (future, task.setup, task.lead, _completed(task, _future.sub('', code)))
     return '\n'.join(part.rstrip('\n') for part in parts if part) + '\n'
 
-# %% ../../../nbs/studies/code/03_pass_at_k.ipynb #534eae4c
+# %% ../../../nbs/studies/code/03_pass_at_k.ipynb #253b9ddd
 @dataclass
 class Attempt:
     "One answer to one problem and what became of it."
@@ -226,36 +226,31 @@ class Attempt:
     reason: str     # one line
     seconds: float  # spent on its programs
     cut_off: bool = False  # whether the limit on its tokens ended the answer
+    together: bool = False  # whether its tests ran in its own process, where it could have cheated
 
     @property
     def passed(self):
         return self.status == 'passed'
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #6623a93c
-def _run_tests(program, tests, seconds, memory_mb):
-    "(status, reason, seconds) of a program and the statements that test it, in one process."
-    outcome = run_program('\n'.join([program, *tests]) + '\n', seconds=seconds, memory_mb=memory_mb, may_exit=False)
-    status = 'wrong' if outcome.reason.startswith('AssertionError') else outcome.status
-    return status, outcome.reason, outcome.seconds
-
-
 def _run_cases(program, cases, seconds, memory_mb):
-    "(status, reason, seconds) of a program that reads and prints, run once for each case until one fails."
+    "(status, reason, seconds, False) of a program that reads and prints, run once for each case until one fails."
     spent = 0.
     for number, (stdin, expected) in enumerate(cases):
         outcome = run_program(program, stdin, seconds, memory_mb)
         spent += outcome.seconds
         if outcome.status != 'passed':
-            return outcome.status, outcome.reason, spent
+            return outcome.status, outcome.reason, spent, False
         if not same_output(outcome.stdout, expected):
-            return 'wrong', f'case {number} printed {outcome.stdout[:40]!r}, expected {expected[:40]!r}', spent
-    return 'passed', '', spent
+            return 'wrong', f'case {number} printed {outcome.stdout[:40]!r}, expected {expected[:40]!r}', spent, False
+    return 'passed', '', spent, False
 
 
 def _run_checks(program, task, seconds, memory_mb):
-    "(status, reason, seconds) of a program under the tests, or else the cases, of its task."
+    "(status, reason, seconds, together) of a program under the tests, or else the cases, of its task."
     if task.tests:
-        return _run_tests(program, task.tests, seconds, memory_mb)
+        outcome = run_tests(program, task.tests, task.setup, task.lead, seconds, memory_mb)
+        return outcome.status, outcome.reason, outcome.seconds, outcome.together
     return _run_cases(program, task.cases, seconds, memory_mb)
 
 
@@ -268,8 +263,8 @@ def check_answer(task:Task,          # with tests or cases
     "Run the tests of `task` on an answer; a `LabError` when it has none."
     if not task.tests and not task.cases:
         raise LabError(f'{task.name} has neither tests nor cases: nothing can be checked; leave it out')
-    status, reason, spent = _run_checks(program_of(task, answer), task, seconds, memory_mb)
-    return Attempt(task.name, sample, answer, status, reason, spent)
+    status, reason, spent, together = _run_checks(program_of(task, answer), task, seconds, memory_mb)
+    return Attempt(task.name, sample, answer, status, reason, spent, together=together)
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #209468ab
 def _cores():
@@ -308,7 +303,7 @@ def pass_at_k(samples:int,  # answers to a problem
                        'raise samples or lower k')
     return 1. - math.comb(samples - passed, k) / math.comb(samples, k)
 
-# %% ../../../nbs/studies/code/03_pass_at_k.ipynb #ac6b02ed
+# %% ../../../nbs/studies/code/03_pass_at_k.ipynb #34cb9ebf
 def _mean_and_error(values):
     "The mean of values and its standard error, which is None when all are equal."
     count = len(values)
@@ -333,13 +328,14 @@ def _passed_by_problem(attempts):
 
 def score(attempts:list,  # of `Attempt`, equally many for each problem
           ks=(1,),        # which pass@k
-)->dict:                  # pass@k and its error for each k, problems, samples, cut_off (share), statuses (by status)
+)->dict:  # pass@k, its error for each k, problems, samples, cut_off (share), statuses (by status), together (how many)
     "pass@k over problems, and what became of the answers; a `LabError` when problems have unequally many answers."
     passed = _passed_by_problem(attempts)
     samples = len(next(iter(passed.values())))
     statuses = dict(collections.Counter(attempt.status for attempt in attempts))
     cut_off = sum(attempt.cut_off for attempt in attempts) / len(attempts)
-    scored = dict(problems=len(passed), samples=samples, cut_off=cut_off, statuses=statuses)
+    together = sum(attempt.together for attempt in attempts)
+    scored = dict(problems=len(passed), samples=samples, cut_off=cut_off, statuses=statuses, together=together)
     for k in ks:
         values = [pass_at_k(samples, sum(answers), k) for answers in passed.values()]
         scored[f'pass@{k}'], scored[f'pass@{k}_error'] = _mean_and_error(values)

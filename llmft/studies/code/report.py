@@ -106,7 +106,8 @@ def loss_table(before:dict,    # from `measured`, before training
 # %% ../../../nbs/studies/code/06_report.ipynb #af247be8
 def _checkpoint_row(step, valid_loss, attempts, best_step):
     "Validation loss and solved problems of the weights at one step."
-    scored = score(attempts) if attempts else {'pass@1': None, 'pass@1_error': None, 'problems': 0, 'cut_off': None}
+    scored = score(attempts) if attempts else {'pass@1': None, 'pass@1_error': None, 'problems': 0, 'cut_off': None,
+                                               'together': None}
     return dict(step=step, valid_loss=valid_loss, chosen=step == best_step, **scored)
 
 
@@ -146,7 +147,8 @@ def checkpoint_rows(model,             # of the run; it ends with the best weigh
 _checkpoint_columns = [
     column('step'), column('valid_loss', 'validation loss', 'nats/token', best='low', digits=5),
     column('pass@1', 'pass@1', 'share of problems', best='high', n='problems'),
-    column('pass@1_error', 'standard error'), column('cut_off', 'cut off', 'share of answers'), column('chosen')]
+    column('pass@1_error', 'standard error'), column('cut_off', 'cut off', 'share of answers'),
+    column('together', 'tests in its own process', 'answers'), column('chosen')]
 
 
 def checkpoint_table(rows:list,  # from `checkpoint_rows`
@@ -174,7 +176,7 @@ def final_score(attempts:list,  # of `Attempt`, `samples` to each problem
 def _pass_metrics(final, before, samples):
     "Solved problems under the names of the metrics."
     return dict(pass_at_1_before=before, pass_at_1=final.get('pass@1'), pass_at_1_error=final.get('pass@1_error'),
-                samples=samples, answers_cut_off=final.get('cut_off')) | {
+                samples=samples, answers_cut_off=final.get('cut_off'), answers_together=final.get('together')) | {
                     f'pass_at_{k}': final.get(f'pass@{k}') for k in sorted({1, samples})}
 
 # %% ../../../nbs/studies/code/06_report.ipynb #b4cc1fe0

@@ -86,7 +86,7 @@ def _own_split(row, name, fields):
     place = _text(row, 'unique_id', name).partition('/')
     return _row_split(row, name, fields) or (place[0] if place[2] else '') or _file_split(name)
 
-# %% ../../../nbs/studies/code/01_tasks.ipynb #4cca1e51
+# %% ../../../nbs/studies/code/01_tasks.ipynb #6394cb0d
 def _mbpp_split(number):
     "The split of a row of MBPP by its task_id, as in its paper; '' when it has no number."
     if not isinstance(number, int):
@@ -103,10 +103,11 @@ def _mbpp(row, name, fields):
     text = _text(row, 'text', name) or _text(row, 'prompt', name)
     tests = _list(row, 'test_list', name)
     shown = f'{text}\nIt must pass this test:\n{tests[0]}' if tests and text else text
-    setup = _text(row, 'test_setup_code', name) or '\n'.join(_list(row, 'test_imports', name))
+    setup = _text(row, 'test_setup_code', name)  # of the tests: it may need what the program defines
     further = _text(row, 'test', name)
     split = 'test' if further else _mbpp_split(row.get('task_id')) or _own_split(row, name, fields)
-    return Task(name, shown, _text(row, 'code', name), split, setup=setup, tests=[further] if further else tests)
+    return Task(name, shown, _text(row, 'code', name), split, setup='\n'.join(_list(row, 'test_imports', name)),
+                tests=[*filter(None, [setup]), *([further] if further else tests)])
 
 
 def _human_eval(row, name, fields):
