@@ -20,7 +20,7 @@ from llmft.studies.forecasting import figures
 from llmft.studies.forecasting.codec import decode, encode, probe
 from llmft.studies.forecasting.comparison import compare_forecasts, comparison_verdict, error_table, variable_table
 from llmft.studies.forecasting.forecast import Grammar, evaluate_forecasts
-from llmft.studies.forecasting.metrics import linear_autoregression, point_errors, score_forecast
+from llmft.studies.forecasting.metrics import linear_autoregression, score_forecast
 from llmft.studies.forecasting.prepared import prepare_series, read_split
 from llmft.studies.forecasting.series import round_series, scale_factors, split_windows
 from llmft.studies.forecasting.sources import load_series
@@ -75,10 +75,10 @@ def test_dates_that_follow_a_calendar_are_even(tmp_path):
 # ---- what is refused
 
 
-def h5(path, times=np.arange(5.0), values=np.ones((4, 5, 2))):
+def h5(path, times=None, values=None):
     with h5py.File(path, 'w') as file:
-        file['trajectories'] = values
-        file['time'] = times
+        file['trajectories'] = np.ones((4, 5, 2)) if values is None else values
+        file['time'] = np.arange(5.0) if times is None else times
     return str(path)
 
 
@@ -254,7 +254,7 @@ def test_scores_are_those_of_another_library():
     assert abs(ours['rmse'] - losses.rmse(frame.assign(unique_id=0), ['m'])['m'].item()) < 1e-6
     assert covered is None or abs(ours['coverage_80'] - covered.mean()) < 1e-6
     for v, name in enumerate('ab'):
-        part = frame.assign(v=np.tile([0, 1], 63)).query('v == @v')
+        part = frame[np.tile([0, 1], 63) == v]
         assert abs(ours[f'mae_{name}'] - losses.mae(part, ['m'])['m'].mean()) < 1e-6
 
 

@@ -252,8 +252,8 @@ def phase_figure(truth_NTV,      # given and true steps, scaled
 
     for axis, truth_TV, forecast_HV in zip(axes[0], truth_NTV[:, :, :2], forecast_NHV[:, :, :2], strict=False):
         _draw_phases(axis, truth_TV, forecast_HV, given)
-        (left, low), (right, high) = np.minimum(1.3 * truth_TV.min(0), 0), np.maximum(1.3 * truth_TV.max(0), 0.01)
-        axis.set(xlabel=names[0], xlim=(left, right), ylim=(low, high))
+        ends_2V = np.stack([np.minimum(1.3 * truth_TV.min(0), 0), np.maximum(1.3 * truth_TV.max(0), 0.01)])
+        axis.set(xlabel=names[0], xlim=ends_2V[:, 0], ylim=ends_2V[:, 1])
     axes[0, 0].set_ylabel(names[1])
     shared_legend(plot, axes[0, 0])
     return plot

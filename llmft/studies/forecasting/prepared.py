@@ -20,13 +20,13 @@ from llmft.studies.forecasting.series import (
     split_rows,
     split_windows,
 )
-from .sources import load_series
 
 from ...core import LabError, find_path, read_json, short_hash, write_atomic, write_json
 from ...data.hashes import check_sealed, content_hashes, sealed
 from ...data.tokens import Examples, read_tokens, tokenizer_hash
 from ...data.tokens import encode as encode_texts
 from .codec import check_precision, decode, encode, probe
+from .sources import load_series
 
 # %% ../../../nbs/studies/forecasting/03_prepared.ipynb #dbf1c783
 file_names = dict(train='train', valid='val', test='test')

@@ -258,7 +258,8 @@ def _check_window(pieces, window, stride, where):
         raise LabError(f'window is {window} and stride {stride}: give at least 2, and 0 or more')
     longest = max(len(values_TV) for _, values_TV in pieces)
     if longest < window:
-        raise LabError(f'{where}: no series has the {window} steps of a window (the longest has {longest}): lower window')
+        raise LabError(f'{where}: no series has the {window} steps of a window (the longest has {longest}): '
+                       'lower window')
 
 
 def _windows_of(values_TV, window, stride):
@@ -274,7 +275,8 @@ def stack(pieces,     # one (name, values (T, V)) per series
           where:str,  # the table, for errors
 )->tuple:             # (values_NTV, starts_N, lengths_N); the last two are None for whole series
     "Series or their windows as one array; a `LabError` for other lengths. Those with a missing value are left out."
-    starts_N, lengths_N = None, None
+    starts_N = None
+    lengths_N = None
     if window:
         _check_window(pieces, window, stride, where)
         parts = [_windows_of(values_TV, window, stride or window) for _, values_TV in pieces]
@@ -328,7 +330,8 @@ def _arrays(file, path):
             raise LabError(f"{path} has no '{name}'{nearest(name, file)}, only {', '.join(file) or 'nothing'}: "
                            'it needs `trajectories` and `time`')
         _check_array(file, name, path)
-    values, times = file['trajectories'], file['time']
+    values = file['trajectories']
+    times = file['time']
     if values.ndim != 3 or 0 in values.shape or times.shape != values.shape[1:2]:
         raise LabError(f'{path}: trajectories {values.shape} and time {times.shape} do not belong together: '
                        '(N, T, V) and (T,) are needed')
@@ -404,7 +407,8 @@ def _hdf5_names(count, value_fields):
     "Names of the variables of an HDF5 file, which has none of its own."
     given = [name.strip() for name in value_fields.split(',')] if value_fields else []
     if given and len(given) != count:
-        raise LabError(f"value_fields names {len(given)} variables ({', '.join(given)}) and the file has {count}: name all")
+        raise LabError(f"value_fields names {len(given)} variables ({', '.join(given)}) and the file has {count}: "
+                       'name all')
     usual = predator_prey_names if count == 2 else [f'variable_{number}' for number in range(1, count + 1)]
     return given or usual
 
