@@ -153,7 +153,7 @@ def forecast_comparison(best):
     known = dict(mae_median=1.0, mae=1.0, mse=1.0, success_rate=1.0, trajectories=items)
     rows = {name: known for name in names}
     return forecasts.Comparison(
-        None, truth_NTV, truth_NTV[:, 50:], points, names[2:], rows, {}, {}, dict.fromkeys(names, 1.0)
+        None, truth_NTV, truth_NTV[:, 50:], points, names[2:], rows, {}, {}, dict.fromkeys(names, 1.0), ['a', 'b']
     )
 
 
@@ -275,8 +275,9 @@ def bench_bounds(best):
 
 
 def bench_forecast(best):
-    together, alone = (1 + far[best == name] for name in rivals['bench_forecast'])
+    together, batched, alone = (1 + far[best == name] for name in rivals['bench_forecast'])
     facts = dict(trajectories=9, one_by_one=3, codec_trajectories=100, all_seconds=dict(encode=1, decode=1))
+    facts |= dict(batched=batched, faster_than_batched=batched / together, same=3, plain=['1.00'] * 3)
     return verdict_of_cell('bench_forecast', together=together, alone=alone, faster=alone / together, **facts)
 
 
@@ -300,7 +301,7 @@ rivals = dict(  # experiment -> names of all that its verdict must be able to na
     bench_instruct=['ours', 'trl_packed', 'hf_padded_full'],
     bench_inference=['ours', 'transformers'],
     bench_bounds=['kronecker', 'fastfood', 'sparse'],
-    bench_forecast=['together, with grammar', 'one by one, transformers'],
+    bench_forecast=['together, with grammar', 'batched, transformers', 'one by one, transformers'],
 )
 verdicts = {
     'inference': one_inference,

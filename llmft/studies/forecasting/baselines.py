@@ -70,6 +70,8 @@ def _fit_lags(past_TV, order, ridge):
 def _run_forward(given_TV, order, ridge, horizon):
     "A vector autoregression with a ridge penalty on its lags, fitted to the given steps and run on; (horizon, V)."
     centre = given_TV.mean(0)
+    lowest = np.minimum(2 * given_TV.min(0), 0)
+    highest = np.maximum(2 * given_TV.max(0), 0)
     length = len(given_TV)
     past = given_TV - centre
     coefficients = _fit_lags(past, order, ridge)
@@ -77,7 +79,7 @@ def _run_forward(given_TV, order, ridge, horizon):
     history = list(past)
     for _ in range(horizon):
         following = np.concatenate(history[:-order - 1:-1]) @ coefficients
-        history.append(np.clip(following, -centre, 2 * given_TV.max(0) - centre))
+        history.append(np.clip(following, lowest - centre, highest - centre))
     return np.array(history[length:]) + centre
 
 

@@ -50,8 +50,11 @@ def _separators(steps, variables):
 
 
 def _encode_one_by_one(rounded_NTV, precision):
-    "Texts by Python's own formatting."
-    return [';'.join(','.join(f'{value:.{precision}f}' for value in step) for step in row) for row in rounded_NTV]
+    "Texts by Python's own formatting; a 0 has no sign."
+    nothing = f'{-0.0:.{precision}f}'
+    written = [[[f'{value:.{precision}f}' for value in step] for step in row] for row in rounded_NTV]
+    return [';'.join(','.join(nothing[1:] if text == nothing else text for text in step) for step in row)
+            for row in written]
 
 
 def _are_exact(rounded_NTV, precision):
@@ -118,14 +121,16 @@ def _digits_and_points(buffer, starts, ends):
     return whole, point_place, good
 
 
-def _read_fields(buffer, starts, ends, precision):
+def _read_fields(buffer, starts, ends, precision, signed):
     "Values of the fields of a byte buffer; NaN where a field is no plain number."
+    negative = signed & (buffer[starts] == ord('-'))
+    starts = starts + negative
     whole, point_place, good = _digits_and_points(buffer, starts, ends)
     has_point = point_place >= 0
     decimals = np.maximum(point_place, 0)
     good &= ends - starts - decimals - has_point >= 1
     good &= (decimals >= 1) == has_point if precision is None else decimals == precision
-    return np.where(good, whole / 10.0**decimals, np.nan)
+    return np.where(good, np.where(negative, -1, 1) * whole / 10.0**decimals, np.nan)
 
 
 def _starts_of(ends):
@@ -133,7 +138,7 @@ def _starts_of(ends):
     return np.concatenate([[0], ends[:-1] + 1])
 
 
-def _decode_regular(texts, steps, variables, precision):
+def _decode_regular(texts, steps, variables, precision, signed):
     "Values of texts that all have exactly `steps` steps of `variables` fields; `None` when one has not."
     joined = '\n'.join(texts) + '\n'
     if not joined.isascii():
@@ -143,7 +148,7 @@ def _decode_regular(texts, steps, variables, precision):
     pattern = _separators(steps, variables)
     if len(ends) != len(texts) * len(pattern) or (buffer[ends].reshape(len(texts), -1) != pattern).any():
         return None
-    return _read_fields(buffer, _starts_of(ends), ends, precision).reshape(len(texts), steps, variables)
+    return _read_fields(buffer, _starts_of(ends), ends, precision, signed).reshape(len(texts), steps, variables)
 
 
 def _plausible_steps(texts, steps, variables):
@@ -153,7 +158,7 @@ def _plausible_steps(texts, steps, variables):
             if part.count(',') == variables - 1 and part.isascii()]
 
 
-def _decode_ragged(texts, steps, variables, precision):
+def _decode_ragged(texts, steps, variables, precision, signed):
     "Values of any texts: steps with another number of fields, and missing steps, are NaN."
     values_NTV = np.full((len(texts), steps, variables), np.nan)
     plausible = _plausible_steps(texts, steps, variables)
@@ -163,24 +168,26 @@ def _decode_ragged(texts, steps, variables, precision):
     buffer = np.frombuffer(','.join(part for _, _, part in plausible).encode() + b',', np.uint8)
     ends = np.flatnonzero(buffer == ord(','))
     rows, at_steps = np.array([(row, step) for row, step, _ in plausible]).T
-    fields = _read_fields(buffer, _starts_of(ends), ends, precision)
+    fields = _read_fields(buffer, _starts_of(ends), ends, precision, signed)
     values_NTV[rows, at_steps] = fields.reshape(-1, variables)
     return values_NTV
 
 
-def _decode_block(texts, steps, variables, precision):
+def _decode_block(texts, steps, variables, precision, signed):
     "Values of some texts, the fast way where all of them are regular."
-    values_NTV = _decode_regular(texts, steps, variables, precision)
-    return _decode_ragged(texts, steps, variables, precision) if values_NTV is None else values_NTV
+    how = (steps, variables, precision, signed)
+    values_NTV = _decode_regular(texts, *how)
+    return _decode_ragged(texts, *how) if values_NTV is None else values_NTV
 
 
 def decode(texts,           # what was written
            steps:int,       # steps asked for; further ones are not looked at
            variables:int=2, # numbers in a step
            precision=None,  # decimals each number must have; None takes any
+           signed:bool=False, # whether a number may have a `-` before it
 )->Decoded:
     "Read texts strictly; what can not be read is counted, never repaired."
-    blocks = [_decode_block(texts[first:first + texts_at_once], steps, variables, precision)
+    blocks = [_decode_block(texts[first:first + texts_at_once], steps, variables, precision, signed)
               for first in range(0, len(texts), texts_at_once)]
     values_NTV = np.concatenate(blocks) if blocks else np.zeros((0, steps, variables))
     values_NTV[np.isnan(values_NTV).any(2)] = np.nan
@@ -194,6 +201,7 @@ class Serialisation:
     spaced: bool  # a space before every character but the first
     per_character: bool  # whether every character is one token
     alphabet: dict  # token id -> characters, of all tokens that consist of the codec's characters only
+    signed: bool = False  # whether numbers may be negative
 
     def write(self, text: str) -> str:
         "The text as the tokenizer is given it."
@@ -211,11 +219,13 @@ class Serialisation:
 
 # %% ../../../nbs/studies/forecasting/02_codec.ipynb #0e188747
 def codec_tokens(tokenizer,  # a fast tokenizer
+                 signed:bool=False,  # whether `-` belongs to them
 )->dict:                     # token id -> text
-    "The tokens that consist of digits, `,`, `.`, `;` and spaces alone."
+    "The tokens that consist of digits, `,`, `.`, `;`, spaces and perhaps `-` alone."
+    written = re.compile(r'[-0-9,.; ]+' if signed else r'[0-9,.; ]+')
     ids = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
     texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
-    return {i: text for i, text in zip(ids, texts, strict=True) if re.fullmatch(r'[0-9,.; ]+', text)}
+    return {i: text for i, text in zip(ids, texts, strict=True) if written.fullmatch(text)}
 
 # %% ../../../nbs/studies/forecasting/02_codec.ipynb #9cdaf863
 def _returns(tokenizer, serialisation, texts):
@@ -226,12 +236,12 @@ def _returns(tokenizer, serialisation, texts):
     return ids if read == texts else None
 
 
-def _usable_serialisations(tokenizer, sample):
+def _usable_serialisations(tokenizer, sample, signed):
     "The serialisations in which the texts of `sample` come back as they went in."
-    alphabet = codec_tokens(tokenizer)
+    alphabet = codec_tokens(tokenizer, signed)
     usable = []
     for spaced in (False, True):
-        serialisation = Serialisation(spaced, False, alphabet)
+        serialisation = Serialisation(spaced, False, alphabet, signed)
         ids = _returns(tokenizer, serialisation, sample)
         if ids is not None:
             serialisation.per_character = all(len(row) == len(text) for row, text in zip(ids, sample, strict=True))
@@ -241,10 +251,11 @@ def _usable_serialisations(tokenizer, sample):
 
 def probe(tokenizer,    # a fast tokenizer
           precision=2,  # decimals
+          signed:bool=False,  # whether numbers may be negative
 )->Serialisation:
     "The serialisation for a tokenizer; a `LabError` when neither comes back as it went in."
-    numbers = purpose_rng(0, 'probe').uniform(0, 30, (20, 10, 2)).astype(np.float32).round(precision)
-    usable = _usable_serialisations(tokenizer, encode(numbers, precision))
+    numbers = purpose_rng(0, 'probe').uniform(-30 if signed else 0, 30, (20, 10, 2)).astype(np.float32).round(precision)
+    usable = _usable_serialisations(tokenizer, encode(numbers, precision), signed)
     if not usable:
         raise LabError('this tokenizer does not give numbers back as they went in: '
                        'use a byte-level one, such as Qwen2.5, Llama 3, GPT-2 or base')

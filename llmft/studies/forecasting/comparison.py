@@ -39,6 +39,7 @@ class Comparison:
     originals: dict  # name -> scores in original units
     ahead: dict  # name -> scores by forecast step, from `step_scores`
     at_ten: dict  # name -> median error ten steps ahead; None when unknown
+    names: list  # of the variables
 
     def gaps(self):
         "Absolute errors of every forecast, (N, H, V), by name."
@@ -51,16 +52,16 @@ def _error_at(curve, step):
     return None if median_H is None or len(median_H) < step else float(median_H[step - 1])
 
 
-def _baseline_scores(forecast_NHV, future_NHV):
+def _baseline_scores(forecast_NHV, future_NHV, names):
     "Scores of a forecast without a language model; it has no text and no likelihood."
-    scores = score_forecast(forecast_NHV[:, None], future_NHV)
+    scores = score_forecast(forecast_NHV[:, None], future_NHV, names)
     known = dict(crps=scores['mae'], crps_median=scores['mae_median'])
     return scores | known | dict(success_rate=None, nll_per_value=None, original_nll_per_value=None)
 
 
-def _original_scores(forecast_NHV, future_NHV, factors_N1V):
+def _original_scores(forecast_NHV, future_NHV, factors_N1V, names):
     "Scores of a point forecast in original units."
-    return score_forecast(forecast_NHV[:, None] / factors_N1V[:, None], future_NHV / factors_N1V)
+    return score_forecast(forecast_NHV[:, None] / factors_N1V[:, None], future_NHV / factors_N1V, names)
 
 
 def _compared_points(split, forecasts, count, given, horizon):
@@ -90,12 +91,14 @@ def compare_forecasts(split:Split,     # that was forecast
     points, simple = _compared_points(split, forecasts, count, given, horizon)
     samples = _mapped(lambda made: made.samples_NSHV, forecasts) | _mapped(lambda made_NHV: made_NHV[:, None], simple)
 
-    rows = scores | _mapped(lambda made_NHV: _baseline_scores(made_NHV, future_NHV), simple)
+    names = split.metadata['names']
+    rows = scores | _mapped(lambda made_NHV: _baseline_scores(made_NHV, future_NHV, names), simple)
     rows = {name: row | scaled_scores(samples[name], future_NHV, truth_NTV[:, :given]) for name, row in rows.items()}
-    originals = _mapped(lambda made_NHV: _original_scores(made_NHV, future_NHV, factors_N1V), points)
+    originals = _mapped(lambda made_NHV: _original_scores(made_NHV, future_NHV, factors_N1V, names), points)
     ahead = _mapped(lambda made_NSHV: step_scores(made_NSHV, future_NHV, truth_NTV[:, :given]), samples)
     at_ten = _mapped(lambda curve: _error_at(curve, judged_step), ahead)
-    return Comparison(split.times_T, truth_NTV, future_NHV, points, list(simple), rows, originals, ahead, at_ten)
+    return Comparison(split.times_T, truth_NTV, future_NHV, points, list(simple), rows, originals, ahead, at_ten,
+                      names)
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #b51371fe
 _error_columns = (
@@ -164,29 +167,27 @@ def step_table(comparison:Comparison,  # of one evaluation
     return table(rows, [column('run', 'forecast'), *errors, *inside], 'Scaled units, mean of the variables')
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #aa4e379b
-_variable_columns = (
-    column('mae_prey', 'MAE prey', 'mean'),
-    column('mae_median_prey', 'MAE prey', 'median'),
-    column('mae_predator', 'MAE predator', 'mean'),
-    column('mae_median_predator', 'MAE predator', 'median'),
-    column('r2_prey', 'R² prey'),
-    column('r2_predator', 'R² predator'),
-)
+def _variable_columns(names):
+    "Mean and median error of each variable, then the variance of each that is explained."
+    errors = [column(f'{key}_{name}', f'MAE {name}', how)
+              for name in names for key, how in (('mae', 'mean'), ('mae_median', 'median'))]
+    return errors + [column(f'r2_{name}', f'R² {name}') for name in names]
 
 
-def _variable_row(name, row, original):
+def _variable_row(name, row, original, columns):
     "Errors of one forecast per variable, and in original units."
-    shown = {each['key']: row[each['key']] for each in _variable_columns}
+    shown = {each['key']: row[each['key']] for each in columns}
     return dict(run=name, **shown, original=original['mae'], original_median=original['mae_median'])
 
 
 def variable_table(comparison:Comparison,  # of one evaluation
 ):                                         # a displayed table
     "Errors per variable, and in the units of the data."
-    rows = [_variable_row(name, row, comparison.originals[name]) for name, row in comparison.rows.items()]
+    columns = _variable_columns(comparison.names)
+    rows = [_variable_row(name, row, comparison.originals[name], columns) for name, row in comparison.rows.items()]
     originals = (column('original', 'MAE', 'mean, original units'),
                  column('original_median', 'MAE', 'median, original units'))
-    return table(rows, [column('run', 'forecast'), *_variable_columns, *originals])
+    return table(rows, [column('run', 'forecast'), *columns, *originals])
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #f241e18a
 _speed_columns = (column('run', 'forecast'), column('seconds', 'generation', 's'), column('new', 'new tokens'),

@@ -45,10 +45,10 @@ def shared_legend(plot, # the figure
     plot.legend(handles, labels, loc='outside lower left', ncols=3, frameon=False, fontsize=type_scale['small'])
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #3e69c5fc
-def _draw_series(axis, times_T, values_TV, given):
+def _draw_series(axis, times_T, values_TV, given, names):
     "One trajectory, with a line where its given steps end."
-    for v, name in enumerate(variable_names[:values_TV.shape[1]]):
-        axis.plot(times_T, values_TV[:, v], color=palette[v], linewidth=1.2, label=name)
+    for v, name in enumerate(names):
+        axis.plot(times_T, values_TV[:, v], color=_colour(v), linewidth=1.2, label=name)
     if given and given < len(times_T):
         axis.axvline(times_T[given - 1], color=muted, linewidth=0.8)
 
@@ -59,6 +59,7 @@ def series_figure(times_T,         # times
                   given:int=0,     # steps that will be given; a line marks them
                   first_n:int=4,   # trajectories shown
                   unit='original units',  # of the values
+                  names=variable_names,  # of the variables
 )->Plot:
     "The first trajectories, a panel each; a `LabError` when there is none."
     require_values(values_NTV, 'series_figure', 'at least one trajectory')
@@ -68,7 +69,7 @@ def series_figure(times_T,         # times
     plot, axes = panels(shown, 1, 'Trajectories', note, 1.25, sharex=True)
 
     for axis, values_TV in zip(axes[:, 0], values_NTV, strict=False):
-        _draw_series(axis, times_T, values_TV, given)
+        _draw_series(axis, times_T, values_TV, given, names)
     axes[-1, 0].set_xlabel('time')
     shared_legend(plot, axes[0, 0])
     return plot
@@ -86,7 +87,7 @@ def spectrum(values_NTV,  # trajectories
     "Power by period, each trajectory and variable summing to 1."
     power_NFV = np.abs(np.fft.rfft(_windowed(values_NTV), axis=1))[:, 1:] ** 2
     frequencies_F = np.fft.rfftfreq(values_NTV.shape[1], step_time)[1:]
-    return 1 / frequencies_F, power_NFV / power_NFV.sum(1, keepdims=True)
+    return 1 / frequencies_F, power_NFV / np.maximum(power_NFV.sum(1, keepdims=True), np.finfo(float).tiny)
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #1fc38390
 def _band_and_line(axis, x, quantiles, colour, band_label=None, line_label=None):
@@ -99,6 +100,7 @@ def _band_and_line(axis, x, quantiles, colour, band_label=None, line_label=None)
 @mpl.rc_context(panel_style)
 def spectra_figure(values_NTV,  # trajectories
                    step_time,   # time between two steps
+                   names=variable_names,  # of the variables
 )->Plot:
     "The median share of power by period, with the band from the 10th to the 90th percentile."
     periods_F, power_NFV = spectrum(values_NTV, step_time)
@@ -106,15 +108,16 @@ def spectra_figure(values_NTV,  # trajectories
     plot, axes = panels(1, power_NFV.shape[2], 'Spectra', note, 2.6, sharey=True)
 
     for v, axis in enumerate(axes[0]):
-        _band_and_line(axis, periods_F, np.quantile(power_NFV[:, :, v], [0.1, 0.5, 0.9], axis=0), palette[v])
-        axis.set(xscale='log', xlabel='period, time units', title=variable_names[v], ylim=(0, None))
+        _band_and_line(axis, periods_F, np.quantile(power_NFV[:, :, v], [0.1, 0.5, 0.9], axis=0), _colour(v))
+        axis.set(xscale='log', xlabel='period, time units', title=names[v], ylim=(0, None))
     axes[0, 0].set_ylabel('share of power')
     return plot
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #c064dedd
 def _peakedness(values_NTV):
-    "The 99th percentile over the median of each trajectory and variable, (N, V)."
-    return np.percentile(values_NTV, 99, axis=1) / np.maximum(np.median(values_NTV, axis=1), 1e-6)
+    "The 99th percentile over the median of each trajectory and variable, of absolute values, (N, V)."
+    tops_NV, middles_NV = np.percentile(np.abs(values_NTV), (99, 50), axis=1)
+    return np.maximum(tops_NV, 1e-6) / np.maximum(middles_NV, 1e-6)
 
 
 def trajectory_features(values_NTV,  # trajectories
@@ -149,18 +152,19 @@ def kinds(features,     # from `trajectory_features`
     return _largest_first(labels, clusters)
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #7fefa042
-def _draw_kinds(axis, features, labels, v):
+def _draw_kinds(axis, features, labels, v, name):
     "Dominant period against the peakedness of variable `v`, one colour per kind."
     for kind in np.unique(labels):
         members = features[labels == kind]
         axis.plot(members[:, 1 + v], members[:, 0], 'o', markersize=3, alpha=0.7, color=palette[kind],
                   label=f'kind {kind + 1}: {len(members)}')
-    axis.set(xscale='log', xlabel=f'{variable_names[v]}: 99th percentile / median')
+    axis.set(xscale='log', xlabel=f'{name}: 99th percentile / median')
 
 
 @mpl.rc_context(panel_style)
 def clusters_figure(values_NTV, # trajectories
                     step_time,  # time between two steps
+                    names=variable_names,  # of the variables
 )->Plot:
     "Dominant period against peakedness, coloured by cluster."
     features = trajectory_features(values_NTV, step_time)
@@ -169,7 +173,7 @@ def clusters_figure(values_NTV, # trajectories
     plot, axes = panels(1, features.shape[1] - 1, 'Kinds of trajectories', note, 2.8, sharey=True)
 
     for v, axis in enumerate(axes[0]):
-        _draw_kinds(axis, features, labels, v)
+        _draw_kinds(axis, features, labels, v, names[v])
     axes[0, 0].set_ylabel('dominant period, time units')
     shared_legend(plot, axes[0, 0])
     return plot
@@ -204,6 +208,7 @@ def forecasts_figure(times_T,        # times of all steps
                      given:int,      # steps given
                      first_n:int=5,  # trajectories shown
                      title='Forecasts',  # what is shown
+                     names=variable_names,  # of the variables
 )->Plot:
     "Truth, median forecast and its 10-90 % band; a row per trajectory, a column per variable."
     count, samples = samples_NSHV.shape[:2]
@@ -212,9 +217,9 @@ def forecasts_figure(times_T,        # times of all steps
     plot, axes = panels(shown, truth_NTV.shape[2], title, note, 1.4, sharex=True)
 
     for (row, v), axis in np.ndenumerate(axes):
-        _draw_forecast(axis, times_T, truth_NTV[row, :, v], samples_NSHV[row, :, :, v], given, palette[v])
+        _draw_forecast(axis, times_T, truth_NTV[row, :, v], samples_NSHV[row, :, :, v], given, _colour(v))
     for v in range(axes.shape[1]):
-        axes[0, v].set_title(variable_names[v])
+        axes[0, v].set_title(names[v])
         axes[-1, v].set_xlabel('time')
     shared_legend(plot, axes[0, 0])
     return plot
@@ -224,7 +229,7 @@ given_grey = '#B8C0C8'  # lighter than the truth
 
 
 def _draw_phases(axis, truth_TV, forecast_HV, given):
-    "Given steps, truth and forecast of one trajectory, prey against predators."
+    "Given steps, truth and forecast of one trajectory of two variables, the first against the second."
     end = given + len(forecast_HV)
     axis.plot(*truth_TV[:given].T, color=given_grey, linewidth=1, label='given')
     axis.plot(*truth_TV[given - 1:end].T, color=muted, linewidth=1.3, label='truth')
@@ -237,18 +242,19 @@ def phase_figure(truth_NTV,      # given and true steps, scaled
                  forecast_NHV,   # point forecasts
                  given:int,      # steps given
                  first_n:int=3,  # trajectories shown
+                 names=variable_names,  # of the variables
 )->Plot:
-    "Prey against predators: given steps, truth and forecast."
+    "The first variable against the second: given steps, truth and forecast."
     count = len(forecast_NHV)
     shown = min(first_n, count)
     note = f'scaled units; the first {shown} of {count:,} trajectories; a dot where the forecast begins'
     plot, axes = panels(1, shown, 'Phase portraits', note, 2.7)
 
-    for axis, truth_TV, forecast_HV in zip(axes[0], truth_NTV, forecast_NHV, strict=False):
+    for axis, truth_TV, forecast_HV in zip(axes[0], truth_NTV[:, :, :2], forecast_NHV[:, :, :2], strict=False):
         _draw_phases(axis, truth_TV, forecast_HV, given)
-        widest, highest = 1.3 * truth_TV.max(0)
-        axis.set(xlabel='prey', xlim=(0, widest), ylim=(0, highest))
-    axes[0, 0].set_ylabel('predator')
+        ends_2V = np.stack([np.minimum(1.3 * truth_TV.min(0), 0), np.maximum(1.3 * truth_TV.max(0), 0.01)])
+        axis.set(xlabel=names[0], xlim=ends_2V[:, 0], ylim=ends_2V[:, 1])
+    axes[0, 0].set_ylabel(names[1])
     shared_legend(plot, axes[0, 0])
     return plot
 
@@ -315,18 +321,19 @@ def _draw_boxes(axis, errors, v):
     drawn = axis.boxplot(drawn_errors, orientation='horizontal', widths=0.6, patch_artist=True,
                          medianprops=dict(color=ink), flierprops=dict(markersize=2.5, markeredgecolor=muted))
     for patch in drawn['boxes']:
-        patch.set(facecolor=palette[v], alpha=0.45, edgecolor=muted)
+        patch.set(facecolor=_colour(v), alpha=0.45, edgecolor=muted)
 
 
 @mpl.rc_context(panel_style)
 def boxes_figure(errors:dict, # name -> absolute errors (N, H, V)
                  note='',     # n and units
+                 names=variable_names,  # of the variables
 )->Plot:
     "Box plots of the error of each trajectory, a panel per variable."
-    plot, axes = panels(1, 2, 'Errors by variable', note, 0.5 + 0.42 * len(errors), sharey=True, sharex=True)
+    plot, axes = panels(1, len(names), 'Errors by variable', note, 0.5 + 0.42 * len(errors), sharey=True, sharex=True)
     for v, axis in enumerate(axes[0]):
         _draw_boxes(axis, errors, v)
-        axis.set(xscale='log', title=variable_names[v], xlabel='mean absolute error, scaled units')
+        axis.set(xscale='log', title=names[v], xlabel='mean absolute error, scaled units')
         axis.set_yticks(range(1, len(errors) + 1), list(errors))
     axes[0, 0].invert_yaxis()
     return plot

@@ -25,16 +25,18 @@ digits = '0123456789'
 
 def number_states(precision:int,      # decimals
                   integer_digits:int, # most digits before the point
+                  signed:bool=False,  # whether a `-` may stand before it
 )->list:                              # one dict per state: character -> next state; empty after the last decimal
     "The automaton of one number: 0 is its beginning, the last state its end."
     zero = integer_digits + 1
-    point = integer_digits + 2
-    beginning = {'0': zero, **{digit: 1 for digit in digits[1:]}}
+    point = integer_digits + 2 + signed
+    first = {'0': zero, **{digit: 1 for digit in digits[1:]}}
+    beginning = first | ({'-': zero + 1} if signed else {})
     before_point = [{'.': point} | ({digit: read + 1 for digit in digits} if read < integer_digits else {})
                     for read in range(1, integer_digits + 1)]
-    after_zero = {'.': point}
+    after_zero_and_sign = [{'.': point}, first] if signed else [{'.': point}]
     after_point = [{digit: point + read + 1 for digit in digits} for read in range(precision)]
-    return [beginning, *before_point, after_zero, *after_point, {}]
+    return [beginning, *before_point, *after_zero_and_sign, *after_point, {}]
 
 # %% ../../../nbs/studies/forecasting/05_forecast.ipynb #c202cf82
 def _usable_tokens(serialisation):
@@ -63,7 +65,7 @@ class Grammar:
         self.steps = steps
         self.end_id = end_id
         self.variables = variables
-        self.number = number_states(precision, integer_digits)
+        self.number = number_states(precision, integer_digits, serialisation.signed)
         self.states = len(self.number) * variables
         self.finished = 2 * self.states
 
@@ -225,24 +227,25 @@ def forecast(model,                 # a causal language model, with or without a
              constrained:bool=True, # only tokens that the grammar permits
              integer_digits:int=2,  # most digits before the point, when constrained
              variables:int=2,       # numbers in a step
+             signed:bool=False,     # whether numbers may be negative
              seed:int=0,            # of the draws
              batch_size:int=0,      # rows at a time, 0 for all
 )->Forecast:
     "Continue all trajectories at once; a `LabError` when one does not fit the model."
-    serialisation = probe(tokenizer, precision)
+    serialisation = probe(tokenizer, precision, signed)
     end_id = tokenizer.eos_token_id
     _check_given(texts, given)
 
     prompts = prompt_ids(tokenizer, serialisation, texts, given)
     allowed = _constraint(constrained, serialisation, end_id, model.config.vocab_size, horizon, variables, precision,
                           integer_digits)
-    longest = horizon * variables * (integer_digits + precision + 2)
+    longest = horizon * variables * (integer_digits + precision + 2 + signed)
     made = generate(model, prompts, longest, temperature, top_p, seed, (end_id,), samples, allowed,
                     batch_size=batch_size, pad_id=tokenizer.pad_token_id)
 
     decoded = tokenizer.batch_decode(made.ids, clean_up_tokenization_spaces=False)
     written = [serialisation.read(text) for text in decoded]
-    read = decode(written, horizon, variables, precision)
+    read = decode(written, horizon, variables, precision, signed)
     return _as_forecast(made, written, read, samples, max(map(len, prompts)))
 
 # %% ../../../nbs/studies/forecasting/05_forecast.ipynb #f9cbb089
@@ -282,10 +285,11 @@ def continuation_nats(model,      # a causal language model, with or without an 
                       given:int,  # steps given
                       horizon:int,# steps scored after them
                       precision:int=2,  # decimals
+                      signed:bool=False,# whether numbers may be negative
                       batch_size:int=8, # trajectories at a time
 )->np.ndarray:                    # (N,), nats
     "Negative log-probability of the true continuation of each trajectory, among the codec's tokens."
-    serialisation = probe(tokenizer, precision)
+    serialisation = probe(tokenizer, precision, signed)
     device = next(model.parameters()).device
     whole = prompt_ids(tokenizer, serialisation, texts, given + horizon)
     first_scored = [len(row) for row in prompt_ids(tokenizer, serialisation, texts, given)]
@@ -334,18 +338,19 @@ def evaluate_forecasts(model,         # a causal language model, with or without
                        given:int,     # steps given
                        horizon:int,   # steps forecast
                        trajectories:int=0,  # the first so many; 0 is all
-                       names=('prey', 'predator'),  # of the variables
                        **settings,    # of `forecast`: how many samples, how they are drawn, rows at a time
 ):                                    # (Forecast, flat scores)
     "Forecast the first `trajectories` of a split and score them; a `LabError` when the steps asked for are not there."
-    steps, variables, precision = (split.metadata[name] for name in ('steps', 'variables', 'precision'))
+    steps, variables, precision, signed, names = (
+        split.metadata[name] for name in ('steps', 'variables', 'precision', 'signed', 'names'))
     _check_steps(given, horizon, steps)
     count = min(trajectories or len(split), len(split))
     texts = split.texts[:count]
     factors_NV = split.factors_NV[:count]
 
-    made = forecast(model, tokenizer, texts, given, horizon, precision=precision, variables=variables, **settings)
-    nats = continuation_nats(model, tokenizer, texts, given, horizon, precision)
+    made = forecast(model, tokenizer, texts, given, horizon, precision=precision, variables=variables, signed=signed,
+                    **settings)
+    nats = continuation_nats(model, tokenizer, texts, given, horizon, precision, signed)
 
     truth_NHV = split.scaled_NTV[:count, given:given + horizon]
     scores = _scores_in_both_units(made.samples_NSHV, truth_NHV, factors_NV, names)

@@ -14,12 +14,11 @@ import numpy as np
 
 from llmft.studies.forecasting.series import (
     check_alpha,
-    check_series,
-    load_series,
     round_series,
     scale_factors,
     simulate,
     split_rows,
+    split_windows,
 )
 
 from ...core import LabError, find_path, read_json, short_hash, write_atomic, write_json
@@ -27,6 +26,7 @@ from ...data.hashes import check_sealed, content_hashes, sealed
 from ...data.tokens import Examples, read_tokens, tokenizer_hash
 from ...data.tokens import encode as encode_texts
 from .codec import check_precision, decode, encode, probe
+from .sources import load_series
 
 # %% ../../../nbs/studies/forecasting/03_prepared.ipynb #dbf1c783
 file_names = dict(train='train', valid='val', test='test')
@@ -40,7 +40,9 @@ def _texts_file(folder, split):
 def _series_facts(series, rows):
     "Where the series come from, how long they are, and how many are in each split."
     sizes = {split: len(part) for split, part in rows.items()}
-    return series.notes | dict(sizes=sizes, variables=series.values_NTV.shape[2], steps=series.values_NTV.shape[1])
+    signed = bool((series.values_NTV < 0).any())
+    _, steps, variables = series.values_NTV.shape
+    return series.notes | dict(sizes=sizes, variables=variables, steps=steps, signed=signed)
 
 
 def write_series(folder,      # receives train_texts.txt, val_texts.txt, test_texts.txt, factors.npz, metadata.json
@@ -65,24 +67,32 @@ def write_series(folder,      # receives train_texts.txt, val_texts.txt, test_te
     write_json(folder / 'metadata.json', metadata)
     return metadata
 
-# %% ../../../nbs/studies/forecasting/03_prepared.ipynb #3d668209
+# %% ../../../nbs/studies/forecasting/03_prepared.ipynb #d0a36c25
+def _rows_of_splits(series, context, seed):
+    "Rows of each split: whole series by chance, windows by time."
+    if series.starts_N is None:
+        return split_rows(len(series), seed)
+    return split_windows(series.starts_N, series.lengths_N, series.values_NTV.shape[1], context)
+
+
 def prepare_series(folder,               # receives texts, factors and metadata
-                   path:str='',          # HDF5 file; '' simulates
+                   path='',              # what `load_series` takes; '' simulates
                    simulate_count:int=1000,  # trajectories to simulate
                    precision:int=2,      # decimals
                    alpha:float=10.,      # what the 99th percentile becomes
                    scaling:str='context',# context | per_trajectory | global
                    context:int=50,       # given steps, for scaling `context`
                    split_seed:int=42,    # of the permutation
-                   system:str='auto',   # equations that simulate, or that the file was made with; auto where unknown
-                   **simulation,         # of `simulate`
+                   system:str='auto',    # equations that simulate, or that the file was made with; auto where unknown
+                   **origin,             # of `simulate`, or of `load_series`
 ):                                       # (Series, rows of each split, factors, metadata)
     "From a file or a simulation to what a study reads; a `LabError` for anything that can not be used."
     check_precision(precision)
     check_alpha(alpha)
-    series = load_series(path, system) if path else simulate(simulate_count, system=system, **simulation)
-    check_series(series.values_NTV, path or 'the simulation')
-    rows = split_rows(len(series), split_seed)
+    simulated = isinstance(path, str) and not path
+    series = (simulate(simulate_count, system=system, **origin) if simulated else
+              load_series(path, system, **origin))
+    rows = _rows_of_splits(series, context, split_seed)
     factors = scale_factors(series.values_NTV, scaling, alpha, context, rows['train'])
 
     metadata = write_series(folder, series, rows, factors, precision=precision, alpha=alpha, scaling=scaling,
@@ -121,7 +131,7 @@ def _read_metadata(folder):
 
 def _numbers_of(texts, metadata, folder, split):
     "The numbers in the texts of a split; a `LabError` names the first line that can not be read."
-    decoded = decode(texts, metadata['steps'], metadata['variables'], metadata['precision'])
+    decoded = decode(texts, *(metadata[name] for name in ('steps', 'variables', 'precision', 'signed')))
     if decoded.malformed_N.any():
         line = int(np.argmax(decoded.malformed_N > 0)) + 1
         raise LabError(f'{folder}: line {line} of the {split} texts can not be read: prepare the data again')
@@ -202,8 +212,7 @@ def series_documents(folder,     # of a forecast_data run
 )->Examples:                     # one per trajectory
     "The trajectories of a split as tokens, from the token files where these were made of its texts."
     folder = find_path(folder)
-    _read_metadata(folder)
-    serialisation = probe(tokenizer, precision)
+    serialisation = probe(tokenizer, precision, _read_metadata(folder)['signed'])
     texts = [serialisation.write(text) for text in _read_texts(folder, split)]
 
     token_folder = folder / 'tokens' / split
