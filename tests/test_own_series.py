@@ -73,6 +73,13 @@ def test_dates_that_follow_a_calendar_are_even(tmp_path):
             assert series.times_T.tolist() == list(range(9)) and series.notes['frequency'].startswith(frequency)
 
 
+def test_the_equations_of_a_table_are_noted():
+    assert load_series(long).notes['system'] == 'unknown'
+    assert load_series(long, 'lotka_volterra').notes['system'] == 'lotka_volterra'
+    with pytest.raises(LabError, match="did you mean 'lotka_volterra'"):
+        load_series(long, 'lotka_voltera')
+
+
 # ---- what is refused
 
 
