@@ -13,13 +13,6 @@ from dataclasses import dataclass
 
 from fastcore.basics import patch
 
-from ..core import LabError, shows_bar
-from ..data.tokens import Examples
-from ..models.adapters import trainable_parameters, weights_hash
-from ..models.meter import Meter, TensorMemory, resident_bytes, synchronise
-from .checkpoints import Progress, load_checkpoint
-from .prepare import Fit, prepare, save
-from .recipe import Recipe, learning_rate_at, warmup_steps
 from llmft.training.step import (
     accumulate,
     document_lengths,
@@ -29,6 +22,14 @@ from llmft.training.step import (
     step_shares,
     targets_of,
 )
+
+from ..core import LabError, shows_bar
+from ..data.tokens import Examples
+from ..models.adapters import trainable_parameters, weights_hash
+from ..models.meter import Meter, TensorMemory, resident_bytes, synchronise
+from .checkpoints import Progress, load_checkpoint
+from .prepare import Fit, prepare, save
+from .recipe import Recipe, learning_rate_at, warmup_steps
 from .strategies import Processes
 
 # %% ../../nbs/training/08_fit.ipynb #f6dadd30
