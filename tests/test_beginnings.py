@@ -378,7 +378,7 @@ def test_a_right_body_passes_whatever_the_tokenizer(kind, monkeypatch):
 
     def generate(model, rows, *args, stop_ids, **options):
         asked.update(stop_ids=stop_ids)
-        return types.SimpleNamespace(ids=[right] * len(rows))
+        return types.SimpleNamespace(ids=[right] * len(rows), stopped=['stop'] * len(rows))
 
     monkeypatch.setattr(pass_at_k, 'generate', generate)
     attempts = pass_at_k.solve(tiny(tokenizer), tokenizer, [task], '{input}{solution}', '')

@@ -63,7 +63,8 @@ def _llama_settings(config):
 
 def _gpt2_objection(config):
     "What the file cannot say of a GPT-2, or ''."
-    plain = dict(activation_function='gelu_new', scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
+    plain = dict(activation_function='gelu_new', scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
+                 n_positions=1024)  # transformers does not read this one from a file
     return next((name for name, value in plain.items() if getattr(config, name, value) != value), '')
 
 
