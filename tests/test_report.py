@@ -346,5 +346,5 @@ def test_names_in_run_json_are_checked(tmp_path, part, value):
     }
     (folder / 'run.json').write_text(json.dumps(dict(run=run, params={}, meta={})))
     (folder / 'metrics.json').write_text('{}')
-    with pytest.raises(LabError, match=f'{part} is .* names no run'):
+    with pytest.raises(LabError, match=f'{part} is .* names no run|no record of a run .{part} has another type'):
         read_result(folder)

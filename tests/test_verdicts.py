@@ -119,7 +119,7 @@ def one_inference(best):
         size: dict(throughput_tokens_per_sec=600.0 if name == best else 300.0, peak_bytes=2**30)
         for size, name in sizes.items()
     }
-    marks = dict(correct=3, questions=10)
+    marks = dict(correct=3, questions=10, cut_off=0.1)
     return inference.inference_verdict('fp32', answers, marks, judged(True))
 
 
@@ -184,7 +184,8 @@ def sublora_bounds(best):
     bound = 8 + far[best == 'the claim']
     claim = dict(bound=bound, risk=7.0, m=10, bits=100.0, n=1000)
     guess = 8 + far[best == 'random guessing']
-    return proof.proof_verdict(proof.Proof(b'', None, dict(bits_per_token_kl=claim), 7.5, 100, guess, 1, 0.05, True))
+    claims = dict(bits_per_token=claim)
+    return proof.proof_verdict(proof.Proof(b'', None, claims, 7.5, 100, guess, 1, 0.05, True, 'a condition'))
 
 
 def sublora_analysis(best):
