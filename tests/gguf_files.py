@@ -61,6 +61,7 @@ def add_tokenizer(writer, tokenizer):
     writer.add_token_types(kinds)
     writer.add_token_merges([pair if isinstance(pair, str) else ' '.join(pair) for pair in model['merges']])
     writer.add_bos_token_id(tokenizer.eos_token_id)
+    writer.add_add_bos_token(True)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_chat_template(tokenizer.chat_template)
 

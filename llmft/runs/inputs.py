@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..core import LabError, assets, check_regular, choose, find_path, nearest
-from ..data.chats import as_chat
 from ..data.tables import local_path, read_documents, read_rows, shape_of
 from .params import declared_choices, declared_names, declared_needs, shown
 
@@ -47,6 +46,8 @@ def check_token_source(data:str,    # simulated:..., builtin:..., or what `check
 # %% ../../nbs/runs/16_inputs.ipynb #617ade62
 def _check_conversation(row, params):
     "A `LabError` when a row is a conversation that is broken, or that the run's template can't write."
+    from llmft.data.chats import as_chat  # loads numpy
+
     if 'template' in params and shape_of(row.values):
         chat = as_chat(row)
         if params['template'] != 'chat':
