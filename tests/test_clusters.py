@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import test_sweeps
-from test_sweeps import common, notebook, outcomes, start, sweep
+from house import write_experiment
+from test_sweeps import common, outcomes, start, sweep
 
 from llmft.core import LabError
 from llmft.runs import workers
@@ -72,7 +73,7 @@ def end(processes):
 
 
 def test_a_killed_worker_process_loses_nothing_and_does_nothing_twice(project, tmp_path_factory):
-    notebook(
+    write_experiment(
         'act', common + 'seed: int = 0  # which', start.format('act'), steps, 'run.finish(dict(first=first), "ok")'
     )
     started, address = processes_of(tmp_path_factory.mktemp('cluster'), 2)
@@ -98,7 +99,7 @@ def test_a_killed_worker_process_loses_nothing_and_does_nothing_twice(project, t
 
 
 def test_runs_do_not_meet_on_a_gpu(project, tmp_path_factory):
-    notebook('act', common + 'seed: int = 0  # which', start.format('act'), gpus)
+    write_experiment('act', common + 'seed: int = 0  # which', start.format('act'), gpus)
     folder = tmp_path_factory.mktemp('cluster')
     started, address = processes_of(
         folder, 2, '--resources', 'GPU=1', environment=dict(CUDA_VISIBLE_DEVICES='6,7', TMPDIR=str(folder))

@@ -35,6 +35,7 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
     monkeypatch.setattr(provenance, 'library_hashes', lambda: {})
     monkeypatch.setattr(run_module, 'check_inputs', lambda *args: None)  # files of any content stand for data here
+    monkeypatch.setattr(run_module, 'say_model', lambda *args: None)  # and for models
 
 
 # ---- hashes

@@ -310,6 +310,9 @@ def run_stage(client,           # a Dask client
         queue.fill()
 
 # %% ../../nbs/runs/12_sweeps.ipynb #0f99d91d
+_dying_seconds = 10  # a killed process holds its lock until the system has taken it down
+
+
 @contextlib.contextmanager
 def correct_when_interrupted(points,  # `Point`s that may be running
 ):
@@ -319,6 +322,7 @@ def correct_when_interrupted(points,  # `Point`s that may be running
         yield
     except KeyboardInterrupt:
         for point in points:
+            _wait_for_lock(point.folder, _dying_seconds)
             with contextlib.suppress(LabError, OSError):
                 read_run(point.folder)
         raise
