@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from llmft.cli import call, check_jobs, jobs_of
-from llmft.core import LabError, check_regular, find_path, project_root, read_json
+from llmft.core import LabError, check_regular, find_path, project_root, read_json, write_atomic
 from llmft.runs.inputs import check_inputs
 from llmft.runs.params import (
     as_type,
@@ -247,6 +247,18 @@ def test_a_built_in_source_that_is_none_is_refused(notebook, data, meant):
     check_inputs(notebook, dict(data=meant))
     with pytest.raises(LabError, match=f"^data is '{data}' .did you mean '{meant}'"):
         check_inputs(notebook, dict(data=data))
+
+
+def test_what_load_model_takes_is_let_through(tmp_path):
+    write_atomic(tmp_path / 'run/adapter/adapter_config.json', '{}')
+    write_atomic(tmp_path / 'run/run.json', '{"run": {"status": "done"}}')
+    write_atomic(tmp_path / 'packed/model.GGUF', 'GGUF')
+    write_atomic(tmp_path / 'one/model.gguf', 'GGUF')
+    for name in ('run', 'run/adapter', 'packed/model.GGUF', 'one'):
+        check_inputs('finetune', dict(model=str(tmp_path / name), max_length=512))
+    write_atomic(tmp_path / 'run/run.json', '{"run": {"status": "failed"}}')
+    with pytest.raises(LabError, match='^model: the run in .* is failed'):
+        check_inputs('finetune', dict(model=str(tmp_path / 'run')))
 
 
 def test_a_length_beyond_the_positions_is_refused():

@@ -12,7 +12,8 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..core import LabError, assets, check_regular, choose, find_path, nearest
+from ..core import LabError, check_regular, choose, find_path, nearest
+from ..data.sources import find_model, means_place
 from ..data.tables import local_path, read_documents, read_rows, shape_of
 from .params import declared_choices, declared_names, declared_needs, shown
 
@@ -151,18 +152,7 @@ def _check_positions(folder, max_length):
         raise LabError(f'max_length is {max_length} and the model {shown(folder)} has {limit} positions: {advice}')
 
 
-def _check_model_folder(folder, name):
-    "A `LabError` unless a folder holds a model or an adapter."
-    if not folder.is_dir():
-        raise LabError(f'model {name} is a file: give the folder that holds its config.json')
-    if (folder / 'config.json').is_file() or (folder / 'adapter_config.json').is_file():
-        return
-    parts = [part for part in ('merged', 'model', 'adapter') if (folder / part).is_dir()]
-    advice = f'give {shown(folder / parts[0])}' if parts else 'give one that save_pretrained wrote'
-    raise LabError(f'the folder {name} has no config.json: {advice}')
-
-
-def check_model(name:str,    # base, random, preset:NAME, a folder, or a hub name
+def check_model(name:str,    # base, random, preset:NAME, or what `llmft.data.sources.sources` lists
                 params:dict, # of the run; `max_length` is read
 ):
     "A `LabError` when `name` is no preset, names a path that holds no model, or has too few positions."
@@ -172,13 +162,14 @@ def check_model(name:str,    # base, random, preset:NAME, a folder, or a hub nam
             hint = nearest(name.removeprefix('preset:'), presets)
             raise LabError(f"there is no preset '{name}'{hint}: choose from {', '.join(presets)}")
         return
+    if name == 'random':
+        return
 
-    folder = assets / 'base' if name == 'base' else find_path(name)
-    if folder.exists() and name != 'random':
-        _check_model_folder(folder, name)
-        _check_positions(folder, params.get('max_length'))
-    elif name.startswith(('/', '.', '~')) or name.count('/') > 1 or not name.strip():
-        raise _no_place('model folder', folder)
+    if means_place(name) and not find_path(name).exists():
+        raise _no_place('model folder', find_path(name))
+    source = find_model(name)
+    if source.kind == 'folder':
+        _check_positions(source.place, params.get('max_length'))
 
 # %% ../../nbs/runs/16_inputs.ipynb #75c692e1
 def _check_earlier(what):
