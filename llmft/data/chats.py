@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['roles', 'role_of', 'Chat', 'check_order', 'as_chat', 'render_chat', 'check_chat_template', 'chat_texts', 'chat_rows',
-           'chat_examples']
+           'asked_rows', 'chat_examples']
 
 # %% ../../nbs/data/09_chats.ipynb #d4fcaf85
 import itertools
@@ -190,7 +190,7 @@ def render_chat(chat:Chat,        # the turns that are written
     except Exception as error:  # a template is foreign code
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise LabError(f'{chat.where}: the chat template refuses the conversation ({reason}): '
-                       'change the row, or take another model') from None
+                       'change it, or take another model') from None
 
 # %% ../../nbs/data/09_chats.ipynb #673030bd
 _probe = 'qzx0'  # a content that no template writes
@@ -329,6 +329,14 @@ def chat_rows(chats,      # of `Chat`
     ends = _end_of_turn(tokenizer)
     texts = (text for chat in _as_text(chats, tokenizer) for text in _divided(list(_answers(chat, tokenizer, ends))))
     return [_row(*text, tokenizer) for text in texts]
+
+# %% ../../nbs/data/09_chats.ipynb #c5ff3476
+def asked_rows(chats,      # of `Chat`, up to a turn of the user
+               tokenizer,  # as `load_tokenizer` gives it, with a chat template
+)->list:                   # of lists of token ids
+    "What a model is asked with in conversations. `LabError` when the template refuses one."
+    texts = [render_chat(chat, tokenizer, ask=True) for chat in _as_text(chats, tokenizer)]
+    return rendered_rows(texts, tokenizer)
 
 # %% ../../nbs/data/09_chats.ipynb #836bd389
 def chat_examples(chats,      # of `Chat`

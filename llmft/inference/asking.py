@@ -11,8 +11,9 @@ import difflib
 import re
 
 from ..core import LabError
+from ..data.chats import Chat, asked_rows
 from ..data.sources import base_of, find_model
-from ..data.tokens import keep_as_text, load_tokenizer, prompt_tokens, rendered_rows
+from ..data.tokens import load_tokenizer, prompt_tokens
 from ..models.export import run_of, trained_as
 from ..models.load import load_model
 from ..models.merging import load_adapter
@@ -37,14 +38,7 @@ def chat_tokens(turns:list,  # dicts of role and content, the last one of the us
                 tokenizer,   # the model's, with a chat template
 )->list:                     # token ids
     "A conversation up to the next answer. What users write is text, whatever it spells."
-    contents = keep_as_text([turn['content'] for turn in turns], tokenizer)
-    marked = [dict(turn, content=content) for turn, content in zip(turns, contents, strict=True)]
-    try:
-        text = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # a template is foreign code
-        reason = ' '.join(str(error).split())[:120]
-        raise LabError(f'the chat template refuses this conversation ({reason}): begin again with /reset') from None
-    return rendered_rows([text], tokenizer)[0]
+    return asked_rows([Chat('this conversation', turns)], tokenizer)[0]
 
 # %% ../../nbs/inference/04_asking.ipynb #42f645a2
 def question_tokens(prompt:str,  # of a user

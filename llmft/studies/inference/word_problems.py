@@ -15,8 +15,9 @@ import unicodedata
 from fractions import Fraction
 
 from ...core import LabError, choose, purpose_rng
+from ...data.chats import Chat, asked_rows
 from ...data.tables import check_fields, read_splits
-from ...data.tokens import keep_as_text, prompt_tokens, rendered_rows
+from ...data.tokens import prompt_tokens
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #fa629853
 operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
@@ -361,7 +362,5 @@ def ask(problems:list,    # rows with a question
     if not (chat and tokenizer.chat_template):
         return prompt_tokens([f'Question: {question}\n{instruction}\nAnswer:' for question in questions], tokenizer)
 
-    contents = keep_as_text([f'{question}\n{instruction}' for question in questions], tokenizer)
-    turns = [[dict(role='user', content=content)] for content in contents]
-    return rendered_rows([tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
-                          for turn in turns], tokenizer)
+    turns = [dict(role='user', content=f'{question}\n{instruction}') for question in questions]
+    return asked_rows([Chat('a question', [turn]) for turn in turns], tokenizer)
