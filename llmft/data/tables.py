@@ -513,21 +513,12 @@ def read_hub(name:str,            # for instance "Salesforce/wikitext"
     return {split: _hub_rows(rows, f'{name}/{split}', fields, setting) for split, rows in splits.items()}
 
 # %% ../../nbs/data/01_tables.ipynb #afc807be
-def _existing(data):
-    "The path that `data` names and whether it is there; a `LabError` where the system can't even look."
-    try:
-        path = find_path(data)
-        return path, path.exists()
-    except (OSError, RuntimeError) as error:
-        raise LabError(f"data {data[:80]} can't be looked up ({error}): check the path") from None
-
-
 def local_path(data:str):
     "The file or folder that `data` names, or `None` for a name on the hub. `LabError` for a path that is not there."
     if not data:
         raise LabError('data is empty: name a file, a folder, a built-in part or a data set of the hub')
-    path, is_there = _existing(data)
-    if is_there:
+    path = find_path(data)
+    if path.exists():
         return path
     if path.suffix.lower() in text_endings + row_endings or data.startswith(('.', '/', '~')):
         raise LabError(f'data {data}: there is no such file or folder')
