@@ -43,6 +43,11 @@ def period(given_TV, # given steps of one trajectory
     return length if turn is None else int(lags[turn + int(np.argmax(alike[turn:]))])
 
 # %% ../../../nbs/studies/forecasting/14_baselines.ipynb #0acbafe1
+def _repeated(given_TV, lag, horizon):
+    "The last `lag` steps, again and again, (horizon, V)."
+    return given_TV[len(given_TV) - lag + np.arange(horizon) % lag]
+
+
 def seasonal(given_NTV, # given steps
              horizon,   # steps to forecast
 )->np.ndarray:          # (N, H, V)
@@ -50,7 +55,7 @@ def seasonal(given_NTV, # given steps
     forecasts = []
     for given_TV in np.asarray(given_NTV, float):
         lag = period(given_TV)
-        forecasts.append(given_TV[len(given_TV) - lag + np.arange(horizon) % lag])
+        forecasts.append(_repeated(given_TV, lag, horizon))
     return np.stack(forecasts)
 
 # %% ../../../nbs/studies/forecasting/14_baselines.ipynb #0af4bf3d
@@ -139,9 +144,7 @@ def context_parroting(given_NTV, # given steps
         raise LabError(f'{length} given steps hold no earlier window of {window}: give at least {window + 1}')
 
     lags = [_lag_of_likest(given_TV, window) for given_TV in given_NTV]
-    copies = [given_TV[length - lag + np.arange(horizon) % lag]
-              for given_TV, lag in zip(given_NTV, lags, strict=True)]
-    return np.stack(copies)
+    return np.stack([_repeated(given_TV, lag, horizon) for given_TV, lag in zip(given_NTV, lags, strict=True)])
 
 # %% ../../../nbs/studies/forecasting/14_baselines.ipynb #f7f66ecc
 finer = 8  # points of the splines in one time step
