@@ -310,7 +310,7 @@ def run_stage(client,           # a Dask client
         queue.fill()
 
 # %% ../../nbs/runs/12_sweeps.ipynb #0f99d91d
-_dying_seconds = 10  # a killed process holds its lock until the system has taken it down
+_dying_seconds = 10  # killed processes hold their locks until the system has taken them down
 
 
 @contextlib.contextmanager
@@ -321,8 +321,9 @@ def correct_when_interrupted(points,  # `Point`s that may be running
     try:
         yield
     except KeyboardInterrupt:
+        end = time.monotonic() + _dying_seconds
         for point in points:
-            _wait_for_lock(point.folder, _dying_seconds)
+            _wait_for_lock(point.folder, end - time.monotonic())
             with contextlib.suppress(LabError, OSError):
                 read_run(point.folder)
         raise
