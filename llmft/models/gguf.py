@@ -19,6 +19,19 @@ from ..core import LabError, require
 def read_gguf(path,  # of a .gguf file
 ):                   # a `gguf.GGUFReader`: `fields` and `tensors`
     "The header of a GGUF file; a `LabError` for one that is cut, foreign, or packed in a way nobody here knows."
+    path = Path(path).absolute()
+    return _header(path, _state(path))
+
+
+def _state(path):
+    "What the file system knows of a file that changes when its content does; `None` where there is no file."
+    stat = path.stat() if path.exists() else None
+    return stat and (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.lru_cache(maxsize=2)
+def _header(path, state):
+    "The header of a file, whose vocabulary takes seconds: one of the same `state` is read once."
     gguf = require('gguf')
     try:
         return gguf.GGUFReader(str(path))
@@ -76,14 +89,13 @@ def _in_words(facts):
 def gguf_config(path,  # of a .gguf file
 ):                     # the architecture, a `PreTrainedConfig`
     "The configuration in a GGUF file; a `LabError` when transformers does not know the architecture."
-    path = Path(path)
-    stat = path.stat() if path.exists() else None
-    return copy.deepcopy(_read_config(path.absolute(), stat and (stat.st_size, stat.st_mtime_ns, stat.st_ino)))
+    path = Path(path).absolute()
+    return copy.deepcopy(_read_config(path, _state(path)))
 
 
 @functools.lru_cache(maxsize=8)
 def _read_config(path, state):
-    "The configuration in a file; a header with a vocabulary takes seconds, so one of the same `state` is read once."
+    "The configuration in a file; transformers reads the whole header for it, so one of the same `state` is read once."
     read_gguf(path)
     try:
         return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
