@@ -232,3 +232,11 @@ def test_two_adapters_are_not_merged_as_one():
     model.add_adapter('second', LoraConfig(**lora))
     with pytest.raises(LabError, match='2 adapters'):
         merge_in_place(copy.deepcopy(model))
+
+
+def test_asking_for_logits_leaves_every_module_in_its_mode():
+    model = load_model('preset:llama-tiny').train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    logits_of(model, ids)
+    assert [module.training for module in model.modules()] == modes

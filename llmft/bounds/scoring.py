@@ -14,7 +14,8 @@ import torch
 
 from ..core import LabError, purpose_rng
 from ..data.token_files import TokenFile
-from ..models.load import check_rows, evaluating, hidden_states, output_head
+from ..models.load import check_rows, hidden_states, output_head
+from ..models.modes import evaluating
 from ..training.losses import row_chunks
 from .bounds import smoothed_bits
 

@@ -15,8 +15,9 @@ import torch
 
 from ..core import LabError, purpose_rng
 from ..data.tokens import prompt_tokens, turn_ends
-from ..models.load import causal_model, evaluating
+from ..models.load import causal_model
 from ..models.meter import synchronise
+from ..models.modes import evaluating
 from .decoder import decoder_for
 
 # %% ../../nbs/inference/02_generation.ipynb #459775e3

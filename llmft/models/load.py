@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['presets', 'hub_presets', 'logit_changes', 'plain_heads', 'precisions', 'quantisations', 'attentions', 'model_config',
            'model_says', 'DocumentLengths', 'shared_heads', 'documents_attention', 'causal_model', 'ChangedHead',
-           'output_head', 'in_mode', 'evaluating', 'check_fits', 'hidden_states', 'largest_difference', 'rounding',
-           'check_rows', 'Precision', 'Quantisation', 'Attention', 'check_attention', 'check_model_settings',
-           'disable_cpu_repacking', 'mend_cpu_dequantising', 'quantised_share', 'seeded', 'placed', 'load_model']
+           'output_head', 'check_fits', 'hidden_states', 'largest_difference', 'rounding', 'check_rows', 'Precision',
+           'Quantisation', 'Attention', 'check_attention', 'check_model_settings', 'disable_cpu_repacking',
+           'mend_cpu_dequantising', 'quantised_share', 'seeded', 'placed', 'load_model']
 
 # %% ../../nbs/models/01_load.ipynb #eb016ce8
 import contextlib
@@ -42,6 +42,7 @@ from transformers.utils import logging as transformers_logging
 from ..core import LabError, choose, hub_answers, nearest, purpose_rng, require
 from ..data.sources import base_of, find_model
 from .gguf import gguf_config, gguf_facts, gguf_model
+from .modes import evaluating
 
 # %% ../../nbs/models/01_load.ipynb #bd09a1cb
 _llama32 = dict(
@@ -312,25 +313,6 @@ def output_head(model):
     head = net.get_output_embeddings()
     factor, bound = _logit_change(net.config)
     return head if factor == 1 and bound is None else ChangedHead(head, factor, bound)
-
-# %% ../../nbs/models/01_load.ipynb #1fbb67ee
-@contextlib.contextmanager
-def in_mode(model,          # any module
-            training:bool,  # training mode, or evaluation mode
-):
-    "`model` in that mode for the block; afterwards each of its modules is in the mode it was in."
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield model.train(training)
-    finally:
-        model.train(modes[0][1])  # a module may let go of what it holds when its mode is set
-        for module, mode in modes:
-            module.training = mode
-
-# %% ../../nbs/models/01_load.ipynb #8f018747
-def evaluating(model):
-    "`in_mode` for an evaluation."
-    return in_mode(model, training=False)
 
 # %% ../../nbs/models/01_load.ipynb #139ff214
 def check_fits(config,      # of a transformers model

@@ -27,6 +27,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError
 
 from ..core import LabError
+from .modes import evaluating
 
 # %% ../../nbs/models/10_merging.ipynb #6526b010
 _compared_tokens = 48  # of the row that logits are compared on
@@ -44,13 +45,10 @@ def logits_of(model,       # a causal language model, with or without an adapter
               ids_BT=None, # token ids to ask about; a fixed row of random ones when `None`
 ):                         # float32 logits in main memory, (rows, slots, vocabulary)
     "The logits of `model` in evaluation mode; its mode is as before afterwards."
-    mode = model.training
     ids_BT = _row_for(model) if ids_BT is None else ids_BT
     device = next(model.parameters()).device
-    try:
-        return model.eval()(input_ids=ids_BT.to(device), use_cache=False).logits.float().cpu()
-    finally:
-        model.train(mode)
+    with evaluating(model):
+        return model(input_ids=ids_BT.to(device), use_cache=False).logits.float().cpu()
 
 # %% ../../nbs/models/10_merging.ipynb #18d61e03
 tolerances = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 4e-2}  # of the largest logit

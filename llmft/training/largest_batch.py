@@ -21,9 +21,9 @@ import torch
 from ..core import LabError, read_json, write_json
 from ..data.tokens import Examples
 from ..models.cost import memory_breakdown
-from ..models.load import in_mode
 from ..models.meter import Meter, TensorMemory, resident_bytes
 from ..models.methods import Method
+from ..models.modes import in_mode
 from .recipe import Recipe, make_optimiser, optimisers
 from .step import LossModel, accumulate, set_gradient_checkpointing, step_batches
 

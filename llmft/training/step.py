@@ -20,8 +20,9 @@ from ..data.batches import IGNORED, MicroBatch, evaluation_batches, layouts, mic
 from ..data.tables import Documents
 from ..data.tokens import Examples, cut, edges, encode, scored_bytes
 from ..models.cost import families, flops_step
-from ..models.load import causal_model, check_fits, check_rows, evaluating, hidden_states, output_head
+from ..models.load import causal_model, check_fits, check_rows, hidden_states, output_head
 from ..models.methods import Method
+from ..models.modes import evaluating
 from .losses import head_cross_entropy, token_losses
 from .recipe import Recipe
 from .strategies import ProcessGroup

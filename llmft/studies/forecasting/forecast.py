@@ -14,7 +14,8 @@ import torch
 from ...core import LabError
 from ...data.tokens import prompt_tokens
 from ...inference.generation import generate
-from ...models.load import evaluating, hidden_states, output_head
+from ...models.load import hidden_states, output_head
+from ...models.modes import evaluating
 from .codec import decode, probe
 from .metrics import nll_per_value, score_forecast
 from .prepared import Split
