@@ -1,6 +1,7 @@
 """The house rules for notebooks, a test per rule that looks at all of them and names every breach; CONTRIBUTING.md explains them."""
 
 import ast
+import importlib
 import re
 import statistics
 import subprocess
@@ -257,6 +258,52 @@ def wrong_parameters(path):
 def test_parameters_are_literals_with_comments():
     wrong = [f'{place(path)}: {message}' for path in experiments for message in wrong_parameters(path)]
     assert_kept(wrong, len(experiments), 20)
+
+
+def defined_names(tree):
+    "The names that `tree` imports or defines, those of a star import included."
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                yield from star_names(node.module) if alias.name == '*' else [alias.asname or alias.name]
+
+
+def star_names(module):
+    "What `from module import *` binds."
+    found = importlib.import_module(module)
+    return getattr(found, '__all__', [name for name in vars(found) if not name.startswith('_')])
+
+
+def hidden_parameters(parameters, others):
+    "Parameters of an experiment whose names its other cells import or define."
+    names = {node.target.id for node in ast.parse(parameters).body if isinstance(node, ast.AnnAssign)}
+    bound = {name for text in others for name in defined_names(ast.parse(text))}
+    return sorted(names & bound)
+
+
+def test_nothing_takes_the_name_of_a_parameter():
+    "A parameter that an import hides has the value of the import, whatever the user asked for."
+    wrong, looked = [], 0
+    for path in experiments:
+        others = [
+            re.sub(r'^\s*[!%].*$', 'pass', body(cell), flags=re.M)
+            for cell in code(path)
+            if cell not in tagged_cells(path)
+        ]
+        hidden = hidden_parameters(body(tagged_cells(path)[0]), others)
+        wrong += [f'{place(path)}: another cell imports or defines the parameter {name}' for name in hidden]
+        looked += len(others)
+    assert_kept(wrong, looked, 200)
+
+
+def test_hidden_parameters_are_seen():
+    parameters = 'rank: int = 4  # rank\nmodel: str = "base"  # model'
+    seen = ['from a import rank', 'import x as rank', 'def rank(): pass']
+    assert [hidden_parameters(parameters, [text]) for text in seen] == [['rank']] * len(seen)
+    assert hidden_parameters('LabError: str = ""  # text', ['from llmft.core import *']) == ['LabError']
+    assert not hidden_parameters(parameters, ['from a import b as ranked\nx = rank', 'f(rank=rank)'])
 
 
 def test_experiments_leave_the_work_to_the_library():

@@ -11,7 +11,7 @@ from llmft.runs.rivals import (
     in_bullets,
     paired_difference,
     place_words,
-    rank,
+    ranked,
     told,
 )
 
@@ -76,13 +76,13 @@ def test_many_items_are_resampled_in_pieces():
 def test_weights_make_the_mean_over_documents_that_over_tokens():
     tokens_N = np.array([100.0, 10.0, 1.0])
     sums_N = np.array([200.0, 50.0, 9.0])
-    found = rank(dict(own=sums_N / tokens_N), loss, weights_N=tokens_N)
+    found = ranked(dict(own=sums_N / tokens_N), loss, weights_N=tokens_N)
     assert np.isclose(found.values['own'], sums_N.sum() / tokens_N.sum())
 
 
 @pytest.mark.parametrize('items', [1, 2, 5])
 def test_a_handful_of_items_is_never_clear(items):
-    ranking = rank(dict(ours=np.arange(items) + 0.0, base=np.arange(items) + 5.0), loss)
+    ranking = ranked(dict(ours=np.arange(items) + 0.0, base=np.arange(items) + 5.0), loss)
     assert ranking.tied == ['ours', 'base']
     assert place_words(ranking).startswith('Too few documents to say whether')
     assert ('no interval' in certainty_words(ranking)) == (items == 1)
@@ -91,16 +91,16 @@ def test_a_handful_of_items_is_never_clear(items):
 def test_few_items_may_be_clear_and_many_may_tie():
     rng = np.random.default_rng(4)
     few_N = rng.normal(3, 1, few_items - 10)
-    assert 'strongest rival' in place_words(rank(dict(a=few_N, b=few_N + 0.1), loss))
+    assert 'strongest rival' in place_words(ranked(dict(a=few_N, b=few_N + 0.1), loss))
     many_N = rng.normal(3, 1, few_items)
     noisy_N = many_N + rng.normal(0, 1, few_items)
-    tie = rank(dict(a=many_N, b=noisy_N), loss)
+    tie = ranked(dict(a=many_N, b=noisy_N), loss)
     assert ' tie in loss' in place_words(tie) and len(tie.tied) == 2
 
 
 def test_the_same_scores_tie():
     scores_N = np.linspace(1, 2, 50)
-    assert rank(dict(a=scores_N, b=scores_N.copy()), loss).tied == ['a', 'b']
+    assert ranked(dict(a=scores_N, b=scores_N.copy()), loss).tied == ['a', 'b']
 
 
 @pytest.mark.parametrize('lower', [True, False])
@@ -112,25 +112,25 @@ def test_the_strongest_rival_is_named_wherever_it_stands(lower):
     hard_N = rng.normal(3, 0.5, 40)
     scores = {name: hard_N + sign * step for name, step in steps.items()}
     measure = Measure('score', lower=lower, items='documents')
-    assert rank(scores, measure).best == 'strong'
-    assert 'own loses to strong, the strongest rival' in place_words(rank(scores, measure), 'own')
+    assert ranked(scores, measure).best == 'strong'
+    assert 'own loses to strong, the strongest rival' in place_words(ranked(scores, measure), 'own')
     del scores['strong']
-    assert 'for middling, the strongest rival' in place_words(rank(scores, measure), 'own')
+    assert 'for middling, the strongest rival' in place_words(ranked(scores, measure), 'own')
 
 
 def test_all_that_cannot_be_told_from_the_best_are_named():
     rng = np.random.default_rng(6)
     hard_N = rng.normal(3, 1, 60)
     scores = {name: hard_N + rng.normal(0, 0.2, 60) for name in ('a', 'b', 'c')} | dict(far=hard_N + 9, lost=None)
-    words = told(rank(scores, loss))
+    words = told(ranked(scores, loss))
     assert 'far' not in words and all(name in words for name in ('a', 'b', 'c')) and 'Unknown: lost.' in words
 
 
 def test_single_measurements_rank_beyond_their_tolerance_only():
     speed = Measure('throughput', 'tokens/s', lower=False, tolerance=0.02)
-    assert place_words(rank(dict(fp32=652.2, fp16=651.0), speed)).startswith('fp32 and fp16 tie in throughput')
-    assert 'for fp16, the strongest rival' in place_words(rank(dict(fp32=652.2, fp16=600.0), speed))
-    assert rank(dict(a=np.ones(3), b=5.0), loss).differences['b'].items == 0  # one number cannot be paired
+    assert place_words(ranked(dict(fp32=652.2, fp16=651.0), speed)).startswith('fp32 and fp16 tie in throughput')
+    assert 'for fp16, the strongest rival' in place_words(ranked(dict(fp32=652.2, fp16=600.0), speed))
+    assert ranked(dict(a=np.ones(3), b=5.0), loss).differences['b'].items == 0  # one number cannot be paired
 
 
 def test_nan_and_nothing_are_refused():
@@ -138,7 +138,7 @@ def test_nan_and_nothing_are_refused():
     bad += [dict(a=[], b=[]), dict(a=[1.0], b=[1.0, 2.0]), dict(a=[[1.0]], b=[[1.0]])]
     for scores in bad:
         with pytest.raises(LabError) as caught:
-            rank(scores, loss)
+            ranked(scores, loss)
         assert '\n' not in str(caught.value) and ':' in str(caught.value)
 
 
@@ -146,4 +146,4 @@ def test_a_verdict_has_three_bullets_at_most():
     assert in_bullets('Answer.', '', None, 'Next:\nmore.') == '- Answer.\n- Next: more.'
     with pytest.raises(LabError, match='at most 3 bullets'):
         in_bullets(*'abcd')
-    assert '60.0% against 50.0%' in place_words(rank(dict(a=0.6, b=0.5), share))
+    assert '60.0% against 50.0%' in place_words(ranked(dict(a=0.6, b=0.5), share))

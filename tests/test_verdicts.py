@@ -12,7 +12,7 @@ from house import experiments, root
 
 from llmft.bench.training import rank_trainers
 from llmft.bench.turns import Target, contest_verdict
-from llmft.runs.rivals import Measure, rank
+from llmft.runs.rivals import Measure, ranked
 from llmft.studies.code import report as code
 from llmft.studies.code.pass_at_k import Attempt
 from llmft.studies.finetuning import comparison as finetune_runs
@@ -219,7 +219,7 @@ def verdict_of_cell(notebook, **values):
     "What the verdict cell of an experiment says of these values."
     cells = nbformat.read(root / f'nbs/experiments/{notebook}.ipynb', 4).cells
     source = next(cell.source for cell in cells if re.search(r'^verdict = ', cell.source, re.MULTILINE))
-    tools = dict(Measure=Measure, rank=rank, rank_trainers=rank_trainers, contest_verdict=contest_verdict)
+    tools = dict(Measure=Measure, ranked=ranked, rank_trainers=rank_trainers, contest_verdict=contest_verdict)
     space = tools | dict(Markdown=str, rounds=3) | values
     exec('from llmft.runs.rivals import *\nfrom llmft.bench.pdfs import rank_readers\n' + source, space)
     return space['verdict']

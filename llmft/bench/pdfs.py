@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..core import require
 from ..data.pdfs import builtin_pdfs
-from ..runs.rivals import Measure, rank
+from ..runs.rivals import Measure, ranked
 from ..runs.tables import table
 from .turns import run_python
 
@@ -81,5 +81,5 @@ def rank_readers(turns:dict,  # library -> results of `reading_time`, one per ro
     rows = [_reading_row(library, results) for library, results in turns.items()]
     time = Measure('time to read 100,000 characters of PDFs', 's')
     found = Measure('number of characters read', lower=False, tolerance=0)
-    return [rank({row['library']: 1e5 * row['seconds'] / row['characters'] for row in rows}, time),
-            rank({row['library']: row['characters'] for row in rows}, found)]
+    return [ranked({row['library']: 1e5 * row['seconds'] / row['characters'] for row in rows}, time),
+            ranked({row['library']: row['characters'] for row in rows}, found)]

@@ -24,7 +24,7 @@ from ..data.tokens import Examples
 from ..models.load import model_config, presets
 from ..models.meter import Meter
 from ..runs.figures import bars
-from ..runs.rivals import Measure, rank
+from ..runs.rivals import Measure, ranked
 from ..runs.tables import column, table
 from ..training.fit import fit
 from ..training.step import LossModel, accumulate, evaluate_loss, step_batches
@@ -273,8 +273,8 @@ def rank_trainers(compared:dict,  # from `compare`
     ending = f', {where}' if where else ''
     speed = Measure(f'throughput{ending}', 'real tokens/s', lower=False)
     loss = Measure(f'held-out loss at the end{ending}', 'nats', tolerance=1e-4, digits=5)
-    return [rank({name: facts['tokens_per_sec'] for name, facts in compared.items()}, speed),
-            rank({name: facts['valid_loss'] for name, facts in compared.items()}, loss)]
+    return [ranked({name: facts['tokens_per_sec'] for name, facts in compared.items()}, speed),
+            ranked({name: facts['valid_loss'] for name, facts in compared.items()}, loss)]
 
 # %% ../../nbs/bench/03_training.ipynb #b6294c9b
 def throughput_table(rows:list,    # a row per trainer: its name as `trainer`, and its facts from `compare`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['confidence', 'few_items', 'most_bullets', 'scores_file', 'held_out_loss', 'Difference', 'paired_difference',
-           'Measure', 'Ranking', 'rank', 'place_words', 'certainty_words', 'told', 'in_bullets', 'keep_scores',
+           'Measure', 'Ranking', 'ranked', 'place_words', 'certainty_words', 'told', 'in_bullets', 'keep_scores',
            'kept_scores', 'paired_scores', 'rank_judged', 'keep_judged', 'rank_trained']
 
 # %% ../../nbs/runs/18_rivals.ipynb #0209707b
@@ -179,7 +179,7 @@ def _single_difference(value, best, measure):
     return Difference(difference, clear=abs(difference) > measure.tolerance * scale)
 
 
-def rank(scores:dict,         # name -> scores per item, the same items for all; or a number; or None when unknown
+def ranked(scores:dict,         # name -> scores per item, the same items for all; or a number; or None when unknown
          measure:Measure,     # what the scores are
          weights_N=None,      # weight of each item, such as its tokens; None weighs all alike
          median:bool=False,   # compare medians, not means
@@ -213,7 +213,7 @@ def _is_undecided(difference):
     return bool(difference.items) and not difference.clear and difference.items < few_items
 
 
-def place_words(ranking:Ranking, # from `rank`
+def place_words(ranking:Ranking, # from `ranked`
                 own:str='',      # the rival that the words are about, '' for the best one
 )->str:
     "How one rival stands to its strongest opponent; a `LabError` when its score is unknown."
@@ -237,7 +237,7 @@ def place_words(ranking:Ranking, # from `rank`
     return f'{own} and {other} tie in {name}: {both}.'
 
 # %% ../../nbs/runs/18_rivals.ipynb #d129e062
-def certainty_words(ranking:Ranking, # from `rank`
+def certainty_words(ranking:Ranking, # from `ranked`
                     own:str='',      # the rival that the words are about, '' for the best one
 )->str:
     "How sure the place of one rival is, on how many items, and what cannot be told from the best."
@@ -262,7 +262,7 @@ def _ground_words(measure, difference):
     return f'{measure.gap(difference)}, n = {difference.items:,} {measure.items}'
 
 # %% ../../nbs/runs/18_rivals.ipynb #a94e1709
-def told(ranking:Ranking, # from `rank`
+def told(ranking:Ranking, # from `ranked`
          own:str='',      # the rival that the words are about, '' for the best one
 )->str:
     "The place of one rival and how sure it is."
@@ -329,9 +329,9 @@ def rank_judged(judged:dict,              # name -> what `judge` gives, or None 
     measure = Measure('held-out perplexity', items=items, log=True)
     known = [each for each in judged.values() if each]
     if not all('document_losses' in each for each in known):
-        return rank({name: each and each['loss'] for name, each in judged.items()}, measure)
+        return ranked({name: each and each['loss'] for name, each in judged.items()}, measure)
     scores = {name: each and each['document_losses'] for name, each in judged.items()}
-    return rank(scores, measure, known[0]['document_targets'] if known else None)
+    return ranked(scores, measure, known[0]['document_targets'] if known else None)
 
 # %% ../../nbs/runs/18_rivals.ipynb #a9ee2a38
 def keep_judged(folder,       # of the run
@@ -354,6 +354,6 @@ def rank_trained(rows:list,    # dicts with run, perplexity_before and perplexit
     after, weights = paired_scores(folders, held_out_loss, 'after')
     before, _ = paired_scores(folders, held_out_loss, 'before')
     if after and before:
-        return rank(after | {untrained: before[start['run']]}, measure, weights)
+        return ranked(after | {untrained: before[start['run']]}, measure, weights)
     logs = {row['run']: math.log(row['perplexity_after']) for row in rows}
-    return rank(logs | {untrained: math.log(start['perplexity_before'])}, measure)
+    return ranked(logs | {untrained: math.log(start['perplexity_before'])}, measure)

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ...data.tables import left_out
-from ...runs.rivals import Measure, in_bullets, rank, rank_judged, told
+from ...runs.rivals import Measure, in_bullets, rank_judged, ranked, told
 from ...runs.tables import column, table, text_columns
 from ...training.checkpoints import checkpoints
 from ...training.fit import FitResult
@@ -244,7 +244,7 @@ def _solved_words(before, after):
     if not any(share for each in shares.values() for share in each.values()):
         return f'No problem of {problems} is solved, before or after.'
     measure = Measure('share of solved problems', lower=False, items='problems', percent=True)
-    return told(rank({name: list(each.values()) for name, each in shares.items()}, measure), trained_name)
+    return told(ranked({name: list(each.values()) for name, each in shares.items()}, measure), trained_name)
 
 
 def _loss_words(split, before, after):

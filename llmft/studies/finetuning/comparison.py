@@ -7,7 +7,7 @@ __all__ = ['by_short_name', 'run_metrics', 'held_out_hashes', 'same_held_out', '
            'reference_table', 'matrix_of', 'first_samples', 'best_run', 'comparison_verdict', 'comparison_metrics']
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #73b3225c
-from ...runs.rivals import Measure, in_bullets, place_words, rank, rank_trained, told
+from ...runs.rivals import Measure, in_bullets, place_words, rank_trained, ranked, told
 from ...runs.tables import column, table
 from .published import matrix_key, prediction_verdict, short_names
 
@@ -137,10 +137,10 @@ def _unequal_rates(rows):
 
 def _cost_words(rows):
     "Which run is fastest and which needs the least memory."
-    time = rank({row['run']: row['time_per_epoch_seconds'] for row in rows}, Measure('time per epoch', 's'))
+    time = ranked({row['run']: row['time_per_epoch_seconds'] for row in rows}, Measure('time per epoch', 's'))
     peaks = {row['run']: row['peak_memory_gb'] for row in rows}
     known = [peak for peak in peaks.values() if peak is not None]
-    memory = place_words(rank(peaks, Measure('peak memory', 'GiB'))) if known else ''
+    memory = place_words(ranked(peaks, Measure('peak memory', 'GiB'))) if known else ''
     return f'{place_words(time)} {memory} One run and one seed each: less than 5% apart counts as a tie.'
 
 

@@ -8,7 +8,7 @@ __all__ = ['least_percent_shown', 'step_table', 'operation_table', 'kind_bars', 
 
 # %% ../../../nbs/studies/finetuning/05_profile.ipynb #c9b1e13b
 from ...runs.figures import Plot, bars
-from ...runs.rivals import Measure, in_bullets, place_words, rank
+from ...runs.rivals import Measure, in_bullets, place_words, ranked
 from ...runs.tables import column, table
 from ...training.profiling import Profile, shares
 
@@ -83,7 +83,7 @@ def part_bars(operations:list,  # from `operations`
 # %% ../../../nbs/studies/finetuning/05_profile.ipynb #ea171e16
 def _largest(name, found):
     "Which of several shares of the time is largest."
-    return place_words(rank(found, Measure(f'share of the time by {name}', lower=False, percent=True)))
+    return place_words(ranked(found, Measure(f'share of the time by {name}', lower=False, percent=True)))
 
 
 def profile_verdict(operations:list,  # from `operations`

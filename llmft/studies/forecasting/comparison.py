@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ...core import LabError, write_json
-from ...runs.rivals import Measure, in_bullets, keep_scores, rank, told
+from ...runs.rivals import Measure, in_bullets, keep_scores, ranked, told
 from ...runs.tables import column, table
 from .baselines import baselines, ceiling, informed
 from .metrics import point_forecast, scaled_scores, score_forecast, step_scores
@@ -242,7 +242,7 @@ def rank_forecasts(comparison:Comparison,  # of one evaluation
     "The models and the rivals that are not given the equations, by their error."
     when = f'{step} steps ahead' if step else f'over {comparison.future_NHV.shape[1]} steps'
     measure = Measure(f"{'median' if median else 'mean'} error {when}", items='trajectories')
-    return rank(without_equations(trajectory_errors(comparison, step)), measure, median=median)
+    return ranked(without_equations(trajectory_errors(comparison, step)), measure, median=median)
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #3b418d55
 def ceiling_words(mean,    # error of the true equations over all trajectories, None when unknown

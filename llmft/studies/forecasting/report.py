@@ -14,7 +14,7 @@ import numpy as np
 from ...core import sha256_of
 from ...models.meter import machine_peaks, share_of_peak
 from ...runs.figures import bars
-from ...runs.rivals import Measure, in_bullets, rank, told
+from ...runs.rivals import Measure, in_bullets, ranked, told
 from ...runs.tables import column, table
 from .budget import adapter_of
 from .series import unscale
@@ -146,8 +146,8 @@ def training_verdict(params,                   # max_steps, valid_horizon
     known = {'untrained': outcome.errors['untrained'], trained: outcome.errors['best']}
     answer = 'No trajectory could be read both before and after training.'
     if len(known[trained]):
-        answer = (f'{told(rank(known, measure), trained)} The step is the best of {len(outcome.curve)} checkpoints on '
-                  'these trajectories.')
+        choice = f'The step is the best of {len(outcome.curve)} checkpoints on these trajectories.'
+        answer = f'{told(ranked(known, measure), trained)} {choice}'
 
     cost = (f"{_why_it_ended(params, outcome, progress)}; {outcome.flops_study:.3g} operations by the study's rules, "
             f'{progress.flops:.3g} by the hardware count.')

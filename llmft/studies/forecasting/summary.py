@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from ...core import LabError, write_atomic
 from ...runs.results import done_folders, read_result
-from ...runs.rivals import Measure, in_bullets, kept_scores, paired_scores, rank, told
+from ...runs.rivals import Measure, in_bullets, kept_scores, paired_scores, ranked, told
 from ...runs.tables import column, table
 from .baselines import ceiling, informed, uninformed
 from .comparison import ceiling_words, compared, metric_name, without_equations
@@ -299,7 +299,7 @@ def _rank_trained(rows, study, label):
     names = {row['run']: f"{row['run']} ({label(row)})" for row in rows}
     folders = {names[row['run']]: study.folders.get(f"forecast_train/{row['run']}", '') for row in rows}
     scores, _ = paired_scores(folders, 'valid_mae', 'best')
-    return rank(scores or {names[row['run']]: row['valid_mae'] for row in rows}, measure)
+    return ranked(scores or {names[row['run']]: row['valid_mae'] for row in rows}, measure)
 
 
 def _settings_words(row):
@@ -349,7 +349,7 @@ def _test_words(row, study):
     for error, name in _judged_errors.items():
         scores = without_equations(kept_scores(folder, error).get('scores') or rivals_of(row, error))
         if scores.get(own) is not None:
-            words.append(told(rank(scores, Measure(name, items='trajectories'), median=error != 'mae'), own))
+            words.append(told(ranked(scores, Measure(name, items='trajectories'), median=error != 'mae'), own))
     words.append(ceiling_words(*(rivals_of(row, error).get(ceiling) for error in ('mae', 'mae_median'))))
 
     untrained = row.get('untrained_mae_median')

@@ -12,7 +12,7 @@ import math
 
 from ...core import LabError, nearest
 from ...runs.figures import byte_unit
-from ...runs.rivals import Measure, held_out_loss, in_bullets, paired_scores, place_words, rank, told
+from ...runs.rivals import Measure, held_out_loss, in_bullets, paired_scores, place_words, ranked, told
 from ...runs.tables import column, table
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #ed2a0740
@@ -165,15 +165,15 @@ right_answers = 'right answers'  # under which runs keep which questions they an
 
 def _rank(rows, metric, measure):
     "All runs by one of their numbers."
-    return rank({row['run']: row[metric] for row in rows}, measure)
+    return ranked({row['run']: row[metric] for row in rows}, measure)
 
 
 def _rank_paired(rows, what, metric, measure):
     "All runs by the scores that they kept, or by their numbers where they kept none of the same items."
     scores, weights = paired_scores({row['run']: row['folder'] for row in rows}, what, 'after')
     if scores:
-        return rank(scores, measure, weights)
-    return rank({row['run']: math.log(row[metric]) if measure.log else row[metric] for row in rows}, measure)
+        return ranked(scores, measure, weights)
+    return ranked({row['run']: math.log(row[metric]) if measure.log else row[metric] for row in rows}, measure)
 
 
 def _quality_words(rows):

@@ -12,7 +12,7 @@ from ...inference.generation import end_tokens, written_text
 from ...inference.latency import answer_all, rates
 from ...models.meter import machine_peaks, resident_bytes
 from ...models.precisions import bytes_a_step, held_share
-from ...runs.rivals import Measure, in_bullets, place_words, rank
+from ...runs.rivals import Measure, in_bullets, place_words, ranked
 from ...runs.tables import column, table
 from .word_problems import reference_answer
 
@@ -151,7 +151,7 @@ def inference_verdict(precision:str,  # of the weights
 )->str:                               # Markdown
     "Quality, speed and memory of one precision, and which batch size makes most tokens."
     speed = {f'batch {batch_size}': answer['throughput_tokens_per_sec'] for batch_size, answer in answers.items()}
-    fastest = place_words(rank(speed, Measure('throughput', 'new tokens per second', lower=False)))
+    fastest = place_words(ranked(speed, Measure('throughput', 'new tokens per second', lower=False)))
     peak = max(answer['peak_bytes'] for answer in answers.values()) / 2**30
     return in_bullets(
         f"{precision}: {marks['correct']} of {marks['questions']} answers right, "

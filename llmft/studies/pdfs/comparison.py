@@ -7,7 +7,7 @@ __all__ = ['compared_rows', 'same_held_out', 'settings_table', 'comparison_table
            'comparison_metrics']
 
 # %% ../../../nbs/studies/pdfs/04_comparison.ipynb #78a29ec4
-from ...runs.rivals import Measure, in_bullets, place_words, rank, rank_trained, told
+from ...runs.rivals import Measure, in_bullets, place_words, rank_trained, ranked, told
 from ...runs.tables import column, table
 
 # %% ../../../nbs/studies/pdfs/04_comparison.ipynb #dbc365e7
@@ -67,8 +67,8 @@ def comparison_verdict(rows:list,  # from `compared_rows`
 )->str:                            # Markdown
     "Which run fits the most rows, what that costs in time, and which predicts best."
     batches = {row['run']: row['max_batch_size'] for row in rows}
-    widest = rank(batches, Measure('capacity', 'rows of full length', lower=False, tolerance=0))
-    fastest = rank({row['run']: row['seconds_per_step'] for row in rows}, Measure('time of a step', 's'))
+    widest = ranked(batches, Measure('capacity', 'rows of full length', lower=False, tolerance=0))
+    fastest = ranked({row['run']: row['seconds_per_step'] for row in rows}, Measure('time of a step', 's'))
     quality = told(rank_trained(rows, {row['run']: row['folder'] for row in rows}, 'chunks'))
     if not same_held_out(rows):
         quality = 'The runs were judged on different chunks, so the perplexities can not be compared.'

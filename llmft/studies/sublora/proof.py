@@ -22,7 +22,7 @@ from ...bounds.scoring import ALPHAS
 from ...core import LabError, find_path, read_json, write_atomic
 from ...models.subspace import Subspace, load_subspace
 from ...runs.results import read_result
-from ...runs.rivals import Measure, in_bullets, place_words, rank
+from ...runs.rivals import Measure, in_bullets, place_words, ranked
 from ...runs.tables import column, table
 from ...training.recipe import Recipe
 
@@ -235,7 +235,7 @@ def proof_verdict(proof:Proof,  # of one predictor
     best = proof.best
     side = 'below' if best['bound'] < proof.guess else 'NOT below'
     bounds = {'the claim': best['bound'], 'random guessing': proof.guess}
-    place = place_words(rank(bounds, Measure('bound', 'bits per token', tolerance=0)), 'the claim')
+    place = place_words(ranked(bounds, Measure('bound', 'bits per token', tolerance=0)), 'the claim')
     answer = (f"On documents of the same source the smoothed loss is at most {best['bound']:.3f} bits per token, "
               f'{side} random guessing ({proof.guess:.3f}). {place} '
               f'This claim, together with {len(proof.claims) - 1} others, {proof.condition}.')

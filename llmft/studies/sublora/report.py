@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from ...bounds.betting import coverage
 from ...bounds.bounds import lowest_loss, smoothing_width
 from ...bounds.scoring import ALPHAS
-from ...runs.rivals import Measure, in_bullets, place_words, rank, told
+from ...runs.rivals import Measure, in_bullets, place_words, ranked, told
 from ...runs.tables import column, table
 from .allocation import answers
 from .proof import gate_shares
@@ -122,7 +122,7 @@ def training_verdict(params,          # allocation_mode, b_ratio
             f'({params.allocation_mode}{ratio}) in {progress.step:,} steps ({progress.stopped}); held-out loss '
             f'{losses.before:.3f} to {losses.after:.3f} bits per token, random guess {losses.guess:.3f} '
             f'(n = {losses.targets:,} tokens of {losses.documents:,} documents).')
-    return in_bullets(place_words(rank(bits, measure), 'the trained model'), took,
+    return in_bullets(place_words(ranked(bits, measure), 'the trained model'), took,
                       'Next: sublora_bounds turns it into a guarantee.')
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #9eda24e9
@@ -238,7 +238,7 @@ def rank_allocations(groups:list,  # from `aggregate`
     same = len(seeds) > 1 and all(sorted(values) == seeds for values in by_seed.values())
     scores = {name: [values[seed] for seed in seeds] if same else float(np.mean(list(values.values())))
               for name, values in by_seed.items()}
-    return rank(scores | {'random guessing': guess}, measure)
+    return ranked(scores | {'random guessing': guess}, measure)
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #c4a32bca
 def analysis_verdict(metrics:dict,  # from `analysis_metrics`
