@@ -12,6 +12,7 @@ from house import experiments, root
 
 from llmft.bench.training import rank_trainers, time_basis
 from llmft.bench.turns import Target, contest_verdict
+from llmft.runs import rivals as runs_rivals
 from llmft.runs.rivals import Measure, rank
 from llmft.studies.code import report as code
 from llmft.studies.code.pass_at_k import Attempt
@@ -220,7 +221,7 @@ def verdict_of_cell(notebook, **values):
     cells = nbformat.read(root / f'nbs/experiments/{notebook}.ipynb', 4).cells
     source = next(cell.source for cell in cells if re.search(r'^verdict = ', cell.source, re.MULTILINE))
     tools = dict(Measure=Measure, rank=rank, rank_trainers=rank_trainers, contest_verdict=contest_verdict)
-    tools |= dict(time_basis=time_basis)
+    tools |= dict(time_basis=time_basis, rivals=runs_rivals)
     space = tools | dict(Markdown=str, rounds=3) | values
     exec('from llmft.runs.rivals import *\nfrom llmft.bench.pdfs import rank_readers\n' + source, space)
     return space['verdict']
@@ -339,10 +340,10 @@ def test_a_run_before_training_that_wins_is_named():
 
 
 measured_by = {  # metric with _error or _ratio, by experiment -> what in the verdict stands for it
-    'bench': r'time_to_loss_ratio_vs_(?P<rival>trl_packed|trl_padded|hf_trainer)(_\w+)?|memory_ratio_vs_.*|runner_overhead_ratio',
+    'bench': r'(time_to_loss|tokens_per_sec)_ratio_vs_(?P<rival>trl_packed|trl_padded|hf_trainer)(_\w+)?|memory_ratio_vs_.*|runner_overhead_ratio',
     'bench_inference': r'decode_ratio_.*',
     'bench_bounds': r'.*',
-    'bench_instruct': r'time_to_loss_ratio_vs_(hf_padded|trl_packed)|memory_ratio_vs_hf_padded|pdf_ratio_vs_pypdf',
+    'bench_instruct': r'(time_to_loss|tokens_per_sec)_ratio_vs_(hf_padded|trl_packed)|memory_ratio_vs_hf_padded|pdf_ratio_vs_pypdf',
     'finetune': r'memory_error',  # a prediction of memory, which the comparison of runs judges
     'forecast_eval': r'(untrained_|last_value_|seasonal_|linear_autoregression_|context_parroting_|\w+_refitted_)?error_at_10',
     'forecast_summary': r'.+_error_at_10',
