@@ -137,6 +137,18 @@ def watch(trainer,      # of a peer
     trainer.add_callback(Watch())
     return trainer
 
+# %% ../../nbs/bench/03_training.ipynb #e7ee427d
+def check_plan(name:str,         # of the trainer
+               block:Block,      # of its epoch
+               setting:Setting,  # which plans the steps
+               train:Examples,   # documents of the epoch
+):
+    "A `LabError` unless each step learned from as many targets as were planned for it."
+    targets = train.supervised()
+    planned = [int(targets[rows].sum()) for rows in step_rows(setting, len(train))]
+    if block.tokens != planned:
+        raise LabError(f'{name} did not follow the plan of steps: their targets were {block.tokens}, not {planned}')
+
 # %% ../../nbs/bench/03_training.ipynb #728ebd40
 def _train_ours(block, layout, setting, train, folder, judge):
     "Train by `fit`; the steps are noted in `block`."
@@ -161,18 +173,6 @@ def _train_peer(block, name, setting, train, folder, judge):
     block.begin()
     trainer.train()
     block.tokens = _sums_of(block.tokens, trainer.args.gradient_accumulation_steps)
-
-
-def check_plan(name:str,         # of the trainer
-               block:Block,      # of its epoch
-               setting:Setting,  # which plans the steps
-               train:Examples,   # documents of the epoch
-):
-    "A `LabError` unless each step learned from as many targets as were planned for it."
-    targets = train.supervised()
-    planned = [int(targets[rows].sum()) for rows in step_rows(setting, len(train))]
-    if block.tokens != planned:
-        raise LabError(f'{name} did not follow the plan of steps: their targets were {block.tokens}, not {planned}')
 
 
 def train_block(name:str,         # one of `trainers`
