@@ -213,7 +213,8 @@ def files(tmp_path):
         ('inference', 'text', 'rows.zip', "ends in '.zip'"),
         ('pdf_finetune', 'data', 'folder', 'holds no file that ends in .pdf'),
         ('forecast_data', 'data', 'pipe.jsonl', 'is no regular file'),
-        ('forecast_data', 'data', 'folder', 'there is no file'),
+        ('forecast_data', 'data', 'folder', 'holds no file'),
+        ('forecast_data', 'data', 'no_series.csv', 'there is no file'),
         ('forecast_train', 'data', 'folder', 'run forecast_data first'),
         ('forecast_train', 'start', 'folder', 'adapter_config.json'),
         ('finetune', 'model', 'folder', 'has no config.json'),
@@ -237,6 +238,15 @@ def test_the_first_row_says_whether_the_field_is_there(files):
     with pytest.raises(LabError, match="has no field 'body': its fields are text; set text_field"):
         check_inputs('finetune', dict(data=str(files / 'rows.jsonl'), text_field='body'))
     check_inputs('finetune', dict(data=str(files / 'rows.jsonl'), text_field='text'))
+
+
+def test_series_may_be_a_folder_of_tables(files):
+    check_inputs('forecast_data', dict(data=str(files / 'rows.jsonl')))
+    (files / 'folder' / 'prey.csv').write_text('time,prey\n0,1.0\n1,2.0\n')
+    check_inputs('forecast_data', dict(data=str(files / 'folder')))
+    (files / 'folder' / 'prey.csv').write_text('time,prey\n')
+    with pytest.raises(LabError, match='data: .*folder holds no row: give a folder of tables'):
+        check_inputs('forecast_data', dict(data=str(files / 'folder')))
 
 
 @pytest.mark.parametrize(

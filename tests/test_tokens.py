@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmft.core import LabError, read_json
+from llmft.data import token_files
 from llmft.data.batches import IGNORED, Plan, best_fit, evaluation_batches, layouts, micro_batches
 from llmft.data.corpora import builtin_part
 from llmft.data.token_files import read_token_file
@@ -183,3 +184,34 @@ def test_one_writer_goes_on_where_it_stopped_and_one_reader_reads(tmp_path, dtyp
 def test_a_refused_document_is_counted_and_named():
     with pytest.raises(LabError, match='document 1 has 29 positions and max_length is 10'):
         cut(examples([5, 30, 20]), 10, 'error')
+
+
+# ---- token files
+
+
+def test_control_like_text_of_an_interrupted_preparation_is_counted_once(tmp_path, monkeypatch):
+    questions = tmp_path / 'questions.jsonl'
+    questions.write_text(''.join(f'{{"text": "{n}: <|endoftext|>, <|endoftext|>?"}}\n' for n in range(40)))
+    source = dict(data=str(questions), tokenizer='base', valid_share=0.2, batch=4)
+    write, written = token_files.write_json, []
+
+    def write_then_stop(path, value):
+        write(path, value)
+        written.append(path)
+        if len(written) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(token_files, 'write_json', write_then_stop)
+    monkeypatch.setattr(token_files.write_side, '__defaults__', (2,))
+    with pytest.raises(KeyboardInterrupt):
+        token_files.prepare_tokens(tmp_path / 'tokens', **source)
+    assert written == [tmp_path / 'tokens' / '.train.json']
+
+    facts = token_files.prepare_tokens(tmp_path / 'tokens', **source)
+    for side in ('train', 'val'):
+        assert facts[side]['control_like'] == 2 * facts[side]['documents'] > 0
+        assert (token_files.read_token_file(tmp_path / 'tokens', side).ids == facts['eot']).sum() == len(
+            token_files.read_token_file(tmp_path / 'tokens', side)
+        )
+    assert facts['train']['documents'] + facts['val']['documents'] == 40
+    assert not [path.name for path in (tmp_path / 'tokens').iterdir() if path.name.startswith(('.train', '.val'))]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from house import experiments, root
 
-from llmft.bench.training import rank_trainers
+from llmft.bench.training import rank_trainers, time_basis
 from llmft.bench.turns import Target, contest_verdict
 from llmft.runs.rivals import Measure, ranked
 from llmft.studies.code import report as code
@@ -220,6 +220,7 @@ def verdict_of_cell(notebook, **values):
     cells = nbformat.read(root / f'nbs/experiments/{notebook}.ipynb', 4).cells
     source = next(cell.source for cell in cells if re.search(r'^verdict = ', cell.source, re.MULTILINE))
     tools = dict(Measure=Measure, ranked=ranked, rank_trainers=rank_trainers, contest_verdict=contest_verdict)
+    tools |= dict(time_basis=time_basis)
     space = tools | dict(Markdown=str, rounds=3) | values
     exec('from llmft.runs.rivals import *\nfrom llmft.bench.pdfs import rank_readers\n' + source, space)
     return space['verdict']
@@ -230,7 +231,11 @@ def rate(wins):
 
 
 def found_by(best, names):
-    return {name: dict(tokens_per_sec=rate(name == best), valid_loss=10 + far[name == best]) for name in names}
+    seconds = {True: [10.0, 10.1, 10.3], False: [30.0, 31.0, 30.5]}
+    return {
+        name: dict(goal=10.0, epoch_tokens=900, round_seconds=seconds[name == best], valid_loss=10 + far[name == best])
+        for name in names
+    }
 
 
 unmet = [Target('what nobody asked', 1.0, 2.0)]
@@ -255,7 +260,7 @@ def bench_instruct(best):
         'bench_instruct',
         found=found_by(best, rivals['bench_instruct']),
         memory={},
-        pdf_files=0,
+        reading={},
         targets=unmet,
         rows=9,
         difference=dict(gradient_difference=1e-6),
@@ -334,10 +339,10 @@ def test_a_run_before_training_that_wins_is_named():
 
 
 measured_by = {  # metric with _error or _ratio, by experiment -> what in the verdict stands for it
-    'bench': r'tokens_per_sec_ratio_vs_(?P<rival>trl_packed|trl_padded|hf_trainer)(_\w+)?|memory_ratio_vs_.*|runner_overhead_ratio',
+    'bench': r'(time_to_loss|tokens_per_sec)_ratio_vs_(?P<rival>trl_packed|trl_padded|hf_trainer)(_\w+)?|memory_ratio_vs_.*|runner_overhead_ratio',
     'bench_inference': r'decode_ratio_.*',
     'bench_bounds': r'.*',
-    'bench_instruct': r'tokens_per_sec_ratio_vs_(hf_padded|trl_packed)|memory_ratio_vs_hf_padded|pdf_ratio_vs_pypdf',
+    'bench_instruct': r'(time_to_loss|tokens_per_sec)_ratio_vs_(hf_padded|trl_packed)|memory_ratio_vs_hf_padded|pdf_ratio_vs_pypdf',
     'finetune': r'memory_error',  # a prediction of memory, which the comparison of runs judges
     'forecast_eval': r'(untrained_|last_value_|seasonal_|linear_autoregression_|context_parroting_|\w+_refitted_)?error_at_10',
     'forecast_summary': r'.+_error_at_10',

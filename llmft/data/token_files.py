@@ -22,6 +22,7 @@ from llmft.data.tokens import (
     Examples,
     TokenWriter,
     load_tokenizer,
+    looks_like_control,
     read_side,
     side_facts,
     spell_control,
@@ -81,6 +82,10 @@ class Characters:
             raise LabError(f'{chr(points[wrong[0]])!r} is not in the alphabet of the tokenizer: {self.alphabet!r}')
         return np.split(ids, np.cumsum([len(text) for text in texts])[:-1])
 
+    def control_like(self, texts) -> int:
+        "How often the texts spell a control token: an alphabet has none."
+        return 0
+
 # %% ../../nbs/data/07_token_files.ipynb #b81f67b4
 _most_tokens = 2**16
 
@@ -105,6 +110,10 @@ class Subwords:
         for number in np.flatnonzero(spell_control(texts, self.tokenizer)):
             rows[number] = text_rows([texts[number]], self.tokenizer)[0]
         return [np.array(row, dtype=np.uint16) for row in rows]
+
+    def control_like(self, texts) -> int:
+        "How often the texts spell a control token, which is kept as text."
+        return looks_like_control(texts, self.tokenizer)
 
 # %% ../../nbs/data/07_token_files.ipynb #80d0628e
 printable = ''.join(map(chr, [9, 10, *range(32, 127)]))  # ASCII that occurs in source text
@@ -251,16 +260,16 @@ def document_stream(data:str,                # one of `_sources`, a file or fold
 
 # %% ../../nbs/data/07_token_files.ipynb #157f3edb
 def _tokenised(batches, encoder):
-    "The tokens of each batch of texts; the next batch is tokenised in a thread while one is used."
+    "(tokens, spelled control tokens) of each batch of texts; a thread tokenises the next one while one is used."
     def work():
         texts = next(batches, None)
-        return encoder(texts) if texts else None
+        return (encoder(texts), encoder.control_like(texts)) if texts else None
 
     with ThreadPoolExecutor(1) as thread:
         ahead = thread.submit(work)
-        while rows := ahead.result():
+        while done := ahead.result():
             ahead = thread.submit(work)
-            yield rows
+            yield done
 
 
 def _check_filled(lengths, first, side):
@@ -282,18 +291,26 @@ def _with_eots(rows, eot, first, side):
     return ids, lengths
 
 
+_nothing = dict(batches=0, tokens=0, documents=0, control_like=0)
+
+
+def _note_of(folder, side):
+    "The file in which the preparation of a side notes how far it is."
+    return folder / f'.{side}.json'
+
+
 def _progress(folder, side):
-    "What an interrupted preparation noted: batches, tokens and documents that were written."
-    note = folder / f'.{side}.json'
+    "What an interrupted preparation noted that was written."
+    note = _note_of(folder, side)
     parts = [folder / f'.{side}.{kind}.partial' for kind in ('bin', 'sizes')]
-    if note.exists() and all(part.exists() for part in parts):
-        return read_json(note)
-    return dict(batches=0, tokens=0, documents=0)
+    done = read_json(note) if note.exists() and all(part.exists() for part in parts) else {}
+    return done if done.keys() == _nothing.keys() else _nothing
 
 
-def _further(done, rows, ids):
+def _further(done, rows, ids, control_like):
     "What was written when these rows are added to what was `done`."
-    return dict(batches=done['batches'] + 1, tokens=done['tokens'] + len(ids), documents=done['documents'] + len(rows))
+    added = dict(batches=1, tokens=len(ids), documents=len(rows), control_like=control_like)
+    return {what: done[what] + number for what, number in added.items()}
 
 
 def write_side(folder,   # a `Path`
@@ -307,17 +324,16 @@ def write_side(folder,   # a `Path`
     left = itertools.islice(batches, done['batches'], None)
 
     with TokenWriter(folder, side, tokens=done['tokens'], documents=done['documents']) as writer:
-        for rows in _tokenised(left, encoder):
+        for rows, control_like in _tokenised(left, encoder):
             ids, lengths = _with_eots(rows, encoder.eot, done['documents'], side)
             writer.write(ids, lengths)
-            done = _further(done, rows, ids)
+            done = _further(done, rows, ids, control_like)
             if done['batches'] % note_every == 0:
                 writer.flush()
-                write_json(folder / f'.{side}.json', done)
-        offsets = writer.finish()
+                write_json(_note_of(folder, side), done)
 
-    (folder / f'.{side}.json').unlink(missing_ok=True)
-    return offsets
+        write_json(_note_of(folder, side), done)
+        return writer.finish()
 
 # %% ../../nbs/data/07_token_files.ipynb #5a6fefb2
 def _content(source):
@@ -366,6 +382,12 @@ def _prepared(folder, source):
     return facts
 
 
+def _counted(folder, side):
+    "How often the texts of a finished side spell a control token; `None` where nothing was noted."
+    note = _note_of(folder, side)
+    return read_json(note).get('control_like') if note.exists() else None
+
+
 def _prepare_side(folder, side, batches, encoder, data):
     "Write one side unless it is there, and return its facts; a `LabError` when it has no document."
     finished = (folder / f'{side}.bin').exists() and (folder / f'{side}_offsets.npy').exists()
@@ -374,7 +396,7 @@ def _prepare_side(folder, side, batches, encoder, data):
     facts = side_facts(folder, side)
     if not facts['documents']:
         raise LabError(f'{data} gives no {side} document: change valid_share or add documents')
-    return facts
+    return facts | dict(control_like=_counted(folder, side))
 
 
 def _larger(one, other):
@@ -416,4 +438,6 @@ def prepare_tokens(folder,         # train.bin, val.bin and what belongs to them
         _keep_boundaries(folder)
         facts = sealed(facts)
         write_json(folder / 'tokens.json', facts)
+        for side in ('train', 'val'):
+            _note_of(folder, side).unlink(missing_ok=True)
         return facts

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['run_marks', 'readers', 'check_documents', 'check_token_source', 'check_rows', 'check_problems', 'check_file',
-           'check_pdfs', 'check_run', 'check_model', 'missing_package', 'check_inputs']
+           'check_series', 'check_pdfs', 'check_run', 'check_model', 'missing_package', 'check_inputs']
 
 # %% ../../nbs/runs/16_inputs.ipynb #261a10f6
 import json
@@ -94,6 +94,19 @@ def check_file(path:str,      # '' for none
         raise _no_place('file', path)
     if not os.access(path, os.R_OK):
         raise LabError(f'{shown(path)} cannot be read: change its permissions')
+
+# %% ../../nbs/runs/16_inputs.ipynb #eade381b
+def check_series(path:str,      # '' for none
+                 params:dict,   # of the run
+):
+    "A `LabError` unless `path` is a file that can be read, or a folder of tables with rows."
+    folder = find_path(path) if path else None
+    if not folder or not folder.is_dir():
+        check_file(path, params)
+        return
+    for _ in read_rows(folder):
+        return
+    raise LabError(f'{shown(folder)} holds no row: give a folder of tables')
 
 # %% ../../nbs/runs/16_inputs.ipynb #91b2343d
 def check_pdfs(data:str,      # builtin, or a folder
@@ -190,7 +203,7 @@ readers = {
     'instruct.data': check_rows,
     'inference.data': check_rows,
     'pdf_finetune.data': check_pdfs,
-    'forecast_data.data': check_file,
+    'forecast_data.data': check_series,
     'forecast_train.data': _check_earlier('series'),
     'forecast_eval.data': _check_earlier('series'),
 }  # parameter -> check(value, parameters of the run)

@@ -6,6 +6,7 @@
 __all__ = ['Fit', 'planned_steps', 'examples_hash', 'prepare', 'resume', 'save']
 
 # %% ../../nbs/training/07_prepare.ipynb #b3b4bca2
+import contextlib
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,11 +34,11 @@ from ..data.hashes import file_hashes
 from ..data.tokens import Examples
 from ..models.adapters import trainable_parameters
 from ..models.cost import families
-from ..models.load import causal_model, check_rows
+from ..models.load import attentions, causal_model, check_rows
 from ..models.methods import Method
 from .recipe import Recipe
 from .step import LossModel, check_examples, set_gradient_checkpointing
-from .strategies import ProcessGroup, check_subspace, make_process_group
+from .strategies import ProcessGroup, check_subspace, make_process_group, strategies
 
 # %% ../../nbs/training/07_prepare.ipynb #4fd84d36
 @dataclass
@@ -117,11 +118,10 @@ def _check_examples(train, recipe):
 
 
 def _check_model(model, train, valid, recipe):
-    "Refuse examples and rows that the model cannot read, and a budget that cannot be counted for it."
+    "Refuse examples that the model cannot read, and a budget that cannot be counted for it."
     for examples in (train, valid):
         if examples is not None:
             check_examples(model, examples)
-    check_rows(model, layouts[recipe.layout].joins)
 
     model_type = causal_model(model).config.model_type
     if recipe.max_flops and model_type not in families:
@@ -164,6 +164,36 @@ def _join_processes(model, recipe, processes):
     return group
 
 
+def _needs_gpu(net):
+    "Whether the attention of a model has kernels for GPUs only."
+    attention = attentions.get(net.config._attn_implementation)
+    return attention is not None and 'a CUDA device' in attention.needs
+
+
+def _move_whole(model, attention, device):
+    "Move all weights; a `LabError` where they do not fit, since `attention` is tried on whole ones."
+    try:
+        model.to(device)
+    except torch.cuda.OutOfMemoryError:
+        raise LabError(f'attention={attention} is tried on the whole model, which does not fit the GPU: '
+                       'use attention=documents') from None
+
+
+@contextlib.contextmanager
+def _on_own_gpu(model, group):
+    "`model` on the GPU of this process where its attention needs one; weights that will be cut go back."
+    net = causal_model(model)
+    lay = net.device
+    if not _needs_gpu(net) or lay.type == group.device.type:
+        yield
+        return
+
+    _move_whole(model, net.config._attn_implementation, group.device)
+    yield
+    if group.processes and 'weights' in strategies[group.processes.strategy].cuts:
+        model.to(lay)
+
+
 def _note_trained(run):
     "Note what is trained, before a strategy cuts it; a `LabError` when it is nothing."
     run.method = Method.of(run.model)
@@ -198,6 +228,8 @@ def prepare(model,           # as for `fit`
     _check_model(model, train, valid, recipe)
     seed_everything(recipe.seed)
     group = _join_processes(model, recipe, processes)
+    with _on_own_gpu(model, group):
+        check_rows(model, layouts[recipe.layout].joins)
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     log = Log(folder, group.rank == 0, on_log)

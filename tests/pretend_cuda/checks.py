@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,10 +19,12 @@ from llmft.models.adapters import add_lora, trainable_parameters, weights_hash
 from llmft.models.load import check_model_settings, load_model
 from llmft.models.precisions import check_form
 from llmft.training import checkpoints
+from llmft.training import prepare as preparing
 from llmft.training.fit import fit, train_step
 from llmft.training.largest_batch import try_batch
 from llmft.training.prepare import prepare
 from llmft.training.step import evaluate_loss, step_batches
+from llmft.training.strategies import Processes
 from pretend_cuda import device
 
 ampere = device.capability >= (8, 0)
@@ -229,6 +233,55 @@ def test_peaks_are_measured_in_the_memory_that_is_free(monkeypatch):
         assert max(taken) <= free / 2 + torch.cuda.memory_reserved()
         sizes[free] = meter._matrix_size(), meter._copy_size()
     assert sizes[80 * 2**30] == (8192, 2**31) and sizes[4 * 2**30] == (8192, 2**30)
+
+
+# ---- a process of several has its model in main memory until it is wrapped
+
+
+def waiting(attention):
+    "A small model as such a process has it."
+    return add_lora(load_model('preset:llama-tiny', attention=attention).to('cpu'), 4, 8.0, 0.0, ['q_proj'], seed=1)
+
+
+@pytest.fixture
+def sdpa_for_gpus(monkeypatch):
+    "As if SDPA had kernels for GPUs only, as the package flash-attn has."
+    monkeypatch.setitem(models.attentions, 'sdpa', replace(models.attentions['sdpa'], needs=('a CUDA device',)))
+
+
+def test_rows_are_tried_where_the_attention_has_kernels(monkeypatch, tmp_path, sdpa_for_gpus):
+    tried = []
+
+    def check_rows(model, packed):
+        tried.append(models.causal_model(model).device.type)
+        models.check_rows(model, packed)
+
+    monkeypatch.setattr(preparing, 'check_rows', check_rows)
+    for attention in ('sdpa', 'documents'):
+        run = prepare(waiting(attention), training_runs.examples(16), None, tmp_path / attention, recipe())
+        assert next(run.model.parameters()).is_cuda
+    assert tried == ['cuda', 'cpu']
+
+
+@pytest.mark.parametrize('strategy, afterwards', [('ddp', 'cuda'), ('zero2', 'cuda'), ('fsdp2', 'cpu'), ('zero3', 'cpu')])
+def test_weights_that_will_be_cut_go_back_after_the_trial(sdpa_for_gpus, strategy, afterwards):
+    model = waiting('sdpa')
+    group = SimpleNamespace(device=torch.device('cuda'), processes=Processes(2, strategy))
+    with preparing._on_own_gpu(model, group):
+        assert next(model.parameters()).device.type == 'cuda'
+    assert next(model.parameters()).device.type == afterwards
+
+
+def test_a_whole_model_that_does_not_fit_is_refused_with_a_way_out(monkeypatch, sdpa_for_gpus):
+    def full(*arguments):
+        raise torch.cuda.OutOfMemoryError('full')
+
+    model = waiting('sdpa')
+    monkeypatch.setattr(model, 'to', full)
+    group = SimpleNamespace(device=torch.device('cuda'), processes=Processes(2, 'fsdp2'))
+    with pytest.raises(LabError, match='does not fit the GPU: use attention=documents$'), \
+            preparing._on_own_gpu(model, group):
+        pass
 
 
 # ---- planted mistakes: each of these must be found

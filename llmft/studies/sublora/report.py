@@ -18,22 +18,24 @@ from ...bounds.betting import coverage
 from ...bounds.bounds import lowest_loss, smoothing_width
 from ...bounds.scoring import ALPHAS
 from ...runs.rivals import Measure, in_bullets, place_words, ranked, told
-from ...runs.tables import column, table
+from ...runs.tables import column, table, text_columns
 from .allocation import answers
 from .proof import gate_shares
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #74f65925
-def _document_row(side, file):
-    "Documents and tokens of one side, and how long its documents are."
+def _document_row(side, file, facts):
+    "Documents and tokens of one side, how long its documents are, and how often they spell a control token."
     return dict(side=side, documents=len(file), tokens=len(file.ids), length=float(file.doc_lengths.mean()),
-                longest=int(file.doc_lengths.max()))
+                longest=int(file.doc_lengths.max()), control_like=facts.get('control_like'))
 
 
 def document_table(files:dict,  # train, val -> `TokenFile`
+                   facts:dict,  # of the token files, from `prepare_tokens`
 ):                              # a displayed table
-    "Documents and tokens of each side, and how long the documents are."
-    rows = [_document_row(side, file) for side, file in files.items()]
-    return table(rows, ['side', 'documents', 'tokens', column('length', 'mean length', 'tokens'), 'longest'])
+    "Documents and tokens of each side, how long the documents are, and what in them looks like a control token."
+    rows = [_document_row(side, file, facts[side]) for side, file in files.items()]
+    return table(rows, ['side', 'documents', 'tokens', column('length', 'mean length', 'tokens'), 'longest',
+                        text_columns[0]])
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #273b28d1
 @dataclass
@@ -88,8 +90,8 @@ def _settings(params, subspace):
 
 def _sizes(facts, subspace):
     "How large data, model and subspace are."
-    return dict(documents=facts['train']['documents'], vocabulary=facts['vocabulary'],
-                parameters=subspace.start.numel(), trained=trained_numbers(subspace))
+    return dict(documents=facts['train']['documents'], control_like=facts['train'].get('control_like'),
+                vocabulary=facts['vocabulary'], parameters=subspace.start.numel(), trained=trained_numbers(subspace))
 
 
 _of_training = ('steps', 'train_tokens', 'total_time_seconds', 'tokens_per_sec', 'best_step', 'stopped')
