@@ -1,6 +1,5 @@
 "The experiments themselves, end to end and as small as they go: run, report, comparison, and plain papermill."
 
-import ast
 import json
 import subprocess
 import sys
@@ -167,10 +166,3 @@ def test_every_experiment_refuses_what_the_device_lacks_in_its_first_cell(path, 
 
 def test_all_experiments_with_formats_are_seen():
     assert len(refusals) >= 17
-
-
-def names_imported(notebook):
-    "The names that the cells of a notebook import."
-    trees = [ast.parse(source(cell)) for cell in code(notebook) if 'google.colab' not in source(cell)]
-    imports = [node for tree in trees for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
-    return {name.asname or name.name for node in imports for name in node.names}
