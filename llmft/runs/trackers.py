@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['trackers', 'trackings', 'Tracker', 'check_tracker', 'open_tracker']
 
-# %% ../../nbs/runs/00_trackers.ipynb #091db283
+# %% ../../nbs/runs/00_trackers.ipynb #d98f2513
 import os
 import time
 from contextlib import redirect_stdout
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..core import LabError, choose, jsonable, require
 
-# %% ../../nbs/runs/00_trackers.ipynb #96897007
+# %% ../../nbs/runs/00_trackers.ipynb #577084b4
 trackers = dict(
     off=dict(what='no tracker', needs=()),
     wandb=dict(what='Weights & Biases', needs=('wandb',)),
@@ -23,13 +23,13 @@ trackers = dict(
     mlflow=dict(what='MLflow, files or a server', needs=('mlflow',)),
 )
 
-# %% ../../nbs/runs/00_trackers.ipynb #1ba9b225
+# %% ../../nbs/runs/00_trackers.ipynb #cf63e39c
 trackings = dict(
     offline="files in the run's folder, without an account",
     online='sent to a server while the run trains',
 )
 
-# %% ../../nbs/runs/00_trackers.ipynb #b45075e1
+# %% ../../nbs/runs/00_trackers.ipynb #6df25814
 @dataclass
 class Tracker:
     "An open tracker. A failure of it is said once, and the run goes on without it."
@@ -62,7 +62,7 @@ def _reason(error):
     "The first words of an error, on one line."
     return ' '.join(str(error).split())[:160] or type(error).__name__
 
-# %% ../../nbs/runs/00_trackers.ipynb #432b2ea9
+# %% ../../nbs/runs/00_trackers.ipynb #4c571f29
 def _open_wandb(tracking, folder, record):
     "A wandb run with its files in the run's folder."
     os.environ.setdefault('WANDB_ERROR_REPORTING', 'false')
@@ -78,14 +78,14 @@ def _open_wandb(tracking, folder, record):
 
     return Tracker('wandb', opened.log, end)
 
-# %% ../../nbs/runs/00_trackers.ipynb #362ac4bd
+# %% ../../nbs/runs/00_trackers.ipynb #13a6a4be
 def _server(variable, tracker):
     "The server that an environment variable names; a `LabError` when it names none."
     if not os.environ.get(variable):
         raise LabError(f'tracking: {tracker} online needs a server: set the variable {variable}, or choose offline')
     return os.environ[variable]
 
-# %% ../../nbs/runs/00_trackers.ipynb #e2a83e30
+# %% ../../nbs/runs/00_trackers.ipynb #af5bcafa
 def _open_trackio(tracking, folder, record):
     "A Trackio run, without a dashboard and without measuring the machine."
     place = Path(folder, 'trackio').absolute()
@@ -110,7 +110,7 @@ def _open_trackio(tracking, folder, record):
 
     return Tracker('trackio', send, end)
 
-# %% ../../nbs/runs/00_trackers.ipynb #d2845929
+# %% ../../nbs/runs/00_trackers.ipynb #1af46425
 _quiet_mlflow = dict(MLFLOW_DISABLE_TELEMETRY='true', DO_NOT_TRACK='true', MLFLOW_ALLOW_FILE_STORE='true')
 
 
@@ -157,7 +157,7 @@ def _open_mlflow(tracking, folder, record):
 
     return Tracker('mlflow', send, end)
 
-# %% ../../nbs/runs/00_trackers.ipynb #c1ab3174
+# %% ../../nbs/runs/00_trackers.ipynb #ff44a82a
 _openers = dict(wandb=_open_wandb, trackio=_open_trackio, mlflow=_open_mlflow)
 
 
@@ -168,7 +168,7 @@ def check_tracker(tracker:str,   # a name of `trackers`
     choose('tracker', tracker, trackers)
     choose('tracking', tracking, trackings)
 
-# %% ../../nbs/runs/00_trackers.ipynb #deda3b23
+# %% ../../nbs/runs/00_trackers.ipynb #6d58a5a9
 def open_tracker(tracker:str,   # off, wandb, trackio or mlflow
                  tracking:str,  # offline or online
                  folder,        # the run's folder, where an offline tracker keeps its files
