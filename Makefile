@@ -29,8 +29,8 @@ report: install
 	@touch .venv/docs
 
 .venv/extras: .venv/docs
-	@DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --progress-bar off --disable-pip-version-check -e '.[zero,cluster]' 2> >(grep -v 'is ignored: it is neither' >&2) || \
-	  echo 'DeepSpeed or dask-jobqueue could not be installed: their tests are skipped'
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install -q --progress-bar off --disable-pip-version-check -e '.[zero,cluster,trackers]' 2> >(grep -v 'is ignored: it is neither' >&2) || \
+	  echo 'DeepSpeed, dask-jobqueue or a tracker could not be installed: their tests are skipped'
 	@touch .venv/extras
 
 test: .venv/extras

@@ -295,7 +295,7 @@ def test_cheap_commands_run(tmp_path, monkeypatch, capsys):
         (texts_folder / f'{number}.txt').write_text(
             f'Letter {number}. ' + f'The weather on day {number} was fine and the garden grew. ' * 6
         )
-    arguments = shlex.split('run params/finetune/lora.yaml --small -p name=mine -p data=my_texts')
+    arguments = shlex.split('run params/finetune/lora.yaml --small -p name=mine -p data=examples/my_texts')
     assert any(' '.join(arguments) in command for page, command, _ in every if page.endswith('get-started.qmd')), (
         'the guide shows another command'
     )

@@ -127,8 +127,8 @@ def test_a_pipe_and_a_dangling_link_hold_nothing_and_do_not_block(tmp_path):
 
 def space(tmp_path, **more):
     "What a notebook with data and model has in its namespace."
-    names = dict(name=str, outputs=str, data=str, model=str, start=str, wandb=str)
-    values = dict(name='x', outputs=str(tmp_path / 'outputs'), data='', model='preset:llama-tiny', start='', wandb='off')
+    names = dict(name=str, outputs=str, data=str, model=str, start=str, tracker=str)
+    values = dict(name='x', outputs=str(tmp_path / 'outputs'), data='', model='preset:llama-tiny', start='', tracker='off')
     return dict(__annotations__=names, **values | more)
 
 

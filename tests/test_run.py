@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -273,11 +275,12 @@ def test_a_full_disk_leaves_room_for_the_status(tmp_path, monkeypatch):
 def space(tmp_path, **more):
     return (
         dict(
-            __annotations__=dict(name=str, outputs=str, lr=float, wandb=str),
+            __annotations__=dict(name=str, outputs=str, lr=float, tracker=str, tracking=str),
             name='x',
             outputs=str(tmp_path),
             lr='2e-4',
-            wandb='off',
+            tracker='off',
+            tracking='offline',
         )
         | more
     )
@@ -319,7 +322,8 @@ def test_running_the_setup_cell_again(tmp_path):
     'more, words',
     [
         (dict(lr='fast'), 'lr'),
-        (dict(wandb='ofline'), "did you mean 'offline'"),
+        (dict(tracking='ofline'), "did you mean 'offline'"),
+        (dict(tracker='wnadb'), "did you mean 'wandb'"),
         (dict(In=['# Parameters\nlrr = 1']), "did you mean 'lr'"),
         (dict(name='a/b'), 'cannot name a run'),
     ],
@@ -382,12 +386,47 @@ def test_plain_papermill_that_fails(tmp_path):
     assert process.returncode != 0 and (run['status'], run['error']) == ('failed', 'ValueError: loss is not a number')
 
 
+def tracked_run(tmp_path, tracker):
+    "The folder of a run that logged two steps and its results to a tracker."
+    run = start_run('demo', space(tmp_path, tracker=tracker))
+    run.log(dict(step=1, loss=1.5, best=True))
+    run.log(dict(step=2, loss=1.25))
+    run.finish(dict(loss=1.0, method='lora'))
+    assert not run.tracker.lost
+    return run.folder
+
+
 def test_wandb_offline_stays_here(tmp_path, monkeypatch):
     monkeypatch.setenv('WANDB_MODE', 'disabled')  # what the runner's kernels have
-    run = start_run('demo', space(tmp_path, wandb='offline'))
-    run.log(dict(loss=1.5))
+    assert list(tracked_run(tmp_path, 'wandb').glob('wandb/offline-run-*/*.wandb'))
+
+
+def test_trackio_offline_holds_the_steps(tmp_path):
+    if not find_spec('trackio'):  # importing it would fix its folder
+        pytest.skip("trackio is not installed: pip install -e '.[trackers]'")
+    database = sqlite3.connect(tracked_run(tmp_path, 'trackio') / 'trackio/llmft.db')
+    rows = database.execute('select step, metrics from metrics order by id').fetchall()
+    told = [(step, json.loads(metrics)['loss']) for step, metrics in rows]
+    assert told[:2] == [(1, 1.5), (2, 1.25)] and told[-1][1] == 1.0
+
+
+def test_mlflow_offline_holds_the_steps(tmp_path):
+    mlflow = pytest.importorskip('mlflow', reason="mlflow is not installed: pip install -e '.[trackers]'")
+    folder = tracked_run(tmp_path, 'mlflow')
+    client = mlflow.MlflowClient(tracking_uri=(folder / 'mlflow').as_uri())
+    [run] = client.search_runs([client.get_experiment_by_name('llmft').experiment_id])
+    told = [(metric.step, metric.value) for metric in client.get_metric_history(run.info.run_id, 'loss')]
+    assert sorted(told) == [(0, 1.0), (1, 1.5), (2, 1.25)]
+    assert run.info.status == 'FINISHED' and run.data.tags['method'] == 'lora' and run.data.params['lr'] == '0.0002'
+
+
+def test_a_tracker_that_dies_does_not_stop_the_run(tmp_path, capsys):
+    run = start_run('demo', space(tmp_path, tracker='wandb'))
+    run.tracker.send = lambda values: 1 / 0
+    run.log(dict(step=1, loss=1.5))
     run.finish(dict(loss=1.0))
-    assert list(run.folder.glob('wandb/offline-run-*/*.wandb'))
+    assert read_run(run.folder)['run']['status'] == 'done'
+    assert capsys.readouterr().out.count('wandb failed and is left out from here on: division by zero') == 1
 
 
 heavy = 'torch transformers papermill nbclient nbconvert nbformat IPython numpy matplotlib wandb'.split()

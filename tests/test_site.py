@@ -326,13 +326,48 @@ def search(page, words):
 
 @pytest.mark.parametrize(
     'words, page_wanted',
-    [('linear_cross_entropy', 'training/losses.html'), ('gradient_checkpointing', 'reference/parameters.html')],
+    [
+        ('linear_cross_entropy', 'training/losses.html'),
+        ('gradient_checkpointing', 'reference/parameters.html'),
+        ('learning rate', 'reference/parameters.html'),
+        ('csv', 'guides/data-formats.html'),
+        ('chat', 'guides/data-formats.html'),
+        ('my own model', 'guides/add-model.html'),
+        ('out of memory', 'guides/troubleshooting.html'),
+        ('hf token', 'guides/troubleshooting.html'),
+        ('merge', 'guides/use-it.html'),
+        ('gguf', 'guides/use-it.html'),
+        ('use the adapter', 'guides/use-it.html'),
+        ('DPO', 'guides/faq.html'),
+    ],
 )
-def test_search_finds_a_function_and_a_parameter(browser, address, words, page_wanted):
+def test_search_finds_what_people_type(browser, address, words, page_wanted):
     with tab(browser, [address], viewport=desk) as (page, trouble):
         page.goto(address + 'index.html')
         found = search(page, words)
         assert any(page_wanted in link for link in found), f'{words}: {found[:8]}'
+        assert not trouble, trouble
+
+
+def test_the_filter_of_the_parameters_hides_the_others(browser, address):
+    with tab(browser, [address], viewport=desk) as (page, trouble):
+        page.goto(address + 'reference/parameters.html')
+        rows = page.locator('.parameters tbody tr')
+        before = rows.count()
+        page.locator('.filter').fill('learning rate')
+        shown = rows.filter(visible=True).all_inner_texts()
+        assert before > 150 and 0 < len(shown) < 20
+        assert all('learning' in text.lower() for text in shown), shown
+        assert not trouble, trouble
+
+
+def test_formulas_have_a_font_that_stretches(browser, address):
+    with tab(browser, [address], viewport=desk) as (page, trouble):
+        page.goto(address + 'bounds/bounds.html')
+        page.evaluate('() => document.fonts.ready')
+        assert page.evaluate('() => document.fonts.check("16px Formulas") && document.querySelectorAll("math").length')
+        root_height = page.evaluate('() => Math.max(...[...document.querySelectorAll("msqrt")].map(e => e.clientHeight))')
+        assert root_height > 30, 'no radical is taller than a line: the fraction below it is taller'
         assert not trouble, trouble
 
 

@@ -164,24 +164,34 @@ def code_span(text):
 
 def parameters_box(head, rows):
     "A table of parameters, in the box that the style sheet knows."
-    table = '\n'.join([head, '| --- | --- | --- | --- |', *rows])
+    rule = '| --- ' * (head.count('|') - 1) + '|'
+    table = '\n'.join([head, rule, *rows])
     return f'<div class="parameters" markdown="1">\n\n{table}\n\n</div>'
+
+
+def parameter_row(
+    parameter,  # one of `parse_parameters`
+    anchors,  # ids that lead to the row
+    default=None,  # what the column says instead of the parameter's own default
+):
+    "A parameter as a row of five columns."
+    spans = ''.join(f'<span id="{anchor}"></span>' for anchor in anchors)
+    shown = default or code_span(json.dumps(parameter.default, ensure_ascii=False))
+    meaning = cell_text(html.escape(parameter.help, quote=False))
+    name = f'{spans}{code_span(parameter.name)}'
+    return f'| {name} | {code_span(parameter.type)} | {shown} | {parameter.range} | {meaning} |'
+
+
+def parameter_table(rows):
+    "Rows of `parameter_row` as a table."
+    return parameters_box('| parameter | type | default | range | meaning, unit |', rows)
 
 
 def experiment_parameters(
     source,  # the parameters cell
-    prefix='',  # what the anchor of a row begins with, before the parameter's name
 ):
     "The parameters of an experiment as a table, each row with an anchor."
-    rows = []
-    for parameter in parse_parameters(source, 'parameters cell'):
-        anchor = f'<span id="{prefix}{parameter.name}"></span>'
-        default = code_span(json.dumps(parameter.default, ensure_ascii=False))
-        meaning = cell_text(html.escape(parameter.help, quote=False))
-        kind = code_span(parameter.type)
-        name = f'{anchor}{code_span(parameter.name)}'
-        rows.append(f'| {name} | {kind} | {default} | {parameter.range} | {meaning} |')
-    return parameters_box('| parameter | type | default | range | meaning, unit |', rows)
+    return parameter_table([parameter_row(each, [each.name]) for each in parse_parameters(source, 'parameters cell')])
 
 
 # ---- one entry

@@ -20,6 +20,7 @@ from llmft.runs.report import output_html
 
 colab = 'https://colab.research.google.com/github/'
 home = 'index.md'
+weights = dict(guides=3.0, concepts=1.5, studies=1.0, reference=2.0, experiments=1.0)  # library pages have 0.5
 
 
 class Unexecuted(FilterDefaults):
@@ -101,11 +102,20 @@ def code_cell(cell, place):
 # ---- pages
 
 
-def as_page(front, parts):
-    "(title, Markdown) of a page with its title, its promise and its parts."
+def search_weight(page):
+    "How much a page counts in the search: guides come before the API of the library."
+    folder = page.partition('/')[0] if '/' in page else ''
+    return weights.get(folder, 0.5 if folder else 1.0)
+
+
+def as_page(front, parts, page):
+    "(title, Markdown) of a page with its title, its promise and its parts; `tags` are words people search for."
     title = front.get('title', '')
     promise = front.get('description') or ''
-    head = yaml.safe_dump(dict(title=title, description=promise), allow_unicode=True, width=1000)
+    kept = dict(title=title, description=promise, search=dict(boost=search_weight(page)))
+    if front.get('tags'):
+        kept['tags'] = front['tags']
+    head = yaml.safe_dump(kept, allow_unicode=True, width=1000)
     lead = f'<p class="lead" markdown>{promise}</p>' if promise else ''
     body = '\n\n'.join(part for part in [lead, *parts] if part.strip())
     return title, f'---\n{head}---\n\n# {title}\n\n{body}\n'
@@ -115,7 +125,7 @@ def opening(path):
     "What the title cell of a notebook says below its title and its promise; nbdev takes the cell away."
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
     title = next((''.join(cell['source']) for cell in cells if cell['cell_type'] == 'markdown'), '')
-    return '\n'.join(line for line in title.splitlines() if not re.match(r'# |> ', line)).strip()
+    return '\n'.join(line for line in title.splitlines() if not re.match(r'# |> |- tags:', line)).strip()
 
 
 def buttons(source):
@@ -142,14 +152,14 @@ def notebook_page(notebook, place):
             parts.append(with_links(cell.source, place.page))
         elif cell.cell_type == 'code':
             parts.append(code_cell(cell, place))
-    return as_page(front, parts)
+    return as_page(front, parts, place.page)
 
 
 def markdown_page(text, page):
     "A Markdown page with Quarto's front matter as (title, Markdown)."
     _, front, body = text.split('---\n', 2)
     body = re.sub(r'<!-- WARNING.*?-->', '', body)
-    return as_page(yaml.safe_load(front), [linked(body, page)])
+    return as_page(yaml.safe_load(front), [linked(body, page)], page)
 
 
 def page_of(path, place):

@@ -29,7 +29,8 @@ def card_table(header:tuple,  # names of the columns
     return '\n'.join(lines)
 
 # %% ../../nbs/runs/17_cards.ipynb #e56e499c
-_not_recipe = ('name', 'outputs', 'wandb', 'model', 'prompts', 'nproc', 'offload_optimiser', 'offload_weights')
+_not_recipe = ('name', 'outputs', 'tracker', 'tracking', 'model', 'prompts', 'nproc', 'offload_optimiser',
+               'offload_weights')
 
 
 def _base_text(params, hashed):

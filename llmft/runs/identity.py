@@ -70,7 +70,7 @@ def read_record(folder) -> dict:
     return record
 
 # %% ../../nbs/runs/15_identity.ipynb #c641da68
-_added_by_others = ('run.json', 'wandb')
+_added_by_others = ('run.json', 'wandb', 'trackio', 'mlflow')
 
 
 def written(folder) -> dict:

@@ -484,7 +484,8 @@ declared_choices = {
     'schedule': ('training.recipe', 'schedules'),
     'mixed_precision': ('training.recipe', 'mixed_precisions'),
     'strategy': ('training.strategies', 'strategies'),
-    'wandb': ('runs.run', 'trackers'),
+    'tracker': ('runs.trackers', 'trackers'),
+    'tracking': ('runs.trackers', 'trackings'),
 }  # parameter -> (module, name of the declaration in it)
 
 # %% ../../nbs/runs/01_params.ipynb #4bd759e3

@@ -89,7 +89,7 @@ It is small: it writes plausible lines, not working programs. It exists to be fi
 {settings}
 ```
 """
-_no_part_of_the_recipe = ('outputs', 'export_to', 'wandb')
+_no_part_of_the_recipe = ('outputs', 'export_to', 'tracker', 'tracking')
 
 
 def _model_facts(folder: Path) -> dict:
