@@ -1,6 +1,6 @@
 // A field above the tables of the parameters page that hides the rows without the typed words.
 const first = document.querySelector('.parameters')
-if (first && document.querySelectorAll('.parameters').length > 5) {
+if (document.getElementById('finetune.outputs')) {
   const field = Object.assign(document.createElement('input'), {type: 'search', className: 'filter', placeholder: 'Filter: learning rate, seed, lora ...'})
   field.setAttribute('aria-label', 'Show only parameters with these words')
   first.parentNode.insertBefore(field, document.querySelector('.md-content h2'))
