@@ -38,7 +38,10 @@ setup(
     include_package_data=False,
     python_requires=f'>=3.{first},<3.{last + 1}',
     install_requires=requirements('requirements'),
-    extras_require={name: requirements(f'{name}_requirements') for name in ('dev', 'docs', 'bench', 'zero', 'cluster', 'trackers')},
+    extras_require={
+        name: requirements(f'{name}_requirements')
+        for name in ('dev', 'docs', 'bench', 'forecast', 'zero', 'cluster', 'trackers')
+    },
     entry_points={'console_scripts': settings['console_scripts'].split(), 'nbdev': ['llmft=llmft._modidx:d']},
     zip_safe=False,
 )

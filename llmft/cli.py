@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['headline', 'app', 'text_table', 'show_table', 'is_sweep', 'jobs_of', 'check_jobs', 'is_single', 'run_here',
            'run_jobs', 'key_metrics', 'metrics_of', 'status_of', 'has_trained', 'exit_status', 'closing', 'as_json',
-           'result_on_disk', 'run_command', 'run_row', 'ls_command', 'params_command', 'verify_command',
+           'result_on_disk', 'scale_of', 'run_command', 'run_row', 'ls_command', 'params_command', 'verify_command',
            'fetch_command', 'try_command', 'export_command', 'plan_row', 'plan_command', 'call', 'main']
 
 # %% ../nbs/cli.ipynb #944647c5
@@ -23,7 +23,7 @@ from . import __version__
 from .core import LabError, find_path, read_json
 from .runs.execute import execute_run, row_text
 from .runs.inputs import check_inputs
-from .runs.params import find_notebook, read_parameters, read_yaml, resolve_params, shown
+from .runs.params import find_notebook, read_parameters, read_yaml, resolve_params, scales, shown
 from .runs.run import check_inside, list_runs, read_run
 from .runs.sweep_file import Point, errors_at, expand
 from .runs.sweeps import finished_record, point_result, result_text, run_stages, sweep_report
@@ -96,21 +96,21 @@ def _split_overlays(files) -> tuple:
     return configs, overlays
 
 
-def jobs_of(files,            # paths as written on the command line
-            overrides=(),     # texts of the form name=value
-            small:bool=False, # the scale of a laptop
-)->list:                      # lists of stages; a config is one stage of one point
+def jobs_of(files,        # paths as written on the command line
+            overrides=(), # texts of the form name=value
+            scale:str='', # one of `scales`
+)->list:                  # lists of stages; a config is one stage of one point
     "The checked work that a call of `llmft run` asks for; a `LabError` for anything wrong in any of it."
     configs, overlays = _split_overlays(files)
     jobs = []
     for file in configs:
         if not is_sweep(file):
-            jobs.append([[Point(*resolve_params([file, *overlays], overrides, small))]])
+            jobs.append([[Point(*resolve_params([file, *overlays], overrides, scale))]])
         elif overlays:
-            advice = f'use --small, or the small block of {shown(file)}'
+            advice = f'use --small or --laptop, or a block of {shown(file)}'
             raise LabError(f'{overlays[0]}: an overlay cannot go over a sweep: {advice}')
         else:
-            jobs.append(expand(file, small, overrides))
+            jobs.append(expand(file, scale, overrides))
 
     _refuse_duplicates(jobs)
     return jobs
@@ -311,8 +311,24 @@ def _options(version: _Version = False):
     "Options of llmft itself."
 
 # %% ../nbs/cli.ipynb #a1a25ebd
-_small_help = 'Scale of a laptop: _small.yaml of the folder, or the small block of a sweep, overrides the values.'
-_Small = _flag('--small', _small_help)
+def _scale_flag(scale: str):
+    "The annotation of the option for a scale."
+    overlays = f'_{scale}.yaml of the folder, and the {scale} block of a sweep, override the values.'
+    return _flag(f'--{scale}', f'{scales[scale].capitalize()}: {overlays}')
+
+
+def scale_of(small:bool,   # whether --small was given
+             laptop:bool,  # whether --laptop was given
+)->str:                    # one of `scales`, or ''
+    "The scale that a command asks for; a `LabError` for two of them."
+    asked = [scale for scale, given in zip(scales, (small, laptop), strict=True) if given]
+    if len(asked) > 1:
+        raise LabError('--small and --laptop: give one of the two')
+    return ''.join(asked)
+
+
+_Small = _scale_flag('small')
+_Laptop = _scale_flag('laptop')
 _Workers = Annotated[int, typer.Option('--workers', help='Worker processes for sweeps and for several configs.')]
 _Fresh = _flag('--fresh', 'Run again what is already done.')
 _Cluster = _text(
@@ -332,7 +348,8 @@ def _advise(results: list):
 
 @app.command('run')
 def run_command(params:_Files,               # paths
-                small:_Small=False,          # use the overlay for laptops
+                small:_Small=False,          # use the small overlay
+                laptop:_Laptop=False,        # use the overlay for laptops
                 override:_Overrides=(),      # texts of the form name=value
                 workers:_Workers=1,          # processes
                 fresh:_Fresh=False,          # ignore finished runs
@@ -341,7 +358,7 @@ def run_command(params:_Files,               # paths
 ):
     "Run experiments: one run per config, or all points of a sweep."
     settings, override = cluster_settings(cluster, override)
-    jobs = jobs_of(params, override, small)
+    jobs = jobs_of(params, override, scale_of(small, laptop))
     check_jobs(jobs)
     try:
         results = run_jobs(jobs, workers, fresh, cluster, settings)
@@ -563,16 +580,15 @@ def plan_row(point,     # a `Point`
 
 # %% ../nbs/cli.ipynb #9491f0c7
 _Gpu = _text('--gpu', 'Plan for this GPU (h100, a100-40gb, rtx4090, t4, ...) instead of this machine.')
-_SmallPlan = _flag('--small', 'Scale of a laptop, as for llmft run.')
 _Rows = Annotated[int, typer.Option('--rows', help='Training rows, where neither the parameters nor local data say.')]
 _Share = Annotated[float, typer.Option('--share', help="Share of the device's peak to reckon with.")]
 
 
-def _points_to_plan(files: list, overrides, small: bool) -> list:
+def _points_to_plan(files: list, overrides, scale: str) -> list:
     "The points of some files that train a model; a `LabError` when none does."
     from llmft.runs.plan import trains_a_model
 
-    points = [point for point in _points_of(jobs_of(files, overrides, small)) if trains_a_model(point.params)]
+    points = [point for point in _points_of(jobs_of(files, overrides, scale)) if trains_a_model(point.params)]
     if not points:
         listed = ' '.join(map(str, files))
         raise LabError(f'{listed}: no run in it trains a model that has a name: there is nothing to plan')
@@ -592,7 +608,8 @@ def _print_plans(points: list, plans: list):
 @app.command('plan')
 def plan_command(params:_Files,                 # paths
                  gpu:_Gpu='',                   # name of a GPU
-                 small:_SmallPlan=False,        # use the overlay for laptops
+                 small:_Small=False,            # use the small overlay
+                 laptop:_Laptop=False,          # use the overlay for laptops
                  override:_Overrides=(),        # texts of the form name=value
                  rows:_Rows=None,               # training rows
                  share:_Share=None,             # 0 to 1
@@ -601,7 +618,7 @@ def plan_command(params:_Files,                 # paths
     "What runs will take: parameters, steps, operations, memory, time. Needs neither weights nor network."
     from llmft.runs.plan import make_plan
 
-    points = _points_to_plan(params, override, small)
+    points = _points_to_plan(params, override, scale_of(small, laptop))
     plans = [make_plan(point.params, gpu, rows, share) for point in points]
     if as_object:
         runs = [dict(run=point.label) for point in points]

@@ -33,7 +33,7 @@ def runs(outputs):
     records = {}
     for method in ('full', 'lora', 'qlora'):
         notebook, params = resolve_params(
-            [root / f'params/finetune/{method}.yaml'], overrides(outputs=str(outputs), **least), True
+            [root / f'params/finetune/{method}.yaml'], overrides(outputs=str(outputs), **least), 'small'
         )
         records[method] = execute_run(notebook, params, on_line=lambda line: None)
     return records
@@ -63,14 +63,14 @@ def test_every_method_trains_and_leaves_a_report(runs, outputs, method):
 
 def test_a_run_that_is_done_is_not_done_twice(runs, outputs):
     notebook, params = resolve_params(
-        [root / 'params/finetune/lora.yaml'], overrides(outputs=str(outputs), **least), True
+        [root / 'params/finetune/lora.yaml'], overrides(outputs=str(outputs), **least), 'small'
     )
     again = execute_run(notebook, params, on_line=lambda line: None)
     assert again['run']['id'] == runs['lora']['run']['id']
 
 
 def test_the_comparison_reads_all_three(runs, outputs):
-    notebook, params = resolve_params([root / 'nbs/experiments/compare.ipynb'], overrides(outputs=str(outputs)), False)
+    notebook, params = resolve_params([root / 'nbs/experiments/compare.ipynb'], overrides(outputs=str(outputs)))
     record = execute_run(notebook, params, on_line=lambda line: None)
     assert record['run']['status'] == 'done', record['run']['error']
     metrics = json.loads((outputs / 'compare' / 'compare' / 'metrics.json').read_text())
@@ -89,7 +89,7 @@ def test_pretraining_exports_a_model_with_its_card(outputs):
     notebook, params = resolve_params(
         [root / 'params/pretrain/base.yaml'],
         overrides(outputs=str(outputs), max_steps=3, num_samples=4, num_eval_samples=1),
-        True,
+        'small',
     )
     record = execute_run(notebook, params, on_line=lambda line: None)
     assert record['run']['status'] == 'done', record['run']['error']

@@ -18,7 +18,7 @@ step = study_step(model_config('preset:llama-base'), [32] * 2, 2, ['q_proj', 'v_
 def execute(config, outputs, **values):
     values['outputs'] = str(outputs)
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
-    notebook, params = resolve_params([root / config], [f'{name}={text}' for name, text in texts.items()], True)
+    notebook, params = resolve_params([root / config], [f'{name}={text}' for name, text in texts.items()], 'small')
     record = execute_run(notebook, params, on_line=lambda line: None)
     folder = outputs / notebook.stem / params['name']
     return (

@@ -296,24 +296,75 @@ def test_free_forecasts_are_counted_as_they_are(prepared, monkeypatch):
     assert np.isnan(found.samples_NSHV[0, 1, 1]).all() and found.samples_NSHV[0, 1, 0].tolist() == [1.0, 2.0]
 
 
+@pytest.mark.parametrize('attention', ['documents', 'eager'])
+@pytest.mark.parametrize('temperature', [0.0, 0.9])
+def test_the_cut_output_matrix_writes_the_same_numbers(prepared, monkeypatch, temperature, attention):
+    "The rows of the grammar's tokens alone give what the whole output matrix gives, in both kinds of decoders."
+    import llmft.inference.decoder as decoding
+    import llmft.studies.forecasting.forecast as forecasting
+
+    model, tokenizer, part = load_model('base'), load_tokenizer('base'), read_split(prepared, 'test')
+    monkeypatch.setattr(decoding, 'is_lean', lambda model: attention == 'documents')
+    settings = dict(samples=3, temperature=temperature, seed=4)
+    seen, whole_generate = [], forecasting.generate
+
+    def with_all(*arguments, tokens, **others):
+        seen.append(tokens)
+        return whole_generate(*arguments, **others)
+
+    cut = forecast(model, tokenizer, part.texts[:4], 20, 8, **settings)
+    monkeypatch.setattr(forecasting, 'generate', with_all)
+    whole = forecast(model, tokenizer, part.texts[:4], 20, 8, **settings)
+    assert cut.texts == whole.texts and cut.success_rate == 1
+    assert tokenizer.eos_token_id in seen[0] and 10 < len(seen[0]) < model.config.vocab_size / 4
+
+
+@pytest.mark.parametrize('family', ['qwen2', 'gpt2'])
+def test_likelihoods_of_steps_add_up_and_do_not_see_later_ones(family):
+    "Also where a token holds several characters, perhaps of two steps."
+    from llmft.models.load import causal_model
+    from llmft.studies.forecasting.forecast import continuation_nats, prompt_ids
+
+    tokenizer = getattr(Families(), family)
+    model = load_model('preset:llama-tiny').eval()
+    model.resize_token_embeddings(len(tokenizer))
+    texts = [';'.join(f'{(7 * i + k) % 30}.{i % 10}5,{k % 9}.25' for k in range(8)) for i in range(3)]
+    nats_NH = continuation_nats(model, tokenizer, texts, 4, 4)
+    assert nats_NH.shape == (3, 4) and (nats_NH > 0).all()
+    assert causal_model(model).config.vocab_size == len(tokenizer)
+
+    way = probe(tokenizer)
+    ids_A = torch.tensor(list(way.alphabet))
+    for text, nats_H in zip(texts, nats_NH, strict=True):
+        [given], [whole] = (prompt_ids(tokenizer, way, [text], steps) for steps in (4, 8))
+        with torch.no_grad():
+            logs = model(torch.tensor([whole])).logits[0, :, ids_A].log_softmax(-1)
+        own = [-logs[place - 1, ids_A.tolist().index(whole[place])].item() for place in range(len(given), len(whole) - 1)]
+        assert nats_H.sum() == pytest.approx(sum(own), rel=1e-4)
+        held, read = 0.0, ''
+        for token, nats in zip(whole[len(given):-1], own, strict=True):
+            held, read = held + nats * (';' not in read), read + way.alphabet[token]
+        assert nats_H[0] == pytest.approx(held, rel=1e-4)
+
+
 # ---- the study's files
 
 
 def test_the_sweeps_are_the_studys():
     from llmft.runs.sweep_file import expand
 
-    for small in (False, True):
-        data, search, page = expand(root / 'params/sweeps/forecast_search.yaml', small)
+    for scale in ('', 'small'):
+        data, search, page = expand(root / 'params/sweeps/forecast_search.yaml', scale)
         assert (len(data), len(search), len(page)) == (2, 18, 1)
         points = {(p.params['learning_rate'], p.params['lora_rank'], p.params['decimals']) for p in search}
         rates = sorted({rate for rate, _, _ in points})
         assert points == set(itertools.product(rates, (2, 4, 8), (2, 3))) and len(rates) == 3
         assert all(f"p{p.params['decimals']}" in p.params['data'] for p in search)
-        context, _ = expand(root / 'params/sweeps/forecast_context.yaml', small)
+        context, _ = expand(root / 'params/sweeps/forecast_context.yaml', scale)
         assert [p.params['max_length'] for p in context] == [128, 512, 768] and context[0].params['start'] in {
             str(p.folder.relative_to(root)) for p in search
         }
-        stages = expand(root / 'params/sweeps/forecast_study.yaml', small)
+        stages = expand(root / 'params/sweeps/forecast_study.yaml', scale)
         assert [len(stage) for stage in stages] == [2, 2, 18, 3, 1, 1, 1]
         budgets = {p.params['max_flops'] for stage in stages for p in stage if 'max_flops' in p.params}
         assert len(budgets) == 1 and {p.params['ledger'] for stage in stages[1:] for p in stage} == {'study'}

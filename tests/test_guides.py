@@ -16,6 +16,7 @@ import pytest
 
 from llmft.cli import call, jobs_of
 from llmft.core import LabError
+from llmft.runs.params import scales
 
 root = Path(__file__).parent.parent
 texts = {
@@ -236,6 +237,11 @@ def test_commands_are_real(page, tmp_path, monkeypatch):
             assert words[1] in ('run', 'ls', 'params', 'plan', 'verify', 'fetch', 'try', 'export'), command
 
 
+def scale_in(words):
+    "The scale that a command asks for."
+    return next((scale for scale in scales if f'--{scale}' in words), '')
+
+
 def check_run(words, command):
     "A call of llmft run is one that the command line would start."
     files = [
@@ -249,9 +255,9 @@ def check_run(words, command):
         return  # a name in a sentence, or a file the reader writes
     overrides = [word for before, word in zip(['', *words], words, strict=False) if before == '-p']
     if '--cluster' in words:
-        jobs_of(files, [], '--small' in words)
+        jobs_of(files, [], scale_in(words))
         return
-    jobs = jobs_of(files, overrides, '--small' in words)
+    jobs = jobs_of(files, overrides, scale_in(words))
     assert jobs and all(stage for stages in jobs for stage in stages), command
 
 

@@ -393,7 +393,7 @@ def overrides(**values):
 def test_the_experiment_and_the_comparison_leave_reports(tmp_path):
     for form in ('fp16', 'int4_fast'):
         notebook, params = resolve_params(
-            [root / f'params/inference/{form}.yaml'], overrides(outputs=str(tmp_path), **least), True
+            [root / f'params/inference/{form}.yaml'], overrides(outputs=str(tmp_path), **least), 'small'
         )
         record = execute_run(notebook, params, on_line=lambda line: None)
         assert record['run']['status'] == 'done', record['run']['error']
@@ -405,7 +405,7 @@ def test_the_experiment_and_the_comparison_leave_reports(tmp_path):
             and 'throughput_tokens_per_sec_batch2' in metrics
         )
     notebook, params = resolve_params(
-        [root / 'nbs/experiments/inference_compare.ipynb'], overrides(outputs=str(tmp_path)), False
+        [root / 'nbs/experiments/inference_compare.ipynb'], overrides(outputs=str(tmp_path))
     )
     record = execute_run(notebook, params, on_line=lambda line: None)
     assert record['run']['status'] == 'done', record['run']['error']
@@ -449,6 +449,6 @@ def test_bad_parameters_end_the_run_before_a_model_is_loaded(tmp_path, wrong, me
 
 
 def test_the_sweep_runs_every_form():
-    for small in (False, True):
-        points = sweep_points(root / 'params/sweeps/inference.yaml', small)
+    for scale in ('', 'small'):
+        points = sweep_points(root / 'params/sweeps/inference.yaml', scale)
         assert len(points) == len(forms) + 1 and {point.params['precision'] for point in points[:-1]} == set(forms)

@@ -413,7 +413,7 @@ def test_the_experiment_reads_the_same_with_two_ranks(tmp_path):
     notebook, params = resolve_params(
         [project_root() / 'params/finetune/qlora_zero3.yaml'],
         [f'{name}={value if isinstance(value, str) else json.dumps(value)}' for name, value in least.items()],
-        True,
+        'small',
     )
     record = execute_run(notebook, params, on_line=lambda line: None)
     assert record['run']['status'] == 'done', record['run']['error']

@@ -51,7 +51,7 @@ experiments = dict(
 def parameters(name, folder):
     "The parameters of an experiment at small scale, cut to two steps."
     config, _, prepare, settings = experiments[name]
-    _, params = resolve_params([root / f'params/{config}.yaml'], [], small=True)
+    _, params = resolve_params([root / f'params/{config}.yaml'], [], 'small')
     given = {key: value for key, value in (shared | settings).items() if key in params}
     folder.mkdir(parents=True)
     return prepare(SimpleNamespace(**params | given), folder)

@@ -17,7 +17,7 @@ from llmft.core import LabError
 from llmft.data.tokens import load_tokenizer
 from llmft.models.load import load_model
 from llmft.studies.forecasting import figures
-from llmft.studies.forecasting.baselines import linear_autoregression, uninformed
+from llmft.studies.forecasting.baselines import linear_autoregression, statistical_here, uninformed
 from llmft.studies.forecasting.codec import decode, encode, probe
 from llmft.studies.forecasting.comparison import compare_forecasts, comparison_verdict, error_table, variable_table
 from llmft.studies.forecasting.forecast import Grammar, evaluate_forecasts
@@ -328,7 +328,7 @@ def test_a_table_is_evaluated_like_the_study(tmp_path, variables):
     assert {f'mae_{name}' for name in names} <= set(scores)
 
     comparison = compare_forecasts(part, {'untrained': made}, {'untrained': scores}, 8, 4)
-    assert comparison.names == names and comparison.simple == list(uninformed)
+    assert comparison.names == names and comparison.simple == [*uninformed, *statistical_here()]
     assert comparison_verdict(comparison, 'untrained') and error_table(comparison, 'context')
     assert all(name in str(variable_table(comparison)._repr_html_()) for name in names)
     step = part.times_T[1]

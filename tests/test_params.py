@@ -360,11 +360,18 @@ def test_layers(tmp_path, monkeypatch):
     (folder / 'more.yaml').write_text('quick: false\n')
     (folder / '_small.yaml').write_text('steps: 5\n')
     monkeypatch.chdir(tmp_path)
-    notebook, params = resolve_params(['params/ok/lora.yaml'], ['learning_rate=1e-5'], small=True)
+    notebook, params = resolve_params(['params/ok/lora.yaml'], ['learning_rate=1e-5'], 'small')
     assert notebook.name == 'ok.ipynb' and list(params) == [p.name for p in read_parameters(notebook)]
     assert (params['name'], params['steps'], params['learning_rate'], params['quick']) == ('lora', 5, 1e-5, True)
     assert resolve_params(['params/ok/lora.yaml', 'params/ok/more.yaml'])[1]['name'] == 'lora-more'
     assert resolve_params(['params/ok/lora.yaml', 'params/ok/_small.yaml'])[1]['steps'] == 5
+    with pytest.raises(LabError, match='^ok has no values for --laptop .no params/ok/_laptop.yaml.: use --small$'):
+        resolve_params(['params/ok/lora.yaml'], scale='laptop')
+    (folder / '_laptop.yaml').write_text('steps: 50\n')
+    assert resolve_params(['params/ok/lora.yaml'], scale='laptop')[1]['steps'] == 50
+    assert resolve_params(['nbs/experiments/ok.ipynb'], scale='laptop')[1]['steps'] == 50
+    with pytest.raises(LabError, match="scale is 'lapotp' .did you mean 'laptop'"):
+        resolve_params(['params/ok/lora.yaml'], scale='lapotp')
     with pytest.raises(LabError, match="params/ok/lra.yaml is no file .did you mean 'lora.yaml'"):
         resolve_params(['params/ok/lra.yaml'])
     (folder / 'bad.yaml').write_text('# header\nlearning_rat: 1\n')

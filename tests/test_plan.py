@@ -34,8 +34,8 @@ root = project_root()
 attention = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
 
 
-def params_of(config, *overrides, small=False):
-    return resolve_params([root / 'params' / config], overrides, small)[1]
+def params_of(config, *overrides, scale=''):
+    return resolve_params([root / 'params' / config], overrides, scale)[1]
 
 
 @pytest.fixture
@@ -287,7 +287,7 @@ def test_rows_of_local_text_are_those_of_the_run():
     from llmft.data.corpora import load_corpus
     from llmft.data.tokens import cut, encode, load_tokenizer
 
-    params = params_of('finetune/lora.yaml', 'num_samples=9', 'max_length=64', small=True)
+    params = params_of('finetune/lora.yaml', 'num_samples=9', 'max_length=64', scale='small')
     train, _ = cut(
         encode(load_corpus('builtin:topics', num_samples=9).train.texts, load_tokenizer('base')), 64, 'split'
     )
@@ -340,7 +340,7 @@ def test_predicted_memory_is_within_15_percent_of_the_measured(row, tmp_path):
 
     params = next(
         point.params
-        for point in sweep_points(root / 'params/sweeps/finetune_matrix.yaml', True)
+        for point in sweep_points(root / 'params/sweeps/finetune_matrix.yaml', 'small')
         if point.params['name'] == f'matrix-{row}'
     )
     net = load_model('base', params['precision'], params['quantisation'] if params['method'] == 'qlora' else 'none')

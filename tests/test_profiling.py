@@ -19,7 +19,7 @@ from llmft.training.recipe import Recipe
 
 def test_the_experiment_leaves_table_trace_and_chart(tmp_path):
     overrides = [f'outputs={tmp_path}', 'profiled_steps=2', 'num_samples=3', 'max_length=64', 'batch_size=2']
-    notebook, params = resolve_params([project_root() / 'params/profile/qlora.yaml'], overrides, True)
+    notebook, params = resolve_params([project_root() / 'params/profile/qlora.yaml'], overrides, 'small')
     record, folder = execute_run(notebook, params, on_line=lambda line: None), tmp_path / 'profile' / 'qlora'
     assert record['run']['status'] == 'done', record['run']['error']
     rows = [

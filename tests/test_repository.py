@@ -137,7 +137,7 @@ def test_readme_links_and_commands_are_real():
         if words[:2] == ['llmft', 'run'] and paths and 'sweeps' not in paths[0]:
             overrides = [word for flag, word in zip(words, words[1:], strict=False) if flag == '-p']
             importlib.import_module('llmft.runs.params').resolve_params(
-                [root / path for path in paths], overrides, '--small' in words
+                [root / path for path in paths], overrides, 'small' if '--small' in words else ''
             )
         seen += words[0] in ('make', 'llmft', 'papermill')
     assert seen >= 8, f'only {seen} commands were found'
@@ -146,14 +146,26 @@ def test_readme_links_and_commands_are_real():
 # ---- parameter files
 
 
-@pytest.mark.parametrize('small', [False, True], ids=['full', 'small'])
+@pytest.mark.parametrize('scale', ['', 'small'], ids=['full', 'small'])
 @pytest.mark.parametrize('path', configs, **by_name)
-def test_config_fits_its_notebook(path, small):
-    notebook, params = importlib.import_module('llmft.runs.params').resolve_params([path], [], small)
+def test_config_fits_its_notebook(path, scale):
+    notebook, params = importlib.import_module('llmft.runs.params').resolve_params([path], [], scale)
     assert Path(notebook).stem == path.parent.name and params['name'].startswith(path.stem)
     assert (path.parent / '_small.yaml').exists(), (
         'the folder has no _small.yaml, the overlay for machines without GPU and network'
     )
+
+
+laptops = sorted((root / 'params').glob('*/_laptop.yaml'))
+
+
+def test_laptop_overlays_fit_every_config_beside_them():
+    resolve_params = importlib.import_module('llmft.runs.params').resolve_params
+    beside = [path for overlay in laptops for path in configs if path.parent == overlay.parent]
+    for path in beside:
+        notebook, params = resolve_params([path], scale='laptop')
+        assert Path(notebook).stem == path.parent.name and params.get('model', 'smollm2') == 'smollm2', path
+    assert len(laptops) >= 3 and len(beside) >= 6
 
 
 @pytest.mark.parametrize('path', [*configs, *sweeps], **by_name)
@@ -164,10 +176,10 @@ def test_config_says_what_it_is(path):
     )
 
 
-@pytest.mark.parametrize('small', [False, True], ids=['full', 'small'])
+@pytest.mark.parametrize('scale', ['', 'small'], ids=['full', 'small'])
 @pytest.mark.parametrize('path', sweeps, **by_name)
-def test_sweep_fits_its_notebooks(path, small):
-    points = importlib.import_module('llmft.runs.sweep_file').sweep_points(path, small)
+def test_sweep_fits_its_notebooks(path, scale):
+    points = importlib.import_module('llmft.runs.sweep_file').sweep_points(path, scale)
     assert len(points) >= 2
 
 

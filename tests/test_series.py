@@ -19,6 +19,7 @@ from llmft.studies.forecasting.baselines import (
     linear_autoregression,
     refit_closed,
     refit_saturating,
+    statistical_here,
     uninformed,
 )
 from llmft.studies.forecasting.codec import decode, encode, probe
@@ -394,7 +395,7 @@ def test_baselines_forecast_from_the_given_steps_alone(system):
     given, future, step_time = rounded_and_split(12, 6, system=made_by)
     forecasts = baselines(given, 50, step_time, system)
     refits = {'rosenzweig_macarthur': informed, 'lotka_volterra': [ceiling], 'unknown': []}[system]
-    assert list(forecasts) == [*uninformed, *refits]
+    assert list(forecasts) == [*uninformed, *statistical_here(), *refits]
     errors = {name: point_errors(forecast, future)['mae_median'] for name, forecast in forecasts.items()}
     assert min(errors, key=errors.get) == ceiling or not refits
     assert errors['linear autoregression'] < errors['last value']
@@ -402,7 +403,7 @@ def test_baselines_forecast_from_the_given_steps_alone(system):
 
 def test_equations_are_refitted_for_two_variables_only():
     given = np.random.default_rng(0).uniform(1, 9, (2, 50, 3))
-    assert list(baselines(given, 5, 1.0, 'rosenzweig_macarthur')) == list(uninformed)
+    assert list(baselines(given, 5, 1.0, 'rosenzweig_macarthur')) == [*uninformed, *statistical_here()]
 
 
 def test_the_true_equations_are_found_for_every_trajectory():

@@ -15,8 +15,8 @@ def overrides(**values):
     return [f'{name}={value if isinstance(value, str) else json.dumps(value)}' for name, value in values.items()]
 
 
-def execute(config, outputs, small=True, **values):
-    notebook, params = resolve_params([root / config], overrides(outputs=str(outputs), **values), small)
+def execute(config, outputs, scale='small', **values):
+    notebook, params = resolve_params([root / config], overrides(outputs=str(outputs), **values), scale)
     return execute_run(notebook, params, on_line=lambda line: None), outputs / notebook.stem / params['name']
 
 
@@ -174,7 +174,7 @@ def test_the_studys_report_has_no_blank(pdfs):
 
 
 def test_the_comparison_reads_it(pdfs, outputs):
-    record, folder = execute('nbs/experiments/pdf_compare.ipynb', outputs, small=False)
+    record, folder = execute('nbs/experiments/pdf_compare.ipynb', outputs, scale='')
     assert record['run']['status'] == 'done', record['run']['error']
     assert json.loads((folder / 'metrics.json').read_text())['widest'] == 'all'
 
@@ -196,7 +196,7 @@ def test_full_scale_files_hold_the_studys_numbers(config, rows, per_epoch, total
     from llmft.training.prepare import planned_steps
     from llmft.training.recipe import Recipe, warmup_steps
 
-    _, params = resolve_params([root / f'params/instruct/{config}.yaml'], [], False)
+    _, params = resolve_params([root / f'params/instruct/{config}.yaml'])
     recipe, shape = Recipe.from_params(SimpleNamespace(**params)), model_config(params['model'])
     assert (
         planned_steps(rows, Recipe(**{**vars(recipe), 'num_epochs': 1.0})),
@@ -230,7 +230,7 @@ def test_the_pdf_files_hold_the_studys_numbers():
         bf16=dict(precision='bf16'),
         wide_search=dict(smallest_batch=1, largest_batch=128),
     ).items():
-        _, params = resolve_params([root / f'params/pdf_finetune/{config}.yaml'], [], False)
+        _, params = resolve_params([root / f'params/pdf_finetune/{config}.yaml'])
         expected = dict(
             quantisation='nf4',
             precision='fp16',

@@ -629,7 +629,7 @@ def test_the_sweep_is_the_study():
     from llmft.runs.sweep_file import expand
     from llmft.runs.sweeps import needs
 
-    train_stage, bound_stage, summary = expand(root / 'params/sweeps/sublora_allocation.yaml', True)
+    train_stage, bound_stage, summary = expand(root / 'params/sweeps/sublora_allocation.yaml', 'small')
     seen = {
         (
             p.params['intrinsic_dim'],
@@ -656,7 +656,7 @@ def test_train_bound_and_analysis_notebooks(tmp_path):
 
     def run(path, **values):
         texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
-        notebook, params = resolve_params([root / path], [f'{name}={text}' for name, text in texts.items()], True)
+        notebook, params = resolve_params([root / path], [f'{name}={text}' for name, text in texts.items()], 'small')
         record = execute_run(notebook, params | dict(outputs=str(tmp_path)), on_line=lambda line: None)
         assert record['run']['status'] == 'done', record['run']['error']
         return json.loads((tmp_path / notebook.stem / params['name'] / 'metrics.json').read_text())

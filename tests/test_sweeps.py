@@ -135,6 +135,8 @@ stage = 'name: s\nstages:\n  - notebook: act\n'
         (stage + 'summary: {notebook: total, params: {runs: []}}\n', 4, 'runs is set by the sweep'),
         (stage + 'small: {stages: [{}, {}]}\n', 4, 'small has 2 stages and the sweep 1'),
         (stage + 'small: {stages: [{matirx: {}}]}\n', 4, "did you mean 'matrix'"),
+        (stage + 'laptop: {stages: [{}, {}]}\n', 4, 'laptop has 2 stages and the sweep 1'),
+        (stage + 'laptop: {summary: {nmae: x}}\n', 4, "did you mean 'name'"),
     ],
 )
 def test_mistakes_are_found_with_file_and_line(project, text, place, words):
@@ -151,6 +153,7 @@ def test_points_are_complete_and_in_order(project):
         '  - params: [params/act/one.yaml, params/act/two.yaml]\n    name: b-{config}\n    override: {action: x}\n'
         'summary: {notebook: total}\n'
         'small: {stages: [{matrix: {seed: [7]}}]}\n'
+        'laptop: {stages: [{matrix: {seed: [8, 9]}}]}\n'
     )
     first, second, (last,) = expand(sweep(text))
     assert [p.name for p in first] == ['a-1-0.001', 'a-1-0.0002', 'a-2-0.001', 'a-2-0.0002']
@@ -160,10 +163,13 @@ def test_points_are_complete_and_in_order(project):
         ('b-two', 2, 1e-3, 'x'),
     ]
     assert last.summary and last.params['runs'] == [f'outputs/act/{p.name}' for p in first + second]
-    small = sweep_points('params/sweeps/s.yaml', small=True)
+    small = sweep_points('params/sweeps/s.yaml', 'small')
     assert [p.name for p in small] == ['a-7-0.001', 'a-7-0.0002', 'b-one', 'b-two', 's'] and small[2].params[
         'rate'
     ] == 5e-5
+    write('params/act/_laptop.yaml', 'rate: 7e-5\n')
+    laptop = sweep_points('params/sweeps/s.yaml', 'laptop')
+    assert [p.name for p in laptop[::2]] == ['a-8-0.001', 'a-9-0.001', 'b-one', 's'] and laptop[4].params['rate'] == 7e-5
     assert {
         p.params['model'] for stage in expand('params/sweeps/s.yaml', overrides=['model=x'])[:2] for p in stage
     } == {'x'}

@@ -175,7 +175,7 @@ def forecast_summary(best):
 def forecast_train(best):
     errors = dict(best=hard_N + far[best == 'step 20'], untrained=hard_N + far[best == 'untrained'])
     curve = dict(step=20, mae=1.0, trajectories=items)
-    outcome = forecast_training.TrainingOutcome(curve, curve, [curve], 20, 1e12, 0.4, 0.0, errors)
+    outcome = forecast_training.TrainingOutcome(curve, curve, [curve], 20, 1e12, 0.4, 0.0, errors, 50)
     params = SimpleNamespace(valid_horizon=10, max_steps=20)
     return forecast_training.training_verdict(params, outcome, fitted.progress)
 

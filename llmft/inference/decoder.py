@@ -228,6 +228,25 @@ def _mlp_maps(layer, rows, packs):
     return dict(after=after, gate_up=gate_up, down=linear_map(layer.mlp.down_proj, rows, packs))
 
 
+def _rows_of(head, tokens):
+    "A plain output layer for `tokens` alone."
+    cut = torch.nn.Linear(head.in_features, len(tokens), head.bias is not None, device='meta')
+    cut.weight = torch.nn.Parameter(head.weight[tokens], requires_grad=False)
+    if head.bias is not None:
+        cut.bias = torch.nn.Parameter(head.bias[tokens], requires_grad=False)
+    return cut
+
+
+def _head_maps(head, norm, rows, packs, tokens):
+    "The output layer as a function, for some tokens or for all, and the weights of the norm before it."
+    if tokens is None:
+        return _joined([head], norm, rows, packs)
+    if _is_plain(head):
+        return _joined([_rows_of(head, tokens)], norm, rows, packs)
+    whole, norm = _joined([head], norm, rows, packs)
+    return lambda inputs_RW: whole(inputs_RW)[:, tokens], norm
+
+
 def _layer_maps(layer, rows, packs):
     "The linear maps and norm weights of one layer."
     return SimpleNamespace(**_attention_maps(layer, rows, packs), **_mlp_maps(layer, rows, packs))
@@ -253,13 +272,14 @@ class LeanDecoder:
                  slots:int,    # prompt and new tokens of the longest row
                  rows:int=1,   # of the batch
                  steps:int=0,  # that will be taken; many repay a copy of the weights
+                 tokens=None,  # ids (K,): the logits are those of these tokens alone
     ):
         self.net = causal_model(model)
         self.slots = slots
         self.used = 0  # slots that are filled
         self.calls_modules = _calls_modules(self.net)
         self._read_heads()
-        self._read_weights(rows, packs=_copies_pay(self.net, steps))
+        self._read_weights(rows, _copies_pay(self.net, steps), tokens)
         self._read_positions()
 
     def _read_heads(self):
@@ -270,14 +290,14 @@ class LeanDecoder:
         self.heads = self.net.config.num_attention_heads
         self.groups = self.net.config.num_key_value_heads
 
-    def _read_weights(self, rows, packs):
+    def _read_weights(self, rows, packs, tokens):
         "The maps and norms of every layer, of embedding and head."
         self.embed = self.net.get_input_embeddings()
         self.norm = self.net.model.norm.weight
         self.epsilon = self.net.config.rms_norm_eps
         self.floor = self.norm.new_tensor(self.epsilon * len(self.norm)).sqrt()
         self.layers = [_layer_maps(layer, rows, packs) for layer in self.net.model.layers]
-        self.head, self.last = _joined([self.net.get_output_embeddings()], self.norm, rows, packs)
+        self.head, self.last = _head_maps(self.net.get_output_embeddings(), self.norm, rows, packs, tokens)
 
     def _read_positions(self):
         "Cosines and sines of every position, (slots, head width); the sines with the sign that `rotate` wants."
@@ -289,7 +309,7 @@ class LeanDecoder:
         self.sin_SD = torch.cat([-first_half, second_half], -1)
 
     def begin(self, ids_BT, starts_B):
-        "Read the padded prompts; the logits after the last slot, (rows, vocabulary)."
+        "Read the padded prompts; the logits after the last slot, (rows, vocabulary), or (rows, K) of some tokens."
         rows, length = ids_BT.shape
         self.cache = [(self._no_heads(rows), self._no_heads(rows)) for _ in self.layers]
         self.starts_B = starts_B
@@ -543,17 +563,36 @@ def general_decoder(model,  # a causal language model in evaluation mode, with o
     return chosen
 
 # %% ../../nbs/inference/01_decoder.ipynb #40e0d571
+class _CutDecoder:
+    "What another decoder does, with the logits of some tokens alone."
+
+    def __init__(self, decoder, tokens):
+        self.decoder = decoder
+        self.tokens = tokens
+        self.select = decoder.select
+
+    def begin(self, ids_BT, starts_B):
+        "Read the padded prompts; logits (rows, K)."
+        return self.decoder.begin(ids_BT, starts_B)[:, self.tokens]
+
+    def step(self, ids_B):
+        "Append one token to every row; logits (rows, K)."
+        return self.decoder.step(ids_B)[:, self.tokens]
+
+
 def decoder_for(model,                # a causal language model, with or without an adapter
                 slots:int,            # prompt and new tokens of the longest row
                 rows:int=1,           # of the batch
                 steps:int=0,          # that will be taken
                 compiled:bool=False,  # by `torch.compile`
+                tokens=None,          # ids (K,): logits of these tokens alone
 ):                                    # an object with begin, step and select
     "What takes the steps of `model`: compiled if asked for, written out where that is the same, else its own forward."
     if is_lean(model) and not compiled:
-        return LeanDecoder(model, slots, rows, steps)
+        return LeanDecoder(model, slots, rows, steps, tokens)
     decoder_class = general_decoder(model)
     if compiled and decoder_class is not ModelDecoder:
         raise LabError(f'{causal_model(model).config.model_type} does not keep keys and values alone, so its steps '
                        'cannot be compiled: set compiled to False')
-    return CompiledDecoder(model, slots) if compiled else decoder_class(model, slots)
+    decoder = CompiledDecoder(model, slots) if compiled else decoder_class(model, slots)
+    return decoder if tokens is None else _CutDecoder(decoder, tokens)

@@ -164,6 +164,7 @@ class _Request:
     on_token: object  # None, or a function (step, ids)
     pad_id: int
     compiled: bool
+    tokens: object  # None, or ids (K,) of the only tokens that may come
 
 
 class _Batch:
@@ -204,7 +205,8 @@ class _Batch:
     def make_decoder(self, prompt_slots):
         "The decoder of this batch, for prompts that were padded to `prompt_slots`."
         steps = self.request.max_new_tokens
-        return decoder_for(self.model, prompt_slots + steps, len(self.rows), steps, self.request.compiled)
+        request = self.request
+        return decoder_for(self.model, prompt_slots + steps, len(self.rows), steps, request.compiled, request.tokens)
 
     def read(self, prompts):
         "Read the prompts of these rows, each once; logits of the first new token, (rows, vocabulary)."
@@ -232,12 +234,16 @@ class _Batch:
         request = self.request
         draws_R = None if self.draws_BN is None else self.draws_BN[self.held, step]
         if request.allowed is None:
-            return choose(logits_RV, draws_R, request.temperature, request.top_p)
-        return _choose_among(logits_RV, self.allowed(step), draws_R, request.temperature, request.top_p)
+            columns_R = choose(logits_RV, draws_R, request.temperature, request.top_p)
+        else:
+            columns_R = _choose_among(logits_RV, self.allowed(step), draws_R, request.temperature, request.top_p)
+        return columns_R if request.tokens is None else request.tokens[columns_R]
 
     def allowed(self, step):
-        "Which tokens the rows in the decoder may take, bool (rows, vocabulary)."
+        "Which tokens the rows in the decoder may take, bool (rows, columns of the logits)."
         may = torch.as_tensor(self.request.allowed(step, self.new_BN[:, :step]), device=self.device)
+        if self.request.tokens is not None:
+            may = may[:, self.request.tokens]
         return may.expand(len(self.rows), -1)[self.held]
 
     def record(self, step, ids_R):
@@ -296,6 +302,13 @@ def _joined(parts, prompts):
         step_seconds=_concatenated(parts, 'step_seconds'))
 
 
+def _checked_tokens(tokens, words, device):
+    "The only tokens that may come, in order; a `LabError` for none, or for one that is not below `words`."
+    if not len(tokens) or not 0 <= min(tokens) <= max(tokens) < words:
+        raise LabError(f'tokens must be at least one of 0 to {words - 1}: give the ids that may come')
+    return torch.tensor(sorted(set(tokens)), device=device)
+
+
 @torch.no_grad()
 def generate(model,                  # a causal language model, with or without an adapter
              prompts:list,           # lists of token ids, of any lengths
@@ -310,11 +323,14 @@ def generate(model,                  # a causal language model, with or without 
              batch_size:int=0,       # rows at a time, 0 for all; `allowed` and `on_token` see the rows of one batch
              pad_id:int=0,           # fills short prompts and ended rows
              compiled:bool=False,    # by `torch.compile`: tens of seconds per batch size, for long work on a GPU
+             tokens=None,            # the only ids that may come; the output matrix is cut to their rows
 )->Generated:
     "Continue each of `prompts`; a `LabError` for no prompt, one that does not fit, or an option out of range."
-    check_request(causal_model(model).config, prompts, max_new_tokens, temperature, top_p, samples, batch_size)
+    config = causal_model(model).config
+    check_request(config, prompts, max_new_tokens, temperature, top_p, samples, batch_size)
+    only = None if tokens is None else _checked_tokens(tokens, config.vocab_size, next(model.parameters()).device)
     request = _Request(max_new_tokens, temperature, top_p, seed, frozenset(stop_ids), samples, allowed, on_token,
-                       pad_id, compiled)
+                       pad_id, compiled, only)
     rows = range(len(prompts) * samples)
     size = batch_size or len(rows)
 

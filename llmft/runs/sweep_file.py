@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['sweep_keys', 'stage_keys', 'summary_keys', 'most_points', 'place_of', 'errors_at', 'check_keys', 'overlay',
-           'read_sweep', 'Point', 'shown_folder', 'has_small', 'stage_starts', 'check_count', 'combinations', 'as_name',
+           'read_sweep', 'Point', 'shown_folder', 'scale_for', 'stage_starts', 'check_count', 'combinations', 'as_name',
            'fill', 'point_name', 'overrides_for', 'check_overrides', 'fill_params', 'stage_points', 'summary_point',
            'places_in', 'needs', 'expand', 'sweep_points']
 
@@ -28,9 +28,10 @@ from llmft.runs.params import (
     read_parameters,
     read_yaml,
     resolve_params,
+    scales,
 )
 
-from ..core import LabError, nearest, project_root
+from ..core import LabError, choose, nearest, project_root
 from .run import run_folder
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #6902c819
@@ -54,7 +55,7 @@ def errors_at(place:str,  # "file:line: ", from `place_of`
         raise LabError(message if message.startswith(place) else f'{place}{message}') from None
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #881e995a
-sweep_keys = dict(name='text', stages='list', summary='mapping', small='mapping')
+sweep_keys = dict(name='text', stages='list', summary='mapping') | dict.fromkeys(scales, 'mapping')
 stage_keys = dict(
     notebook='text', name='text', params='mapping or list', override='mapping', matrix='mapping', points='list'
 )
@@ -90,25 +91,25 @@ def check_keys(mapping,      # what was read from YAML
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #76936961
 def overlay(base,   # a mapping, a list or a value from the file
-            small,  # what `small` has in its place
+            block,  # what the block of a scale has in its place
 ):                  # the merged value; mappings keep the lines of both
-    "`base` with `small` laid over it: mappings merged, everything else replaced."
-    if not (isinstance(base, dict) and isinstance(small, dict)):
-        return small
-    merged = {key: overlay(base[key], value) if key in base else value for key, value in small.items()}
-    lines = getattr(base, 'lines', {}) | getattr(small, 'lines', {})
+    "`base` with `block` laid over it: mappings merged, everything else replaced."
+    if not (isinstance(base, dict) and isinstance(block, dict)):
+        return block
+    merged = {key: overlay(base[key], value) if key in base else value for key, value in block.items()}
+    lines = getattr(base, 'lines', {}) | getattr(block, 'lines', {})
     return Lines({**base, **merged}, getattr(base, 'file', ''), lines)
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #4adada5d
-def _small_block(sweep):
-    "The checked `small` block of a sweep; empty where there is none."
-    small = check_keys(sweep.get('small', {}), dict(stages='list', summary='mapping'), 'small')
-    given = len(small.get('stages', []))
+def _block_of(sweep, scale):
+    "The checked block of a scale in a sweep; empty where there is none."
+    block = check_keys(sweep.get(scale, {}), dict(stages='list', summary='mapping'), scale)
+    given = len(block.get('stages', []))
     wanted = len(sweep['stages'])
     if given > wanted:
-        place = place_of(small, 'stages')
-        raise LabError(f'{place}small has {given} stages and the sweep {wanted}: give one for each, in order')
-    return small
+        place = place_of(block, 'stages')
+        raise LabError(f'{place}{scale} has {given} stages and the sweep {wanted}: give one for each, in order')
+    return block
 
 
 def _check_needed(sweep, path):
@@ -118,9 +119,9 @@ def _check_needed(sweep, path):
             raise LabError(f'{place_of(sweep, key) or f"{path}:1: "}a sweep needs {key}')
 
 
-def _overlaid(stages, small_stages):
-    "The stages, each with what the small block changes in it."
-    pairs = itertools.zip_longest(stages, small_stages)
+def _overlaid(stages, changed_stages):
+    "The stages, each with what the block of a scale changes in it."
+    pairs = itertools.zip_longest(stages, changed_stages)
     return [overlay(stage, changes) if changes else stage for stage, changes in pairs]
 
 
@@ -132,22 +133,21 @@ def _check_structure(sweep, stages, summaries):
         check_keys(summary or {}, summary_keys, 'the summary')
 
 
-def read_sweep(path,              # the YAML file of a sweep
-               small:bool=False,  # lay its `small` block over it
-)->Lines:                         # name, stages and, when there is one, summary
+def read_sweep(path,          # the YAML file of a sweep
+               scale:str='',  # one of `scales`: lay its block over the file
+)->Lines:                     # name, stages and, when there is one, summary
     "The checked structure of a sweep file; a `LabError` with file and line for everything invalid."
     sweep = check_keys(read_yaml(path), sweep_keys, 'a sweep')
     _check_needed(sweep, path)
-    stages = sweep['stages']
-    small_block = _small_block(sweep)
-    small_stages = small_block.get('stages', [])
-    if small:
-        stages = _overlaid(stages, small_stages)
-    if small and 'summary' in small_block:
-        sweep['summary'] = overlay(sweep.get('summary', {}), small_block['summary'])
+    blocks = {name: _block_of(sweep, name) for name in scales}
+    changed = [stage for block in blocks.values() for stage in block.get('stages', []) if stage]
+    summaries = [sweep.get('summary'), *(block.get('summary') for block in blocks.values())]
+    _check_structure(sweep, [*sweep['stages'], *changed], summaries)
 
-    summaries = [sweep.get('summary'), small_block.get('summary')]
-    _check_structure(sweep, [*stages, *filter(None, small_stages)], summaries)
+    block = choose('scale', scale, blocks) if scale else {}
+    stages = _overlaid(sweep['stages'], block.get('stages', []))
+    if 'summary' in block:
+        sweep['summary'] = overlay(sweep.get('summary', {}), block['summary'])
     return Lines({**sweep, 'stages': stages}, sweep.file, sweep.lines)
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #f887d520
@@ -185,10 +185,12 @@ def shown_folder(folder,  # of a run
     return str(folder.relative_to(root)) if folder.is_relative_to(root) else str(folder)
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #52e0582b
-def has_small(notebook:Path,  # path of a notebook
-)->bool:
-    "Whether there is an overlay for small machines for this notebook."
-    return (project_root() / 'params' / Path(notebook).stem / '_small.yaml').exists()
+def scale_for(notebook:Path,  # path of a notebook
+              scale:str,      # one of `scales`, or ''
+)->str:                       # `scale`, or '' where the notebook has no overlay for it
+    "The scale at which a notebook runs that is named without parameter files."
+    overlaid = (project_root() / 'params' / Path(notebook).stem / f'_{scale}.yaml').exists()
+    return scale if scale and overlaid else ''
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #0dc39fea
 def _split_files(files):
@@ -209,24 +211,24 @@ def _files_of(stage):
     return files
 
 
-def _notebook_start(notebook, small):
+def _notebook_start(notebook, scale):
     "Path and parameters of a notebook without parameter files."
     path = find_notebook(notebook)
-    return resolve_params([path], [], small and has_small(path))
+    return resolve_params([path], [], scale_for(path, scale))
 
 
-def stage_starts(stage,      # a stage from the file
-                 small:bool, # lay `_small.yaml` over what it starts from
-)->list:                     # (stem of the parameter file or '', notebook, parameters)
+def stage_starts(stage,        # a stage from the file
+                 scale:str='', # lay the overlay of this scale over what it starts from
+)->list:                       # (stem of the parameter file or '', notebook, parameters)
     "What the points of a stage start from: the defaults of its notebook, or each of its parameter files."
     files = _files_of(stage)
     if files is None:
         with errors_at(place_of(stage, 'notebook')):
-            return [('', *_notebook_start(stage['notebook'], small))]
+            return [('', *_notebook_start(stage['notebook'], scale))]
 
     with errors_at(place_of(stage, 'params')):
         configs, overlays = _split_files(files)
-        return [(Path(config).stem, *resolve_params([config, *overlays], [], small)) for config in configs]
+        return [(Path(config).stem, *resolve_params([config, *overlays], [], scale)) for config in configs]
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #02cd1c56
 most_points = 2_000  # runs of a sweep
@@ -433,11 +435,11 @@ def _checked_point(notebook, values, place):
 
 def stage_points(stage,       # a stage from the file
                  sweep:str,   # name of the sweep
-                 small:bool,  # use the overlays for small machines
+                 scale:str='', # use the overlays of this scale
                  overrides=(),# texts of the form name=value
 )->list:                      # its `Point`s
     "All runs of a stage with complete, checked parameters; a `LabError` with file and line otherwise."
-    starts = stage_starts(stage, small)
+    starts = stage_starts(stage, scale)
     given = _given_params(stage)
     place = place_of(stage, 'name' if 'name' in stage else None)
 
@@ -466,13 +468,13 @@ def _summary_notebook(summary):
     return notebook, declared
 
 
-def _summary_start(summary, small):
+def _summary_start(summary, scale):
     "The notebook of a summary, its `Parameter`s and the values it starts from."
     if 'notebook' not in summary:
         raise LabError(f'{place_of(summary)}the summary needs a notebook')
     with errors_at(place_of(summary, 'notebook')):
         notebook, declared = _summary_notebook(summary)
-        return notebook, declared, resolve_params([notebook], [], small and has_small(notebook))[1]
+        return notebook, declared, resolve_params([notebook], [], scale_for(notebook, scale))[1]
 
 
 def _summary_params(summary):
@@ -487,11 +489,11 @@ def _summary_params(summary):
 def summary_point(summary,     # the summary from the file
                   sweep:str,   # name of the sweep
                   points:list, # all points before it
-                  small:bool,  # use the overlay for small machines
+                  scale:str='',# use the overlay of this scale
                   overrides=(),# texts of the form name=value
 )->Point:
     "The run of the summary notebook; a `LabError` when it has no parameter for the folders of the runs."
-    notebook, declared, start = _summary_start(summary, small)
+    notebook, declared, start = _summary_start(summary, scale)
     literals, overridden = _checked_literals(notebook, declared, _summary_params(summary), overrides)
     with errors_at(place_of(summary, 'name')):
         name = check_name(summary.get('name', sweep))
@@ -546,25 +548,25 @@ def _all_points(stages):
     return list(itertools.chain(*stages))
 
 
-def _stages_of(sweep, small, overrides):
+def _stages_of(sweep, scale, overrides):
     "The points of each stage of a sweep, without its summary; a `LabError` when they are too many."
     stages = []
     for stage in sweep['stages']:
-        stages.append(stage_points(stage, sweep['name'], small, overrides))
+        stages.append(stage_points(stage, sweep['name'], scale, overrides))
         check_count(sum(map(len, stages)), place_of(sweep, 'stages'))
     return stages
 
 
-def expand(path,              # the YAML file of a sweep
-           small:bool=False,  # use its small block and the overlays for small machines
-           overrides=(),      # texts of the form name=value
-)->list:                      # stages, each a list of `Point`s; the summary is a stage of its own
+def expand(path,          # the YAML file of a sweep
+           scale:str='',  # one of `scales`: use its block and its overlays
+           overrides=(),  # texts of the form name=value
+)->list:                  # stages, each a list of `Point`s; the summary is a stage of its own
     "Every run of a sweep, checked before any work; a `LabError` with file and line otherwise."
-    sweep = read_sweep(path, small)
+    sweep = read_sweep(path, scale)
     name = sweep['name']
-    stages = _stages_of(sweep, small, overrides)
+    stages = _stages_of(sweep, scale, overrides)
     if 'summary' in sweep:
-        stages.append([summary_point(sweep['summary'], name, _all_points(stages), small, overrides)])
+        stages.append([summary_point(sweep['summary'], name, _all_points(stages), scale, overrides)])
 
     points = _all_points(stages)
     _check_folders(points)
@@ -573,8 +575,8 @@ def expand(path,              # the YAML file of a sweep
     return stages
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #6c90f86f
-def sweep_points(path,              # the YAML file of a sweep
-                 small:bool=False,  # use its small block and the overlays for small machines
-)->list:                            # all `Point`s, in order
+def sweep_points(path,          # the YAML file of a sweep
+                 scale:str='',  # one of `scales`: use its block and its overlays
+)->list:                        # all `Point`s, in order
     "The runs of a sweep in one list."
-    return _all_points(expand(path, small))
+    return _all_points(expand(path, scale))

@@ -37,7 +37,7 @@ class Comparison:
     simple: list  # of the names, the forecasts that need no language model
     rows: dict  # name -> scores in scaled units
     originals: dict  # name -> scores in original units
-    ahead: dict  # name -> scores by forecast step, from `step_scores`
+    ahead: dict  # name -> scores by forecast step, from `step_scores`, and nll_H
     at_ten: dict  # name -> median error ten steps ahead; None when unknown
     names: list  # of the variables
 
@@ -72,6 +72,11 @@ def _compared_points(split, forecasts, count, given, horizon):
     return {name: point_forecast(made.samples_NSHV) for name, made in forecasts.items()} | simple, simple
 
 
+def _nll_by_step(forecasts, name):
+    "The likelihood of the truth by step; `None` for what has no language model."
+    return forecasts[name].nll_H if name in forecasts else None
+
+
 def _mapped(function, values):
     "The same names with `function` of each value."
     return {name: function(value) for name, value in values.items()}
@@ -96,6 +101,7 @@ def compare_forecasts(split:Split,     # that was forecast
     rows = {name: row | scaled_scores(samples[name], future_NHV, truth_NTV[:, :given]) for name, row in rows.items()}
     originals = _mapped(lambda made_NHV: _original_scores(made_NHV, future_NHV, factors_N1V, names), points)
     ahead = _mapped(lambda made_NSHV: step_scores(made_NSHV, future_NHV, truth_NTV[:, :given]), samples)
+    ahead = {name: curves | dict(nll_H=_nll_by_step(forecasts, name)) for name, curves in ahead.items()}
     at_ten = _mapped(lambda curve: _error_at(curve, judged_step), ahead)
     return Comparison(split.times_T, truth_NTV, future_NHV, points, list(simple), rows, originals, ahead, at_ten,
                       names)
@@ -148,9 +154,9 @@ shown_steps = (1, 10, 25, 50)  # steps ahead in the table; the file has all
 
 
 def _step_row(name, curves, steps):
-    "Errors and coverage of one forecast at some steps."
+    "Errors, coverage and likelihood of one forecast at some steps."
     row = dict(run=name)
-    for kind in ('mean', 'median', 'coverage'):
+    for kind in ('mean', 'median', 'coverage', 'nll'):
         curve_H = curves[f'{kind}_H']
         row |= {f'{kind}_{step}': None if curve_H is None else float(curve_H[step - 1]) for step in steps}
     return row
@@ -158,13 +164,15 @@ def _step_row(name, curves, steps):
 
 def step_table(comparison:Comparison,  # of one evaluation
 ):                                     # a displayed table
-    "Mean and median error, and the share inside the band, at some steps ahead."
+    "Mean and median error, the share inside the band, and the likelihood of the truth, at some steps ahead."
     steps = [step for step in shown_steps if step <= comparison.future_NHV.shape[1]]
     rows = [_step_row(name, curves, steps) for name, curves in comparison.ahead.items()]
     errors = [column(f'{kind}_{step}', f'{step} ahead', f'{kind} error')
               for step in steps for kind in ('mean', 'median')]
     inside = [column(f'coverage_{step}', f'{step} ahead', 'share in the band') for step in steps]
-    return table(rows, [column('run', 'forecast'), *errors, *inside], 'Scaled units, mean of the variables')
+    likely = [column(f'nll_{step}', f'{step} ahead', 'NLL, nats/value') for step in steps]
+    columns = [column('run', 'forecast'), *errors, *inside, *likely]
+    return table(rows, columns, 'Scaled units, mean of the variables')
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #aa4e379b
 def _variable_columns(names):

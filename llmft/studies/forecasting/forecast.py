@@ -17,7 +17,7 @@ from ...inference.generation import generate
 from ...models.load import hidden_states, output_head
 from ...models.modes import evaluating
 from .codec import decode, probe
-from .metrics import nll_per_value, score_forecast
+from .metrics import nll_per_value, score_forecast, step_nll
 from .prepared import Split
 
 # %% ../../../nbs/studies/forecasting/05_forecast.ipynb #0bafef45
@@ -71,6 +71,7 @@ class Grammar:
         self.finished = 2 * self.states
 
         usable = _usable_tokens(serialisation)
+        self.tokens = [*usable, end_id]  # all that ever may come
         self._make_tables(list(usable.values()))
         self._make_masks(torch.tensor(list(usable)), vocabulary)
 
@@ -166,6 +167,7 @@ class Forecast:
     new_tokens: int  # generated
     prompt_tokens: int  # read
     prompt_length: int  # longest prompt, tokens
+    nll_H: np.ndarray = None  # of the truth by step, nats per value in scaled units; None where it was not scored
 
 # %% ../../../nbs/studies/forecasting/05_forecast.ipynb #2e550e86
 def _until_enough(serialisation, end_id, steps, vocabulary):
@@ -242,7 +244,8 @@ def forecast(model,                 # a causal language model, with or without a
                           integer_digits)
     longest = horizon * variables * (integer_digits + precision + 2 + signed)
     made = generate(model, prompts, longest, temperature, top_p, seed, (end_id,), samples, allowed,
-                    batch_size=batch_size, pad_id=tokenizer.pad_token_id)
+                    batch_size=batch_size, pad_id=tokenizer.pad_token_id,
+                    tokens=allowed.tokens if constrained else None)
 
     decoded = tokenizer.batch_decode(made.ids, clean_up_tokenization_spaces=False)
     written = [serialisation.read(text) for text in decoded]
@@ -258,18 +261,24 @@ def _alphabet_columns(serialisation, vocabulary, device):
     return ids_A, column_V
 
 
-def _continuation_loss(model, row, first, hidden_TD, ids_A, column_V):
-    "Nats of the tokens of one row from `first` on, among the alphabet; the separator behind the last step is left out."
+def _token_nats(model, row, first, hidden_TD, ids_A, column_V):
+    "Nats of each token of one row from `first` on, among the alphabet; the separator behind the last step is left out."
     last = len(row) - 1
     logits_NA = output_head(model)(hidden_TD[first - 1:last - 1])[:, ids_A].float()
     targets_N = column_V[torch.tensor(row[first:last], device=column_V.device)]
-    return float(torch.nn.functional.cross_entropy(logits_NA, targets_N, reduction='sum'))
+    return torch.nn.functional.cross_entropy(logits_NA, targets_N, reduction='none').double().cpu().numpy()
 
 
-def _batch_nats(model, rows, first_scored, ids_BT, ids_A, column_V):
-    "Nats of the continuation of each row, from one pass over the padded rows."
+def _steps_of(tokens, alphabet):
+    "The step in which each token begins, counted from 0; a separator belongs to the step before it."
+    separators_N = np.array([alphabet[token].count(';') for token in tokens])
+    return separators_N.cumsum() - separators_N
+
+
+def _batch_nats(model, rows, first_scored, ids_BT, alphabet, columns):
+    "Nats of the continuation of each row, as one array of tokens and one of their steps, from one pass."
     hidden_BTD = hidden_states(model, ids_BT)
-    return [_continuation_loss(model, row, first, hidden_TD, ids_A, column_V)
+    return [(_token_nats(model, row, first, hidden_TD, *columns), _steps_of(row[first:-1], alphabet))
             for row, first, hidden_TD in zip(rows, first_scored, hidden_BTD, strict=True)]
 
 
@@ -288,21 +297,21 @@ def continuation_nats(model,      # a causal language model, with or without an 
                       precision:int=2,  # decimals
                       signed:bool=False,# whether numbers may be negative
                       batch_size:int=8, # trajectories at a time
-)->np.ndarray:                    # (N,), nats
+)->np.ndarray:                    # nats of each trajectory and step, (N, H)
     "Negative log-probability of the true continuation of each trajectory, among the codec's tokens."
     serialisation = probe(tokenizer, precision, signed)
     device = next(model.parameters()).device
     whole = prompt_ids(tokenizer, serialisation, texts, given + horizon)
     first_scored = [len(row) for row in prompt_ids(tokenizer, serialisation, texts, given)]
-    alphabet = _alphabet_columns(serialisation, model.config.vocab_size, device)
+    columns = _alphabet_columns(serialisation, model.config.vocab_size, device)
 
     nats = []
     with evaluating(model):
         for begin in range(0, len(whole), batch_size):
             part = slice(begin, begin + batch_size)
             ids_BT = _padded(whole[part], tokenizer.pad_token_id, device)
-            nats += _batch_nats(model, whole[part], first_scored[part], ids_BT, *alphabet)
-    return np.array(nats)
+            nats += _batch_nats(model, whole[part], first_scored[part], ids_BT, serialisation.alphabet, columns)
+    return np.array([np.bincount(steps_N, nats_N, horizon) for nats_N, steps_N in nats])
 
 # %% ../../../nbs/studies/forecasting/05_forecast.ipynb #9a508d92
 def _scores_in_both_units(samples_NSHV, truth_NHV, factors_NV, names):
@@ -351,10 +360,11 @@ def evaluate_forecasts(model,         # a causal language model, with or without
 
     made = forecast(model, tokenizer, texts, given, horizon, precision=precision, variables=variables, signed=signed,
                     **settings)
-    nats = continuation_nats(model, tokenizer, texts, given, horizon, precision, signed)
+    nats_NH = continuation_nats(model, tokenizer, texts, given, horizon, precision, signed)
+    made.nll_H = step_nll(nats_NH, variables, precision)
 
     truth_NHV = split.scaled_NTV[:count, given:given + horizon]
     scores = _scores_in_both_units(made.samples_NSHV, truth_NHV, factors_NV, names)
     scores |= _reading_scores(made, count)
-    scores |= _likelihood_scores(nats, horizon * variables, precision, factors_NV)
+    scores |= _likelihood_scores(nats_NH.sum(1), horizon * variables, precision, factors_NV)
     return made, scores

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['quantile_levels', 'point_forecast', 'whole', 'r_squared', 'point_errors', 'crps', 'band', 'spread_scores',
-           'score_forecast', 'naive_errors', 'quantile_losses', 'scaled_scores', 'step_scores', 'nll_per_value']
+           'score_forecast', 'naive_errors', 'quantile_losses', 'scaled_scores', 'step_scores', 'nll_per_value',
+           'step_nll']
 
 # %% ../../../nbs/studies/forecasting/04_metrics.ipynb #24c7dd52
 import math
@@ -188,3 +189,11 @@ def nll_per_value(text_nats_N, # negative log-probability of the text of each co
     "Negative log-density of the true continuation, per value."
     scaled = float(np.mean(text_nats_N)) / values - precision * math.log(10)
     return scaled if factors_NV is None else scaled - float(np.log(factors_NV).mean())
+
+# %% ../../../nbs/studies/forecasting/04_metrics.ipynb #464047b0
+def step_nll(text_nats_NH, # negative log-probability of the text of each step, nats
+             variables,    # numbers in a step
+             precision,    # decimals
+)->np.ndarray:             # nats per value, (H,); its mean is `nll_per_value` of the whole
+    "Negative log-density of each true step, per value, mean over the trajectories."
+    return np.mean(text_nats_NH, 0) / variables - precision * math.log(10)

@@ -17,9 +17,10 @@ from ...core import LabError, write_atomic
 from ...runs.results import done_folders, read_result
 from ...runs.rivals import Measure, in_bullets, kept_scores, paired_scores, ranked, told
 from ...runs.tables import column, table
-from .baselines import ceiling, informed, uninformed
+from .baselines import ceiling, informed, statistical, uninformed
 from .comparison import ceiling_words, compared, metric_name, without_equations
 from .published import published, published_search
+from .report import judged_on
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #d553c94d
 notebooks = ('forecast_train', 'forecast_eval')
@@ -187,7 +188,7 @@ def final_table(final:list,  # final runs
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #310e3261
 _judged_errors = dict(mae='mean MAE', mae_median='median MAE', error_at_10='median error 10 steps ahead')  # in words
-_forecast_names = {metric_name(name): name for name in (*uninformed, *informed)}  # what metrics begin with -> name
+_forecast_names = {metric_name(name): name for name in (*uninformed, *statistical, *informed)}  # what metrics begin with -> name
 
 
 def _own_name(row):
@@ -307,16 +308,22 @@ def _settings_words(row):
     return f"learning rate {row['learning_rate']:g} with rank {row['lora_rank']} and {row['precision']} decimals"
 
 
+def _judged_words(rows):
+    "What runs were judged on, where that is not the whole question; the sentences of all of them, each once."
+    known = [row for row in rows if row.get('following_steps')]
+    return ' '.join(dict.fromkeys(judged_on(row['valid_horizon'], row['following_steps']) for row in known))
+
+
 def _trained_words(study):
     "Which run won the search, and which context length is best; one seed each."
     searched = [row for row in study.part('search') if row['valid_mae'] is not None]
     lengths = [row for row in study.part('context') if row['valid_mae'] is not None]
-    words = []
+    words = [_judged_words([*searched, *lengths])]
     if searched:
         words.append(f'Search of {len(searched)} runs: {told(_rank_trained(searched, study, _settings_words))}')
     if lengths:
         words.append(told(_rank_trained(lengths, study, lambda row: f"a context of {row['context_length']} tokens")))
-    return ' '.join([*words, 'One seed each.'] if words else words)
+    return ' '.join([*words, 'One seed each.']) if searched or lengths else ''
 
 
 def _departures(study):
