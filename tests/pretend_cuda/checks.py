@@ -12,13 +12,16 @@ from llmft.core import LabError
 from llmft.data.batches import MicroBatch
 from llmft.inference import decoder
 from llmft.inference.generation import generate
+from llmft.models import cost
 from llmft.models import load as models
 from llmft.models.adapters import add_lora, trainable_parameters, weights_hash
-from llmft.models.load import check_model_settings, load_model
+from llmft.models.load import check_model_settings, load_model, model_config
+from llmft.models.methods import Method
 from llmft.models.precisions import check_form
 from llmft.training import checkpoints
 from llmft.training.fit import fit, train_step
 from llmft.training.largest_batch import try_batch
+from llmft.training.losses import linear_cross_entropy
 from llmft.training.prepare import prepare
 from llmft.training.step import evaluate_loss, step_batches
 from pretend_cuda import device
@@ -151,6 +154,22 @@ def test_attention_never_writes_out_its_scores_in_training(mode, tmp_path):
     kernels = {kernel for kernel, *_ in device.sdpa_log}
     in_16_bits = modes[mode][0] != 'fp32' or modes[mode][1] != 'no'
     assert kernels == {'flash' if ampere and in_16_bits else 'efficient'}, device.sdpa_log
+
+
+@pytest.mark.parametrize('size, chunks', [(None, 1), (2**25, 3)], ids=['as declared', 'as on a CPU'])
+def test_chunks_of_the_loss_are_those_that_the_memory_model_counts(monkeypatch, size, chunks):
+    "A GPU makes 32 times as many logits at once as a CPU; the loss and the memory model read one declaration."
+    if size:
+        monkeypatch.setitem(cost.LOSS_CHUNK_BYTES, 'cuda', size)
+    config = model_config('preset:llama-tiny')
+    config.vocab_size = 200_000
+    hidden_ND = torch.randn(96, 64, device='cuda', requires_grad=True)
+    weight_VD = torch.randn(200_000, 64, device='cuda')
+    targets_N = torch.arange(96, device='cuda')
+    with device.Counts() as counts:
+        linear_cross_entropy(hidden_ND, weight_VD, targets_N)
+    assert counts.kernels['aten::amax'] == 2 * chunks
+    assert 0.98 < counts.peak / cost.logit_bytes(config, Method(), cost.StepShape(96, 96)) < 1.02
 
 
 def test_a_search_for_the_batch_leaves_the_adapter_as_it_was_when_fp16_overflows():
