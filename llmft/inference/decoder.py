@@ -22,6 +22,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from ..core import LabError
 from ..models.load import causal_model, largest_difference, rounding, shared_heads
+from ..models.lora_products import Factor
 
 # %% ../../nbs/inference/01_decoder.ipynb #d1f1b8b4
 _few_rows = 2  # rows for which stripes are faster than the usual product
@@ -98,13 +99,16 @@ def _is_plain_lora(module):
     if module.merged or module.disable_adapters or module.lora_variant:
         return False
     dtype = module.base_layer.weight.dtype
-    return all(factor.bias is None and factor.weight.dtype == dtype for factor in _active_factors(module))
+    return all(factor.bias is None and (isinstance(factor, Factor) or factor.weight.dtype == dtype)
+               for factor in _active_factors(module))
 
 
 def _adapter_products(module):
-    "(matrix that reads, transposed matrix that writes, scale) of each active adapter of a LoRA."
+    "(matrix that reads, transposed matrix that writes, scale) of each active adapter, in the dtype of the layer."
     names = [name for name in module.active_adapters if name in module.lora_A]
-    return [(module.lora_A[name].weight, module.lora_B[name].weight.t(), module.scaling[name]) for name in names]
+    dtype = module.base_layer.weight.dtype
+    return [(module.lora_A[name].weight.to(dtype), module.lora_B[name].weight.t().to(dtype), module.scaling[name])
+            for name in names]
 
 
 def _lora_map(module, rows, packs):
@@ -235,7 +239,7 @@ def _layer_maps(layer, rows, packs):
 # %% ../../nbs/inference/01_decoder.ipynb #949030a5
 def _calls_modules(net):
     "Whether a step has to call some linear layer of `net` as a module."
-    linears = [module for module in net.modules() if hasattr(module, 'in_features')]
+    linears = [module for module in net.modules() if hasattr(module, 'in_features') and not isinstance(module, Factor)]
     return any(linear_map(module) is module for module in linears)
 
 

@@ -432,19 +432,27 @@ def _trained_products_keep(shape, step, word):
 
 def _adapters_keep(shape, step, word, method, adapted, first):
     "Bytes per token of what the adapters of one layer keep."
-    inner = word if step.mixed else 4
-    copies_input = method.dropout > 0 or word < 4
+    copies_input = method.dropout > 0 or step.mixed
+    mask = step.mask(4 if step.mixed else word)
     kept_places = set() if step.packed else {'attention out'}
     total = 0
 
     for linear in [linear for linear in shape.linears if linear.name in adapted]:
-        total += inner * method.rank
+        total += word * method.rank
         if copies_input or linear.place not in kept_places:
-            total += inner * linear.inputs
+            total += word * linear.inputs
         if method.dropout and not (first and linear.place == 'attention in'):  # the first passes no gradient below
-            total += step.mask(4) * linear.inputs
+            total += mask * linear.inputs
         kept_places.add(linear.place)
     return total
+
+
+def _factors_keep(shape, step, word, method, adapted):
+    "Bytes of the 16-bit copies of the factors of one layer; autocast's copies are counted with those of the weights."
+    if step.mixed or word == 4:
+        return 0
+    sizes = (linear.inputs + linear.outputs for linear in shape.linears if linear.name in adapted)
+    return word * method.rank * sum(sizes)
 
 
 def _dropout_keeps(shape, step, word):
@@ -465,10 +473,11 @@ def layer_activation_bytes(config,          # a transformers config
     word = step.word(method)
     per_token = _every_layer_keeps(shape, step, word, method.full, first) + _dropout_keeps(shape, step, word)
     if method.full:
-        per_token += _trained_products_keep(shape, step, word)
-    else:
-        per_token += _adapters_keep(shape, step, word, method, _adapted_names(config, method), first)
-    return step.tokens * per_token
+        return step.tokens * (per_token + _trained_products_keep(shape, step, word))
+
+    adapted = _adapted_names(config, method)
+    per_token += _adapters_keep(shape, step, word, method, adapted, first)
+    return step.tokens * per_token + _factors_keep(shape, step, word, method, adapted)
 
 # %% ../../nbs/models/08_cost.ipynb #76f8c6a7
 def _end_bytes(shape, method, step):
