@@ -19,11 +19,11 @@ from llmft.models.load import check_model_settings, load_model, model_config
 from llmft.models.methods import Method
 from llmft.models.precisions import check_form
 from llmft.training import checkpoints
-from llmft.training.fit import fit, train_step
+from llmft.training.fit import evaluate, fit, train_step
 from llmft.training.largest_batch import try_batch
 from llmft.training.losses import linear_cross_entropy
 from llmft.training.prepare import prepare
-from llmft.training.step import evaluate_loss, step_batches
+from llmft.training.step import evaluate_loss, example_losses, step_batches
 from pretend_cuda import device
 
 ampere = device.capability >= (8, 0)
@@ -170,6 +170,27 @@ def test_chunks_of_the_loss_are_those_that_the_memory_model_counts(monkeypatch, 
         linear_cross_entropy(hidden_ND, weight_VD, targets_N)
     assert counts.kernels['aten::amax'] == 2 * chunks
     assert 0.98 < counts.peak / cost.logit_bytes(config, Method(), cost.StepShape(96, 96)) < 1.02
+
+
+@newer_only
+@pytest.mark.parametrize('mode', ['lora', 'lora_half', 'lora_mixed', 'full_mixed'])
+def test_evaluation_multiplies_as_the_training_does_and_scores_in_fp32(mode, tmp_path):
+    "It waits once; what is said of each document in the end is not in mixed precision."
+    held_out = training_runs.examples(24)
+    run = prepare(trained(mode), training_runs.examples(16), held_out, tmp_path, recipe(mode))
+    evaluate(run)  # the first one tries the model
+    device.sdpa_log.clear()
+    with device.watching_waits() as watch:
+        evaluate(run)
+    in_16_bits = modes[mode][0] != 'fp32' or modes[mode][1] != 'no'
+    assert {dtype for _, dtype, *_ in device.sdpa_log} == {'torch.bfloat16' if in_16_bits else 'torch.float32'}
+    assert {place.split(':')[0]: count for (_, place), count in watch.waits.items()} == {'step.py': 1}
+
+    loss = run.log.entries()[-1]['valid_loss']
+    device.sdpa_log.clear()
+    exact = example_losses(run.model, held_out, 4, 24).sum() / held_out.supervised().sum()
+    assert abs(loss - exact) < 1e-2 * exact
+    assert {dtype for _, dtype, *_ in device.sdpa_log} == {str(models.precisions[modes[mode][0]].dtype)}
 
 
 def test_a_search_for_the_batch_leaves_the_adapter_as_it_was_when_fp16_overflows():
