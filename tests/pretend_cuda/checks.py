@@ -21,7 +21,7 @@ from llmft.models.precisions import check_form
 from llmft.training import checkpoints
 from llmft.training.fit import evaluate, fit, train_step
 from llmft.training.largest_batch import try_batch
-from llmft.training.losses import linear_cross_entropy
+from llmft.training.losses import head_cross_entropy, linear_cross_entropy
 from llmft.training.prepare import prepare
 from llmft.training.step import evaluate_loss, example_losses, step_batches
 from pretend_cuda import device
@@ -153,7 +153,93 @@ def test_attention_never_writes_out_its_scores_in_training(mode, tmp_path):
     train_step(run, batches, targets)
     kernels = {kernel for kernel, *_ in device.sdpa_log}
     in_16_bits = modes[mode][0] != 'fp32' or modes[mode][1] != 'no'
-    assert kernels == {'flash' if ampere and in_16_bits else 'efficient'}, device.sdpa_log
+    assert kernels == {'varlen' if ampere and in_16_bits else 'efficient'}, device.sdpa_log
+
+
+def packed_loss(model, lengths):
+    "The summed loss of documents of random tokens in one row, and its gradient by the adapter."
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(5, 500, (1, sum(lengths)), generator=generator).to(model.device)
+    model.zero_grad()
+    hidden_BTD = models.hidden_states(model, ids_BT, document_lengths=lengths)
+    loss, _ = head_cross_entropy(hidden_BTD.flatten(0, 1), models.output_head(model), ids_BT.roll(-1, 1).flatten())
+    loss.backward()
+    return loss.detach(), torch.cat([weight.grad.flatten() for weight in trainable_parameters(model).values()])
+
+
+@newer_only
+@pytest.mark.parametrize('window', [None, 7])
+def test_one_call_attends_inside_each_document(monkeypatch, window):
+    "As the path per document does, forward and backward, under autocast too; the kernel is told the right places."
+    shape = dict(query=(1, 4, 60, 16), key=(1, 2, 60, 16), value=(1, 2, 60, 16))
+    tensors = [torch.randn(size, device='cuda', dtype=torch.bfloat16, requires_grad=True) for size in shape.values()]
+    found = []
+    for takes_one_call in (models.takes_one_call, lambda *asked: False):
+        monkeypatch.setattr(models, 'takes_one_call', takes_one_call)
+        documents = models.DocumentLengths([23, 1, 30, 6])
+        device.sdpa_log.clear()
+        out, _ = models.documents_attention(None, *tensors, documents=documents, sliding_window=window, scaling=0.3)
+        found.append([out, *torch.autograd.grad(out.square().sum(), tensors)])
+        assert ('varlen' in {kernel for kernel, *_ in device.sdpa_log}) == (len(found) == 1) and documents.seen == 1
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.shape == theirs.shape and (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+@newer_only
+@pytest.mark.parametrize('mode', ['lora_half', 'lora_mixed'])
+def test_kernels_do_not_grow_with_the_documents(mode):
+    "Twelve documents or two in a row: as many kernels, forward and backward, and one call a layer."
+    model = trained(mode).train()
+    mixed = torch.autocast('cuda', torch.bfloat16, enabled=modes[mode][1] == 'bf16')
+    taken = []
+    with mixed:
+        packed_loss(model, [40, 32])  # the first pass tries the model
+    for lengths in ([40, 32], [6] * 12, [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 6]):
+        device.sdpa_log.clear()
+        with device.Counts() as counts, mixed:
+            packed_loss(model, lengths)
+        taken.append(sum(counts.kernels.values()))
+        assert {kernel for kernel, *_ in device.sdpa_log} == {'varlen'} and sum(device.sdpa_log.values()) == 2
+    assert len(set(taken)) == 1, taken
+
+
+@newer_only
+@pytest.mark.parametrize('mode', ['lora_half', 'lora_mixed'])
+def test_losses_of_one_call_are_those_of_each_document(monkeypatch, mode):
+    "The loss to 0.1 %, its gradient to 2 % of its length."
+    model = trained(mode).eval()
+    lengths = [11, 30, 2, 1, 20]
+    mixed = torch.autocast('cuda', torch.bfloat16, enabled=modes[mode][1] == 'bf16')
+    with mixed:
+        loss, slope = packed_loss(model, lengths)
+        assert ('varlen', 'torch.bfloat16', False, True) in device.sdpa_log
+        monkeypatch.setattr(models, 'takes_one_call', lambda *asked: False)
+        expected, expected_slope = packed_loss(model, lengths)
+    assert abs(loss - expected) < 1e-3 * expected
+    assert (slope - expected_slope).norm() < 0.02 * expected_slope.norm()
+
+
+def test_flash_attention_2_is_told_where_documents_begin(monkeypatch):
+    "Without these places it would read them from the positions in every layer, and wait."
+    told = []
+
+    def stand_in(module, query, key, value, mask, cu_seq_lens_q=None, cu_seq_lens_k=None, max_length_q=None,
+                 max_length_k=None, scaling=None, **options):
+        if cu_seq_lens_q is None:
+            return models.documents_attention(module, query, key, value, mask, scaling=scaling)
+        told.append((cu_seq_lens_q.tolist(), max_length_q, cu_seq_lens_k is cu_seq_lens_q, max_length_k))
+        documents = models.DocumentLengths(cu_seq_lens_q.diff().tolist())
+        return models.documents_attention(module, query, key, value, documents=documents, scaling=scaling)
+
+    model = trained('lora_half').eval()
+    net = models.causal_model(model)
+    expected = packed_loss(model, [3, 9, 4])[0]
+    monkeypatch.setitem(models.AttentionInterface._global_mapping, 'flash_attention_2', stand_in)
+    monkeypatch.setattr(net.config, '_attn_implementation_internal', 'flash_attention_2')
+    packed_loss(model, [3, 9, 4])
+    told.clear()
+    assert torch.equal(packed_loss(model, [3, 9, 4])[0], expected)
+    assert told == [([0, 3, 12, 16], 9, True, 9)] * 2
 
 
 @pytest.mark.parametrize('size, chunks', [(None, 1), (2**25, 3)], ids=['as declared', 'as on a CPU'])
