@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from llmft.core import LabError
 from llmft.inference.generation import generate
 from llmft.models.adapters import save_merged
-from llmft.models.lora_products import multiply_as_read
 from llmft.models.load import hidden_states, load_model, output_head, quantised_share
+from llmft.models.lora_products import multiply_as_read
 from llmft.models.merging import load_adapter, logits_of, merge_adapter, merge_in_place
 
 ids = torch.randint(0, 512, (2, 24), generator=torch.Generator().manual_seed(0))

@@ -49,10 +49,15 @@ def _chunk_bytes(asked, device):
     return loss_chunk_bytes(device.type) if asked is None else asked
 
 # %% ../../nbs/training/01_losses.ipynb #3965d54c
-def kept_rows(targets_N,  # target of each row; -100 where there is none
-)->tuple:                 # (rows that have a target, whether these are all rows)
+def kept_rows(targets_N,   # target of each row; -100 where there is none
+              count=None,  # how many have one, where that is known; counted when `None`
+)->tuple:                  # (rows that have a target, whether these are all rows)
     "The rows that have a target, as an index, and whether none is left out."
-    index = (targets_N != IGNORED).nonzero()[:, 0]
+    has_target_N = targets_N != IGNORED
+    if count is None:
+        index = has_target_N.nonzero()[:, 0]
+    else:
+        index = torch.nonzero_static(has_target_N, size=count)[:, 0]
     return index, index.numel() == targets_N.numel()
 
 # %% ../../nbs/training/01_losses.ipynb #c2887a5a
@@ -163,12 +168,13 @@ def linear_cross_entropy(hidden_ND,          # hidden states before the output m
                          targets_N,          # target of each row; -100 rows are dropped
                          bias_V=None,        # bias of the output matrix, if it has one
                          chunk_bytes=None,   # most bytes of logits held at once; `None`: as declared for the device
+                         count=None,         # rows that have a target, where that is known
 )->tuple:                                    # (sum of losses as a float32 scalar in nats, number of targets)
     "Sum of cross-entropies of `hidden_ND @ weight_VD.T`, and their count; a second backward raises a RuntimeError."
     dtype = _product_dtype(hidden_ND)
     inputs = [None if x is None else x.to(dtype) for x in (hidden_ND, weight_VD, bias_V)]
 
-    kept = kept_rows(targets_N)
+    kept = kept_rows(targets_N, count)
     size = _chunk_bytes(chunk_bytes, hidden_ND.device)
     loss = _LinearCrossEntropy.apply(*inputs, targets_N, kept, size, torch.is_grad_enabled())
     return loss, len(kept[0])
@@ -242,13 +248,14 @@ def head_cross_entropy(hidden_ND,          # hidden states before the head
                        head,               # module that makes logits from them: plain, LoRA-wrapped or quantised
                        targets_N,          # target of each row; -100 rows are dropped
                        chunk_bytes=None,   # most bytes of logits held at once; `None`: as declared for the device
+                       count=None,         # rows that have a target, where that is known
 )->tuple:                                  # (sum of losses as a float32 scalar in nats, number of targets)
     "`linear_cross_entropy` for any output `head`."
     if type(head) is nn.Linear:  # a subclass may compute something else
-        return linear_cross_entropy(hidden_ND, head.weight, targets_N, head.bias, chunk_bytes)
+        return linear_cross_entropy(hidden_ND, head.weight, targets_N, head.bias, chunk_bytes, count)
 
     parameters = [p for p in head.parameters() if p.requires_grad]
-    kept = kept_rows(targets_N)
+    kept = kept_rows(targets_N, count)
     learning = torch.is_grad_enabled() and (hidden_ND.requires_grad or len(parameters) > 0)
     size = _chunk_bytes(chunk_bytes, hidden_ND.device)
     loss = _HeadCrossEntropy.apply(hidden_ND, head, targets_N, kept, size, learning, *parameters)
@@ -260,9 +267,10 @@ def token_losses(hidden_ND,          # hidden states before the head
                  head,               # module that makes logits from them
                  targets_N,          # target of each row
                  chunk_bytes=None,   # most bytes of logits held at once; `None`: as declared for the device
+                 count=None,         # rows that have a target, where that is known
 )->torch.Tensor:                     # losses_N, float32, nats; 0 where the target is -100
     "The cross-entropy of each row under `head`, without gradients."
-    index, _ = kept_rows(targets_N)
+    index, _ = kept_rows(targets_N, count)
     bytes_per_logit = _logit_size(hidden_ND.dtype, torch.float32)
     losses_N = torch.zeros(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
     size = _chunk_bytes(chunk_bytes, hidden_ND.device)

@@ -46,7 +46,8 @@ class LossModel(nn.Module):
         with torch.autocast(device, torch.bfloat16) if autocast else nullcontext():
             hidden_BTD = hidden_states(self.model, batch.ids_BT, batch.positions_BT, batch.lengths)
             head = output_head(self.model)
-            return head_cross_entropy(hidden_BTD.flatten(0, 1), head, batch.labels_BT.flatten())[0]
+            targets_N = batch.labels_BT.flatten()
+            return head_cross_entropy(hidden_BTD.flatten(0, 1), head, targets_N, count=batch.supervised)[0]
 
 # %% ../../nbs/training/06_step.ipynb #9e004070
 def blank_batch(batch: MicroBatch) -> MicroBatch:
@@ -202,7 +203,8 @@ def _slot_losses(model, batch):
     "(losses in nats, 0 where there is no target; targets) of all slots of a micro-batch."
     hidden_BTD = hidden_states(model, batch.ids_BT, batch.positions_BT, batch.lengths)
     targets_N = batch.labels_BT.flatten()
-    return token_losses(hidden_BTD.flatten(0, 1), output_head(model), targets_N), targets_N
+    losses_N = token_losses(hidden_BTD.flatten(0, 1), output_head(model), targets_N, count=batch.supervised)
+    return losses_N, targets_N
 
 
 @torch.no_grad()

@@ -16,8 +16,10 @@ from llmft.models import cost
 from llmft.models import load as models
 from llmft.models.adapters import add_lora, trainable_parameters, weights_hash
 from llmft.models.load import check_model_settings, load_model, model_config
+from llmft.models.low_rank import add_low_rank, frozen_gpt2
 from llmft.models.methods import Method
 from llmft.models.precisions import check_form
+from llmft.models.subspace import SubspaceConfig, attach
 from llmft.training import checkpoints
 from llmft.training.fit import evaluate, fit, train_step
 from llmft.training.largest_batch import try_batch
@@ -134,7 +136,7 @@ step_budgets = dict(
 
 @each_mode
 def test_a_training_step_keeps_its_budgets(mode, tmp_path):
-    "The waits are the loss and the norm, once a step, and the rows that have a target, once a micro-batch."
+    "The waits are the loss and the norm, once a step, however many micro-batches there are."
     run, batches, targets = warm_step(mode, tmp_path)
     with device.Counts() as counts, device.watching_waits() as watch:
         train_step(run, batches, targets)
@@ -142,7 +144,23 @@ def test_a_training_step_keeps_its_budgets(mode, tmp_path):
     assert 0.5 * kernels < sum(counts.kernels.values()) <= kernels, counts.kernels.most_common(9)
     assert counts.blocks <= blocks
     places = {place.split(':')[0]: count for (_, place), count in watch.waits.items()}
-    assert places == {'losses.py': len(batches), 'fit.py': 1, 'strategies.py': 1}, watch.waits
+    assert len(batches) == 2 and places == {'fit.py': 1, 'strategies.py': 1}, watch.waits
+
+
+@pytest.mark.parametrize('projection', ['kronecker', 'fastfood', 'sparse'])
+def test_a_step_in_a_subspace_waits_as_often_as_any_other(tmp_path, projection):
+    "With learned gates, whose temperature and steps are counted on the device."
+    net = frozen_gpt2(2, 2, 32, 64, 512, scale=0.1).to('cuda')
+    config = SubspaceConfig(60, 'learned', projection=projection)
+    subspace = attach(net, add_low_rank(net, ['q_proj', 'v_proj'], dropout=0.0), config)
+    run = prepare(net, training_runs.examples(16), None, tmp_path, recipe())
+    for number in range(3):
+        batches, targets = step_batches(run.train, run.plan.step(number), run.recipe)
+        with device.watching_waits() as watch:
+            train_step(run, batches, targets)
+    places = {place.split(':')[0]: count for (_, place), count in watch.waits.items()}
+    assert len(batches) == 2 and places == {'fit.py': 1, 'strategies.py': 1}, watch.waits
+    assert subspace.gates[-1] == 2 and subspace.v.is_cuda
 
 
 @each_mode
