@@ -327,6 +327,49 @@ def test_a_decoded_token_keeps_its_budgets(precision):
     assert not [key for key in device.sdpa_log if key[0] == 'math'] and device.sdpa_log
 
 
+def learnt(mode):
+    "A model whose adapter does something, in evaluation mode."
+    model = trained(mode)
+    torch.manual_seed(0)
+    for name, weight in trainable_parameters(model).items():
+        torch.nn.init.normal_(weight, std=0.3 if 'lora_B' in name else 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize('mode', ['lora', 'lora_half'])
+def test_steps_repeated_as_a_graph_make_the_tokens_of_single_steps(mode, monkeypatch):
+    "Also after rows have left the batch: then the next step is recorded anew. A graph that waits cannot be recorded."
+    model, prompts, recorded = learnt(mode), [[1, 2, 3], [4], [5, 6]], []
+    capture = decoder._captured
+    monkeypatch.setattr(decoder, '_captured', lambda step: recorded.append(step) or capture(step))
+    device.sdpa_log.clear()
+    found = generate(model, prompts, 24)
+    assert len(recorded) == 1 and not [key for key in device.sdpa_log if key[0] == 'math'] and device.sdpa_log
+    stops = {found.ids[0][6], found.ids[1][9]} - {*found.ids[2]} or {found.ids[0][6]}
+    stopped = generate(model, prompts, 24, stop_ids=stops)
+    assert len(recorded) > 2
+
+    monkeypatch.setattr(decoder, '_lean_class', lambda model, steps: decoder.LeanDecoder)
+    assert generate(model, prompts, 24).ids == found.ids
+    assert generate(model, prompts, 24, stop_ids=stops).ids == stopped.ids != found.ids
+
+
+def test_adapters_are_merged_and_readers_joined_for_a_long_generation():
+    "A step of a bf16 model with an adapter then launches fewer kernels, and its logits move by a rounding."
+    model, taken, logits = learnt('lora_half'), [], []
+    ids_BT, starts_B = torch.tensor([[5, 6, 7]], device='cuda'), torch.zeros(1, dtype=torch.long, device='cuda')
+    with torch.no_grad():
+        for steps in (1, 16):
+            each = decoder.LeanDecoder(model, 8, 1, steps)
+            each.begin(ids_BT, starts_B)
+            with device.Counts() as counts:
+                logits.append(each.step(ids_BT[:, 0]))
+            taken.append(counts.kernels)
+    products, fewer = (sum(counts[f'aten::{name}'] for name in ('mm', 'addmm', 'linear')) for counts in taken)
+    assert (products, fewer) == (2 * (7 + 4) + 1, 2 * 4 + 1) and taken[1]['aten::cat'] < taken[0]['aten::cat']
+    assert 0 < (logits[0] - logits[1]).norm() < 0.05 * logits[0].norm()
+
+
 @pytest.mark.parametrize('padded', [False, True])
 def test_prompts_never_write_out_their_scores(padded):
     "By either decoder, with a mask and without one."
