@@ -122,6 +122,22 @@ def test_nothing_to_learn_is_zero_with_zero_gradients():
     assert loss.item() == 0 and count == 0
 
 
+@pytest.mark.parametrize('every', [0, 3, 1])
+@pytest.mark.parametrize('plain_head', [True, False])
+def test_a_known_count_changes_no_bit(every, plain_head):
+    "Also for rows that all have a target, and none."
+    hidden_ND, weight_VD, _, targets_N = example(every=every)
+    head = nn.Linear(12, 53, bias=False).to(here) if plain_head else nn.Sequential(nn.Linear(12, 53)).to(here)
+    head.weight = nn.Parameter(weight_VD.detach()) if plain_head else head[0].weight
+    count = int((targets_N != -100).sum())
+    found = [head_cross_entropy(hidden_ND, head, targets_N, count=known) for known in (None, count)]
+    slopes = [gradients(loss, hidden_ND, head.weight) for loss, _ in found]
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1] == count
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*slopes, strict=True))
+    losses = [token_losses(hidden_ND, head, targets_N, count=known) for known in (None, count)]
+    assert torch.equal(*losses)
+
+
 def test_ignored_rows_cannot_poison_the_loss():
     hidden_ND, weight_VD, _, targets_N = example()
     hidden_ND = hidden_ND.detach().clone()

@@ -14,6 +14,7 @@ from llmft.core import LabError
 from llmft.inference.generation import generate
 from llmft.models.adapters import save_merged
 from llmft.models.load import hidden_states, load_model, output_head, quantised_share
+from llmft.models.lora_products import multiply_as_read
 from llmft.models.merging import load_adapter, logits_of, merge_adapter, merge_in_place
 
 ids = torch.randint(0, 512, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -52,7 +53,7 @@ def made(config, quantisation='none', precision='fp32', name='preset:llama-tiny'
     "A base with an adapter that PEFT makes and that has learnt something."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        model = get_peft_model(load_model(name, precision, quantisation), config)
+        model = multiply_as_read(get_peft_model(load_model(name, precision, quantisation), config))
     noise = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -45,8 +45,9 @@ from llmft.core import LabError, project_root, sha256_of
 from llmft.data.hashes import sealed
 from llmft.data.token_files import prepare_tokens, read_token_file
 from llmft.data.tokens import boundaries, side_facts
+from llmft.models.low_rank import add_low_rank, frozen_gpt2
 from llmft.models.projections import make_projection, projections
-from llmft.models.subspace import SubspaceConfig
+from llmft.models.subspace import SubspaceConfig, attach
 from llmft.training.fit import fit
 from llmft.training.recipe import Recipe
 
@@ -185,6 +186,17 @@ vectors = st.one_of(
         lambda pair: np.random.default_rng(pair[1]).choice([0.0, 0.0, 0.0, 1.0, -1.0], pair[0]).tolist()
     ),
 )
+
+
+def test_the_temperature_of_the_gates_is_that_of_plain_arithmetic():
+    "To the last bit of float32, at every step; it is computed where the gates lie."
+    net = frozen_gpt2(1, 2, 16, 16, 16)
+    config = SubspaceConfig(20, 'learned', anneal_steps=777, temperature=0.5, final_temperature=0.01)
+    subspace = attach(net, add_low_rank(net, ['q_proj', 'v_proj']), config)
+    for step in range(-1, 780):
+        subspace.gates.data[-1] = step
+        expected = 0.5 * (0.01 / 0.5) ** min(1.0, max(0.0, step) / 777)
+        assert subspace.current_temperature().float() == torch.tensor(expected).float(), step
 
 
 @quick

@@ -14,6 +14,7 @@ import torch
 
 from ..core import LabError, purpose_rng
 from ..data.token_files import TokenFile
+from ..models.cost import loss_chunk_bytes
 from ..models.load import check_rows, hidden_states, output_head
 from ..models.modes import evaluating
 from ..training.losses import row_chunks
@@ -129,10 +130,11 @@ def score_windows(model,                  # a causal language model
                   ids,                    # the file's tokens
                   windows:Windows,        # from `make_windows`
                   batch_tokens:int=8192,  # tokens that go through the model at once
-                  chunk_bytes:int=2**25,  # most bytes of logits held at once
+                  chunk_bytes:int=None,   # most bytes of logits held at once; `None`: as declared for the device
 ):                                        # iterator of (window, place in the file, log-probability, rank) arrays
     "Probability and rank of every token that a window scores, batch by batch."
     device = next(model.parameters()).device
+    size = loss_chunk_bytes(device.type) if chunk_bytes is None else chunk_bytes
     check_rows(model, packed=False)
 
     with evaluating(model):
@@ -140,7 +142,7 @@ def score_windows(model,                  # a causal language model
             place_BT, counts_BT = _token_grid(windows, rows)
             scored = place_BT[counts_BT] + 1
             hidden_RD = _scored_hidden(model, _as_tensor(ids[place_BT], device), counts_BT)
-            logs, ranks = _score_targets(hidden_RD, output_head(model), _as_tensor(ids[scored], device), chunk_bytes)
+            logs, ranks = _score_targets(hidden_RD, output_head(model), _as_tensor(ids[scored], device), size)
             window = np.broadcast_to(rows[:, None], place_BT.shape)[counts_BT]
             yield window, scored, logs.double().cpu().numpy(), ranks.cpu().numpy()
 

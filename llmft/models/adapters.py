@@ -21,6 +21,7 @@ from ..core import LabError, nearest
 
 # before peft: it silences what bitsandbytes logs
 from .load import causal_model, load_model, output_head, precisions, seeded
+from .lora_products import multiply_as_read
 
 # isort: split
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -138,7 +139,7 @@ def add_lora(model,             # a model from `load_model`, quantised or not; i
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names, task_type='CAUSAL_LM',
                         fan_in_fan_out=_has_transposed_weights(model))
     with _lora_seed(seed):
-        return get_peft_model(model, config)
+        return multiply_as_read(get_peft_model(model, config))
 
 # %% ../../nbs/models/03_adapters.ipynb #3802b7e9
 def trainable_parameters(model) -> dict:

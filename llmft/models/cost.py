@@ -6,8 +6,8 @@
 __all__ = ['families', 'word_bytes', 'quantised_bytes', 'LOSS_CHUNK_BYTES', 'Linear', 'Shape', 'architecture', 'parameter_count',
            'adapted_linears', 'lora_parameter_count', 'Tensors', 'trained_tensors', 'flops_forward', 'flops_step',
            'weight_bytes', 'quantised_count', 'gradient_bytes', 'optimiser_bytes', 'held_bytes', 'StepShape',
-           'layer_activation_bytes', 'activation_bytes', 'logit_bytes', 'backward_bytes', 'copied_weight_bytes',
-           'gathered_bytes', 'shared_bytes', 'peak_bytes', 'memory_breakdown']
+           'layer_activation_bytes', 'activation_bytes', 'loss_chunk_bytes', 'logit_bytes', 'backward_bytes',
+           'copied_weight_bytes', 'gathered_bytes', 'shared_bytes', 'peak_bytes', 'memory_breakdown']
 
 # %% ../../nbs/models/08_cost.ipynb #fa0bbc71
 from dataclasses import dataclass
@@ -398,7 +398,7 @@ class StepShape:
     longest: int  # longest document (or padded row) in it, tokens
     gradient_checkpointing: bool = False  # layers are computed again in the backward pass
     mixed: bool = False  # products are in 16 bits over fp32 weights (autocast)
-    device: str = 'cuda'  # 'cuda' or 'cpu': what dropout keeps
+    device: str = 'cuda'  # 'cuda' or 'cpu': what dropout keeps, and how many logits there are at once
 
     @property
     def packed(self):
@@ -432,19 +432,27 @@ def _trained_products_keep(shape, step, word):
 
 def _adapters_keep(shape, step, word, method, adapted, first):
     "Bytes per token of what the adapters of one layer keep."
-    inner = word if step.mixed else 4
-    copies_input = method.dropout > 0 or word < 4
+    copies_input = method.dropout > 0 or step.mixed
+    mask = step.mask(4 if step.mixed else word)
     kept_places = set() if step.packed else {'attention out'}
     total = 0
 
     for linear in [linear for linear in shape.linears if linear.name in adapted]:
-        total += inner * method.rank
+        total += word * method.rank
         if copies_input or linear.place not in kept_places:
-            total += inner * linear.inputs
+            total += word * linear.inputs
         if method.dropout and not (first and linear.place == 'attention in'):  # the first passes no gradient below
-            total += step.mask(4) * linear.inputs
+            total += mask * linear.inputs
         kept_places.add(linear.place)
     return total
+
+
+def _factors_keep(shape, step, word, method, adapted):
+    "Bytes of the 16-bit copies of the factors of one layer; autocast's copies are counted with those of the weights."
+    if step.mixed or word == 4:
+        return 0
+    sizes = (linear.inputs + linear.outputs for linear in shape.linears if linear.name in adapted)
+    return word * method.rank * sum(sizes)
 
 
 def _dropout_keeps(shape, step, word):
@@ -465,10 +473,11 @@ def layer_activation_bytes(config,          # a transformers config
     word = step.word(method)
     per_token = _every_layer_keeps(shape, step, word, method.full, first) + _dropout_keeps(shape, step, word)
     if method.full:
-        per_token += _trained_products_keep(shape, step, word)
-    else:
-        per_token += _adapters_keep(shape, step, word, method, _adapted_names(config, method), first)
-    return step.tokens * per_token
+        return step.tokens * (per_token + _trained_products_keep(shape, step, word))
+
+    adapted = _adapted_names(config, method)
+    per_token += _adapters_keep(shape, step, word, method, adapted, first)
+    return step.tokens * per_token + _factors_keep(shape, step, word, method, adapted)
 
 # %% ../../nbs/models/08_cost.ipynb #76f8c6a7
 def _end_bytes(shape, method, step):
@@ -494,10 +503,16 @@ def activation_bytes(config,          # a transformers config
                   + layer_activation_bytes(config, method, step, first=True))
     return layers + _end_bytes(shape, method, step)
 
+# %% ../../nbs/models/08_cost.ipynb #4877e1bc
+LOSS_CHUNK_BYTES = dict(cpu=2**25, cuda=2**30)  # device -> most bytes of logits held at once
+
+
+def loss_chunk_bytes(device:str,  # type of a device
+)->int:                           # bytes
+    "Most bytes of logits that a loss holds at once on a device; one that is not listed is treated as a CPU."
+    return LOSS_CHUNK_BYTES.get(device, LOSS_CHUNK_BYTES['cpu'])
+
 # %% ../../nbs/models/08_cost.ipynb #55bff89f
-LOSS_CHUNK_BYTES = 2**25  # most bytes of logits held at once
-
-
 def logit_bytes(config,          # a transformers config
                 method:Method,   # in which precision the weights are
                 step:StepShape,  # the micro-batch
@@ -506,7 +521,7 @@ def logit_bytes(config,          # a transformers config
     shape = architecture(config)
     word = word_bytes[method.precision]
     row = shape.words * (4 if word == 4 and not step.mixed else 6)
-    rows = max(1, min(step.tokens, LOSS_CHUNK_BYTES // row))
+    rows = max(1, min(step.tokens, loss_chunk_bytes(step.device) // row))
     return row * rows + step.tokens * word * shape.width
 
 # %% ../../nbs/models/08_cost.ipynb #ae9f8828
@@ -614,7 +629,7 @@ def memory_breakdown(config,                       # a transformers config
                      gradient_checkpointing=False, # layers are computed again in the backward pass
                      accumulation=1,               # micro-batches in a step
                      mixed=False,                  # whether products are in 16 bits over fp32 weights (autocast)
-                     device='cuda',                # 'cuda' or 'cpu': what dropout keeps
+                     device='cuda',                # 'cuda' or 'cpu', as in `StepShape`
                      sharing=None,                 # has `cuts` and `gathers_model`: see `gathered_bytes`
                      nproc=1,                      # processes that train together
                      offloaded=(),                 # what a GPU keeps in main memory: 'weights', 'optimiser'

@@ -43,6 +43,7 @@ from ..core import LabError, choose, hub_answers, nearest, purpose_rng, require
 from ..data.sources import base_of, find_model
 from .gguf import gguf_config, gguf_facts, gguf_model
 from .modes import evaluating
+from .varlen import attend_in_one_call, has_flash, takes_one_call
 
 # %% ../../nbs/models/01_load.ipynb #bd09a1cb
 _llama32 = dict(
@@ -170,19 +171,19 @@ class DocumentLengths(list):
         super().__init__(lengths)
         self.seen = 0  # calls that respected the lengths
         self.windows = set()  # how far back they were told to look, `None` for all the way
+        self.made = None  # what `edges` has made
+
+    def edges(self, device):
+        "Where each document begins, and the last one ends, int32 on `device`; made once for all layers."
+        if self.made is None or self.made.device != device:
+            places = torch.tensor([0, *itertools.accumulate(self)], dtype=torch.int32)
+            self.made = places.to(device, non_blocking=True)
+        return self.made
 
 # %% ../../nbs/models/01_load.ipynb #d85b8595
-_flash_from = (8, 0)  # compute capability from which CUDA has a kernel that shares heads: Ampere
-
-
 def _shares_heads(query_BHTD, masked):
     "Whether attention with these queries shares keys and values among heads without writing out its scores."
-    if not query_BHTD.is_cuda:
-        return True
-    autocast = torch.is_autocast_enabled('cuda')
-    dtype = torch.get_autocast_dtype('cuda') if autocast else query_BHTD.dtype
-    halves = dtype in (torch.float16, torch.bfloat16)
-    return halves and not masked and torch.cuda.get_device_capability(query_BHTD.device) >= _flash_from
+    return not query_BHTD.is_cuda or (has_flash(query_BHTD) and not masked)
 
 
 def shared_heads(query_BHTD,   # queries
@@ -247,6 +248,10 @@ def documents_attention(module,               # the attention module that asks
     window = kwargs.get('sliding_window')
     documents.seen += 1
     documents.windows.add(window)
+    if takes_one_call(query_BHTD, value_BHTD, dropout):
+        edges = documents.edges(query_BHTD.device)
+        return attend_in_one_call(query_BHTD, key_BHTD, value_BHTD, edges, max(documents), window, scaling), None
+
     key_BHTD, value_BHTD, shared = shared_heads(query_BHTD, key_BHTD, value_BHTD, bool(window))
     options = dict(dropout_p=dropout, scale=scaling, enable_gqa=shared)
     return _per_document((query_BHTD, key_BHTD, value_BHTD), documents, window, options), None
@@ -357,17 +362,26 @@ def _positions_in(lengths):
     return torch.cat([torch.arange(length) for length in lengths])[None]
 
 
-def _run(net, ids_BT, positions_BT, lengths):
-    "The final hidden states of rows as they are; `lengths` are the documents of a packed one, or `None`."
-    packed = {}
-    if lengths and net.config._attn_implementation == 'documents':
+def _told_of(documents, net, ids_BT):
+    "How the attention of a model is told of the `documents` of a packed row, beside their positions."
+    attention = net.config._attn_implementation
+    if attention == 'documents':
         _check_layer_types(net.config)
         # a mask of one element keeps transformers from building one
-        packed = dict(documents=DocumentLengths(lengths),
-                      attention_mask=ids_BT.new_ones((1, 1, 1, 1), dtype=torch.bool))
+        return dict(documents=documents, attention_mask=ids_BT.new_ones((1, 1, 1, 1), dtype=torch.bool))
+    if attention == 'flash_attention_2' and net._supports_attention_backend:
+        # else it reads the places from the positions, in every layer, and the processor waits for each
+        edges = documents.edges(ids_BT.device)
+        longest = max(documents)
+        return dict(cu_seq_lens_q=edges, cu_seq_lens_k=edges, max_length_q=longest, max_length_k=longest)
+    return {}
 
+
+def _run(net, ids_BT, positions_BT, lengths):
+    "The final hidden states of rows as they are; `lengths` are the documents of a packed one, or `None`."
+    packed = _told_of(DocumentLengths(lengths), net, ids_BT) if lengths else {}
     out = net.base_model(input_ids=ids_BT, position_ids=positions_BT, use_cache=False, **packed).last_hidden_state
-    if packed:
+    if 'documents' in packed:
         _check_respected(net, packed['documents'])
     # some models keep the last hidden states in fp32, and turn them into the format of the head before it
     return out if torch.is_autocast_enabled(out.device.type) else out.to(net.get_output_embeddings().weight.dtype)

@@ -27,6 +27,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from safetensors import SafetensorError
 
 from ..core import LabError
+from .lora_products import multiply_as_read
 from .modes import evaluating
 
 # %% ../../nbs/models/10_merging.ipynb #6526b010
@@ -167,7 +168,7 @@ def load_adapter(model,   # the base model; it is wrapped in place
         reason = ' '.join(str(error).split())[:200]
         raise LabError(f'the adapter in {folder} does not fit {model.name_or_path or "the model"} ({reason}): '
                        'give the base it was trained on') from None
-    return loaded
+    return multiply_as_read(loaded)
 
 # %% ../../nbs/models/10_merging.ipynb #d0b6ba18
 def is_quantised(layer,  # any module

@@ -191,6 +191,8 @@ class _Lend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, subspace, *trained):
         ctx.subspace = subspace
+        if subspace.v.is_cuda:
+            subspace.computed = None  # to compute again takes less time than to wait whether v has moved
         return subspace.values().detach()
 
     @staticmethod
@@ -279,7 +281,8 @@ def current_temperature(self:Subspace):
     config = self.config
     if self.fixed_shares is not None:
         return config.final_temperature
-    progress = min(1.0, max(0.0, float(self.gates.detach()[_STEPS])) / config.anneal_steps)
+    steps = self.gates.detach()[_STEPS].double()  # stays on its device: nobody waits for it
+    progress = (steps.clamp(min=0) / config.anneal_steps).clamp(max=1)
     return config.temperature * (config.final_temperature / config.temperature) ** progress
 
 # %% ../../nbs/models/05_subspace.ipynb #2dc39f14
@@ -390,9 +393,9 @@ def _count_step(self:Subspace):
     "Count an optimiser step of the gates: the first pass in training mode after v has changed."
     if self.gates is None or not self.training or self.fixed_shares is not None:
         return
-    if self.counted_v is None or not torch.equal(self.counted_v, self.v):
-        self.gates[_STEPS] += 1
-        self.counted_v = self.v.detach().clone()
+    has_moved = 1 if self.counted_v is None else (self.counted_v != self.v).any()
+    self.gates[_STEPS] += has_moved
+    self.counted_v = self.v.detach().clone()
 
 
 @patch

@@ -188,7 +188,8 @@ def _held_out_scores(run):
     "Loss and perplexity of the held-out examples; a `LabError` when the loss is not finite."
     recipe = run.recipe
     longest = int(run.valid.slots.max())
-    scores = evaluate_loss(run.model, run.valid, recipe.batch_size, longest, recipe.layout, run.group)
+    mixed = recipe.mixed_precision == 'bf16'
+    scores = evaluate_loss(run.model, run.valid, recipe.batch_size, longest, recipe.layout, run.group, mixed)
     if not math.isfinite(scores['loss']):
         raise LabError(f"step {run.progress.step}: the held-out loss is {scores['loss']}: lower learning_rate "
                        f"(now {recipe.learning_rate:g}), or use precision bf16 or fp32")

@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from ..data.batches import IGNORED
+from ..models.cost import loss_chunk_bytes
 
 # %% ../../nbs/training/01_losses.ipynb #52aa6440
 def softmax_losses_(logits_RV,  # float32 logits; overwritten by their softmax
@@ -42,11 +43,21 @@ def row_chunks(count:int,            # rows in all
     step = max(1, chunk_bytes // (vocabulary * bytes_per_logit))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
+
+def _chunk_bytes(asked, device):
+    "The bytes `asked` for; when `None`, those declared for `device`."
+    return loss_chunk_bytes(device.type) if asked is None else asked
+
 # %% ../../nbs/training/01_losses.ipynb #3965d54c
-def kept_rows(targets_N,  # target of each row; -100 where there is none
-)->tuple:                 # (rows that have a target, whether these are all rows)
+def kept_rows(targets_N,   # target of each row; -100 where there is none
+              count=None,  # how many have one, where that is known; counted when `None`
+)->tuple:                  # (rows that have a target, whether these are all rows)
     "The rows that have a target, as an index, and whether none is left out."
-    index = (targets_N != IGNORED).nonzero()[:, 0]
+    has_target_N = targets_N != IGNORED
+    if count is None:
+        index = has_target_N.nonzero()[:, 0]
+    else:
+        index = torch.nonzero_static(has_target_N, size=count)[:, 0]
     return index, index.numel() == targets_N.numel()
 
 # %% ../../nbs/training/01_losses.ipynb #c2887a5a
@@ -156,14 +167,16 @@ def linear_cross_entropy(hidden_ND,          # hidden states before the output m
                          weight_VD,          # output matrix
                          targets_N,          # target of each row; -100 rows are dropped
                          bias_V=None,        # bias of the output matrix, if it has one
-                         chunk_bytes=2**25,  # most bytes of logits held at once
+                         chunk_bytes=None,   # most bytes of logits held at once; `None`: as declared for the device
+                         count=None,         # rows that have a target, where that is known
 )->tuple:                                    # (sum of losses as a float32 scalar in nats, number of targets)
     "Sum of cross-entropies of `hidden_ND @ weight_VD.T`, and their count; a second backward raises a RuntimeError."
     dtype = _product_dtype(hidden_ND)
     inputs = [None if x is None else x.to(dtype) for x in (hidden_ND, weight_VD, bias_V)]
 
-    kept = kept_rows(targets_N)
-    loss = _LinearCrossEntropy.apply(*inputs, targets_N, kept, chunk_bytes, torch.is_grad_enabled())
+    kept = kept_rows(targets_N, count)
+    size = _chunk_bytes(chunk_bytes, hidden_ND.device)
+    loss = _LinearCrossEntropy.apply(*inputs, targets_N, kept, size, torch.is_grad_enabled())
     return loss, len(kept[0])
 
 # %% ../../nbs/training/01_losses.ipynb #4bc89d46
@@ -234,16 +247,18 @@ class _HeadCrossEntropy(torch.autograd.Function):
 def head_cross_entropy(hidden_ND,          # hidden states before the head
                        head,               # module that makes logits from them: plain, LoRA-wrapped or quantised
                        targets_N,          # target of each row; -100 rows are dropped
-                       chunk_bytes=2**25,  # most bytes of logits held at once
+                       chunk_bytes=None,   # most bytes of logits held at once; `None`: as declared for the device
+                       count=None,         # rows that have a target, where that is known
 )->tuple:                                  # (sum of losses as a float32 scalar in nats, number of targets)
     "`linear_cross_entropy` for any output `head`."
     if type(head) is nn.Linear:  # a subclass may compute something else
-        return linear_cross_entropy(hidden_ND, head.weight, targets_N, head.bias, chunk_bytes)
+        return linear_cross_entropy(hidden_ND, head.weight, targets_N, head.bias, chunk_bytes, count)
 
     parameters = [p for p in head.parameters() if p.requires_grad]
-    kept = kept_rows(targets_N)
+    kept = kept_rows(targets_N, count)
     learning = torch.is_grad_enabled() and (hidden_ND.requires_grad or len(parameters) > 0)
-    loss = _HeadCrossEntropy.apply(hidden_ND, head, targets_N, kept, chunk_bytes, learning, *parameters)
+    size = _chunk_bytes(chunk_bytes, hidden_ND.device)
+    loss = _HeadCrossEntropy.apply(hidden_ND, head, targets_N, kept, size, learning, *parameters)
     return loss, len(kept[0])
 
 # %% ../../nbs/training/01_losses.ipynb #988fb97f
@@ -251,13 +266,15 @@ def head_cross_entropy(hidden_ND,          # hidden states before the head
 def token_losses(hidden_ND,          # hidden states before the head
                  head,               # module that makes logits from them
                  targets_N,          # target of each row
-                 chunk_bytes=2**25,  # most bytes of logits held at once
+                 chunk_bytes=None,   # most bytes of logits held at once; `None`: as declared for the device
+                 count=None,         # rows that have a target, where that is known
 )->torch.Tensor:                     # losses_N, float32, nats; 0 where the target is -100
     "The cross-entropy of each row under `head`, without gradients."
-    index, _ = kept_rows(targets_N)
+    index, _ = kept_rows(targets_N, count)
     bytes_per_logit = _logit_size(hidden_ND.dtype, torch.float32)
     losses_N = torch.zeros(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
-    for chunk in row_chunks(len(index), _vocabulary(head), bytes_per_logit, chunk_bytes):
+    size = _chunk_bytes(chunk_bytes, hidden_ND.device)
+    for chunk in row_chunks(len(index), _vocabulary(head), bytes_per_logit, size):
         rows = index[chunk]
         losses_N[rows] = softmax_losses_(head(hidden_ND[rows]).float(), targets_N[rows])
     return losses_N

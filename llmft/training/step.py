@@ -33,7 +33,7 @@ class LossModel(nn.Module):
 
     def __init__(self,
                  model,               # a causal language model, with or without an adapter
-                 in_bfloat16=False):  # multiply in bfloat16 while training, where no wrapper does it
+                 in_bfloat16=False):  # multiply in bfloat16, where no wrapper does it
         super().__init__()
         self.model = model
         self.in_bfloat16 = in_bfloat16
@@ -41,12 +41,13 @@ class LossModel(nn.Module):
     def forward(self, batch: MicroBatch):
         "Sum of the target losses of `batch`, nats, ()."
         device = batch.ids_BT.device.type
-        autocast = self.in_bfloat16 and self.training
+        autocast = self.in_bfloat16 and (self.training or device != 'cpu')
 
         with torch.autocast(device, torch.bfloat16) if autocast else nullcontext():
             hidden_BTD = hidden_states(self.model, batch.ids_BT, batch.positions_BT, batch.lengths)
             head = output_head(self.model)
-            return head_cross_entropy(hidden_BTD.flatten(0, 1), head, batch.labels_BT.flatten())[0]
+            targets_N = batch.labels_BT.flatten()
+            return head_cross_entropy(hidden_BTD.flatten(0, 1), head, targets_N, count=batch.supervised)[0]
 
 # %% ../../nbs/training/06_step.ipynb #9e004070
 def blank_batch(batch: MicroBatch) -> MicroBatch:
@@ -158,18 +159,15 @@ def _dealt(batches, group):
         yield round_of_batches[group.rank] if group.rank < len(round_of_batches) else blank_batch(round_of_batches[0])
 
 
-def _summed_loss(model, batches, group):
+def _summed_loss(loss_model, batches, device):
     "(sum of the losses of `batches` in nats, number of their targets), in evaluation mode."
-    loss_model = group.evaluator(LossModel(model)) if group else LossModel(model)
-    device = group.device if group else next(model.parameters()).device
-
     total = 0.0
     targets = 0
     with evaluating(loss_model):
         for batch in batches:
-            total += float(loss_model(batch.to(device)))
+            total = total + loss_model(batch.to(device)).double()
             targets += batch.supervised
-    return total, targets
+    return float(total), targets
 
 
 def _readable_batches(model, examples, batch_size, max_length, layout):
@@ -186,13 +184,14 @@ def evaluate_loss(model,                    # a causal language model
                   max_length:int,           # as in `Recipe`
                   layout:str='packed',      # packed | bucketed | padded
                   group:ProcessGroup=None,  # processes that share the work, all of which call; None is this one alone
+                  in_bfloat16=False,        # multiply in bfloat16 on a GPU, as a training in mixed precision does
 )->dict:                                    # loss in nats per target, perplexity, number of targets
     "Mean loss of `model` over every target of `examples`; a `LabError` when there is none, or they are not to be read."
     batches = _dealt(_readable_batches(model, examples, batch_size, max_length, layout), group)
-    total, targets = _summed_loss(model, batches, group)
-    if group:
-        total, targets = group.sum([total, targets])
-    return mean_loss(total, targets)
+    loss_model = LossModel(model, in_bfloat16)
+    if group is None:
+        return mean_loss(*_summed_loss(loss_model, batches, next(model.parameters()).device))
+    return mean_loss(*group.sum(_summed_loss(group.evaluator(loss_model), batches, group.device)))
 
 # %% ../../nbs/training/06_step.ipynb #c5e5db67
 def document_lengths(batch: MicroBatch) -> list:
@@ -204,7 +203,8 @@ def _slot_losses(model, batch):
     "(losses in nats, 0 where there is no target; targets) of all slots of a micro-batch."
     hidden_BTD = hidden_states(model, batch.ids_BT, batch.positions_BT, batch.lengths)
     targets_N = batch.labels_BT.flatten()
-    return token_losses(hidden_BTD.flatten(0, 1), output_head(model), targets_N), targets_N
+    losses_N = token_losses(hidden_BTD.flatten(0, 1), output_head(model), targets_N, count=batch.supervised)
+    return losses_N, targets_N
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import shutil
 import subprocess
@@ -55,7 +56,7 @@ def built():
     return library
 
 
-sdpa_log = collections.Counter()  # (kernel, dtype, masked, grouped) -> calls
+sdpa_log = collections.Counter()  # (kernel, dtype, masked, grouped) -> calls; 'varlen' is one call for all documents
 
 
 def sdpa_kernel(query_BHTD, key_BHTD, masked, dtype):
@@ -147,6 +148,119 @@ def _mixed_product(torch):
     return library
 
 
+def _score_pieces(query_THD, key_TGD, edges, back):
+    "(slice of the row, scores (heads, T, T) of its own document, -inf where a token does not look) of each document."
+    import torch
+
+    for start, end in itertools.pairwise(edges):
+        query_HTD, key_HTD = query_THD[start:end].transpose(0, 1), key_TGD[start:end].transpose(0, 1)
+        away_TT = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        hidden_TT = (away_TT < 0) | (away_TT > back if back >= 0 else False)
+        yield slice(start, end), (query_HTD @ key_HTD.transpose(1, 2)).masked_fill(hidden_TT, float('-inf'))
+
+
+def _flash_inputs(tensors, edges, dropout, scale, window):
+    "What a flash attention over documents is given, in float32 in main memory, after the checks of the real one."
+    query_THD, key_TGD = tensors[:2]
+    halves = {str(tensor.dtype) for tensor in tensors} in ({'torch.bfloat16'}, {'torch.float16'})
+    if capability < (8, 0) or not halves or query_THD.shape[-1] % 8 or dropout:
+        raise RuntimeError(f'no flash attention for {[(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]}')
+    if str(edges.dtype) != 'torch.int32' or not edges.is_cuda or int(edges[-1]) != len(query_THD) or window[1] != 0:
+        raise RuntimeError('documents of a flash attention are wrong')
+    groups = query_THD.shape[1] // key_TGD.shape[1]
+    query, key, value = (tensor.cpu().float() for tensor in tensors)
+    key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
+    return query * (scale or query.shape[-1] ** -0.5), key, value, edges.tolist(), groups
+
+
+def _flash_forward(query, key, value, edges, edges_k, longest, longest_k, dropout, causal, debug, **options):
+    "Attention over documents as `aten::_flash_attention_forward` gives it."
+    import torch
+
+    window = options['window_size_left'], options['window_size_right']
+    read = _flash_inputs((query, key, value), edges, dropout, options.get('scale'), window)
+    scaled_THD, key_THD, value_THD, places, groups = read
+    sdpa_log['varlen', str(query.dtype), False, groups > 1] += 1
+
+    out_THD = torch.empty_like(scaled_THD)
+    sums_HT = torch.empty(scaled_THD.shape[1], len(scaled_THD))
+    for rows, scores_HTT in _score_pieces(scaled_THD, key_THD, places, window[0]):
+        out_THD[rows] = (scores_HTT.softmax(-1) @ value_THD[rows].transpose(0, 1)).transpose(0, 1)
+        sums_HT[:, rows] = scores_HTT.logsumexp(-1)
+    nothing = torch.empty(0, device=query.device)
+    return out_THD.to(query.dtype).to(query.device), sums_HT.to(query.device), nothing, nothing.clone(), nothing.clone()
+
+
+def _flash_backward(grad, query, key, value, out, sums, edges, edges_k, longest, longest_k, *rest, **options):
+    "Its gradients as `aten::_flash_attention_backward` gives them."
+    import torch
+
+    window = options['window_size_left'], options['window_size_right']
+    read = _flash_inputs((query, key, value), edges, 0.0, options.get('scale'), window)
+    scaled_THD, key_THD, value_THD, places, groups = read
+    grad_THD, sums_HT = grad.cpu().float(), sums.cpu()
+    dots_HT = (grad_THD * out.cpu().float()).sum(-1).t()
+
+    slopes = [torch.empty_like(scaled_THD) for _ in range(3)]
+    for rows, scores_HTT in _score_pieces(scaled_THD, key_THD, places, window[0]):
+        parts = (tensor[rows].transpose(0, 1) for tensor in (scaled_THD, key_THD, value_THD, grad_THD))
+        query_HTD, key_HTD, value_HTD, grad_HTD = parts
+        weights_HTT = (scores_HTT - sums_HT[:, rows, None]).exp()
+        slope_HTT = weights_HTT * (grad_HTD @ value_HTD.transpose(1, 2) - dots_HT[:, rows, None])
+        found = slope_HTT @ key_HTD, slope_HTT.transpose(1, 2) @ query_HTD, weights_HTT.transpose(1, 2) @ grad_HTD
+        for slope, part in zip(slopes, found, strict=True):
+            slope[rows] = part.transpose(0, 1)
+
+    slopes[0] *= options.get('scale') or query.shape[-1] ** -0.5
+    slopes[1:] = [slope.unflatten(1, (-1, groups)).sum(2) for slope in slopes[1:]]
+    return tuple(slope.to(query.dtype).to(query.device) for slope in slopes)
+
+
+def _graphs(torch):
+    "CUDA graphs: what was launched while one was recorded is launched again over the same memory, without the program."
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Graph:
+        def __init__(self):
+            self.calls = []
+
+        @torch.inference_mode()
+        def replay(self):
+            for func, args, kwargs, results in self.calls:
+                for result, fresh in zip(results, _tensors_in(torch, func(*args, **kwargs)), strict=True):
+                    if result.data_ptr() != fresh.data_ptr():
+                        result.copy_(fresh)
+
+    class Recording(TorchDispatchMode):
+        def __init__(self, graph, **options):
+            super().__init__()
+            self.graph = graph
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            name = func._schema.name.split('::')[1]
+            if _is_wait(name, _tensors_in(torch, (args, kwargs)), out):
+                raise RuntimeError(f'operation not permitted when stream is capturing: {name}')
+            self.graph.calls.append((func, args, kwargs or {}, _tensors_in(torch, out)))
+            return out
+
+    torch.cuda.CUDAGraph, torch.cuda.graph = Graph, Recording
+
+
+def _tensors_in(torch, values):
+    "The tensors in nested lists and dictionaries."
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _flash_attention(torch):
+    "Flash attention over documents, forward and backward, which a CPU does not have."
+    torch.backends.cuda.is_flash_attention_available = _always(True)
+    library = torch.library.Library('aten', 'IMPL')
+    library.impl('_flash_attention_forward', _flash_forward, 'CUDA')
+    library.impl('_flash_attention_backward', _flash_backward, 'CUDA')
+    return library
+
+
 def install():
     "Have PyTorch find the device; what must be kept alive is returned."
     if 'torch' in sys.modules:
@@ -157,7 +271,8 @@ def install():
 
     _stand_in(torch)
     _watch_attention(torch)
-    return _mixed_product(torch)
+    _graphs(torch)
+    return _mixed_product(torch), _flash_attention(torch)
 
 
 class Counts:
