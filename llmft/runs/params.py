@@ -485,6 +485,7 @@ declared_choices = {
     'mixed_precision': ('training.recipe', 'mixed_precisions'),
     'strategy': ('training.strategies', 'strategies'),
     'wandb': ('runs.run', 'trackers'),
+    'gpu_check.only': ('bench.checks', 'checks'),
 }  # parameter -> (module, name of the declaration in it)
 
 # %% ../../nbs/runs/01_params.ipynb #4bd759e3
