@@ -166,7 +166,7 @@ def bare_loop(setting:Setting,  # what is equal for all
         optimiser.step()
         optimiser.zero_grad()
         block.tokens.append(int(mask_BT[:, 1:].sum()))
-        block.note(loss)
+        block.note(loss.detach())
 
     block.valid_loss = evaluate_loss(model, valid, setting.rows, setting.max_length, 'padded')['loss']
     return block

@@ -380,7 +380,7 @@ def optimiser_bytes(tensors,    # from `trained_tensors`
     "Bytes of the moments of all `tensors`."
     return sum(count * optimiser.moment_bytes(size, hidden, word) for size, count, hidden in tensors)
 
-# %% ../../nbs/models/08_cost.ipynb #359b2f56
+# %% ../../nbs/models/08_cost.ipynb #4047b378
 def pageable_bytes(tensors,    # from `trained_tensors`
                    optimiser,  # has `moment_bytes(size, hidden, word)` and `pages_from`, 0 for never
                    word=4,     # bytes of a number of the trained tensors

@@ -590,7 +590,8 @@ attentions = dict(
                    marks=('_supports_sdpa',)),
     eager=Attention('written out, all scores in memory', plain=False),
     flash_attention_2=Attention('the kernels of the package flash-attn',
-                                ('the package flash-attn', 'a CUDA device', 'precision bf16 or fp16'),
+                                ('the package flash-attn', 'a CUDA device', 'a GPU from Ampere on',
+                                 'precision bf16 or fp16'),
                                 marks=('_supports_flash_attn',), plain=False))
 
 # %% ../../nbs/models/01_load.ipynb #40511249
@@ -611,6 +612,7 @@ def _missing(attention, precision):
     "What `attention` needs and this run lacks."
     available = {'the package flash-attn': importlib.util.find_spec('flash_attn'),
                  'a CUDA device': torch.cuda.is_available(),
+                 'a GPU from Ampere on': not _emulates_bf16(),  # these are the ones with bf16
                  'precision bf16 or fp16': precision != 'fp32'}
     return [need for need in attentions[attention].needs if not available[need]]
 
