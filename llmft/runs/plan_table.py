@@ -75,7 +75,8 @@ def table_rows(cells:list,  # from `plan_table`, of one method
 # %% ../../nbs/runs/19_plan_table.ipynb #02885745
 table_says = ('Memory that the card must have, and real tokens per second at 0.4 of its stated peak: one row of 2,048 '
               'tokens per micro-batch, activations recomputed, AdamW; adapters of rank 16 on all linear layers; full '
-              'fine-tuning in fp32 with bf16 products. Predicted, not measured: llmft gpu-check measures.')
+              'fine-tuning in fp32 with bf16 products. Predicted, not measured, and without the time that unpacking '
+              'four-bit weights takes: llmft gpu-check measures.')
 
 
 def methods_of(cells:list,  # from `plan_table`
