@@ -368,8 +368,8 @@ def _print_findings(found: dict):
     for status in ('wrong', 'not checked'):
         for row in with_status(rows, status):
             print(finding_line(row))
-    print(f"{found['card']['device']}: {len(with_status(rows, 'right'))} right, {len(with_status(rows, 'wrong'))} wrong, "
-          f"{len(with_status(rows, 'not checked'))} not checked")
+    counts = [f'{len(with_status(rows, status))} {status}' for status in ('right', 'wrong', 'not checked')]
+    print(f"{found['card']['device']}: {', '.join(counts)}")
 
 
 def _is_wrong(found: dict) -> bool:

@@ -277,9 +277,9 @@ def _recipe_of(params, scale):
     "The recipe of a file, for a few steps without evaluations."
     if 'batch_size' not in params:
         params = params | _searched
-    short = dict(max_steps=scale.pick(12, 5), save_every=_never, keep_best=False, patience=0, max_flops=0.0, log_every=1)
+    short = dict(max_steps=scale.pick(12, 5), save_every=_never, keep_best=False, patience=0, max_flops=0.0)
     small = dict(max_length=64, batch_size=2, gradient_accumulation=1) if scale.tiny else {}
-    return replace(Recipe.from_params(SimpleNamespace(**params)), **short, **small)
+    return replace(Recipe.from_params(SimpleNamespace(**params)), log_every=1, **short, **small)
 
 
 def work_of(file:str,     # name in params, such as finetune/lora
@@ -469,7 +469,8 @@ def _check_peers(scale):
     blocks = _peer_blocks(scale, ['ours', 'bare_loop', *([trl] if trl else [])])
     own = blocks['ours']
     for name, block in blocks.items():
-        figures = dict(tokens_per_sec=block.rate(), held_out_loss=block.valid_loss, ours_ratio=own.rate() / block.rate())
+        ratio = own.rate() / block.rate()
+        figures = dict(tokens_per_sec=block.rate(), held_out_loss=block.valid_loss, ours_ratio=ratio)
         close = abs(block.valid_loss / own.valid_loss - 1) < _peer_tolerance
         yield Finding(f'an epoch by {name}', close, figures)
     if missing:
@@ -599,7 +600,8 @@ def _check_running_out(scale):
     if here() == 'cpu':
         yield Finding('running out of memory', missing='there is no GPU')
         return
-    net = random_model(scale.model('qwen2.5-1.5b'), Method('lora', 8, 16.0, 0.05, ('q_proj', 'v_proj'), precision=half()))
+    method = Method('lora', 8, 16.0, 0.05, ('q_proj', 'v_proj'), precision=half())
+    net = random_model(scale.model('qwen2.5-1.5b'), method)
     recipe = Recipe(max_length=scale.pick(1024, 128))
     return_memory()
     held = torch.cuda.memory_allocated()
@@ -608,7 +610,8 @@ def _check_running_out(scale):
     trials = [try_batch(net, recipe, batch, limit, 2) for batch in (1, scale.pick(512, 64), 1)]
     return_memory()
 
-    yield Finding('a small batch, one that is too large, and the small one again', [trial.fits for trial in trials] == [True, False, True])
+    right = [trial.fits for trial in trials] == [True, False, True]
+    yield Finding('a small batch, one that is too large, and the small one again', right)
     left = torch.cuda.memory_allocated() - held
     yield Finding('memory that a failed batch leaves behind', left < 2**20, dict(mebibytes=left / 2**20))
     yield Finding('the adapter is as it was', weights_hash(trainable_parameters(net)) == before)

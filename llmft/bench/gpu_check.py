@@ -301,5 +301,5 @@ def check_metrics(rows:list,  # from `run_checks`
 )->dict:                      # flat
     "How many findings of each kind, and every figure under a name of its own."
     counts = {status.replace(' ', '_'): len(with_status(rows, status)) for status in ('right', 'wrong', 'not checked')}
-    figures = {f"{row['check']}: {row['what']}: {name}": value for row in rows for name, value in row['figures'].items()}
-    return counts | figures
+    named = [(f"{row['check']}: {row['what']}", row['figures']) for row in rows]
+    return counts | {f'{what}: {name}': value for what, figures in named for name, value in figures.items()}

@@ -11,8 +11,8 @@ from ..core import choose
 from .plan import gpus, make_plan
 
 # %% ../../nbs/runs/19_plan_table.ipynb #7f1719aa
-table_models = ('qwen2.5-0.5b', 'llama-3.2-1b', 'qwen2.5-1.5b', 'llama-3.2-3b', 'qwen3-4b', 'mistral-7b', 'llama-3.1-8b',
-                'qwen2.5-14b', 'qwen2.5-32b', 'llama-3.1-70b')
+table_models = ('qwen2.5-0.5b', 'llama-3.2-1b', 'qwen2.5-1.5b', 'llama-3.2-3b', 'qwen3-4b', 'mistral-7b',
+                'llama-3.1-8b', 'qwen2.5-14b', 'qwen2.5-32b', 'llama-3.1-70b')
 table_gpus = ('t4', 'l4', 'rtx4090', 'l40s', 'a100-40gb', 'a100-80gb', 'h100', 'h200')
 
 _adapter = dict(lora_rank=16, lora_alpha=32.0, lora_dropout=0.0, lora_targets=['all-linear'])
@@ -38,7 +38,7 @@ def params_for(model:str,   # a preset
 def plan_cell(model:str,   # a preset
               method:str,  # in `table_methods`
               gpu:str,     # in `gpus`
-)->dict:                   # model, method, gpu, precision, gib, memory_gib, fits, tokens_per_sec (None where it does not fit)
+)->dict:                   # model, method, gpu, precision, gib, memory_gib, fits; tokens_per_sec, None without room
     "Whether a model can be trained on a card, in how much memory and how fast."
     plan = make_plan(params_for(model, method, gpu), gpu, rows=4)
     fits = plan['fits']
