@@ -1,14 +1,15 @@
-# make report | test | lab | docs | docs-serve | readme | install       PYTHON=python3.12 chooses the Python that .venv is made with
+# make report | test | gpu-check | lab | docs | docs-serve | readme | install       PYTHON=python3.12 chooses the Python that .venv is made with
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 3
 export PYTHONNOUSERSITE = 1
 
-.PHONY: help report test lab docs docs-serve readme install
+.PHONY: help report test gpu-check lab docs docs-serve readme install
 help:
 	@echo 'make report   install, fine-tune the small base model three ways and open the way to the reports (minutes)'
 	@echo 'make test     every notebook and tests/, on three processes'
+	@echo 'make gpu-check  is this GPU right, how fast, and does memory go as planned (ten minutes)'
 	@echo 'make lab      JupyterLab on the notebooks (LAB=--no-browser and the like are passed on)'
 	@echo 'make readme   README.md from nbs/index.ipynb'
 	@echo 'make docs     the docs site, in _docs'
@@ -35,6 +36,9 @@ report: install
 
 test: .venv/extras
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
+
+gpu-check: install
+	@HF_HUB_OFFLINE=1 $(BIN)/llmft gpu-check
 
 lab: install
 	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.default_url=/lab/tree/nbs/experiments/finetune.ipynb $(LAB)

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['headline', 'app', 'text_table', 'show_table', 'is_sweep', 'jobs_of', 'check_jobs', 'is_single', 'run_here',
            'run_jobs', 'key_metrics', 'metrics_of', 'status_of', 'has_trained', 'exit_status', 'closing', 'as_json',
-           'result_on_disk', 'scale_of', 'run_command', 'run_row', 'ls_command', 'params_command', 'verify_command',
-           'fetch_command', 'try_command', 'export_command', 'plan_row', 'plan_command', 'call', 'main']
+           'result_on_disk', 'scale_of', 'run_command', 'gpu_check_command', 'run_row', 'ls_command', 'params_command',
+           'verify_command', 'fetch_command', 'try_command', 'export_command', 'plan_row', 'plan_command', 'call',
+           'main']
 
 # %% ../nbs/cli.ipynb #944647c5
 import json
@@ -20,7 +21,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .core import LabError, find_path, read_json
+from .core import LabError, find_path, project_root, read_json
 from .runs.execute import execute_run, row_text
 from .runs.inputs import check_inputs
 from .runs.params import find_notebook, read_parameters, read_yaml, resolve_params, scales, shown
@@ -282,7 +283,8 @@ def _text(name: str, help: str, metavar: str = None):
     return Annotated[str, typer.Option(name, help=help, metavar=metavar, show_default=False)]
 
 
-_Files = Annotated[list[str], typer.Argument(help='Parameter files: configs, overlays (_*.yaml) or sweeps.')]
+_files_help = 'Parameter files: configs, overlays (_*.yaml) or sweeps.'
+_Files = Annotated[list[str], typer.Argument(help=_files_help)]
 _Overrides = Annotated[list[str], typer.Option('-p', metavar='NAME=VALUE', help='Set a parameter; may be repeated.')]
 _JsonNotTable = _flag('--json', 'Print one JSON object instead of the table.')
 _JsonNotText = _flag('--json', 'Print one JSON object instead of text.')
@@ -370,6 +372,48 @@ def run_command(params:_Files,               # paths
     if as_object:
         print(as_json(results))
     return exit_status(results)
+
+# %% ../nbs/cli.ipynb #71e20339
+_Tiny = _flag('--tiny', 'Small shapes: seconds per check, and no meaningful speeds.')
+
+
+def _print_findings(found: dict):
+    "Print what is wrong or was not checked, and count what is right."
+    from llmft.bench.gpu_check import finding_line, with_status
+
+    rows = found['findings']
+    for status in ('wrong', 'not checked'):
+        for row in with_status(rows, status):
+            print(finding_line(row))
+    counts = [f'{len(with_status(rows, status))} {status}' for status in ('right', 'wrong', 'not checked')]
+    print(f"{found['card']['device']}: {', '.join(counts)}")
+
+
+def _is_wrong(found: dict) -> bool:
+    "Whether any finding is wrong."
+    return any(row['status'] == 'wrong' for row in found['findings'])
+
+
+@app.command('gpu-check')
+def gpu_check_command(tiny:_Tiny=False,            # small shapes
+                      override:_Overrides=(),      # texts of the form name=value
+                      as_object:_JsonAtEnd=False,  # for scripts
+):
+    "Check the GPU of this machine in ten minutes: is it right, how fast is it, does memory go as planned."
+    jobs = jobs_of([project_root() / 'params/gpu_check/check.yaml'], override, scale_of(tiny, False))
+    check_jobs(jobs)
+    results = run_jobs(jobs, fresh=True)
+    status = exit_status(results)
+    print(closing(results))
+    if status:
+        _advise(results)
+        return status
+
+    found = read_json(_points_of(jobs)[0].folder / 'gpu_check.json')
+    _print_findings(found)
+    if as_object:
+        _print_object(status='wrong' if _is_wrong(found) else 'right', **found)
+    return int(_is_wrong(found))
 
 # %% ../nbs/cli.ipynb #ce7cf7b5
 def run_row(record: dict) -> dict:
@@ -581,6 +625,8 @@ def plan_row(point,     # a `Point`
 # %% ../nbs/cli.ipynb #9491f0c7
 _Gpu = _text('--gpu', 'Plan for this GPU (h100, a100-40gb, rtx4090, t4, ...) instead of this machine.')
 _Rows = Annotated[int, typer.Option('--rows', help='Training rows, where neither the parameters nor local data say.')]
+_Table = _flag('--table', 'Ten models by eight cards: what fits, in how much memory, how fast.')
+_FilesOrNone = Annotated[list[str], typer.Argument(help=_files_help, show_default=False)]
 _Share = Annotated[float, typer.Option('--share', help="Share of the device's peak to reckon with.")]
 
 
@@ -605,19 +651,43 @@ def _print_plans(points: list, plans: list):
     show_table(rows, list(rows[0]))
 
 
+def _print_plan_table(as_object: bool):
+    "Print which model fits which card, a table per method."
+    from llmft.runs.plan_table import methods_of, plan_table, table_says
+
+    cells = plan_table()
+    if as_object:
+        return _print_object(cells=cells, says=table_says)
+    for method, rows in methods_of(cells).items():
+        print(f'{method}\n{text_table(rows, list(rows[0]))}\n')
+    print(table_says)
+
+
+def _check_table_alone(params, *options):
+    "A `LabError` when the table is asked for with something that it does not read."
+    if params or any(options):
+        raise LabError('llmft plan --table stands alone: leave out the files and the other options')
+
+
 @app.command('plan')
-def plan_command(params:_Files,                 # paths
+def plan_command(params:_FilesOrNone=(),        # paths
                  gpu:_Gpu='',                   # name of a GPU
                  small:_Small=False,            # use the small overlay
                  laptop:_Laptop=False,          # use the overlay for laptops
                  override:_Overrides=(),        # texts of the form name=value
                  rows:_Rows=None,               # training rows
                  share:_Share=None,             # 0 to 1
+                 table:_Table=False,            # models by cards instead of files
                  as_object:_JsonNotText=False,  # for scripts
 ):
     "What runs will take: parameters, steps, operations, memory, time. Needs neither weights nor network."
     from llmft.runs.plan import make_plan
 
+    if table:
+        _check_table_alone(params, gpu, small, laptop, override, rows, share)
+        return _print_plan_table(as_object)
+    if not params:
+        raise LabError('give a parameter file, as in params/finetune/lora.yaml, or --table')
     points = _points_to_plan(params, override, scale_of(small, laptop))
     plans = [make_plan(point.params, gpu, rows, share) for point in points]
     if as_object:

@@ -29,7 +29,7 @@ def build(params):
     from llmft.models.adapters import add_lora
     from llmft.models.load import load_model
 
-    model = load_model(params.model, quantisation='nf4' if params.method == 'nf4' else 'none', seed=3)
+    model = load_model(params.model, quantisation=params.method if params.method in ('nf4', 'int8') else 'none', seed=3)
     if params.method in ('uniform', 'learned'):
         return in_subspace(model, params.method), examples(), examples(6, seed=1)
     if params.method != 'full':

@@ -30,7 +30,7 @@ with_deepspeed = strategies.importlib.util.find_spec('deepspeed') is not None
 pairs = (
     [('full', strategy) for strategy in ('ddp', 'fsdp2', 'zero2', 'zero3')]
     + [('lora', strategy) for strategy in ('ddp', 'fsdp2', 'zero2', 'zero3')]
-    + [('nf4', strategy) for strategy in ('ddp', 'zero2', 'zero3')]
+    + [('nf4', strategy) for strategy in ('ddp', 'fsdp2', 'zero2', 'zero3')]
 )
 pairs += [('uniform', 'ddp'), ('learned', 'ddp')]  # subspaces
 pairs = [pair for pair in pairs if with_deepspeed or not pair[1].startswith('zero')]
@@ -309,8 +309,8 @@ def test_a_build_that_depends_on_more_than_its_params_is_refused(tmp_path, monke
 
 
 def test_a_method_that_the_strategy_cannot_take_is_refused_before_a_rank_starts(tmp_path):
-    with pytest.raises(LabError, match='strategy fsdp2 would cut nf4 weights apart'):
-        launched(tmp_path, 'preset:llama-tiny', method='nf4', strategy='fsdp2')
+    with pytest.raises(LabError, match='strategy fsdp2 would cut int8 weights apart'):
+        launched(tmp_path, 'preset:llama-tiny', method='int8', strategy='fsdp2')
     assert not list(tmp_path.iterdir())
 
 
@@ -361,7 +361,7 @@ def test_the_cause_is_told_and_not_what_followed(tmp_path, failures, errors, kin
         (Processes(2), {}, 'nproc is 2 and strategy none'),
         (Processes(-1, 'ddp'), {}, 'nproc is -1'),
         (Processes(5, 'ddp'), {}, '5 processes share 4 rows'),
-        (Processes(2, 'fsdp2'), dict(method=Method(quantisation='nf4')), 'cut nf4 weights apart'),
+        (Processes(2, 'fsdp2'), dict(method=Method(quantisation='int8')), 'cut int8 weights apart'),
         (Processes(2, 'zero3'), dict(method=Method(quantisation='int8')), 'cut int8 weights apart'),
         (Processes(2, 'zero2'), dict(method=Method(precision='fp16')), 'choose bf16 or fp32'),
         (Processes(2, 'zero2'), dict(optimiser='adamw_8bit'), 'choose adamw'),

@@ -33,6 +33,8 @@ class Setting:
     weight_decay: float = 0.0  # of AdamW
     gradient_checkpointing: bool = False  # compute activations again in the backward pass
     seed: int = 42  # of weights, adapter and order
+    precision: str = 'fp32'  # of the frozen weights
+    peer_attention: str = 'sdpa'  # of the peers; packed rows keep documents apart with flash_attention_2 only
 
 # %% ../../nbs/bench/02_peers.ipynb #3c156d9c
 _zipf_shift = 10.0  # flattens the head of the distribution, as in Mandelbrot's variant of the law
@@ -87,10 +89,10 @@ def step_rows(setting:Setting,  # rows per step and the seed of the order
 
 # %% ../../nbs/bench/02_peers.ipynb #573fd92e
 def adapted_model(setting:Setting,  # names the model, the rank and the seed
-                  attention:str,    # 'documents' for ours, 'sdpa' for the peers
-):                                  # a `PeftModel` with fp32 weights
+                  attention:str,    # 'documents' for ours, the setting's for the peers
+):                                  # a `PeftModel`
     "The model of `setting` with a fresh adapter on all linear layers."
-    model = load_model(setting.model, seed=setting.seed, attention=attention)
+    model = load_model(setting.model, setting.precision, seed=setting.seed, attention=attention)
     return add_lora(model, setting.rank, 2.0 * setting.rank, 0.0, ['all-linear'], setting.seed)
 
 # %% ../../nbs/bench/02_peers.ipynb #e3b61f3e
@@ -228,7 +230,8 @@ def _trl_trainer(peer, setting, rows, tokenizer, arguments):
     trl = require('trl', 'bench')
     arguments = trl.SFTConfig(packing=peer.packs_ahead, max_length=setting.max_length,
                               dataset_kwargs=dict(skip_prepare_dataset=True), **arguments)
-    return trl.SFTTrainer(adapted_model(setting, 'sdpa'), arguments, train_dataset=rows, processing_class=tokenizer)
+    model = adapted_model(setting, setting.peer_attention)
+    return trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
 
 
 def _hf_collator(peer, setting, tokenizer, labelled):
@@ -244,8 +247,9 @@ def _hf_trainer(peer, setting, rows, tokenizer, arguments):
     import transformers
 
     collator = _hf_collator(peer, setting, tokenizer, 'labels' in rows.column_names)
-    return transformers.Trainer(adapted_model(setting, 'sdpa'), transformers.TrainingArguments(**arguments), collator,
-                                rows, processing_class=tokenizer)
+    model = adapted_model(setting, setting.peer_attention)
+    return transformers.Trainer(model, transformers.TrainingArguments(**arguments), collator, rows,
+                                processing_class=tokenizer)
 
 
 def _follow(trainer, batches):

@@ -55,6 +55,14 @@ _qwen25 = dict(
     model_type='qwen2', num_key_value_heads=2, vocab_size=151936, max_position_embeddings=32768, rms_norm_eps=1e-6,
     tie_word_embeddings=True, bos_token_id=151643, eos_token_id=151643,
     rope_parameters=dict(rope_type='default', rope_theta=1e6))
+_llama31 = _llama32 | dict(tie_word_embeddings=False, rope_parameters=_llama32['rope_parameters'] | dict(factor=8.0))
+_large_qwen25 = dict(vocab_size=152064, max_position_embeddings=131072, tie_word_embeddings=False)
+_qwen3 = _qwen25 | dict(model_type='qwen3', head_dim=128, num_key_value_heads=8, max_position_embeddings=40960,
+                        eos_token_id=151645)
+_mistral = dict(
+    model_type='mistral', head_dim=128, num_key_value_heads=8, vocab_size=32768, max_position_embeddings=32768,
+    rms_norm_eps=1e-5, sliding_window=None, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+    rope_parameters=dict(rope_type='default', rope_theta=1e6))
 _small = dict(vocab_size=512, max_position_embeddings=2048, tie_word_embeddings=True, bos_token_id=None,
               eos_token_id=None)
 
@@ -77,9 +85,15 @@ presets = {
     'gpt2-tiny': _gpt2(2, 64, 4, vocab_size=512, n_positions=512, bos_token_id=None, eos_token_id=None),
     'qwen2.5-0.5b': _llama(_qwen25, 24, 896, 14, 4864),
     'qwen2.5-1.5b': _llama(_qwen25, 28, 1536, 12, 8960),
+    'qwen2.5-14b': _llama(_qwen25 | _large_qwen25, 48, 5120, 40, 13824, num_key_value_heads=8),
+    'qwen2.5-32b': _llama(_qwen25 | _large_qwen25, 64, 5120, 40, 27648, num_key_value_heads=8),
+    'qwen3-4b': _llama(_qwen3, 36, 2560, 32, 9728),
+    'mistral-7b': _llama(_mistral, 32, 4096, 32, 14336),
     'qwen2-tiny': _llama(_qwen25 | _small, 2, 64, 4, 176),
     'llama-3.2-1b': _llama(_llama32, 16, 2048, 32, 8192, head_dim=64),
     'llama-3.2-3b': _llama(_llama32, 28, 3072, 24, 8192),
+    'llama-3.1-8b': _llama(_llama31, 32, 4096, 32, 14336),
+    'llama-3.1-70b': _llama(_llama31, 80, 8192, 64, 28672),
     'llama-tiny': _llama(_small, 2, 64, 4, 176, model_type='llama', num_key_value_heads=2),
     'llama-base': _llama(_small, 4, 256, 4, 672, model_type='llama', num_key_value_heads=2, vocab_size=4096),
     'llama-6x256': _llama(_small, 6, 256, 8, 688, model_type='llama', num_key_value_heads=8, vocab_size=8003),
@@ -93,7 +107,12 @@ hub_presets = {
     **{f'meta-llama/Llama-3.2-{size}{kind}': f'llama-3.2-{size.lower()}'
        for size in ('1B', '3B') for kind in ('', '-Instruct')},
     **{f'Qwen/{family}-{size}{kind}': f'qwen2.5-{size.lower()}'
-       for family in ('Qwen2.5', 'Qwen2.5-Coder') for size in ('0.5B', '1.5B') for kind in ('', '-Instruct')},
+       for family in ('Qwen2.5', 'Qwen2.5-Coder') for size in ('0.5B', '1.5B', '14B', '32B')
+       for kind in ('', '-Instruct')},
+    **{f'meta-llama/Llama-3.1-{size}{kind}': f'llama-3.1-{size.lower()}'
+       for size in ('8B', '70B') for kind in ('', '-Instruct')},
+    **{f'mistralai/Mistral-7B{kind}-v0.3': 'mistral-7b' for kind in ('', '-Instruct')},
+    'Qwen/Qwen3-4B': 'qwen3-4b',
 }
 
 # %% ../../nbs/models/01_load.ipynb #e0f112d1
@@ -585,7 +604,8 @@ attentions = dict(
                    marks=('_supports_sdpa',)),
     eager=Attention('written out, all scores in memory', plain=False),
     flash_attention_2=Attention('the kernels of the package flash-attn',
-                                ('the package flash-attn', 'a CUDA device', 'precision bf16 or fp16'),
+                                ('the package flash-attn', 'a CUDA device', 'a GPU from Ampere on',
+                                 'precision bf16 or fp16'),
                                 marks=('_supports_flash_attn',), plain=False))
 
 # %% ../../nbs/models/01_load.ipynb #40511249
@@ -606,6 +626,7 @@ def _missing(attention, precision):
     "What `attention` needs and this run lacks."
     available = {'the package flash-attn': importlib.util.find_spec('flash_attn'),
                  'a CUDA device': torch.cuda.is_available(),
+                 'a GPU from Ampere on': not _emulates_bf16(),  # these are the ones with bf16
                  'precision bf16 or fp16': precision != 'fp32'}
     return [need for need in attentions[attention].needs if not available[need]]
 

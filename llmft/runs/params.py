@@ -486,6 +486,7 @@ declared_choices = {
     'strategy': ('training.strategies', 'strategies'),
     'tracker': ('runs.trackers', 'trackers'),
     'tracking': ('runs.trackers', 'trackings'),
+    'gpu_check.only': ('bench.checks', 'checks'),
 }  # parameter -> (module, name of the declaration in it)
 
 # %% ../../nbs/runs/01_params.ipynb #4bd759e3

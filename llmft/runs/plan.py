@@ -13,12 +13,15 @@ from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 
 from llmft.models.cost import (
+    card_bytes,
     families,
     flops_step,
     lora_parameter_count,
     memory_breakdown,
+    pageable_bytes,
     parameter_count,
     quantised_count,
+    trained_tensors,
 )
 
 from ..core import LabError, find_path, nearest
@@ -36,6 +39,7 @@ class Settings:
     mixed_precision: str = 'no'      # of the products
     optimiser: str = 'adamw'
     gradient_checkpointing: bool = False
+    activation_offload: bool = False # inputs of recomputed layers wait in main memory
     batch_size: int = 1              # rows of a micro-batch
     gradient_accumulation: int = 1   # micro-batches of an optimiser step
     max_length: int = 512            # longest row, positions
@@ -290,6 +294,7 @@ def count_memory(config,        # a transformers config
         longest=longest,
         optimiser=optimisers[settings.optimiser],
         gradient_checkpointing=settings.gradient_checkpointing,
+        activation_offload=settings.activation_offload,
         accumulation=math.ceil(own_rows / settings.batch_size),
         mixed=settings.mixed_precision != 'no',
         device=kind,
@@ -344,23 +349,23 @@ def foreseen_batch(config,    # a transformers config
     return settings, 'foreseen: the largest that fits, for a step of target_effective_batch'
 
 # %% ../../nbs/runs/13_plan.ipynb #1e4f1266
-_columns = ('memory_gib', 'bf16_tflops', 'fp32_tflops', 'bandwidth_gb_per_sec')
+_columns = ('memory_gib', 'bf16_tflops', 'fp32_tflops', 'bandwidth_gb_per_sec', 'capability')
 _numbers = {
-    'b200': (180, 2250, 75, 7700),
-    'h200': (141, 989, 67, 4800),
-    'h100': (80, 989, 67, 3350),
-    'a100-80gb': (80, 312, 19.5, 2039),
-    'a100-40gb': (40, 312, 19.5, 1555),
-    'l40s': (48, 362, 91.6, 864),
-    'a6000': (48, 154.8, 38.7, 768),
-    'a10': (24, 125, 31.2, 600),
-    'l4': (24, 121, 30.3, 300),
-    'v100': (32, 125, 15.7, 900),
-    't4': (16, 65, 8.1, 320),
-    'rtx5090': (32, 209.5, 104.8, 1792),
-    'rtx4090': (24, 165.2, 82.6, 1008),
-    'rtx3090': (24, 71, 35.6, 936),
-    'mi300x': (192, 1307, 163.4, 5300),
+    'b200': (178, 2250, 75, 7700, 10.0),
+    'h200': (139, 989, 67, 4800, 9.0),
+    'h100': (79, 989, 67, 3350, 9.0),
+    'a100-80gb': (79, 312, 19.5, 2039, 8.0),
+    'a100-40gb': (39.4, 312, 19.5, 1555, 8.0),
+    'l40s': (44.3, 362, 91.6, 864, 8.9),
+    'a6000': (47.4, 154.8, 38.7, 768, 8.6),
+    'a10': (22, 125, 31.2, 600, 8.6),
+    'l4': (22, 121, 30.3, 300, 8.9),
+    'v100': (31.7, 125, 15.7, 900, 7.0),
+    't4': (14.6, 65, 8.1, 320, 7.5),
+    'rtx5090': (31.3, 209.5, 104.8, 1792, 12.0),
+    'rtx4090': (23.6, 165.2, 82.6, 1008, 8.9),
+    'rtx3090': (23.6, 71, 35.6, 936, 8.6),
+    'mi300x': (191, 1307, 163.4, 5300, 9.4),
 }
 gpus = {name: dict(zip(_columns, numbers, strict=True)) for name, numbers in _numbers.items()}
 
@@ -373,6 +378,9 @@ def _listed_name(gpu):
     return name
 
 
+_bf16_from = 8.0  # compute capability of Ampere
+
+
 def _listed_device(gpu, precision):
     "A GPU of the table."
     name = _listed_name(gpu)
@@ -380,7 +388,8 @@ def _listed_device(gpu, precision):
     return dict(
         name=name,
         kind='cuda',
-        memory_bytes=facts['memory_gib'] * 2**30,
+        memory_bytes=round(facts['memory_gib'] * 2**30),
+        has_bf16=facts['capability'] >= _bf16_from,
         peak_flops=1e12 * facts['fp32_tflops' if precision == 'fp32' else 'bf16_tflops'],
         bandwidth=1e9 * facts['bandwidth_gb_per_sec'],
         source="the maker's data sheet",
@@ -397,6 +406,13 @@ def _kind_and_memory():
     return 'cpu', psutil.virtual_memory().total
 
 
+def _has_bf16():
+    "Whether the GPU of this machine has bfloat16."
+    import torch
+
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def _this_device(precision):
     "This machine, with the peaks it has measured."
     from llmft.models.meter import known_peaks
@@ -407,6 +423,7 @@ def _this_device(precision):
         name='this machine',
         kind=kind,
         memory_bytes=memory,
+        has_bf16=kind == 'cpu' or _has_bf16(),
         peak_flops=peaks.get('matmul_flops_per_sec' + ('' if precision == 'fp32' else f'_{precision}')),
         bandwidth=peaks.get('copy_bytes_per_sec'),
         source='measured here' if peaks else 'never measured here: any run does it, or name a --gpu',
@@ -465,6 +482,32 @@ def _method_facts(config, settings, counts):
     )
 
 
+def _refusal(settings, device):
+    "Why the device would refuse the precision, and what to do; '' when it would not."
+    if device['has_bf16'] or 'bf16' not in (settings.method.precision, settings.mixed_precision):
+        return ''
+    instead = '-p precision=fp32 -p mixed_precision=no' if settings.method.full else '-p precision=fp16'
+    if settings.mixed_precision == 'bf16' and not settings.method.full:
+        instead += ' -p mixed_precision=no'
+    return f"{device['name']} has no bf16: add {instead}"
+
+
+def _pageable(config, settings, device):
+    "Bytes of the optimiser that may move to main memory; `None` where it pages nothing."
+    optimiser = optimisers[settings.optimiser]
+    if not optimiser.pages_from or device['kind'] == 'cpu' or config.model_type not in families:
+        return None
+    return pageable_bytes(trained_tensors(config, settings.method), optimiser)
+
+
+def _card_facts(memory, device):
+    "What the device must have for the peak of `memory`, and whether it has."
+    if memory is None:
+        return dict(card=None, fits=None)
+    card = card_bytes(memory['total']) if device['kind'] == 'cuda' else None
+    return dict(card=card, fits=(card or memory)['total'] < device['memory_bytes'])
+
+
 def _step_facts(steps):
     "Steps of the run, of an epoch and of the warm-up."
     return dict(steps=steps['total'], steps_per_epoch=steps['per_epoch'], warmup_steps=steps['warmup'])
@@ -506,7 +549,9 @@ def make_plan(params:dict,    # name -> value of all parameters of a notebook
         device=device,
         share_of_peak=share,
         seconds=_seconds(work['flops'], device, share, settings.nproc),
-        fits=None if memory is None else memory['total'] < device['memory_bytes'],
+        refused=_refusal(settings, device),
+        pageable=_pageable(config, settings, device),
+        **_card_facts(memory, device),
     )
 
 # %% ../../nbs/runs/13_plan.ipynb #a1a668e1
@@ -544,13 +589,26 @@ def _room_text(plan, total):
     return f" ({fits} {_size(device['memory_bytes'], total)} of {device['name']})"
 
 
+def _card_rows(plan):
+    "What a card must have beyond the tensors, and whether it refuses the precision."
+    rows = []
+    if plan['card']:
+        card = {name: _size(value, value) for name, value in plan['card'].items()}
+        rows.append(('on the card', f"{card['total']}: {card['reserved']} reserved, {card['context']} CUDA context"))
+    if plan['pageable'] is not None:
+        rows.append(('paged', f"{_size(plan['pageable'], 0)} of the optimiser may move to main memory"))
+    if plan['refused']:
+        rows.append(('REFUSED', plan['refused']))
+    return rows
+
+
 def _memory_rows(plan):
     "The facts about memory."
     memory = plan['memory'] or {}
     total = memory.get('total', 2**30)
     parts = ', '.join(f'{name} {_size(value, total)}' for name, value in memory.items() if name != 'total')
     peak = f"{_size(memory.get('total'), total)} a process{_room_text(plan, total)}"
-    return [('memory', peak), ('of which', parts or '–')]
+    return [('memory', peak), ('of which', parts or '–'), *_card_rows(plan)]
 
 
 def _time_text(plan):

@@ -142,7 +142,8 @@ def _predicted(model, recipe, batch, accumulation):
         return memory_breakdown(
             model.config, Method.of(model), tokens=batch * recipe.max_length, longest=recipe.max_length,
             optimiser=optimisers[recipe.optimiser], gradient_checkpointing=recipe.gradient_checkpointing,
-            accumulation=accumulation, device=next(model.parameters()).device.type)['total']
+            activation_offload=recipe.activation_offload, accumulation=accumulation,
+            mixed=recipe.mixed_precision != 'no', device=next(model.parameters()).device.type)['total']
     except LabError:
         return None
 
@@ -173,7 +174,7 @@ def _measured_step(model, recipe, batch, accumulation):
 @contextlib.contextmanager
 def _training(model, recipe):
     "`model` as `fit` would train it; in its own mode again after the block, and what was freed given back."
-    set_gradient_checkpointing(model, recipe.gradient_checkpointing)
+    set_gradient_checkpointing(model, recipe.gradient_checkpointing, recipe.activation_offload)
     try:
         with in_mode(model, training=True):
             yield

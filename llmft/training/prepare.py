@@ -204,7 +204,7 @@ def _note_trained(run):
 
 def _wrap(run):
     "Set the model to training, note what is trained, and wrap model and optimiser for the processes."
-    set_gradient_checkpointing(run.model, run.recipe.gradient_checkpointing)
+    set_gradient_checkpointing(run.model, run.recipe.gradient_checkpointing, run.recipe.activation_offload)
     run.model.train()
     _note_trained(run)
     loss_model = LossModel(run.model, in_bfloat16=run.recipe.mixed_precision == 'bf16' and not run.group.casts)

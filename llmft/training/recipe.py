@@ -56,12 +56,13 @@ class Optimiser:
     make: Callable  # make(groups, lr=, betas=, eps=) -> a torch or bitsandbytes optimiser
     moment_bytes: Callable  # moment_bytes(numbers of a tensor, whether it is a hidden matrix, bytes per number)
     needs: str = ''  # package beside PyTorch that it comes from
-    pages: bool = False  # whether its state may move to main memory, on a GPU
+    pages_from: int = 0  # numbers of a tensor from which its moments may move to main memory, on a GPU; 0: never
     whole_tensors: bool = False  # whether it works on whole tensors, so that no strategy may shard them
 
 # %% ../../nbs/training/03_recipe.ipynb #f77bec57
 _MIN_8BIT_NUMBERS = 4096  # bitsandbytes keeps the moments of smaller tensors in fp32
 _BLOCK_8BIT = 256  # numbers that share one scale per moment
+_PAGES_FROM = 100_000  # numbers of the smallest tensor whose moments bitsandbytes pages
 
 
 def _adamw_moments(size, hidden, word):
@@ -109,7 +110,7 @@ optimisers = dict(
     adamw_8bit=Optimiser('AdamW with moments of a byte each', _adamw_8bit, _moments_8bit, needs='bitsandbytes',
                          whole_tensors=True),
     paged_adamw_8bit=Optimiser('8-bit AdamW whose moments may move to main memory', _paged_adamw_8bit, _moments_8bit,
-                               needs='bitsandbytes', pages=True, whole_tensors=True),
+                               needs='bitsandbytes', pages_from=_PAGES_FROM, whole_tensors=True),
     muon=Optimiser('Muon on matrices between hidden states, AdamW on the rest', _muon, _muon_moments,
                    whole_tensors=True),
 )
@@ -186,6 +187,7 @@ class Recipe:
     final_ratio: float = 0.0  # learning rate at the end over the peak, for cosine and linear
     clip: float = 1.0  # largest gradient norm; 0 does not clip
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    activation_offload: bool = False  # keep the inputs of recomputed layers in main memory; nothing to do on a CPU
     eval_every: int = 0  # steps between evaluations; 0 evaluates at the end of each epoch
     save_every: int = 100  # steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints kept beside the best
@@ -208,6 +210,9 @@ class Recipe:
             number = getattr(self, name)
             if not allowed.holds(number):
                 raise LabError(f'{name} is {number}: {allowed.says}')
+        if self.activation_offload and not self.gradient_checkpointing:
+            raise LabError('activation_offload keeps the inputs of recomputed layers in main memory: '
+                           'turn gradient_checkpointing on as well, or leave it off')
         if not (self.max_steps or self.num_epochs):
             raise LabError('num_epochs and max_steps are both 0: one of them must say how long to train')
         return self

@@ -277,13 +277,14 @@ def judge(model,                # a causal language model, with or without an ad
     return scores | dict(documents=len(documents), max_length=max_length)
 
 # %% ../../nbs/training/06_step.ipynb #4f3fdf40
-def set_gradient_checkpointing(model,    # a transformers model, with or without an adapter
-                               on:bool,  # recompute (less memory, more time) or keep activations
+def set_gradient_checkpointing(model,               # a transformers model, with or without an adapter
+                               on:bool,             # recompute (less memory, more time) or keep activations
+                               offload:bool=False,  # keep the inputs of recomputed layers in main memory, on a GPU
 ):
     "Recompute activations in the backward pass, or do not; a `LabError` for a model that ignores the switch."
     model.disable_input_require_grads()
     if on:
-        model.activation_checkpointing_enable()
+        model.activation_checkpointing_enable(offload=offload and torch.cuda.is_available())
         model.disable_input_require_grads()  # where the line above has hooked the embedding, a second hook would stay
         model.enable_input_require_grads()
     else:

@@ -48,7 +48,7 @@ strategies = dict(
         'weights, gradients and optimiser state are divided, and layers gathered when needed (PyTorch FSDP2)',
         cuts=_all_parts,
         offloads=frozenset(('weights',)),
-        damages=frozenset(('nf4', 'int8')),
+        damages=frozenset(('int8',)),
     ),
     zero2=Strategy(
         'gradients and optimiser state are divided (DeepSpeed ZeRO, stage 2)',

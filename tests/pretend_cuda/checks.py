@@ -1,6 +1,7 @@
 """What a GPU is asked to do: where tensors lie, which attention is chosen, and budgets of kernels, waits and memory."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,18 +18,30 @@ from llmft.inference.generation import generate
 from llmft.models import cost
 from llmft.models import load as models
 from llmft.models.adapters import add_lora, trainable_parameters, weights_hash
+from llmft.models.cost import memory_breakdown
 from llmft.models.load import check_model_settings, load_model, model_config
 from llmft.models.low_rank import add_low_rank, frozen_gpt2
+from llmft.models.meter import resident_bytes
 from llmft.models.methods import Method
 from llmft.models.precisions import check_form
 from llmft.models.subspace import SubspaceConfig, attach
+from llmft.runs.params import resolve_params
+from llmft.runs.run import check_model_params
 from llmft.training import checkpoints
 from llmft.training import prepare as preparing
 from llmft.training.fit import evaluate, fit, train_step
-from llmft.training.largest_batch import try_batch
+from llmft.training.largest_batch import try_batch, worst_examples
 from llmft.training.losses import head_cross_entropy, linear_cross_entropy
 from llmft.training.prepare import prepare
-from llmft.training.step import evaluate_loss, example_losses, step_batches
+from llmft.training.recipe import Recipe, make_optimiser, optimisers
+from llmft.training.step import (
+    LossModel,
+    accumulate,
+    evaluate_loss,
+    example_losses,
+    set_gradient_checkpointing,
+    step_batches,
+)
 from llmft.training.strategies import Processes
 from pretend_cuda import device
 
@@ -386,7 +399,100 @@ def test_prompts_never_write_out_their_scores(padded):
         assert device.sdpa_log and not [key for key in device.sdpa_log if key[0] == 'math'], device.sdpa_log
 
 
+# ---- memory
+
+
+def stepped(method, recipe):
+    "(loss of a step, bytes that the process held at most) of four rows of one length; the optimiser has moments."
+    net = method.apply(method.load('preset:llama-6x256'), seed=0).train()
+    set_gradient_checkpointing(net, recipe.gradient_checkpointing, recipe.activation_offload)
+    parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+    optimiser = make_optimiser(parameters, recipe)
+    batches, targets = step_batches(worst_examples(4, recipe.max_length, 512), range(4), recipe)
+    batches = [batch.to('cuda') for batch in batches]
+    for _ in range(2):  # the first makes the moments
+        optimiser.zero_grad()
+        with device.Counts() as counts:
+            loss = accumulate(LossModel(net), batches, targets)
+            optimiser.step()
+    return float(loss), resident_bytes(net, optimiser) + counts.peak
+
+
+each_method = pytest.mark.parametrize(
+    'method', [Method(), Method('lora', 8, 16.0, 0.0, ('q_proj', 'v_proj'))], ids=['full', 'lora']
+)
+
+
+@each_method
+def test_the_memory_plan_is_near_what_the_device_gives_out(method):
+    "In fp32, where the CPU's kernels make no copies that a GPU's do not make."
+    for again, offload in ((False, False), (True, False), (True, True)):
+        recipe = Recipe(batch_size=4, max_length=128, gradient_checkpointing=again, activation_offload=offload)
+        _, measured = stepped(method, recipe)
+        config = model_config('preset:llama-6x256')
+        predicted = memory_breakdown(
+            config,
+            method,
+            tokens=4 * 128,
+            longest=128,
+            optimiser=optimisers['adamw'],
+            gradient_checkpointing=again,
+            activation_offload=offload,
+        )['total']
+        assert predicted == pytest.approx(measured, rel=0.12), (again, offload)
+
+
+def test_activations_in_main_memory_change_no_loss_and_take_less_of_the_device():
+    method = Method('lora', 8, 16.0, 0.0, ('q_proj', 'v_proj'))
+    kept, away = (
+        stepped(method, Recipe(batch_size=4, max_length=128, gradient_checkpointing=True, activation_offload=offload))
+        for offload in (False, True)
+    )
+    assert away[0] == kept[0]
+    inputs_of_five_layers = 5 * 4 * 128 * 256 * 4
+    assert kept[1] - away[1] > 0.9 * inputs_of_five_layers
+
+
+def test_a_run_with_activations_in_main_memory_has_the_same_losses(tmp_path):
+    train = training_runs.examples(16)
+    for name, offload in (('kept', False), ('away', True)):
+        settings = dict(gradient_checkpointing=True, activation_offload=offload)
+        fit(trained(), train, None, tmp_path / name, recipe(**settings))
+    assert losses(tmp_path / 'kept') == losses(tmp_path / 'away') and len(losses(tmp_path / 'away')) == 4
+
+
 # ---- what a GPU lacks
+
+
+def test_defaults_and_small_files_ask_for_no_precision_that_this_gpu_lacks():
+    "What is about such a precision is refused in one line, before anything is loaded."
+    root = Path(__file__).parents[2]
+    looked = 0
+    for path in [*root.glob('nbs/experiments/*.ipynb'), *root.glob('params/*/[!_]*.yaml')]:
+        if path.parent.name == 'sweeps':
+            continue
+        _, params = resolve_params([path], [], small=path.suffix == '.yaml')
+        looked += 1
+        if path.stem in ('bf16', 'int4_fast') and not ampere:  # what they are about
+            with pytest.raises(LabError, match='has no bf16'):
+                check_model_params(params)
+        else:
+            check_model_params(params)
+    assert looked > 60
+
+
+def test_full_scale_files_say_what_to_add_where_there_is_no_bf16():
+    root = Path(__file__).parents[2]
+    looked = 0
+    for path in root.glob('params/*/[!_]*.yaml'):
+        line = next((line for line in path.read_text().splitlines() if line.startswith('# T4:')), '')
+        if line and 'does not fit' not in line:
+            looked += 1
+            _, params = resolve_params([path], re.findall(r'-p (\S+?)\.?(?= |$)', line))
+            check_model_params(params)
+    assert looked > 35
+
+
 
 
 def test_what_this_gpu_lacks_is_one_line():

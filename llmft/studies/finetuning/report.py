@@ -53,6 +53,7 @@ def predicted_memory(config,               # of the model
     return memory_breakdown(
         config, Method.from_params(params), tokens=step['slots'], longest=step['longest'],
         optimiser=optimisers[params.optimiser], gradient_checkpointing=params.gradient_checkpointing,
+        activation_offload=getattr(params, 'activation_offload', False),
         accumulation=params.gradient_accumulation, mixed=params.mixed_precision != 'no', device=device,
         sharing=strategies[params.strategy], nproc=processes.count * processes.hosts,
         offloaded=[part for part, offloaded in away.items() if offloaded])
