@@ -243,4 +243,5 @@ def proof_verdict(proof:Proof,  # of one predictor
                f"{best['bound'] - best['risk']:.3f} for K = {best['bits']:,.0f} bits and n = {best['n']:,}. "
                f'On {proof.held_out_documents:,} held-out documents it is {proof.held_out_bpd:.3f}.')
     return in_bullets(answer, made_of, f'{_tried_text(proof.configurations)} tried and paid for. Next: llmft verify '
-                                       'checks the certificate from the file alone.')
+                                       'checks the certificate, [certificate.llmft](certificate.llmft), from the file '
+                                       'alone.')
