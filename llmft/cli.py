@@ -471,7 +471,8 @@ def _checks_status(checks: list) -> str:
     "What all checks of a run say together."
     counts = Counter(check.status for check in checks)
     rest = f"{counts['ok']} of {len(checks)} checks are ok, {counts['cannot be checked']} cannot be made here"
-    return f"{counts['altered']} checks contradict it, {rest}" if counts['altered'] else f'nothing contradicts it, {rest}'
+    found = f"{counts['altered']} checks contradict it" if counts['altered'] else 'nothing contradicts it'
+    return f'{found}, {rest}'
 
 
 def _verify_run(folder, as_object):

@@ -201,7 +201,8 @@ def betting_bound(losses,         # of the sampled documents in the order they w
         return lowest + width * _one_step(u, complexity)
 
     alone = complexity + math.log(choices if draws is None else draws)
-    sample, complexity = sample + math.log(len(_around)), complexity + math.log(len(_around))
+    sample += math.log(len(_around))
+    complexity += math.log(len(_around))
     is_cheaper = alone / m <= sample / m + complexity / n
     return lowest + width * (_one_step(u, alone) if is_cheaper else _two_steps(u, n, sample, complexity))
 

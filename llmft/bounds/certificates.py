@@ -92,7 +92,10 @@ def _token_forms(losses, bits, n, width, delta, choices, lowest):
                 freedman=float(freedman))
 
 
-_levels = dict(documents=(_document_forms, certified), tokens=(_token_forms, 'freedman'))  # forms, and which one is claimed
+_levels = dict(  # forms, and which one is claimed
+    documents=(_document_forms, certified),
+    tokens=(_token_forms, 'freedman'),
+)
 
 
 def _claim(level, losses, bits, n, delta, choices, width, lowest=0.0, **choice):

@@ -132,8 +132,7 @@ def code_check(record:dict,  # run.json
         return Check('code', unknown, str(error))
     if own == record.get('meta', {}).get('fingerprint'):
         return Check('code', ok, 'parameters, notebook and library are those of the run')
-    return Check('code', unknown, 'the notebook or the library is another version: what is computed here is computed by '
-                                  'the new one')
+    return Check('code', unknown, 'the notebook or the library is another version, by which numbers are computed here')
 
 # %% ../../nbs/runs/19_checks.ipynb #37d663b8
 def _log_slip(number, line, last):
@@ -164,11 +163,11 @@ def _last_step(path):
 def log_check(folder,        # of a run
               record:dict,   # its run.json
               metrics:dict,  # its metrics.json
-)->Check:
+)->Check:                # `None` for a run that took no steps
     "Whether the log is whole: rows of rising steps, as many as the metrics say."
     path = Path(folder) / 'log.jsonl'
     if not path.exists():
-        return Check('log', unknown, 'log.jsonl is not in the folder')
+        return Check('log', unknown, 'log.jsonl is not in the folder') if 'steps' in metrics else None
     try:
         last, lines = _last_step(path)
     except LabError as error:
@@ -211,7 +210,7 @@ def ledger_check(folder,       # of a run
 
     if noted.get('head') and noted['head'] not in heads:
         return Check('ledger', contradicted, f'{path.name} lacks the line at which the run had paid')
-    return Check('ledger', ok, f'{path.name} is a chain of {len(heads):,} lines, and holds the one at which the run paid')
+    return Check('ledger', ok, f'{path.name} is a chain of {len(heads):,} lines, that of the run among them')
 
 # %% ../../nbs/runs/19_checks.ipynb #c5cb465a
 _trained = ('adapter', 'model', 'merged')  # folders of a run that hold weights
@@ -249,7 +248,6 @@ def weight_checks(folder,  # of a run
 
 # %% ../../nbs/runs/19_checks.ipynb #d119099d
 tolerance = 1e-3  # of a number, where its study states no other
-_largest = 1e300
 
 
 def same_documents(record:dict,  # run.json, whose meta.data holds hashes
@@ -261,7 +259,7 @@ def same_documents(record:dict,  # run.json, whose meta.data holds hashes
     if not isinstance(noted, dict) or noted.get('sha256') != found[side]['sha256']:
         raise LabError(f'the {side} documents that are read here are not those of the run')
 
-
+# %% ../../nbs/runs/19_checks.ipynb #de5d83f5
 def check_there(folder,     # of a run
                 name:str,   # of a file or folder in it
 )->Path:
@@ -270,6 +268,9 @@ def check_there(folder,     # of a run
     if not path.exists():
         raise LabError(f'{name} is not in the folder')
     return path
+
+# %% ../../nbs/runs/19_checks.ipynb #197a6bb1
+_largest = 1e300
 
 
 def _is_finite(value):
@@ -281,9 +282,12 @@ def _number_check(name, claimed, value, allowed):
     "One number beside the same one computed again."
     if not (_is_finite(claimed) and _is_finite(value)):
         return Check(name, unknown, f'the run says {claimed!s:.40} and here it is {value!s:.40}')
-    agree = math.isclose(claimed, value, rel_tol=allowed)
-    words = 'the same to the last bit' if claimed == value else f'within {allowed:.1%}' if agree else f'not within {allowed:.1%}'
-    return Check(name, ok if agree else contradicted, f'the run says {claimed:.6g}, computed again {value:.6g}: {words}')
+    numbers = f'the run says {claimed:.6g}, computed again {value:.6g}'
+    if claimed == value:
+        return Check(name, ok, f'{numbers}: the same to the last bit')
+    if math.isclose(claimed, value, rel_tol=allowed):
+        return Check(name, ok, f'{numbers}: within {allowed:.1%}')
+    return Check(name, contradicted, f'{numbers}: not within {allowed:.1%}')
 
 
 @contextmanager
@@ -318,6 +322,7 @@ def number_checks(folder,        # of a run
     "Whether the held-out numbers of a run come out again."
     if again is None:
         return [Check('numbers', unknown, 'they are times, or sums over other runs, which can be verified themselves')]
+
     try:
         with _at_most(_time_for(record)):
             values = again(folder, record)
@@ -326,6 +331,7 @@ def number_checks(folder,        # of a run
     except Exception as error:  # a record can hold anything, and no library foresees all of it
         reason = ' '.join(f'{error.__class__.__name__}: {error}'.split())[:160]
         return [Check('numbers', unknown, f'they cannot be computed from this folder ({reason})')]
+
     return [_number_check(name, metrics.get(name), *value) for name, value in values.items()]
 
 # %% ../../nbs/runs/19_checks.ipynb #eb690cd0

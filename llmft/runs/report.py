@@ -510,6 +510,7 @@ def _provenance(record):
     facts = dict(run=run['id'], fingerprint=meta['fingerprint'])
     if run.get('resumed'):
         facts['continues'] = run['resumed']
+
     facts |= {name: run[name] for name in ('command', 'started', 'ended')}
     if run['status'] == 'done':
         outputs = record.get('params', {}).get('outputs', 'outputs')

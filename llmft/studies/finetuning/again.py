@@ -6,7 +6,6 @@
 __all__ = ['again', 'finetuning_again', 'pretraining_again']
 
 # %% ../../../nbs/studies/finetuning/06_again.ipynb #4a939669
-from pathlib import Path
 from types import SimpleNamespace
 
 from ...core import find_path
