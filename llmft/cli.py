@@ -14,7 +14,9 @@ import json
 import os
 import shutil
 import sys
+from collections import Counter
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -476,7 +478,7 @@ def _claim_row(name: str, claim: dict) -> dict:
     return dict(claim=name, claimed=f"{claim['claimed']:.3f}", recomputed=f"{claim['recomputed']:.6f}", holds=holds)
 
 
-_Certificate = Annotated[str, typer.Argument(help='A certificate, as sublora_bounds writes it.')]
+_Checked = Annotated[str, typer.Argument(help='Folder of a run, or a certificate.', metavar='RUN')]
 _Data = _text('--data', 'Folder of the token files, when it is not where the certificate says.', 'PATH')
 
 
@@ -488,12 +490,8 @@ def _claims_status(claims: dict, condition: str) -> str:
     return f'every claim, all of them together, {condition}'
 
 
-@app.command('verify')
-def verify_command(certificate:_Certificate,       # path
-                   data:_Data='',                  # folder
-                   as_object:_JsonNotTable=False,  # for scripts
-):
-    "Check a certificate: rebuild its model, score it again, recompute its claims."
+def _verify_certificate(certificate, data, as_object):
+    "Recompute the claims of a certificate; the exit status comes back."
     from llmft.bounds.certificates import condition, read_certificate, verify
 
     claims = verify(certificate, data or None)
@@ -505,6 +503,63 @@ def verify_command(certificate:_Certificate,       # path
         show_table([_claim_row(*item) for item in claims.items()], ['claim', 'claimed', 'recomputed', 'holds'])
         print(f'{certificate}: {_claims_status(claims, provided)}')
     return 0 if holds else 1
+
+
+_study_of = dict(  # experiment -> the study that computes its numbers again
+    finetune='finetuning',
+    pretrain='finetuning',
+    pdf_finetune='pdfs',
+    instruct='code',
+    forecast_train='forecasting',
+    forecast_eval='forecasting',
+    inference='inference',
+    sublora_train='sublora',
+    sublora_bounds='sublora',
+)
+
+
+def _again_of(folder):
+    "What computes the numbers of a run again; `None` where nothing does."
+    from llmft.runs.identity import read_record
+
+    notebook = read_record(folder)['run'].get('notebook')
+    if notebook not in _study_of:
+        return None
+    return import_module(f'llmft.studies.{_study_of[notebook]}.again').again[notebook]
+
+
+def _checks_status(checks: list) -> str:
+    "What all checks of a run say together."
+    counts = Counter(check.status for check in checks)
+    rest = f"{counts['ok']} of {len(checks)} checks are ok, {counts['cannot be checked']} cannot be made here"
+    found = f"{counts['altered']} checks contradict it" if counts['altered'] else 'nothing contradicts it'
+    return f'{found}, {rest}'
+
+
+def _verify_run(folder, as_object):
+    "Make every check of a run; the exit status comes back."
+    from llmft.runs.checks import check_run
+
+    checks = check_run(folder, _again_of(find_path(folder)))
+    is_altered = any(check.status == 'altered' for check in checks)
+    if as_object:
+        _print_object(status='altered' if is_altered else 'ok', checks=[vars(check) for check in checks])
+    else:
+        print(*checks, f'{folder}: {_checks_status(checks)}', sep='\n')
+    return 1 if is_altered else 0
+
+
+@app.command('verify')
+def verify_command(run:_Checked,                   # path
+                   data:_Data='',                  # folder
+                   as_object:_JsonNotTable=False,  # for scripts
+):
+    "Check a run, or a certificate: compare its files, and compute its numbers again."
+    if not find_path(run).is_dir():
+        return _verify_certificate(run, data, as_object)
+    if data:
+        raise LabError('--data goes with a certificate: a run names its data itself')
+    return _verify_run(run, as_object)
 
 # %% ../nbs/cli.ipynb #b4081cb3
 _Model = Annotated[str, typer.Argument(help='Name of a model that can be fetched, such as smollm2.')]

@@ -189,6 +189,8 @@ def find_path(name) -> Path:
     try:
         path = Path(name).expanduser()
         is_here = path.exists()
+        if '\0' in str(path):
+            raise ValueError('embedded null byte')  # `exists` says no
     except (OSError, RuntimeError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or str(error).rstrip('.')
         raise LabError(f'{str(name)!r:.60} cannot be a path ({reason}): correct it') from None

@@ -19,7 +19,8 @@ from llmft.data.hashes import content_hashes, sealed, source_hashes
 from llmft.data.token_files import prepare_tokens, read_token_file, token_folder
 from llmft.runs import provenance, sweeps
 from llmft.runs import run as run_module
-from llmft.runs.identity import declared_inputs, inputs_of, verify_run
+from llmft.runs.checks import seal_check
+from llmft.runs.identity import declared_inputs, inputs_of, read_record
 from llmft.runs.locks import is_held
 from llmft.runs.params import read_parameters
 from llmft.runs.results import finished_runs, read_result
@@ -328,13 +329,14 @@ def test_an_altered_run_is_named_and_not_believed(tmp_path, capsys, words):
     params = read_json(run.folder / 'run.json')['params']
     point = SimpleNamespace(folder=run.folder, params=params, notebook=None)
     assert sweeps.finished_record(point)['run']['id'] == run.id
-    assert read_run(run.folder)['run']['status'] == 'done' and verify_run(run.folder)['altered'] == ''
+    assert read_run(run.folder)['run']['status'] == 'done' and seal_check(run.folder, read_record(run.folder)).status == 'ok'
     harms[words](run.folder)
     words = words.strip()
 
     shown = read_run(run.folder)['run']
     assert shown['status'] == 'altered' and shown['error'].startswith(words)
-    assert verify_run(run.folder)['altered'].startswith(words)
+    check = seal_check(run.folder, read_record(run.folder))
+    assert check.status == 'altered' and check.text.startswith(words)
     capsys.readouterr()
     assert call(['ls', '--outputs', str(outputs)]) == 0
     listed = capsys.readouterr().out

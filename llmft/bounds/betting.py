@@ -146,27 +146,33 @@ def _shares(nats, n):
     return [min(_most_staked, best * factor) for factor in _around]
 
 
+def _gains(u, mean, share):
+    "By how much each value makes the logarithm of the capital grow, for a supposed mean."
+    mean = np.minimum(mean, 1 - 1e-12)[..., None]
+    return np.log1p(share * (mean - u) / (1 - mean))
+
+
+def _average_capital(u, mean, shares):
+    "The logarithm of the average capital after all values."
+    each = [_gains(u, mean, share).sum(-1) for share in shares]
+    return np.logaddexp.reduce(each) - math.log(len(shares))
+
+
+def _one_step(u, nats):
+    "How large the mean of independent values may be, when it is paid for with `nats`."
+    shares = _shares(nats, u.shape[-1])
+    return _upper_limit(u.mean(-1), lambda mean: _average_capital(u, mean, shares) >= nats)
+
+# %% ../../nbs/bounds/03_betting.ipynb #708a61eb
 def _too_rich(u, mean, share, n, complexity, sample, stakes):
     "Whether a capital of all n documents beyond the allowed one is shown, for a supposed mean."
-    mean = np.minimum(mean, 1 - 1e-12)[..., None]
-    f = np.log1p(share * (mean - u) / (1 - mean))
-    if u.shape[-1] == n:
-        return f.sum(-1) >= complexity
+    f = _gains(u, mean, share)
     means = (complexity - _past(f)) / _left(n, u)
     return _losers(f, means, math.log1p(-share), stakes, sample)
 
 
-def betting_bound(losses,         # of the sampled documents in the order they were drawn, (..., m)
-                  bits:float,     # K, as for `subsampling_bound`
-                  n:int,          # training documents
-                  width,          # of the interval the losses lie in, (...)
-                  delta:float=.05,# probability that the bound may fail with
-                  choices:int=1,  # S: values chosen on the same sample
-                  lowest=0.,      # where the interval begins, (...)
-):                                # in the unit of the losses, (...)
-    "The betting bound; a `LabError` for numbers that make none."
-    u = _in_unit(losses, lowest, width)
-    sample, complexity = (nats + math.log(len(_around)) for nats in _parts(u, bits, n, delta, choices))
+def _two_steps(u, n, sample, complexity):
+    "How large the mean may be, by way of all n documents."
     before, _ = _so_far(u)
 
     limits = []
@@ -175,7 +181,30 @@ def betting_bound(losses,         # of the sampled documents in the order they w
         stakes = _stakes(u, sample) * (1 - before) / share
         limits.append(_upper_limit(u.mean(-1), lambda mean, share=share, stakes=stakes:
                                    _too_rich(u, mean, share, n, complexity, sample, stakes)))
-    return lowest + width * np.min(limits, axis=0)
+    return np.min(limits, axis=0)
+
+# %% ../../nbs/bounds/03_betting.ipynb #5a49fe5c
+def betting_bound(losses,         # of the sampled documents in the order they were drawn, (..., m)
+                  bits:float,     # K, as for `subsampling_bound`
+                  n:int,          # training documents
+                  width,          # of the interval the losses lie in, (...)
+                  delta:float=.05,# probability that the bound may fail with
+                  choices:int=1,  # S: values chosen on the same sample
+                  lowest=0.,      # where the interval begins, (...)
+                  draws:int=None, # of these, samples that may have been drawn before one was kept; `None`: all
+):                                # in the unit of the losses, (...)
+    "The betting bound; a `LabError` for numbers that make none."
+    u = _in_unit(losses, lowest, width)
+    m = u.shape[-1]
+    sample, complexity = _parts(u, bits, n, delta, choices)
+    if m == n:
+        return lowest + width * _one_step(u, complexity)
+
+    alone = complexity + math.log(choices if draws is None else draws)
+    sample += math.log(len(_around))
+    complexity += math.log(len(_around))
+    is_cheaper = alone / m <= sample / m + complexity / n
+    return lowest + width * (_one_step(u, alone) if is_cheaper else _two_steps(u, n, sample, complexity))
 
 # %% ../../nbs/bounds/03_betting.ipynb #d5e806e1
 certified = 'betting'  # the form whose number is claimed; fixed, so that choosing it costs nothing
@@ -188,6 +217,7 @@ def all_forms(losses,         # of the sampled documents in the order they were 
               delta:float=.05,# probability that each may fail with
               choices:int=1,  # S: values chosen on the same sample
               lowest:float=0.,# where the interval begins
+              draws:int=None, # of these, samples that may have been drawn before one was kept; `None`: all
 )->dict:                      # name of a form -> bound, in the unit of the losses
     "The bound in every form."
     risk = float(np.mean(losses))
@@ -202,7 +232,7 @@ def all_forms(losses,         # of the sampled documents in the order they were 
 
     rest = dict(delta=delta, choices=choices, lowest=lowest)
     return old | dict(bernstein=float(bernstein_bound(losses, bits, n, width, **rest)),
-                      betting=float(betting_bound(losses, bits, n, width, **rest)))
+                      betting=float(betting_bound(losses, bits, n, width, **rest, draws=draws)))
 
 # %% ../../nbs/bounds/03_betting.ipynb #d98ceb57
 _centres = 8  # equally far apart in the interval of the losses
@@ -262,7 +292,7 @@ def _bounds_of_games(losses_GM, bits, n, width, lowest, rest):
     return dict(hoeffding=_each(subsampling_bound, risk_G, *args, **rest),
                 kl=_each(kl_bound, risk_G, *args, **rest, lowest=lowest),
                 bernstein=bernstein_bound(losses_GM, bits, n, **by_game),
-                betting=betting_bound(losses_GM, bits, n, **by_game),
+                betting=betting_bound(losses_GM, bits, n, **by_game, draws=1),
                 freedman=freedman_bound(losses_GM, bits, n, **by_game))
 
 

@@ -80,6 +80,11 @@ def model_facts(model,     # from `build_model`
 _samples_tried = 2**40  # samples that an author may have drawn before he kept one; all of them are paid for
 
 
+def _document_forms(losses, bits, n, width, delta, choices, lowest):
+    "Every form of the bound for documents, of a sample that may be the best of many."
+    return all_forms(losses, bits, n, width, delta, choices, lowest, _samples_tried)
+
+
 def _token_forms(losses, bits, n, width, delta, choices, lowest):
     "Both forms of the bound for tokens."
     freedman = freedman_bound(losses, bits, n, width, delta, choices, lowest)
@@ -87,7 +92,10 @@ def _token_forms(losses, bits, n, width, delta, choices, lowest):
                 freedman=float(freedman))
 
 
-_levels = dict(documents=(all_forms, certified), tokens=(_token_forms, 'freedman'))  # forms, and which one is claimed
+_levels = dict(  # forms, and which one is claimed
+    documents=(_document_forms, certified),
+    tokens=(_token_forms, 'freedman'),
+)
 
 
 def _claim(level, losses, bits, n, delta, choices, width, lowest=0.0, **choice):
@@ -186,7 +194,7 @@ def round_up(value: float) -> float:
     return math.ceil((value + room) * 1000) / 1000
 
 # %% ../../nbs/bounds/06_certificates.ipynb #2d0af6c9
-MAGIC = b'llmft certificate 2\n'
+MAGIC = b'llmft certificate 3\n'
 
 
 def _data_facts(folder):
@@ -254,6 +262,16 @@ _most_bytes = 2**28  # of a certificate
 _most_described = 2**20  # bytes of its description
 
 
+def _check_mark(path, mark):
+    "A `LabError` unless the first bytes of a file are those of a certificate that is checked here."
+    if mark == MAGIC:
+        return
+    if mark.startswith(MAGIC.rstrip(b'0123456789\n')):
+        raise LabError(f'{path} was written in another format of certificates than is checked here '
+                       f'({MAGIC.decode().split()[-1]}), or its first bytes were changed: make it again')
+    raise LabError(f'{path} is no certificate of this laboratory, or its first bytes were changed')
+
+
 def _content(path):
     "The bytes of a file that can be a certificate; a `LabError` for one that is none or too large."
     path = find_path(path)
@@ -263,8 +281,7 @@ def _content(path):
     if not len(MAGIC) + 8 + hash_bytes < size <= _most_bytes:
         raise LabError(f'{path} has {size:,} bytes and is no certificate, or was changed or cut')
     with path.open('rb') as file:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise LabError(f'{path} is no certificate of this laboratory, or its first bytes were changed')
+        _check_mark(path, file.read(len(MAGIC)))
     return path.read_bytes()
 
 

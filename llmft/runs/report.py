@@ -510,7 +510,11 @@ def _provenance(record):
     facts = dict(run=run['id'], fingerprint=meta['fingerprint'])
     if run.get('resumed'):
         facts['continues'] = run['resumed']
+
     facts |= {name: run[name] for name in ('command', 'started', 'ended')}
+    if run['status'] == 'done':
+        outputs = record.get('params', {}).get('outputs', 'outputs')
+        facts['check it'] = f"llmft verify {outputs}/{run['notebook']}/{run['name']}"
     facts |= {name: value for name, value in meta.items() if name != 'fingerprint'}
     if meta.get('git'):
         facts['git'] = _commit_text(meta['git'])

@@ -263,15 +263,31 @@ def _shown_text(test):
     return f"{test['comparison']} ({test['mean']:+.3f} {test['unit']}, p = {test['p']:.3f})"
 
 
+_directions = {  # hypothesis -> what was measured, and the words for below and above zero
+    uneven: ('uneven splits were', 'better', 'worse'),
+    leaving: ('gates lay', 'towards A', 'towards B'),
+    depth: ('gates went by', 'down', 'up'),
+}
+
+
+def _direction_text(hypothesis, means, unit):
+    "How large differences are, and which way they point."
+    what, below, above = _directions[hypothesis]
+    low = min(means)
+    high = max(means)
+    if low > 0:
+        return f'{what} {low:.3f} to {high:.3f} {unit} {above}'
+    if high < 0:
+        return f'{what} {-high:.3f} to {-low:.3f} {unit} {below}'
+    return f'{what} from {-low:.3f} {unit} {below} to {high:.3f} {above}'
+
+
 def _measured_text(tests):
     "The differences of comparisons that showed nothing, their direction and their smallest p-value."
     known = [test for test in tests if test['mean'] is not None]
     if not known:
         return 'nothing was measured'
-    means = [test['mean'] for test in known]
-    words = f"differences of {min(means):+.3f} to {max(means):+.3f} {known[0]['unit']}"
-    if known[0]['hypothesis'] == uneven and min(means) > 0:
-        words = f"uneven splits were {min(means):.3f} to {max(means):.3f} {known[0]['unit']} worse"
+    words = _direction_text(known[0]['hypothesis'], [test['mean'] for test in known], known[0]['unit'])
     values = [test['p'] for test in known if test['p'] is not None]
     return f'{words}, p >= {min(values):.2f}' if values else f'{words}, p unknown'
 
@@ -279,10 +295,14 @@ def _measured_text(tests):
 def _answer(tests):
     "What the comparisons of one hypothesis say."
     shown = [_shown_text(test) for test in tests if test['shown']]
+    others = [test for test in tests if not test['shown']]
+    rest = f' Of the {len(others)} others: {_measured_text(others)}.' if others else ''
     if shown:
-        return f"shown for {'; '.join(shown)}."
+        return f"shown for {'; '.join(shown)}.{rest}"
+
     seeds = min(test['n'] for test in tests)
     return f'no evidence, {_measured_text(tests)} ({len(tests)} comparisons, n = {seeds} seeds each).'
+
 
 def answers(tests:list,  # from `hypotheses`
 )->list:

@@ -239,8 +239,10 @@ def proof_verdict(proof:Proof,  # of one predictor
     answer = (f"On documents of the same source the smoothed loss is at most {best['bound']:.3f} bits per token, "
               f'{side} random guessing ({proof.guess:.3f}). {place} '
               f'This claim, together with {len(proof.claims) - 1} others, {proof.condition}.')
+
     made_of = (f"It is {best['risk']:.3f} on m = {best['m']:,} training documents and "
                f"{best['bound'] - best['risk']:.3f} for K = {best['bits']:,.0f} bits and n = {best['n']:,}. "
                f'On {proof.held_out_documents:,} held-out documents it is {proof.held_out_bpd:.3f}.')
     return in_bullets(answer, made_of, f'{_tried_text(proof.configurations)} tried and paid for. Next: llmft verify '
-                                       'checks the certificate from the file alone.')
+                                       'checks the certificate, [certificate.llmft](certificate.llmft), from the file '
+                                       'alone.')
