@@ -1,9 +1,11 @@
 """The pages that runs leave, looked at in a real browser: reports of every kind, and the page over all runs."""
 
+import importlib
 import json
 import os
 import re
 import shutil
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import nbformat
@@ -386,6 +388,20 @@ def test_hostile_names_and_verdicts_stay_text(browser, tmp_path):
     assert tab.evaluate('window.hacked') is None and not trouble and tab.locator('img').count() == 0
     assert tab.locator('tbody tr').count() == 2
     tab.close()
+
+
+def test_copies_in_the_gallery_lead_back_and_have_a_thumbnail(folder, tmp_path, monkeypatch):
+    pytest.importorskip('mkdocs')
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / 'tools'))
+    docs = importlib.import_module('docs')
+    monkeypatch.setattr(docs, 'root', tmp_path)
+    shutil.copytree(folder, tmp_path / 'outputs/gallery')
+    docs.copy_reports(tmp_path / 'site')
+    copy = (tmp_path / 'site/gallery/finetune/first.html').read_text()
+    assert copy.index('href="../../gallery.html"') < copy.index('<header>')
+    drawing = (tmp_path / 'site/gallery/finetune/first.svg').read_text()
+    assert ElementTree.fromstring(drawing).get('aria-label').startswith('Loss.')
+    assert len(list((tmp_path / 'site/gallery').rglob('*.html'))) == 3
 
 
 def test_a_report_is_written_for_a_notebook_that_was_saved(tmp_path):
