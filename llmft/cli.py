@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['headline', 'app', 'text_table', 'show_table', 'is_sweep', 'jobs_of', 'check_jobs', 'is_single', 'run_here',
            'run_jobs', 'key_metrics', 'metrics_of', 'status_of', 'has_trained', 'exit_status', 'closing', 'as_json',
-           'result_on_disk', 'scale_of', 'run_command', 'gpu_check_command', 'run_row', 'ls_command', 'params_command',
-           'verify_command', 'fetch_command', 'try_command', 'export_command', 'plan_row', 'plan_command', 'call',
-           'main']
+           'result_on_disk', 'scale_of', 'run_command', 'gpu_check_command', 'run_row', 'ls_command', 'open_command',
+           'diff_command', 'report_command', 'params_command', 'verify_command', 'fetch_command', 'try_command',
+           'export_command', 'plan_row', 'plan_command', 'call', 'main']
 
 # %% ../nbs/cli.ipynb #944647c5
 import json
@@ -27,6 +27,7 @@ from .core import LabError, find_path, project_root, read_json
 from .runs.execute import execute_run, row_text
 from .runs.inputs import check_inputs
 from .runs.params import find_notebook, read_parameters, read_yaml, resolve_params, scales, shown
+from .runs.progress import Screen
 from .runs.run import check_inside, list_runs, read_run
 from .runs.sweep_file import Point, errors_at, expand
 from .runs.sweeps import finished_record, point_result, result_text, run_stages, sweep_report
@@ -148,11 +149,12 @@ def run_here(point,           # a `Point`
         return point_result(point, record)
 
     _say(f'{point.label}: running in {shown(point.folder)}')
-
-    def on_line(line):
-        _say(f'  {line}')
-
-    return point_result(point, execute_run(point.notebook, point.params, fresh=fresh, on_line=on_line))
+    screen = Screen()
+    try:
+        record = execute_run(point.notebook, point.params, fresh=fresh, on_line=screen.show, row_seconds=screen.seconds)
+    finally:
+        screen.clear()
+    return point_result(point, record)
 
 # %% ../nbs/cli.ipynb #8ccb13f1
 def _grouped(jobs: list, workers: int) -> list:
@@ -251,7 +253,7 @@ def _result_lines(result: dict, refused: bool) -> list:
 
 def closing(results: list) -> str:
     "What became of the runs, and which report to open."
-    reports = [f"open {result['report']}" for result in results if result['report']]
+    reports = [f"report: {result['report']}" for result in results if result['report']]
     if len(results) > _most_listed:
         return '\n'.join(reports[-1:])
     refused = exit_status(results) == 2
@@ -292,11 +294,21 @@ _JsonNotTable = _flag('--json', 'Print one JSON object instead of the table.')
 _JsonNotText = _flag('--json', 'Print one JSON object instead of text.')
 
 # %% ../nbs/cli.ipynb #8ee3cb6a
+_examples = """\b
+Examples:
+  llmft run params/finetune/lora.yaml --small    one run, on a laptop
+  llmft run params/sweeps/quickstart.yaml        three runs, compared
+  llmft run params/finetune/lora.yaml -p seed=1  another seed
+  llmft ls                                       what ran, and how it ended
+  llmft open finetune/lora                       its report in the browser
+  llmft try outputs/finetune/lora "Once upon"    base and tuned model
+  llmft COMMAND --help                           the options of a command"""
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help='Fine-tune language models: change a parameter file, get a report that can be trusted.',
+    epilog=_examples,
 )
 
 
@@ -454,6 +466,70 @@ def ls_command(outputs:_Outputs='outputs',     # folder
     else:
         print(f'no runs in {outputs} yet: llmft run params/... makes one')
 
+# %% ../nbs/cli.ipynb #cc33a224
+_Run = Annotated[str, typer.Argument(help='A run: its folder, or notebook/name.', metavar='RUN')]
+_OptionalRun = Annotated[str, typer.Argument(help='A run; without it the page over all runs.', metavar='RUN',
+                                             show_default=False)]
+
+
+def _page_of(run, outputs):
+    "The page of a run, or the one over all runs, written anew."
+    from llmft.runs.differences import find_run
+    from llmft.runs.overview import write_overview
+
+    if not run:
+        return write_overview(outputs)
+    page = find_run(run, outputs) / 'report.html'
+    if not page.is_file():
+        raise LabError(f'{shown(page)} is not there: llmft report {shown(page.parent)} writes it')
+    return page
+
+
+@app.command('open')
+def open_command(run:_OptionalRun='',         # folder or name
+                 outputs:_Outputs='outputs',  # folder
+):
+    "Show the report of a run, or the page over all runs."
+    import webbrowser
+
+    page = _page_of(run, outputs)
+    print(f'report: {shown(page)}')
+    webbrowser.open(Path(page).absolute().as_uri())
+
+# %% ../nbs/cli.ipynb #1a48015d
+_First = Annotated[str, typer.Argument(help='A run: its folder, or notebook/name.', metavar='A')]
+_Second = Annotated[str, typer.Argument(help='Another run.', metavar='B')]
+
+
+@app.command('diff')
+def diff_command(first:_First,                # folder or name
+                 second:_Second,              # folder or name
+                 outputs:_Outputs='outputs',  # folder
+                 as_object:_JsonNotText=False,  # for scripts
+):
+    "Compare two runs: parameters, results, versions, data."
+    from llmft.runs.differences import compare_runs, differences_text, find_run
+
+    found = compare_runs(find_run(first, outputs), find_run(second, outputs))
+    if as_object:
+        return _print_object(**found)
+    print(differences_text(found))
+
+# %% ../nbs/cli.ipynb #814e172d
+_Folder = Annotated[str, typer.Argument(help='Folder of a run.', metavar='FOLDER')]
+_Executed = Annotated[str, typer.Argument(help='The executed notebook, where the folder has none.', metavar='NOTEBOOK',
+                                          show_default=False)]
+
+
+@app.command('report')
+def report_command(folder:_Folder,          # of a run
+                   notebook:_Executed='',   # path
+):
+    "Write the report of a run, from its executed notebook."
+    from llmft.runs.differences import render_again
+
+    print(f'report: {shown(render_again(folder, notebook))}')
+
 # %% ../nbs/cli.ipynb #7f3b59dd
 _Notebook = Annotated[str, typer.Argument(help='Name or path of an experiment notebook.')]
 
@@ -462,7 +538,7 @@ _Notebook = Annotated[str, typer.Argument(help='Name or path of an experiment no
 def params_command(notebook:_Notebook,             # such as finetune
                    as_object:_JsonNotTable=False,  # for scripts
 ):
-    "List the parameters of a notebook: name, type, default, range and meaning."
+    "List the parameters of a notebook with their meaning."
     rows = [dict(name=p.name, type=p.type, default=p.default, range=p.range, meaning=p.help)
             for p in read_parameters(notebook)]
     if as_object:
@@ -569,7 +645,7 @@ _Model = Annotated[str, typer.Argument(help='Name of a model that can be fetched
 def fetch_command(name:_Model,                    # such as smollm2
                   as_object:_JsonNotTable=False,  # for scripts
 ):
-    "Put a pretrained model into this user's cache; then its name is a model everywhere."
+    "Fetch a pretrained model into the cache of this user."
     from llmft.data.sources import fetchables
     from llmft.models.fetch import fetch_model
     from llmft.models.load import model_says
@@ -610,7 +686,7 @@ def try_command(run:_Trained,                   # a model
                 seed:_Seed=0,                   # of the draws
                 as_object:_JsonNotText=False,   # for scripts
 ):
-    "Ask a trained model and its base the same, or talk with the trained one."
+    "Ask a trained model and its base, or talk with it."
     from llmft.inference.asking import ask_both, side_by_side
 
     options = dict(max_new_tokens=tokens, temperature=temperature, seed=seed)
@@ -644,7 +720,7 @@ def export_command(run:_Trained,                  # a model
                    public:_Public=False,          # on the hub
                    as_object:_JsonNotText=False,  # for scripts
 ):
-    "Write a trained model for other programs, and read it back."
+    "Write a trained model for other programs."
     from llmft.models.export import export_model, export_to_hub
 
     if form == 'hub':
@@ -735,7 +811,7 @@ def plan_command(params:_FilesOrNone=(),        # paths
                  table:_Table=False,            # models by cards instead of files
                  as_object:_JsonNotText=False,  # for scripts
 ):
-    "What runs will take: parameters, steps, operations, memory, time. Needs neither weights nor network."
+    "Say what runs will take: steps, memory, time."
     from llmft.runs.plan import make_plan
 
     if table:

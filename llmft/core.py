@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['assets', 'LabError', 'nearest', 'choose', 'require', 'write_atomic', 'jsonable', 'write_json', 'check_regular',
            'read_json', 'sha256_of', 'short_hash', 'seed_everything', 'purpose_rng', 'project_root', 'find_path',
-           'hub_answers', 'shows_bar', 'Html']
+           'hub_answers', 'shows_bar', 'is_news', 'Html']
 
 # %% ../nbs/core.ipynb #bc07d841
 import contextlib
@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import logging
 import os
 import random
 import sys
@@ -214,6 +215,15 @@ def shows_bar() -> bool:
     kernels = sys.modules.get('ipykernel.kernelapp')
     in_kernel = bool(kernels and kernels.IPKernelApp.initialized())
     return sys.stderr.isatty() or (in_kernel and 'LLMFT_MANAGED' not in os.environ)
+
+# %% ../nbs/core.ipynb #13bc24a3
+def is_news(record,  # of a logger
+)->bool:
+    "Whether a line of a library says anything about this run."
+    return 'Setting accelerator to CPU' not in record.getMessage()
+
+
+logging.getLogger('DeepSpeed').addFilter(is_news)
 
 # %% ../nbs/core.ipynb #3eec978f
 class Html(str):

@@ -34,8 +34,9 @@ def card(folder):
     facts = f"{run['notebook']}/{run['name']} · {run['seconds']:,.0f} s · {run['started'][:10]}"
 
     picture = ''
-    if 'src="data:image/png;base64,' in report:
-        picture = f'<img src="{page}.png" alt="a figure of {html.escape(run["name"])}" loading="lazy">'
+    if 'src="data:image/png;base64,' in report or '<svg role="img"' in report:
+        kind = 'svg' if '<svg role="img"' in report else 'png'  # as tools/docs.py saves it
+        picture = f'<img src="{page}.{kind}" alt="a figure of {html.escape(run["name"])}" loading="lazy">'
     return (
         f'<a class="card" href="{page}.html">{picture}<b>{title}</b>'
         f'<span class="verdict">{verdict}</span><span>{facts}</span></a>'

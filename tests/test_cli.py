@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def test_runs_end_with_the_report_to_open_and_are_not_repeated(project, capsys):
     assert call(['run', 'params/act/one.yaml', 'params/act/two.yaml', 'params/act/_small.yaml', '-p', 'seed=7']) == 0
     lines = capsys.readouterr().out.splitlines()
     assert (
-        lines[-2:] == ['open outputs/act/one/report.html', 'open outputs/act/two/report.html']
+        lines[-2:] == ['report: outputs/act/one/report.html', 'report: outputs/act/two/report.html']
         and Path(lines[-1].split()[1]).exists()
     )
     assert '  perplexity 4.5  rate 5e-05  tokens 20,480' in lines
@@ -256,3 +257,103 @@ def test_the_command_line_imports_nothing_heavy():
         text=True,
     )
     assert heavy.stdout.split() == []
+
+
+# ---- what a terminal shows
+
+slow = """import json, time
+for step in range(1, 9):
+    with open(run.folder / "log.jsonl", "a") as log:
+        row = dict(step=step, epoch=step / 4, loss=4 / step, tokens_per_sec=5700.2, seconds=step * 0.4, flops=38e9)
+        log.write(json.dumps(row) + "\\n")
+    time.sleep(0.4)
+print("trained")"""
+
+
+@pytest.fixture
+def slow_project(project):
+    counted = common + 'num_epochs: float = 2.0  # passes\n'
+    write_experiment('act', counted, cells[0], slow, cells[-1])
+    return project
+
+
+def test_in_a_terminal_one_line_rewrites_itself(slow_project):
+    parent, child = pty.openpty()
+    process = subprocess.Popen([*command, 'run', 'params/act/one.yaml'], stdout=child, stderr=subprocess.DEVNULL)
+    os.close(child)
+    seen = b''
+    while True:
+        try:
+            piece = os.read(parent, 4000)
+        except OSError:  # the other end was closed
+            break
+        if not piece:
+            break
+        seen += piece
+    text = seen.decode()
+    assert process.wait() == 0
+    states = [part.strip() for part in re.split('[\r\n]', text) if '/8  loss' in part]
+    assert len(states) >= 3 and any(re.fullmatch(r'\d/8  loss [\d.]+  5,700 tok/s  0:0\d left', state) for state in states)
+    assert 'flops' not in text and not any('/8  loss' in line.split('\r')[-1] for line in text.split('\r\n'))
+    assert 'report: outputs/act/one/report.html' in text and '  trained' in text
+
+
+def test_in_a_pipe_progress_is_a_plain_line_now_and_then(slow_project):
+    done = subprocess.run([*command, 'run', 'params/act/one.yaml'], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    progress = [line for line in lines if '/8  loss' in line]
+    assert done.returncode == 0 and len(progress) == 1 and 'flops' not in done.stdout and '\r' not in done.stdout
+    assert (Path('outputs/act/one/train.log').read_text().count('step ')) == 8  # the log keeps every row
+
+
+def test_the_help_has_examples_and_cuts_nothing_off_at_80_columns(project):
+    done = subprocess.run([*command, '--help'], capture_output=True, text=True, env=os.environ | dict(COLUMNS='80'))
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and not any(line.endswith('...') for line in lines[1:]) and max(map(len, lines)) <= 80
+    assert [line for line in lines if line.strip().startswith('llmft run params/finetune/lora.yaml --small')]
+    names = {line.split()[0] for line in lines if re.match('  [a-z]+  ', line)}
+    assert names == {'run', 'ls', 'open', 'diff', 'report', 'params', 'verify', 'fetch', 'try', 'export', 'plan'}
+
+
+# ---- after a run
+
+
+def test_diff_names_what_was_changed_and_what_came_of_it(project, capsys):
+    assert call(['run', 'params/act/one.yaml', 'params/act/two.yaml']) == 0
+    capsys.readouterr()
+    assert call(['diff', 'act/one', 'outputs/act/two']) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ['rate', '0.0002', '0.001'] in lines and ['seed', '0', '2'] in lines
+    assert ['rate', '0.0002', '0.001', '×', '5.00'] in lines and ['versions', '(A,', 'B):', 'the', 'same', 'in', 'both'] in lines
+    assert call(['diff', 'act/one', 'act/two', '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['params'] == dict(rate=[0.0002, 0.001], seed=[0, 2])
+    assert call(['diff', 'act/one', 'act/tow']) == 2 and "did you mean 'act/two'" in capsys.readouterr().err
+
+
+def test_open_shows_a_report_or_the_page_over_all_runs(project, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr('webbrowser.open', shown.append)
+    assert call(['run', 'params/act/one.yaml']) == 0 and (project / 'outputs/index.html').exists()
+    capsys.readouterr()
+    assert call(['open', 'act/one']) == 0 and capsys.readouterr().out == 'report: outputs/act/one/report.html\n'
+    assert call(['open']) == 0 and shown == [
+        (project / 'outputs/act/one/report.html').as_uri(),
+        (project / 'outputs/index.html').as_uri(),
+    ]
+    assert call(['open', 'act/noe']) == 2 and "did you mean 'act/one'" in capsys.readouterr().err
+
+
+def test_report_makes_the_page_again_and_hides_no_change(project, capsys):
+    assert call(['run', 'params/act/one.yaml']) == 0
+    page = project / 'outputs/act/one/report.html'
+    before = page.read_text()
+    page.write_text('changed')
+    assert read_run('outputs/act/one')['run']['status'] == 'altered'
+    took = re.compile('took [0-9.]+ s')  # the first page is written before the run has ended
+    assert call(['report', 'outputs/act/one']) == 0 and took.sub('', page.read_text()) == took.sub('', before)
+    assert read_run('outputs/act/one')['run']['status'] == 'done'
+    (project / 'outputs/act/one/metrics.json').write_text('{}')
+    assert call(['report', 'outputs/act/one']) == 2 and 'would hide that' in capsys.readouterr().err
+    assert read_run('outputs/act/one')['run']['status'] == 'altered'
+    (project / 'outputs/act/one/report.ipynb').unlink()
+    assert call(['report', 'outputs/nowhere']) == 2

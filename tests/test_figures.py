@@ -240,7 +240,7 @@ def test_tables_escape_mark_the_best_and_do_not_invent():
     shown = tables.table(rows, ['method', tables.column('loss', unit='nats', best='low', n='n')])
     assert '<b>full' not in shown and '&lt;b&gt;full' in shown and '<b>1.25</b>' in shown and '<b>1.50</b>' not in shown
     assert (
-        '<td>–<small>n = –</small></td>' in shown
+        '<td data-label="loss, nats">–<small>n = –</small></td>' in shown
         and '<small>nats</small>' in shown
         and 'overflow-x:auto' in shown
         and 'n = 10' in shown

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -12,11 +13,14 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import nbformat
 import pytest
+from house import write, write_experiment
 
 from llmft.core import LabError, assets, read_json, write_atomic, write_json
 from llmft.runs import provenance
 from llmft.runs import run as run_module
+from llmft.runs.execute import execute_run
 from llmft.runs.locks import hold, is_held, release
 from llmft.runs.provenance import fingerprint, library_hashes
 from llmft.runs.run import close_folder, list_runs, open_folder, read_run, reserve_bytes, start_run
@@ -373,6 +377,41 @@ def test_plain_papermill(tmp_path):
     process, folder = papermill('ok', tmp_path, '-f', str(tmp_path / 'a.yaml'))
     record = read_run(folder)
     assert process.returncode == 0 and record['run']['status'] == 'done' and record['params']['learning_rate'] == 2e-4
+
+
+def test_plain_papermill_leaves_the_report_of_the_runner(tmp_path, monkeypatch):
+    "The same page, but for what a run has of its own: times, id, command."
+    monkeypatch.chdir(tmp_path)
+    common = 'name: str = "first"  # name\noutputs: str = "outputs"  # folder\nsteps: int = 3  # count'
+    cells = [
+        'from llmft.runs.run import start_run\nrun = start_run("act", globals())',
+        'print("counted to", steps)',
+        'from IPython.display import HTML\nHTML("<b>bold</b>")',
+        'run.finish(dict(steps=steps), "It counted.")',
+    ]
+    write_experiment('act', common, *cells)
+    write('settings.ini', '')
+    arguments = ['nbs/experiments/act.ipynb', 'out.ipynb', '-p', 'name', 'plain', '-p', 'steps', '4']
+    done = subprocess.run([sys.executable, '-m', 'papermill', '--no-progress-bar', *arguments], capture_output=True)
+    assert done.returncode == 0, done.stderr
+    execute_run('act', dict(name='managed', steps=4), on_line=lambda line: None)
+
+    pages = {}
+    for name in ('plain', 'managed'):
+        assert read_run(f'outputs/act/{name}')['run']['status'] == 'done'  # sealed with the page in it
+        page = Path(f'outputs/act/{name}/report.html').read_text()
+        assert 'counted to 4' in page and '<b>bold</b>' in page and page.split('<main')[0].count('It counted.') == 1
+        pages[name] = re.sub(r'<span class="time">.*?</span>', '', page.split('<main')[1].split('<footer')[0])
+    assert pages['plain'] == pages['managed']
+    notebook = nbformat.read('out.ipynb', 4)
+    assert 'report: outputs/act/plain/report.html' in notebook.cells[-1].outputs[-1].text
+    assert 'act/plain' in Path('outputs/index.html').read_text()
+
+
+def test_plain_papermill_that_fails_leaves_a_report_too(tmp_path):
+    process, folder = papermill('raises', tmp_path)
+    page = (folder / 'report.html').read_text()
+    assert 'badge failed' in page and 'loss is not a number' in page and process.returncode != 0
 
 
 def test_plain_papermill_with_a_slip(tmp_path):

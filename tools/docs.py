@@ -80,10 +80,23 @@ def copy_reports(folder):
         notebook, name = report.parent.parts[-2:]
         target = folder / 'gallery' / notebook / f'{name}.html'
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(report, target)
-        figures = re.findall(r'src="data:image/png;base64,([^"]+)', report.read_text(encoding='utf-8'))
-        if figures:
-            target.with_suffix('.png').write_bytes(base64.b64decode(max(figures, key=len)))
+        text = report.read_text(encoding='utf-8')
+        target.write_text(text.replace('<div class="page">', f'<div class="page">{way_back}', 1), encoding='utf-8')
+        save_thumbnail(text, target)
+
+
+way_back = '<p class="home"><a href="../../gallery.html">Gallery of llmft</a></p>'
+
+
+def save_thumbnail(text, target):
+    "Put the figure under the verdict of a report beside its copy; of an older report the richest one."
+    drawing = re.search(r'(?s)<svg role="img".*?</svg>', text)
+    figures = re.findall(r'src="data:image/png;base64,([^"]+)', text)
+    if drawing:
+        whole = drawing[0].replace('<svg', '<svg xmlns="http://www.w3.org/2000/svg"', 1)
+        target.with_suffix('.svg').write_text(whole, encoding='utf-8')
+    elif figures:
+        target.with_suffix('.png').write_bytes(base64.b64decode(max(figures, key=len)))
 
 
 def render(processed, target):

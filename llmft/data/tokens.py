@@ -7,7 +7,7 @@ __all__ = ['special_tokens', 'chat_template', 'policies', 'train_tokenizer', 'lo
            'control_tokens', 'looks_like_control', 'spell_control', 'keep_as_text', 'rendered_rows', 'text_rows',
            'edges', 'begun', 'turn_ends', 'are_rendered', 'prompt_tokens', 'Examples', 'token_type', 'masked_examples',
            'TokenWriter', 'side_facts', 'boundaries', 'read_side', 'encode', 'text_notes', 'scored_bytes',
-           'read_tokens', 'Policy', 'cut', 'show_tokens']
+           'read_tokens', 'Policy', 'cut', 'show_tokens', 'show_losses']
 
 # %% ../../nbs/data/04_tokens.ipynb #8116180d
 import html
@@ -645,7 +645,7 @@ def _readable(ids, tokenizer):
 
 def _shaded(text, trained, steers):
     "The text of one token in a span, shaded where it is trained on, framed where it steers."
-    style = 'background:#0072b233' if trained else 'opacity:.6'
+    style = 'background:#0072b233' if trained else 'opacity:.75'
     frame = ';outline:1px solid #d55e00' if steers else ''
     text = html.escape(text).replace('\n', '⏎<br>')
     return f'<span style="border-radius:3px;margin-right:1px;{style}{frame}">{text}</span>'
@@ -681,3 +681,39 @@ def show_tokens(examples:Examples,  # where the example is taken from
     shown += left_out + _shades(examples, start, tail, end, tokenizer)
     line = 'font-family:monospace;line-height:1.5;white-space:pre-wrap'
     return Html(f'<div style="{line}">{shown}</div>')
+
+# %% ../../nbs/data/04_tokens.ipynb #23e9c6df
+_full_colour = 3.0  # nats of change from which a token has the full colour
+
+
+def _change_span(text, before, after):
+    "The text of a token, coloured by how its loss changed."
+    strength = min(1.0, abs(after - before) / _full_colour)
+    colour = '#0072b2' if after < before else '#d55e00'
+    style = f'border-radius:3px;margin-right:1px;background:{colour}{round(strength * 112):02x}'
+    text = html.escape(text).replace('\n', '⏎<br>')
+    return f'<span style="{style}" title="{before:.2f} before, {after:.2f} after">{text}</span>'
+
+
+def show_losses(examples:Examples,  # where the example is taken from
+                row:int,            # which example
+                tokenizer,          # the one that made the ids
+                before_T,           # loss of each of its tokens but the first, nats; from one model
+                after_T,            # the same from another one
+                most:int=200,       # tokens to show
+)->Html:                            # a line of tokens that a notebook shows in colour
+    "One example with its tokens coloured by the change of their loss; the first has none."
+    start = int(examples.starts[row])
+    ids = examples.ids[start:min(int(examples.ends[row]), start + most)]
+    if len(ids) - 1 > min(len(before_T), len(after_T)):
+        raise LabError(f'{len(ids) - 1} tokens have {len(before_T)} and {len(after_T)} losses: give one for each')
+
+    spans = []
+    done = 0
+    for text, last in _readable(ids, tokenizer):
+        first = max(done, 1)
+        losses = [float(sum(each[first - 1:last])) for each in (before_T, after_T)]
+        spans.append(_change_span(text, *losses) if last else html.escape(text))
+        done = last + 1
+    line = 'font-family:monospace;line-height:1.6;white-space:pre-wrap'
+    return Html(f'<div style="{line}">{"".join(spans)}</div>')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['palette', 'ink', 'muted', 'faint', 'ground', 'type_scale', 'style', 'sides', 'Plot', 'new_plot', 'panels',
-           'show_number', 'byte_unit', 'is_number', 'require_values', 'running_mean', 'loss_points', 'spread',
-           'name_lines', 'loss_curves', 'learning_rate_curve', 'make_room', 'bars', 'pareto', 'label_box',
-           'place_labels', 'frontier', 'memory_bars', 'length_histogram']
+           'require_values', 'running_mean', 'loss_points', 'spread', 'name_lines', 'loss_curves',
+           'learning_rate_curve', 'make_room', 'bars', 'pareto', 'label_box', 'place_labels', 'frontier', 'memory_bars',
+           'length_histogram']
 
 # %% ../../nbs/runs/06_figures.ipynb #ccae0173
 import io
@@ -21,6 +21,8 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from ..core import LabError, nearest
+from .numbers import byte_unit, is_number, memory_error, show_number
+from .pictures import describe, most_told, tell
 
 # %% ../../nbs/runs/06_figures.ipynb #0f684554
 palette = ['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#4A4A4A']
@@ -91,7 +93,7 @@ def new_plot(title:str,       # what is shown, in one line
 
     if note:
         _add_note(axes, note)
-    return plot, axes
+    return describe(plot, title, note), axes
 
 # %% ../../nbs/runs/06_figures.ipynb #9e0aba1c
 def _add_heading(plot, title, note):
@@ -115,58 +117,7 @@ def panels(rows:int,      # panels down
     plot = Plot(figsize=(width, rows * height + 0.7), layout='constrained')
     axes = plot.subplots(rows, columns, squeeze=False, **shared)
     _add_heading(plot, title, note)
-    return plot, axes
-
-# %% ../../nbs/runs/06_figures.ipynb #109b6223
-def _decimal_places(rounded, digits):
-    "Digits behind the point of a number that shows so many significant ones."
-    return max(0, digits - 1 - math.floor(math.log10(abs(float(rounded)))))
-
-
-def _show_fraction(value, digits):
-    "A float with so many significant digits, as a decimal number where that is short."
-    rounded = f'{value:.{digits - 1}e}'
-    if value and not 1e-4 <= abs(value) < 1e9:
-        return rounded.replace('e-0', 'e-').replace('e+0', 'e')
-    places = _decimal_places(rounded, digits) if value else 0
-    text = f'{value:,.{places}f}'
-    return text.rstrip('0').rstrip('.') if '.' in text and abs(value) < 1e-2 else text
-
-
-def _is_unknown(value):
-    "Whether a number is missing, infinite or not a number."
-    return value is None or (isinstance(value, float) and not math.isfinite(value))
-
-
-def show_number(value,         # a number, a bool, text, or None
-                digits:int=3,  # significant digits of a fraction
-)->str:                        # text for a reader
-    "`value` as text: thousands with commas, fractions to `digits` significant digits, unknown as an en dash."
-    if hasattr(value, 'item'):
-        value = value.item()
-    if _is_unknown(value):
-        return '–'
-    if isinstance(value, bool):
-        return 'yes' if value else 'no'
-    if isinstance(value, int):
-        return f'{value:,}'
-    return _show_fraction(value, digits) if isinstance(value, float) else str(value)
-
-# %% ../../nbs/runs/06_figures.ipynb #bd4c78c2
-def byte_unit(sizes,  # numbers of bytes
-):                    # (name of the unit, bytes in one)
-    "The largest binary unit of which the biggest of `sizes` holds at least one."
-    most = max((size for size in sizes if size), default=1)
-    for name, power in (('GiB', 30), ('MiB', 20), ('KiB', 10)):
-        if most >= 2**power:
-            return name, 2**power
-    return 'bytes', 1
-
-# %% ../../nbs/runs/06_figures.ipynb #78735586
-def is_number(value,  # a number, None, anything
-)->bool:
-    "Whether `value` is a finite number."
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and math.isfinite(value)
+    return describe(plot, title, note), axes
 
 # %% ../../nbs/runs/06_figures.ipynb #2fb91a73
 def require_values(values,     # what there is to draw
@@ -326,17 +277,32 @@ def _draw_training(axes, train, window, colour, dashes):
     return mean
 
 
-def _draw_dots(axes, held, colour, joined):
+def _draw_dots(axes, held, colour, joined, name):
     "Draw the held-out losses of one run."
-    axes.plot(*held, color=colour, linestyle='-' if joined else '', marker='o', markersize=6, markeredgecolor=ground,
-              markeredgewidth=1, zorder=3)
+    (dots,) = axes.plot(*held, color=colour, linestyle='-' if joined else '', marker='o', markersize=6,
+                        markeredgecolor=ground, markeredgewidth=1, zorder=3)
+    tell(dots, _point_words(name, 'held-out loss', held))
 
 
-def _draw_loss(axes, train, held, window, index):
+def _point_words(name, what, points):
+    "What each point of a line stands for."
+    return [f'{name}, step {step:,.0f}: {what} {show_number(float(value))}'
+            for step, value in zip(*points, strict=True)]
+
+
+def _draw_words(axes, train, name):
+    "Unseen marks over the training losses, which carry their words."
+    if len(train[0]) <= most_told:
+        (marks,) = axes.plot(*train, linestyle='', marker='o', markersize=8, alpha=0, zorder=2)
+        tell(marks, _point_words(name, 'loss', train))
+
+
+def _draw_loss(axes, train, held, window, index, name):
     "Draw the losses of one run; gives back the x, the y and the colour of the last point of its line."
     colour, dashes = _line_style(index)
     mean = _draw_training(axes, train, window, colour, dashes)
-    _draw_dots(axes, held, colour, joined=not _has_points(train))
+    _draw_words(axes, train, name)
+    _draw_dots(axes, held, colour, not _has_points(train), name)
 
     steps, losses = (train[0], mean) if _has_points(train) else held
     return steps[-1], losses[-1], colour
@@ -363,7 +329,8 @@ def loss_curves(runs:dict,               # name -> logged rows with `step` and `
 
     height = max(4, 1.3 + 0.19 * len(lines))
     plot, axes = new_plot(title, _loss_note(lines, names, longest, window), height)
-    ends = [(name, *_draw_loss(axes, *points, window, index)) for index, (name, points) in enumerate(lines.items())]
+    ends = [(name, *_draw_loss(axes, *points, window, index, name))
+            for index, (name, points) in enumerate(lines.items())]
     axes.set(xlabel='optimiser step', ylabel=f'loss, {unit}')
     _whole_steps(axes)
     axes.margins(x=0.02)
@@ -430,10 +397,11 @@ def _draw_bars(axes, values, baseline):
     "Horizontal bars with their values and the ratios to the baseline, which is grey."
     lengths = [value if is_number(value) else 0 for value in values.values()]
     colours = [muted if name == baseline else palette[0] for name in values]
-    axes.barh(range(len(values)), lengths, color=colours, height=0.68)
+    drawn = axes.barh(range(len(values)), lengths, color=colours, height=0.68)
     for row, (name, value) in enumerate(values.items()):
         ratio = '' if name == baseline else _ratio_text(value, values.get(baseline))
         _label_bar(axes, show_number(value) + ratio, max(lengths[row], 0), row)
+        tell(drawn[row], f'{name}: {show_number(value)}{ratio}')
 
 
 def _check_bars(values, title, baseline):
@@ -598,7 +566,9 @@ def _draw_points(axes, points, best, better):
         _join_best(axes, points, best, better)
     for name, point in points.items():
         fill = palette[0] if name in best else ground
-        axes.plot(*point, 'o', markersize=8, color=palette[0], markerfacecolor=fill, markeredgewidth=1.5, zorder=3)
+        (mark,) = axes.plot(*point, 'o', markersize=8, color=palette[0], markerfacecolor=fill, markeredgewidth=1.5,
+                            zorder=3)
+        tell(mark, f'{name}: {show_number(float(point[0]))}, {show_number(float(point[1]))}')
 
 
 def _frontier_note(note, better, unknown):
@@ -634,8 +604,9 @@ def _peak_text(peak, predicted, size):
     "The measured peak and its difference to the prediction."
     if not is_number(peak):
         return 'measured –'
-    over = f' ({100 * peak / predicted - 100:+.0f} %)'.replace('-', '−') if predicted else ''
-    return f'measured {show_number(float(peak / size))}{over}'
+    error = memory_error(predicted, peak)
+    off = '' if error is None else f' (prediction {100 * error:+.0f} %)'.replace('-', '−')
+    return f'measured {show_number(float(peak / size))}{off}'
 
 
 def _stack_parts(axes, parts, named, row, size):
@@ -643,8 +614,9 @@ def _stack_parts(axes, parts, named, row, size):
     left = 0
     for index, part in enumerate(parts):
         width = (named.get(part) or 0) / size
-        axes.barh(row - 0.19, width, left=left, height=0.34, color=palette[index % len(palette)], edgecolor=ground,
-                  linewidth=0.6, label=None if row else part)
+        bar = axes.barh(row - 0.19, width, left=left, height=0.34, color=palette[index % len(palette)],
+                        edgecolor=ground, linewidth=0.6, label=None if row else part)
+        tell(bar[0], f'{part}: {show_number(float(width))}')
         left += width
 
 
@@ -661,14 +633,28 @@ def _draw_measured(axes, peak, predicted, row, size):
     _label_bar(axes, _peak_text(peak, predicted, size), length, row + 0.19)
 
 
+def _mark_peak(axes, predicted, row, size):
+    "A line across the stacked parts where their peak is, which is less than their sum."
+    axes.vlines(predicted / size, row - 0.42, row + 0.04, color=ground, linewidth=4, zorder=3)
+    axes.vlines(predicted / size, row - 0.42, row + 0.04, color=ink, linewidth=2, zorder=4)
+
+
+def _predicted_text(named, predicted, total, size):
+    "The predicted peak, and the sum of the parts where that is more."
+    if not named:
+        return 'no prediction'
+    text = ('peak ' if 'total' in named else '') + show_number(float(predicted / size))
+    return f'{text}, parts {show_number(float(total / size))}' if predicted < total else text
+
+
 def _memory_row(axes, parts, named, row, size):
     "The predicted bar of one run and its text; gives back the predicted peak, bytes."
     total = _sum_of(parts, named)
     predicted = named.get('total') or total
     _stack_parts(axes, parts, named, row, size)
-    name = 'peak ' if 'total' in named else ''
-    text = name + show_number(float(predicted / size)) if named else 'no prediction'
-    _label_bar(axes, text, total / size, row - 0.19)
+    if predicted < total:
+        _mark_peak(axes, predicted, row, size)
+    _label_bar(axes, _predicted_text(named, predicted, total, size), max(total, predicted) / size, row - 0.19)
     return predicted
 
 
@@ -706,7 +692,10 @@ def memory_bars(predicted:dict,      # name -> {part: bytes}, or None when unkno
     totals = [_sum_of(parts, named) for named in predicted.values()]
     unit, size = byte_unit([*totals, *filter(is_number, measured.values())])
 
-    plot, axes = _memory_plot(title, note, parts, len(predicted))
+    apart = any((named.get('total') or 0) < total for named, total in zip(predicted.values(), totals, strict=True)
+                if 'total' in named)
+    meaning = 'black line: peak, since not all parts exist at once' if apart else ''
+    plot, axes = _memory_plot(title, _joined([note, meaning]), parts, len(predicted))
     for row, (name, named) in enumerate(predicted.items()):
         peak = _memory_row(axes, parts, named, row, size)
         if name in measured:

@@ -5,20 +5,27 @@
 # %% auto #0
 __all__ = ['text_limit', 'html_limit', 'policy', 'clean_html', 'ansi_state', 'ansi_html', 'last_state', 'math_html', 'data_uri',
            'slug', 'in_box', 'code_html', 'markdown_html', 'duration', 'folded', 'text_box', 'safe_html', 'widget_text',
-           'rich_html', 'output_html', 'parameters_html', 'cell_html', 'when', 'notice_html', 'header_html', 'plain',
-           'footer_html', 'split_title', 'render_report', 'warm_up']
+           'rich_html', 'output_html', 'parameters_html', 'changed_values', 'chips_html', 'cell_html', 'shown_cells',
+           'take_lead', 'in_sections', 'split_pending', 'section_html', 'when', 'run_command_of', 'next_commands',
+           'commands_html', 'notice_html', 'logged_rows', 'logged_figure', 'header_html', 'plain', 'footer_html',
+           'split_title', 'render_report', 'write_reports', 'warm_up']
 
 # %% ../../nbs/runs/08_report.ipynb #7d6ff13f
 import base64
 import importlib
+import json
 import mimetypes
 import re
+import shlex
 from datetime import datetime
 from html import escape, unescape
 from pathlib import Path
 
-from ..core import LabError, assets
+from ..core import LabError, assets, read_json, write_atomic
+from .numbers import show_number
 from .params import parse_parameters
+from .pictures import inline_svg
+from .verdict import stamp_verdict
 
 # %% ../../nbs/runs/08_report.ipynb #fbee62c0
 _math_tags = set('annotation math menclose merror mfrac mi mmultiscripts mn mo mover mpadded mphantom mprescripts '
@@ -30,7 +37,7 @@ _math_attributes = set('accent accentunder columnalign columnlines columnspacing
                        'voffset width'.split())
 _attributes = {
     '*': {'class', 'id', 'style', 'tabindex', 'title'}, 'a': {'href'}, 'img': {'alt', 'height', 'src', 'width'},
-    'details': {'open'}, 'ol': {'start'}, 'td': {'align', 'colspan', 'rowspan'},
+    'details': {'open'}, 'ol': {'start'}, 'td': {'align', 'colspan', 'data-label', 'rowspan'},
     'th': {'align', 'colspan', 'rowspan', 'scope'}} | {tag: _math_attributes for tag in _math_tags}
 _styles = set('background background-color border-radius color font-family font-style font-weight line-height '
               'margin margin-left margin-right max-width opacity overflow-x padding text-align text-decoration '
@@ -170,10 +177,19 @@ def slug(text:str,  # of a heading, HTML
     return re.sub(r'\W+', '-', re.sub(r'<[^>]*>', '', text).lower()).strip('-')
 
 # %% ../../nbs/runs/08_report.ipynb #48abd29e
+def _with_scopes(table):
+    "A table whose header cells say what they are headers of."
+    def in_head(head):
+        return re.sub(r'<th\b(?![^>]*\bscope=)', '<th scope="col"', head[0])
+
+    table = re.sub(r'(?s)<thead\b.*?</thead>', in_head, table)
+    return re.sub(r'<th\b(?![^>]*\bscope=)', '<th scope="row"', table)
+
+
 def in_box(table:str,  # HTML
 )->str:
     "A table in a box of its own, which scrolls sideways when the table is wider than the page."
-    return f'<div class="scroll table" tabindex="0">{table}</div>'
+    return f'<div class="scroll table" tabindex="0">{_with_scopes(table)}</div>'
 
 # %% ../../nbs/runs/08_report.ipynb #b3bcc37b
 def _token_classes():
@@ -312,16 +328,29 @@ def widget_text(model:str,   # id of the widget
 _image_kinds = ('image/svg+xml', 'image/png', 'image/jpeg', 'image/gif', 'image/webp')
 
 
-def _image_html(kind, content, facts):
-    "An image of an output as part of the page."
-    if kind == 'image/svg+xml':
-        content = base64.b64encode(content.encode()).decode()
-    address = _as_data(kind, content)
-    if not address:
-        return '<p class="missing">An image that cannot be read was left out; it is in report.ipynb.</p>'
-    width = facts.get('width') if isinstance(facts, dict) else None
+def _facts_of(facts):
+    "(what an image shows, its width as an attribute), from what the notebook says about it."
+    facts = facts if isinstance(facts, dict) else {}
+    width = facts.get('width')
     size = f' width="{int(width)}"' if isinstance(width, (int, float)) else ''
-    return f'<div class="figure"><img alt="figure" src="{address}"{size}></div>'
+    return str(facts.get('alt') or 'figure'), size
+
+
+def _image_html(kind, content, facts):
+    "An image of an output as part of the page; '' for one that cannot be read."
+    words, size = _facts_of(facts)
+    if kind == 'image/svg+xml':
+        drawing = inline_svg(content, words if words != 'figure' else '')
+        return f'<div class="figure">{drawing}</div>' if drawing else ''
+    address = _as_data(kind, content)
+    return f'<div class="figure"><img alt="{escape(words)}" src="{address}"{size}></div>' if address else ''
+
+
+def _first_image(data, details):
+    "The first image of an output that can be read; a line that says so where none can."
+    shown = (_image_html(kind, data[kind], details.get(kind)) for kind in _image_kinds if kind in data)
+    return next(filter(None, shown), '<p class="missing">An image that cannot be read was left out; '
+                                     'it is in report.ipynb.</p>')
 
 
 def rich_html(data:dict,     # type -> content
@@ -336,9 +365,8 @@ def rich_html(data:dict,     # type -> content
         return f'<p class="progress">{escape(text)}</p>'
     if 'text/html' in data:
         return f'<div>{safe_html(data["text/html"])}</div>'
-    for kind in _image_kinds:
-        if kind in data:
-            return _image_html(kind, data[kind], details.get(kind))
+    if any(kind in data for kind in _image_kinds):
+        return _first_image(data, details)
 
     if 'text/markdown' in data:
         return markdown_html(data['text/markdown'], folder)
@@ -381,7 +409,7 @@ def _parameter_row(parameter, value, is_changed):
     value = _value_text(value)
     default = _value_text(parameter.default) if is_changed else ''
     css = ' class=changed' if default else ''
-    cells = [f'<td>{escape(parameter.name)}</td>', f'<td title="{value}">{value}</td>',
+    cells = [f'<th scope="row">{escape(parameter.name)}</th>', f'<td title="{value}">{value}</td>',
              f'<td class="was">{default}</td>', f'<td>{escape(parameter.help)}</td>']
     return f"<tr{css}>{''.join(cells)}</tr>"
 
@@ -394,18 +422,51 @@ def _parameter_table(declared, changed, params):
     return in_box(f"<table>{head}<tbody>{''.join(rows)}</tbody></table>")
 
 
+def _declared(source):
+    "What a parameters cell declares; nothing where it is no such cell."
+    try:
+        return parse_parameters(source, 'parameters cell')
+    except LabError:
+        return []
+
+
+def _changed(declared, params):
+    "The parameters that the run had otherwise than the notebook."
+    return [each for each in declared if each.name in params and params[each.name] != each.default]
+
+
 def parameters_html(source:str,   # text of the parameters cell
                     params:dict,  # name -> value the run had
 )->str:                           # HTML; '' when the cell declares nothing
     "A folded table of all parameters: value, default where it differs, meaning."
-    try:
-        declared = parse_parameters(source, 'parameters cell')
-    except LabError:
+    declared = _declared(source)
+    changed = _changed(declared, params)
+    if not declared:
         return ''
-    changed = [each for each in declared if each.name in params and params[each.name] != each.default]
     table = _parameter_table(declared, changed, params)
     summary = f"<span>{len(declared)} parameters, {len(changed)} changed from the notebook's defaults</span>"
     return _details(summary, f'<div class="params">{table}</div>', 'code')
+
+# %% ../../nbs/runs/08_report.ipynb #3d87d61f
+_where = ('name', 'outputs', 'wandb')  # parameters that decide nothing about the result
+_longest_chip = 60  # characters of a value
+
+
+def changed_values(notebook,     # with a cell tagged parameters
+                   params:dict,  # name -> value the run had
+)->dict:                         # name -> value, of those that differ from the notebook's
+    "Which parameters make a run differ from the notebook's defaults."
+    sources = [cell.source for cell in notebook.cells if 'parameters' in cell.metadata.get('tags', [])]
+    declared = [each for source in sources for each in _declared(source)]
+    return {each.name: params[each.name] for each in _changed(declared, params) if each.name not in _where}
+
+# %% ../../nbs/runs/08_report.ipynb #d8124f8f
+def chips_html(changed:dict,  # name -> value
+)->str:                       # HTML; '' for nothing
+    "The changed parameters as a list in one paragraph."
+    texts = {name: _value_text(value) for name, value in changed.items()}
+    chips = [f'<li title="{text}"><b>{escape(name)}</b> {text[:_longest_chip]}</li>' for name, text in texts.items()]
+    return f"""<ul class="chips" aria-label="changed parameters">{''.join(chips)}</ul>""" if chips else ''
 
 # %% ../../nbs/runs/08_report.ipynb #5e83198a
 def cell_html(cell,          # a cell of the executed notebook
@@ -417,16 +478,126 @@ def cell_html(cell,          # a cell of the executed notebook
     if cell.cell_type == 'markdown':
         return markdown_html(cell.source, folder, cell.get('attachments'))
     tags = cell.metadata.get('tags', [])
-    if cell.cell_type != 'code' or not cell.source.strip() or 'injected-parameters' in tags:
+    if cell.cell_type != 'code' or not cell.source.strip():
         return ''
 
     timing = cell.metadata.get('papermill', {})
     status = escape(str(timing.get('status', '')))
     code = parameters_html(cell.source, params) if 'parameters' in tags else ''
-    missing = '<p class="missing">This cell did not run.</p>' if status == 'pending' else ''
     outputs = ''.join(output_html(output, widgets, folder) for output in cell.outputs)
     anchor = ' id="broken"' if status == 'failed' else ''
-    return f'<div class="cell {status}"{anchor}>{code or folded(cell.source, timing)}{missing}{outputs}</div>\n'
+    return f'<div class="cell {status}"{anchor}>{code or folded(cell.source, timing)}{outputs}</div>\n'
+
+# %% ../../nbs/runs/08_report.ipynb #a35dd611
+_machinery = {'llmft-status', 'injected-parameters'}  # tags of cells that a runner adds
+
+
+def _without_repeats(output, run):
+    "An output without what the page says elsewhere; `None` when nothing is left."
+    if output.output_type == 'stream':
+        line = f"{run['notebook']}/{run['name']} · run {run['id']}"
+        kept = [text for text in output.text.split('\n') if not text.startswith(line)]
+        return type(output)(output | dict(text='\n'.join(kept))) if ''.join(kept).strip() else None
+    shown = output.get('data', {}).get('text/markdown', '')
+    is_verdict = run['status'] == 'done' and shown and shown.strip() == (run.get('verdict') or '').strip()
+    return None if is_verdict else output
+
+
+def shown_cells(notebook,    # executed
+                run:dict,    # the section `run` of run.json
+)->list:                     # copies of cells
+    "The cells of the page, without machinery and without what it says elsewhere."
+    cells = [cell.copy() for cell in notebook.cells if not _machinery & set(cell.metadata.get('tags', []))]
+    cells = [cell for cell in cells if cell.cell_type != 'code' or 'import google.colab' not in cell.source]
+    for cell in cells:
+        if cell.cell_type == 'code':
+            cell['outputs'] = list(filter(None, (_without_repeats(output, run) for output in cell.outputs)))
+    return cells
+
+# %% ../../nbs/runs/08_report.ipynb #8a539f22
+def _figure_name(output):
+    "By which name `run.figure` saved an image; '' for other outputs."
+    return output.get('metadata', {}).get('image/png', {}).get('name', '')
+
+
+def take_lead(cells,  # from `shown_cells`; the output that is chosen leaves its cell
+):                    # an output, or `None`
+    "The figure that says most about a run: its loss, else the first one that is not about the data."
+    named = [(cell, output) for cell in cells for output in cell.get('outputs', []) if _figure_name(output)]
+    losses = [pair for pair in named if _figure_name(pair[1]) == 'loss']
+    others = [pair for pair in named if _figure_name(pair[1]) != 'lengths']
+    if not (losses or others):
+        return None
+    cell, output = (losses or others)[0]
+    cell['outputs'] = [each for each in cell.outputs if each is not output]
+    return output
+
+# %% ../../nbs/runs/08_report.ipynb #29823383
+_heading = re.compile(r'(?m)^##\s+(.+?)\s*$')
+
+
+def in_sections(cells,  # of a notebook
+)->list:                # lists of cells; each but the first begins with a second-level heading
+    "The cells by section."
+    sections = [[]]
+    for cell in cells:
+        if cell.cell_type == 'markdown' and _heading.search(cell.source):
+            sections.append([])
+        sections[-1].append(cell)
+    return [section for section in sections if section]
+
+
+def _name_of(section):
+    "The heading of a section, '' where it has none."
+    found = _heading.search(section[0].source) if section[0].cell_type == 'markdown' else None
+    return found[1] if found else ''
+
+
+def _is_bare(section):
+    "Whether a section has a heading and code, and neither text nor output, nor the cell that broke the run."
+    texts = [re.sub(r'(?m)^#+\s.*$', '', cell.source) for cell in section if cell.cell_type == 'markdown']
+    outputs = [output for cell in section for output in cell.get('outputs', [])]
+    others = [cell for cell in section if 'parameters' in cell.metadata.get('tags', [])
+              or cell.metadata.get('papermill', {}).get('status') == 'failed']
+    return bool(_name_of(section)) and not (''.join(texts).strip() or outputs or others)
+
+# %% ../../nbs/runs/08_report.ipynb #a7baea4b
+def _has_run(cell):
+    "Whether a cell was reached, as far as papermill says."
+    return cell.metadata.get('papermill', {}).get('status') != 'pending'
+
+
+def split_pending(cells,  # of the page
+)->tuple:                 # (cells up to the last that was reached, cells that were not)
+    "Where a run broke off; the headings of sections that were never reached go with them."
+    last = max((number for number, cell in enumerate(cells) if cell.cell_type == 'code' and _has_run(cell)), default=-1)
+    waiting = any(cell.cell_type == 'code' for cell in cells[last + 1:])
+    end = last + 1 if waiting else len(cells)
+    return cells[:end], cells[end:]
+
+# %% ../../nbs/runs/08_report.ipynb #f68ac2f4
+def _folded_cells(words, parts, css):
+    "Cells under one line."
+    return _details(f'<span>{words}</span>', ''.join(parts), css)
+
+
+def _with_caption(page, name):
+    "Tables without a caption get the name of their section, which is read aloud and not shown."
+    caption = f'<caption class="unseen">{escape(re.sub(r"[`*_]", "", name))}</caption>'
+    return re.sub(r'(<table\b[^>]*>)(?!\s*<caption)', lambda table: table[1] + caption, page) if name else page
+
+
+def section_html(section:list,   # cells
+                 params:dict,    # name -> value the run had
+                 widgets:dict,   # id -> state of all widgets of the notebook
+                 folder=None,    # where relative images are looked for
+)->str:                          # HTML
+    "A section of the page."
+    name = _name_of(section)
+    if _is_bare(section):
+        code = [cell_html(cell, params, widgets, folder) for cell in section if cell.cell_type == 'code']
+        return _folded_cells(f'{escape(name)}: code without output', code, 'code') if ''.join(code) else ''
+    return _with_caption(''.join(cell_html(cell, params, widgets, folder) for cell in section), name)
 
 # %% ../../nbs/runs/08_report.ipynb #ed3008ac
 def when(text,  # an ISO time, or None
@@ -434,15 +605,113 @@ def when(text,  # an ISO time, or None
     "A time as people write it."
     return datetime.fromisoformat(text).strftime('%-d %B %Y, %H:%M') if text else 'unknown'
 
+# %% ../../nbs/runs/08_report.ipynb #c32194d0
+def _assignment(name, value):
+    "A parameter as an argument of `llmft run`, quoted for a shell."
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return f'-p {shlex.quote(f"{name}={text}")}'
+
+
+def run_command_of(record:dict,    # run.json
+                   changed:dict,   # from `changed_values`
+)->str:                            # a command line without the run's name
+    "How to run the same again from a terminal: the command it came from, or its notebook with what was changed."
+    command = str(record['run'].get('command') or '')
+    is_plain = command.startswith('llmft run params/') and 'sweeps/' not in command and ' -p ' not in command
+    if is_plain and command.count('.yaml') == 1:
+        return command.replace(' --fresh', '')
+    notebook = f"nbs/experiments/{record['run']['notebook']}.ipynb"
+    return ' '.join(['llmft run', shlex.quote(notebook), *(_assignment(*item) for item in changed.items())])
+
+# %% ../../nbs/runs/08_report.ipynb #b789c627
+def _variation(params):
+    "(name, another value) of one parameter; `None` where a run has neither a learning rate nor a seed."
+    if isinstance(params.get('learning_rate'), float):
+        return 'learning_rate', float(f"{params['learning_rate'] / 2:.4g}")
+    return ('seed', params['seed'] + 1) if isinstance(params.get('seed'), int) else None
+
+
+def next_commands(record:dict,   # run.json
+                  folder,        # of the run
+                  changed:dict,  # from `changed_values`
+)->dict:                         # what for -> a command line
+    "What can be done with a finished run: try what it trained, vary it, compare it with the variation."
+    run = record['run']
+    name = str(run['name'])
+    label = f"{run['notebook']}/{name}"
+    commands = {}
+    if folder and any((Path(folder) / weights).is_dir() for weights in ('adapter', 'model', 'merged')):
+        place = Path(str(record['params'].get('outputs', 'outputs'))) / str(run['notebook']) / name
+        commands['Try it'] = f'llmft try {shlex.quote(str(place))} "your prompt"'
+
+    variation = _variation(record['params'])
+    if variation:
+        others = {each: value for each, value in changed.items() if each != variation[0]}
+        command = run_command_of(record, others)
+        again = f"{command} {_assignment('name', f'{name}-2')} {_assignment(*variation)}"
+        commands |= {'Vary it': again, 'Compare it': f"llmft diff {shlex.quote(label)} {shlex.quote(f'{label}-2')}"}
+    return commands
+
+# %% ../../nbs/runs/08_report.ipynb #5efeec9e
+def commands_html(commands:dict,  # from `next_commands`
+)->str:                           # HTML; '' for none
+    "Commands with what they are for."
+    rows = [f'<dt>{escape(words)}</dt><dd><code>{escape(line)}</code></dd>' for words, line in commands.items()]
+    return f"""<dl class="next">{''.join(rows)}</dl>""" if rows else ''
+
 # %% ../../nbs/runs/08_report.ipynb #b44be9f0
-def notice_html(run:dict,  # the section `run` of run.json
-)->str:                    # HTML
-    "What went wrong, or what the run concluded: the most important line of the page."
+def _how_to_continue(run, folder):
+    "How an interrupted or failed run goes on, HTML."
+    command = str(run.get('command') or '')
+    again = f'<code>{escape(command)}</code>' if command.startswith('llmft run') else 'run the notebook again'
+    saved = folder is not None and any((Path(folder) / 'checkpoints').glob('*'))
+    where = 'It continues from the last checkpoint' if saved else 'It begins anew, since nothing was saved'
+    first = '' if run['status'] == 'interrupted' else 'Remove the cause, then continue: '
+    return f'<p>{first}{again}. {where}.</p>'
+
+
+def notice_html(run:dict,     # the section `run` of run.json
+                folder=None,  # of the run; its checkpoints are looked for
+)->str:                       # HTML
+    "What went wrong and how to go on, or what the run concluded: the most important line of the page."
     if run['status'] == 'done':
         return f'<div class="verdict">{markdown_html(run["verdict"])}</div>' if run.get('verdict') else ''
+    if run['status'] == 'running':
+        return '<div class="trouble"><p><b>The run goes on.</b> This page shows what was logged so far.</p></div>'
     cell = f' in <a href="#broken">cell {escape(str(run["cell"]))}</a>' if run.get('cell') else ''
     status = 'Interrupted' if run['status'] == 'interrupted' else 'Failed'
-    return f'<div class="trouble"><p><b>{status}{cell}.</b> {escape(run.get("error") or "")}</p></div>'
+    words = f'<p><b>{status}{cell}.</b> {escape(run.get("error") or "")}</p>'
+    return f'<div class="trouble">{words}{_how_to_continue(run, folder)}</div>'
+
+# %% ../../nbs/runs/08_report.ipynb #be5859b8
+def logged_rows(folder,  # of a run, or `None`
+)->list:                 # objects of log.jsonl; a line that is cut or broken is left out
+    "What a run has logged."
+    path = Path(folder or '.') / 'log.jsonl'
+    lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if folder and path.is_file() else []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return [row for row in rows if isinstance(row, dict)]
+
+# %% ../../nbs/runs/08_report.ipynb #5556b7cc
+def logged_figure(folder,    # of a run, or `None`
+                  name:str,  # of the run
+)->str:                      # HTML; '' where no loss was logged
+    "The loss of a run as far as it came."
+    rows = [row for row in logged_rows(folder) if 'loss' in row or 'valid_loss' in row]
+    if not rows:
+        return ''
+    from llmft.runs.figures import loss_curves
+    from llmft.runs.pictures import draw_svg
+
+    try:
+        return f'<div class="figure">{inline_svg(draw_svg(loss_curves({name: rows}, title="Loss so far"), name))}</div>'
+    except LabError:
+        return ''
 
 # %% ../../nbs/runs/08_report.ipynb #3145948e
 def _facts_html(record):
@@ -461,16 +730,19 @@ def header_html(title:str,      # HTML
                 lead:str,       # the promise below the title, HTML, or ''
                 record:dict,    # run.json
                 sections:list,  # second-level headings
+                more:str='',    # what stands below the verdict, HTML: figure, changed parameters, commands
+                folder=None,    # of the run
 )->str:                         # HTML
     "Name, status, title, when and where, what went wrong or what was concluded, and links to the sections."
     run = record['run']
     status = escape(str(run['status']))
     name = f'{escape(run["notebook"])} / {escape(run["name"])}<span class="badge {status}">{status}</span>'
     promise = f'<p class="lead">{lead}</p>' if lead else ''
+
     links = ''.join(f'<a href="#{slug(section)}">{escape(section)}</a>' for section in sections)
-    navigation = f'<nav>{links}</nav>' if sections else ''
+    navigation = f'<nav aria-label="sections">{links}</nav>' if sections else ''
     heading = f'<p class="name">{name}</p><h1>{title}</h1>{promise}'
-    return f'<header>{heading}{_facts_html(record)}{notice_html(run)}{navigation}</header>'
+    return f'<header>{heading}{_facts_html(record)}{notice_html(run, folder)}{more}{navigation}</header>'
 
 # %% ../../nbs/runs/08_report.ipynb #d1f85304
 def plain(value,  # of run.json
@@ -483,7 +755,7 @@ def plain(value,  # of run.json
     if value is None:
         return 'unknown'
     if isinstance(value, float):
-        return f'{value:.6g}'
+        return show_number(value, 5)
     is_large = isinstance(value, int) and not isinstance(value, bool) and abs(value) > 9999
     return f'{value:,}' if is_large else escape(str(value))
 
@@ -525,8 +797,10 @@ def _provenance(record):
 
 def _numbers_html(title, values):
     "A folded table of numbers; '' when there are none."
-    rows = [f'<tr><td>{escape(name)}</td><td class="number">{plain(value)}</td></tr>' for name, value in values.items()]
-    table = in_box(f"<table><tbody>{''.join(rows)}</tbody></table>")
+    rows = [f'<tr><th scope="row">{escape(name)}</th><td class="number">{plain(value)}</td></tr>'
+            for name, value in values.items()]
+    caption = f'<caption class="unseen">{title}</caption>'
+    table = in_box(f"<table>{caption}<tbody>{''.join(rows)}</tbody></table>")
     return _details(f'<span>{title}: {len(values)}</span>', table) if values else ''
 
 
@@ -536,7 +810,8 @@ def footer_html(record:dict,   # run.json
     "Where the result comes from: run, code, versions, machine, data, and all metrics."
     facts = ''.join(f'<dt>{escape(name)}</dt><dd>{plain(value)}</dd>' for name, value in _provenance(record).items())
     tables = _numbers_html('Metrics', metrics or {}) + _numbers_html('Counters', record.get('train') or {})
-    return f'<footer><h2>Provenance</h2><dl>{facts}</dl>{tables}</footer>'
+    whole = 'report.ipynb beside this page has every cell with its outputs.'
+    return f'<footer><h2 id="origin">Provenance</h2><p>{whole}</p><dl>{facts}</dl>{tables}</footer>'
 
 # %% ../../nbs/runs/08_report.ipynb #bd7d582f
 def split_title(source:str,  # Markdown
@@ -560,9 +835,8 @@ def _take_title(cells):
 
 
 def _sections(cells):
-    "The second-level headings of a notebook."
-    texts = [cell.source for cell in cells if cell.cell_type == 'markdown']
-    return [heading.strip() for text in texts for heading in re.findall(r'(?m)^##\s+(.+?)\s*$', text)]
+    "The second-level headings of the sections that have more to show than code."
+    return [_name_of(section) for section in in_sections(cells) if _name_of(section) and not _is_bare(section)]
 
 
 def _head_html(record):
@@ -591,24 +865,65 @@ def _widgets_of(notebook):
     return widget_state.get('state', {})
 
 
+def _main_html(cells, record, widgets, folder):
+    "The sections of the page, and folded what did not run."
+    ran, waiting = split_pending(cells)
+    parts = [section_html(section, record['params'], widgets, folder) for section in in_sections(ran)]
+    if waiting:
+        count = sum(cell.cell_type == 'code' for cell in waiting)
+        inner = [cell_html(cell, record['params'], widgets, folder) for cell in waiting]
+        parts.append(_folded_cells(f'{count} cell{"s" * (count > 1)} did not run', inner, 'code'))
+    return ''.join(parts)
+
+
+def _below_verdict(notebook, record, lead, widgets, folder):
+    "The figure that says most, the changed parameters, and what to do next."
+    is_done = record['run']['status'] == 'done'
+    figure = output_html(lead, widgets, folder) if lead else ''
+    if not figure and not is_done:
+        figure = logged_figure(folder, str(record['run']['name']))
+    changed = changed_values(notebook, record['params'])
+    commands = commands_html(next_commands(record, folder, changed)) if is_done else ''
+    return f'{figure}{chips_html(changed)}{commands}'
+
+
+_skip = '<a class="skip" href="#main">Skip to the content</a>'
+
+
 def render_report(notebook,           # the executed notebook, an nbformat node
                   record:dict,        # run.json with its final status
                   metrics:dict=None,  # metrics.json
-                  folder=None,        # where images that Markdown names are
+                  folder=None,        # of the run: images that Markdown names, log, checkpoints
 )->str:                               # a self-contained HTML page
     "The page of one run."
-    cells = [cell.copy() for cell in notebook.cells if 'llmft-status' not in cell.metadata.get('tags', [])]
+    cells = shown_cells(notebook, record['run'])
     title, lead = _take_title(cells)
     title = _inline(title or record['run']['notebook'])
     widgets = _widgets_of(notebook)
+    more = _below_verdict(notebook, record, take_lead(cells), widgets, folder)
 
-    header = header_html(title, _inline(lead), record, _sections(cells))
-    main = ''.join(cell_html(cell, record['params'], widgets, folder) for cell in cells)
-    content = f'{header}\n<main>{main}</main>\n{footer_html(record, metrics or {})}'
+    header = header_html(title, _inline(lead), record, _sections(split_pending(cells)[0]), more, folder)
+    main = _main_html(cells, record, widgets, folder)
+    content = f'{header}\n<main id="main">{main}</main>\n{footer_html(record, metrics or {})}'
     status = escape(str(record['run']['status']))
     start = f'<!doctype html>\n<html lang="en" class="{status}">{_head_html(record)}'
-    page = f'{start}<body><div class="page">{content}</div></body></html>\n'
+    page = f'{start}<body>{_skip}<div class="page">{content}</div></body></html>\n'
     return page.encode('utf-8', 'replace').decode()
+
+# %% ../../nbs/runs/08_report.ipynb #dccc4441
+def write_reports(notebook,     # executed; it is changed to say how the run ended
+                  record:dict,  # run.json with its final status
+                  folder,       # of the run
+)->Path:                        # of report.html
+    "Write report.ipynb and report.html, each in one step."
+    import nbformat
+
+    folder = Path(folder)
+    executed = stamp_verdict(notebook, record)
+    write_atomic(folder / 'report.ipynb', nbformat.writes(executed))
+    path = folder / 'metrics.json'
+    metrics = read_json(path) if path.exists() else {}
+    return write_atomic(folder / 'report.html', render_report(executed, record, metrics, folder))
 
 # %% ../../nbs/runs/08_report.ipynb #ffa84693
 def warm_up():

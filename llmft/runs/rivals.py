@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import LabError, read_json, write_json
-from .figures import show_number
+from .numbers import show_number
 
 # %% ../../nbs/runs/18_rivals.ipynb #a1a4c9cc
 confidence = 0.95  # of all intervals

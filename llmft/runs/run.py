@@ -6,7 +6,7 @@
 __all__ = ['reserve_bytes', 'save_record', 'merge', 'update_record', 'run_folder', 'check_inside', 'set_aside', 'remove_partials',
            'without_secret', 'open_folder', 'why_anew', 'ending', 'inputs_problem', 'close_folder', 'read_run',
            'list_runs', 'began_after', 'declared_types', 'injected_names', 'declared_parameters', 'check_namespace',
-           'check_model_params', 'say_model', 'Run', 'end_unmanaged', 'watch_cells', 'start_run']
+           'check_model_params', 'say_model', 'Run', 'write_own_report', 'end_unmanaged', 'watch_cells', 'start_run']
 
 # %% ../../nbs/runs/04_run.ipynb #2efab354
 import ast
@@ -16,11 +16,11 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import sys
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
-from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,11 +39,15 @@ from llmft.runs.params import (
 )
 
 from ..core import LabError, find_path, jsonable, nearest, read_json, write_atomic, write_json
+from .captured import Captured, as_executed, flushed
 from .cards import write_cards
 from .identity import altered, changed_inputs, inputs_of, read_record, seal_record, what_differs
 from .inputs import check_inputs
 from .locks import held, hold, is_held, now, release, seconds_held
+from .overview import write_overview
+from .pictures import take_picture
 from .provenance import fingerprint, git_state, machine, provenance_line, versions
+from .report import write_reports
 from .trackers import open_tracker
 
 # %% ../../nbs/runs/04_run.ipynb #079637c7
@@ -158,7 +162,8 @@ def _new_record(folder:Path,     # outputs/notebook/name
                 anew:str,        # why an earlier run does not count, or `None`
 )->dict:                         # the content of run.json
     "The record of a run that begins now."
-    command = ' '.join([Path(sys.argv[0]).name, *map(without_secret, sys.argv[1:])])
+    program = Path(sys.argv[0]).name.replace('__main__.py', 'llmft')  # as `python -m llmft` names it
+    command = shlex.join([program, *map(without_secret, sys.argv[1:])])
     meta = dict(fingerprint=identity, versions=versions(), git=git_state(), machine=machine())
 
     run = dict(
@@ -522,6 +527,7 @@ class Run:
         self.managed = managed
         self.finished = False
         self.failure = None  # the error of the last cell, in one line
+        self.captured = None  # what the cells put out, where no runner sees it
         self.tracker = open_tracker(getattr(self.params, 'tracker', 'off'), getattr(self.params, 'tracking', 'offline'),
                                     folder, record)
 
@@ -553,38 +559,64 @@ def keep(self:Run, name:str,  # of the file, without ending
     write_atomic(self.folder / f'{name}.jsonl', ''.join(lines))
 
 # %% ../../nbs/runs/04_run.ipynb #a5de28e3
-_figure_dpi = 150
-_screen_dpi = 96
-
-
-def _png_width(data: bytes) -> int:
-    "Width in pixels, from the header of a PNG file."
-    return int.from_bytes(data[16:20], 'big')
-
-
 @patch
 def figure(self:Run, fig,  # a matplotlib figure
            name:str,       # of the file, without ending
-):                         # an IPython `Image`
+):                         # a `Picture`
     "Save a matplotlib figure as figures/name.png, close it, and return it for display."
     import matplotlib.pyplot as plt
-    from IPython.display import Image
 
-    file = BytesIO()
-    fig.savefig(file, format='png', dpi=_figure_dpi, bbox_inches='tight')
+    picture = take_picture(fig, name)
     plt.close(fig)
-    data = file.getvalue()
-    write_atomic(self.folder / 'figures' / f'{name}.png', data)
-    return Image(data, width=round(_png_width(data) * _screen_dpi / _figure_dpi))
+    write_atomic(self.folder / 'figures' / f'{name}.png', picture.data)
+    return picture
+
+# %% ../../nbs/runs/04_run.ipynb #3e02c737
+def write_own_report(run,            # a `Run` that no runner manages
+                     status:str,     # done, failed or interrupted
+                     error:str=None, # one line: what went wrong
+):                                   # path of report.html; `None` where no kernel could be listened to
+    "Make the report of a notebook that ran in JupyterLab, in Colab or under plain papermill."
+    import nbformat
+
+    if not (run.captured and run.captured.cells):
+        return None
+    record = read_json(run.folder / 'run.json')
+    facts = merge(record, dict(run=dict(status=status, error=error) | ending(run.folder, record)))
+    path = _notebook_path(run.folder.parent.name)
+    notebook = nbformat.read(path, 4) if path else nbformat.v4.new_notebook()
+    return write_reports(as_executed(notebook, flushed(run.captured)), facts, run.folder)
+
+
+def _notebook_path(notebook: str):
+    "Where the notebook is; `None` when it is not in the project."
+    try:
+        return find_notebook(notebook)
+    except LabError:
+        return None
 
 # %% ../../nbs/runs/04_run.ipynb #2b230cec
-def _close_done(folder):
+def _say_report(run, status, error=None):
+    "Write the report and say where it is; a page that cannot be made does not cost the run."
+    try:
+        if path := write_own_report(run, status, error):
+            print(f'report: {shown(path)}')
+    except Exception as error:
+        print(f'the report could not be written ({error.__class__.__name__}: {error})')
+
+
+def _close_done(run):
     "End a run well; a `LabError`, and a failed run, when an input changed while the run read it."
-    problem = inputs_problem(read_json(folder / 'run.json'))
-    if not problem:
-        return close_folder(folder, 'done')
-    close_folder(folder, 'failed', problem)
-    raise LabError(problem)
+    problem = inputs_problem(read_json(run.folder / 'run.json'))
+    status = 'failed' if problem else 'done'
+    _say_report(run, status, problem or None)
+    if run.captured:
+        run.captured.stop()
+    record = close_folder(run.folder, status, problem or None)
+    write_overview(run.folder.parent.parent)
+    if problem:
+        raise LabError(problem)
+    return record
 
 
 @patch
@@ -602,7 +634,7 @@ def finish(self:Run, metrics:dict,  # flat: name -> number, text or `None`
     if self.tracker:
         self.tracker.finish(metrics)
 
-    record = read_json(self.folder / 'run.json') if self.managed else _close_done(self.folder)
+    record = read_json(self.folder / 'run.json') if self.managed else _close_done(self)
     self.finished = True
     print(provenance_line(record, self.folder))
 
@@ -612,11 +644,15 @@ def end_unmanaged(run: Run):
     if run.finished or str(run.folder) not in held:
         return
     status = 'failed' if run.failure else 'interrupted'
-    close_folder(run.folder, status, run.failure or 'the notebook ended before run.finish')
+    error = run.failure or 'the notebook ended before run.finish'
+    close_folder(run.folder, status, error)
+    with suppress(Exception):  # the kernel is about to end: the record is what counts
+        write_own_report(run, status, error)
+    write_overview(run.folder.parent.parent)
 
 # %% ../../nbs/runs/04_run.ipynb #a4df733c
 def watch_cells(run: Run):
-    "Remember the error of the last cell that raised, for `end_unmanaged`."
+    "Listen to what the cells put out, and remember the error of the last one that raised, for `end_unmanaged`."
 
     def remember(result):
         "Called by IPython after every cell."
@@ -626,6 +662,7 @@ def watch_cells(run: Run):
     shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
     if shell:
         shell.events.register('post_run_cell', remember)
+        run.captured = Captured(shell)
 
 # %% ../../nbs/runs/04_run.ipynb #e8551671
 def _join(ticket:dict,  # from the runner: the folder, and the file descriptor of its lock or `None`
@@ -635,14 +672,6 @@ def _join(ticket:dict,  # from the runner: the folder, and the file descriptor o
         os.set_inheritable(ticket['lock'], False)
     held[ticket['folder']] = ticket['lock']
     return Run(ticket['folder'], read_json(Path(ticket['folder']) / 'run.json'), managed=True)
-
-
-def _notebook_path(notebook: str):
-    "Where the notebook is, for the fingerprint; `None` when it is not in the project."
-    try:
-        return find_notebook(notebook)
-    except LabError:
-        return None
 
 
 def start_run(notebook:str,    # name of the experiment notebook, as in nbs/experiments

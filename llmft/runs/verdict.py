@@ -143,7 +143,7 @@ def _stamp_cell(cell,         # of the executed notebook, changed in place
 ):
     "Make one cell say what became of it."
     timing = cell.metadata.setdefault('papermill', {})
-    if not timing.get('start_time'):
+    if not (timing.get('start_time') or cell.get('execution_count')):  # the second where no runner was there
         timing['status'] = 'pending'
     if broke:
         timing |= dict(status='failed', exception=True)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LossModel', 'blank_batch', 'step_shares', 'targets_of', 'step_batches', 'accumulate', 'mean_loss', 'check_examples',
-           'evaluate_loss', 'document_lengths', 'example_losses', 'judge', 'set_gradient_checkpointing',
-           'micro_batch_flops']
+           'evaluate_loss', 'document_lengths', 'example_losses', 'losses_by_token', 'judge',
+           'set_gradient_checkpointing', 'micro_batch_flops']
 
 # %% ../../nbs/training/06_step.ipynb #e44a4b6c
 import math
@@ -232,6 +232,20 @@ def example_losses(model,                # a causal language model
     "The loss of each example, summed over its targets, in evaluation mode."
     batches = _readable_batches(model, examples, batch_size, max_length, layout)
     return _example_sums(model, batches, len(examples), IGNORED)[0]
+
+# %% ../../nbs/training/06_step.ipynb #b23093f0
+@torch.no_grad()
+def losses_by_token(model,              # a causal language model
+                    examples:Examples,  # held-out examples
+                    row:int,            # which of them
+                    max_length:int,     # as in `Recipe`
+)->np.ndarray:                          # losses_T, float32, nats; one per token but the first, 0 where it is no target
+    "The loss of each token of one example, in evaluation mode."
+    one = examples.select(np.arange(len(examples)) == row)
+    (batch,) = _readable_batches(model, one, 1, max_length, 'packed')
+    with evaluating(model):
+        losses_S, _ = _slot_losses(model, batch.to(next(model.parameters()).device))
+    return losses_S.float().cpu().numpy()[:int(one.slots[0])]
 
 # %% ../../nbs/training/06_step.ipynb #d48fa248
 def _per_target(nats, targets, size, suffix=''):

@@ -11,19 +11,8 @@ __all__ = ['panel_style', 'variable_names', 'given_grey', 'least_error', 'shared
 import matplotlib as mpl
 import numpy as np
 
-from llmft.runs.figures import (
-    Plot,
-    ground,
-    ink,
-    is_number,
-    muted,
-    palette,
-    panels,
-    require_values,
-    show_number,
-    style,
-    type_scale,
-)
+from ...runs.figures import Plot, ground, ink, muted, palette, panels, require_values, style, type_scale
+from ...runs.numbers import is_number, show_number
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #70d14124
 panel_style = style | {'axes.titlesize': type_scale['text']}

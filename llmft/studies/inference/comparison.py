@@ -11,7 +11,7 @@ __all__ = ['right_answers', 'memory_unit', 'compared_rows', 'baseline_of', 'same
 import math
 
 from ...core import LabError, nearest
-from ...runs.figures import byte_unit
+from ...runs.numbers import byte_unit
 from ...runs.rivals import Measure, held_out_loss, in_bullets, paired_scores, place_words, ranked, told
 from ...runs.tables import column, table
 

@@ -17,7 +17,8 @@ from matplotlib import rc_context
 
 from ...core import write_atomic
 from ...data.tables import left_out
-from ...runs.figures import Plot, byte_unit, ink, muted, new_plot, palette, style
+from ...runs.figures import Plot, ink, muted, new_plot, palette, style
+from ...runs.numbers import byte_unit
 from ...runs.rivals import in_bullets, rank_judged, told
 from ...runs.tables import column, evaluation_table, table, text_columns
 from ...training.fit import FitResult
