@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from .merging import check_equal, is_quantised, load_adapter, logits_of, merge_adapter, tolerances
-from .methods import check_lora, starts
+from .variants import check_lora, starts
 
 # %% ../../nbs/models/03_adapters.ipynb #8772326b
 def _adaptable(model):
@@ -136,7 +136,7 @@ def add_lora(model,             # a model from `load_model`, quantised or not; i
              *,
              rslora:bool=False, # scale by alpha/sqrt(rank) instead
              dora:bool=False,   # train the lengths of the rows of adapted matrices as well
-             start:str='random',# name in `llmft.models.methods.starts`: how the factors begin
+             start:str='random',# name in `llmft.models.variants.starts`: how the factors begin
 )->PeftModel:                   # only the adapter is trainable; gradient checkpointing is left as it was
     "Put LoRA on `targets` of `model`. `LabError` for values out of range, and for targets that are not there."
     targets = [targets] if isinstance(targets, str) else list(targets)

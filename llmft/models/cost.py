@@ -486,7 +486,7 @@ def _lengths_keep(shape, step, word, method, adapted):
 
 
 def _matrices_kept(shape, step, word, method, adapted, first):
-    "Bytes of the frozen matrices that DoRA keeps in the adapters' format for its second product, where that is another."
+    "Bytes of the frozen matrices that DoRA keeps for its second product, where the adapters have another format."
     inner = word if step.mixed else 4
     if not (method.dora and method.dropout) or (inner == word and not step.mixed):
         return 0

@@ -21,6 +21,7 @@ declared_inputs = {
     'problems': 'datasets',
     'model': 'models',
     'models': 'models',
+    'reference': 'models',
     'tokenizer': 'models',
     'adapter': 'models',
     'start': 'runs',
