@@ -106,7 +106,7 @@ def test_divergence_is_never_negative_and_zero_for_the_same(seed, noise):
 
 
 def test_chunks_batches_and_shared_rows_change_nothing():
-    tokenizer, documents = load_tokenizer('base'), builtin_part('topics_eval')[:3]
+    tokenizer, documents = load_tokenizer('base'), builtin_part('topics_eval')[-3:]
     reference, own = load_model('base').eval(), load_form('base', 'nf4')
     whole = compare_tokens(own, reference, tokenizer, documents, 96, batch_size=8)
     alone = compare_tokens(own, reference, tokenizer, documents, 96, batch_size=1, chunk_bytes=1)
@@ -120,7 +120,7 @@ def test_chunks_batches_and_shared_rows_change_nothing():
 
 def test_logits_of_all_tokens_are_never_held_at_once():
     "The largest tensor of logits is bounded by chunk_bytes, however long the text."
-    tokenizer, documents = load_tokenizer('base'), builtin_part('topics_eval')[:4]
+    tokenizer, documents = load_tokenizer('base'), builtin_part('topics_eval')[-4:]
     model, seen = load_model('base').eval(), []
     hook = model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[0]))
     found = compare_tokens(model, model, tokenizer, documents, 256, chunk_bytes=2**22)
@@ -134,7 +134,7 @@ def params(**changes):
 
 
 def test_the_reference_is_the_model_itself_another_one_or_none():
-    tokenizer, documents, size = load_tokenizer('base'), builtin_part('topics_eval')[:1], dict(total=4_000_000)
+    tokenizer, documents, size = load_tokenizer('base'), builtin_part('topics_eval')[-1:], dict(total=4_000_000)
     model = load_model('base').eval()
     assert against_reference(model, tokenizer, documents, params(), size).kld_N.max() == 0
     assert against_reference(model, tokenizer, documents, params(reference='none'), size) is None
