@@ -313,7 +313,8 @@ def test_an_instruction_run_reads_conversations(tmp_path):
     path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
     params = dict(model='base', data=str(path), data_config='', input_field='input', training_field='solution',
                   split_field='split', num_samples=0, valid_share=.25, seed=1, template='chat', system_prompt='unused',
-                  loss_on='completion', too_long='drop', max_length=64, problems='test', num_problems=0)
+                  loss_on='completion', too_long='drop', max_length=64, problems='test', num_problems=0,
+                  num_eval_samples=0, replay_share=0.0)
     data = task_data(SimpleNamespace(**params))
     shown = data.tokenizer.decode(data.examples['train'][0])
     assert re.fullmatch(r'<\|user\|>Question \d+\?<\|assistant\|>Answer \d+\.<\|endoftext\|>', shown)

@@ -164,6 +164,25 @@ def test_operations_of_a_step(name, adapter, again):
     assert abs(predicted / expected - 1) < 0.01, f'{predicted / expected:.4f}'
 
 
+@pytest.mark.parametrize('again', [False, True], ids=['', 'checkpointing'])
+@pytest.mark.parametrize('dropout', [0.0, 0.1])
+@pytest.mark.parametrize('targets', ['query', 'all-linear', 'behind'])
+@pytest.mark.parametrize('name', ['llama-tiny', 'qwen2-tiny'])
+def test_operations_of_a_step_with_dora(name, targets, dropout, again):
+    "What the lengths of the outputs cost: the product of the factors written out, and with dropout a second product."
+    chosen = {'query': query_value[name], 'all-linear': ['all-linear'], 'behind': behind[name]}[targets]
+    model, lengths = add_lora(build(name), 4, 8, dropout, chosen, seed=0, dora=True), [61, 100, 33]
+    if again:
+        model.gradient_checkpointing_enable({'use_reentrant': False})
+    model.train()
+    method = Method('lora', 4, 8.0, dropout, tuple(chosen), dora=True)
+    expected = counted(lambda: step(model, lengths))
+    predicted = flops_step(model.config, lengths, method, gradient_checkpointing=again)
+    assert abs(predicted / expected - 1) < 0.01, f'{predicted / expected:.4f}'
+    twice = flops_step(model.config, lengths, method, gradient_checkpointing=again, passes=2)
+    assert twice > predicted
+
+
 @pytest.mark.parametrize('name', ['llama-tiny', 'qwen2-tiny', 'gpt2-tiny'])
 @pytest.mark.parametrize('attention', ['eager', 'sdpa', 'documents'])
 def test_operations_of_a_forward_pass(name, attention):
@@ -231,6 +250,21 @@ def test_activations_are_what_autograd_keeps(name, method, precision):
     )['activations']
     expected = kept(model, lengths)
     assert abs(predicted / expected - 1) < (0.05 if name == 'gpt2-tiny' else 0.02), f'{predicted / expected:.4f}'
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+@pytest.mark.parametrize('dropout', [0.0, 0.1])
+@pytest.mark.parametrize('targets', [('q_proj', 'v_proj'), ('all-linear',)])
+def test_activations_with_dora(targets, dropout, precision):
+    name = 'llama-6x256'
+    model = add_lora(load_model(f'preset:{name}', precision=precision), 8, 16, dropout, list(targets), 0, dora=True)
+    method = Method('lora', 8, 16, dropout, targets, precision=precision, dora=True)
+    shape = dict(tokens=192, longest=192, optimiser=optimisers['adamw'], device='cpu')
+    predicted = memory_breakdown(model.config, method, **shape)['activations']
+    layers = [module for module in model.modules() if hasattr(module, 'lora_A')]
+    passing = sum(4 * layer.in_features * (layer.in_features + 8) for layer in layers)  # gone with each product
+    expected = kept(model.train(), [192]) - passing
+    assert abs(predicted / expected - 1) < 0.03, f'{predicted / expected:.4f}'
 
 
 @pytest.mark.parametrize('method', ['full', 'lora', 'lora dropout', 'packed'])

@@ -366,7 +366,7 @@ def test_rates_of_known_times():
 
 # ---- the experiments
 
-least = dict(num_questions=2, batch_sizes=[1, 2], max_new_tokens=4, num_texts=1, max_length=128)
+least = dict(num_questions=2, batch_sizes=[1, 2], max_new_tokens=4, num_eval_samples=1, max_length=128)
 keys = {
     'total_queries',
     'total_time',

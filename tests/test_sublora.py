@@ -677,7 +677,7 @@ def test_train_bound_and_analysis_notebooks(tmp_path):
         run(
             f'params/sublora_train/d{d}_{mode}.yaml',
             documents=3000,
-            valid_documents=100,
+            num_eval_samples=100,
             max_steps=4,
             eval_every=2,
             save_every=2,
@@ -689,7 +689,7 @@ def test_train_bound_and_analysis_notebooks(tmp_path):
             trained=f'd{d}_{mode}',
             retrain_steps=2,
             samples=100,
-            valid_samples=100,
+            num_eval_samples=100,
             configurations=2,
         )
         assert (
@@ -736,7 +736,7 @@ def test_two_processes_train_the_same_subspace(tmp_path):
             [
                 f'name={name}',
                 'documents=2000',
-                'valid_documents=50',
+                'num_eval_samples=50',
                 'max_steps=4',
                 'eval_every=2',
                 'save_every=2',

@@ -120,7 +120,7 @@ def one_inference(best):
         for size, name in sizes.items()
     }
     marks = dict(correct=3, questions=10, cut_off=0.1)
-    return inference.inference_verdict('fp32', answers, marks, judged(True))
+    return inference.inference_verdict('fp32', answers, marks, judged(True), dict(kld=None))
 
 
 def profiled(best):

@@ -106,11 +106,17 @@ def _active_factors(module):
     return [part[name] for part in (module.lora_A, module.lora_B) for name in module.active_adapters if name in part]
 
 
+def _is_known_variant(module):
+    "Whether a LoRA is a plain one, or a single DoRA."
+    kinds = [type(variant).__name__ for variant in module.lora_variant.values()]
+    return not kinds or (kinds == ['DoraLinearVariant'] and list(module.lora_variant) == list(module.active_adapters))
+
+
 def _is_plain_lora(module):
     "Whether `module` is a LoRA on a plain layer that adds plain products in the layer's own dtype."
     if type(module).__name__ != 'Linear' or not hasattr(module, 'lora_A') or not _is_plain(module.base_layer):
         return False
-    if module.merged or module.disable_adapters or module.lora_variant:
+    if module.merged or module.disable_adapters or not _is_known_variant(module):
         return False
     dtype = module.base_layer.weight.dtype
     return all(factor.bias is None and (isinstance(factor, Factor) or factor.weight.dtype == dtype)
@@ -125,6 +131,19 @@ def _adapter_products(module):
             for name in names]
 
 
+def _stretched(adapted, module):
+    "`adapted` with each output brought to the length that DoRA has learnt for it."
+    (name,) = module.lora_variant
+    ((down, up, scale),) = _adapter_products(module)
+    lengths_O = torch.linalg.norm(module.base_layer.weight + scale * (up.t() @ down), dim=1)
+    factors_O = module.lora_magnitude_vector[name].weight / lengths_O
+    bias = module.base_layer.bias
+    if bias is None:
+        return lambda inputs_RI: adapted(inputs_RI) * factors_O
+    return lambda inputs_RI: torch.addcmul(bias, adapted(inputs_RI) - bias, factors_O)
+
+
+@torch.no_grad()
 def _lora_map(module, rows, packs):
     "The product with the weight of a linear layer and those of its adapters."
     base = linear_map(module.base_layer, rows, packs)
@@ -136,7 +155,7 @@ def _lora_map(module, rows, packs):
             outputs_RO = torch.addmm(outputs_RO, linear(inputs_RI, down), up, alpha=scale)
         return outputs_RO
 
-    return adapted
+    return _stretched(adapted, module) if module.lora_variant else adapted
 
 
 def _merged_weight(module):

@@ -187,10 +187,13 @@ def adapted_linears(config,   # a transformers config
 def lora_parameter_count(config,   # a transformers config
                          rank:int, # width of the thin matrices
                          targets,  # names of modules, or 'all-linear'
+                         dora:bool=False,  # whether each output has a trained length
 )->int:                            # trainable parameters
     "Parameters of a LoRA adapter, exactly."
     adapted = adapted_linears(config, targets)
-    return architecture(config).layers * sum(rank * (linear.inputs + linear.outputs) for linear in adapted)
+    lengths = sum(linear.outputs for linear in adapted) if dora else 0
+    factors = sum(rank * (linear.inputs + linear.outputs) for linear in adapted)
+    return architecture(config).layers * (factors + lengths)
 
 # %% ../../nbs/models/08_cost.ipynb #12d2ac4f
 class Tensors(NamedTuple):
@@ -202,10 +205,13 @@ class Tensors(NamedTuple):
 
 # %% ../../nbs/models/08_cost.ipynb #7c79ef63
 def _factor_tensors(config, method):
-    "The factors of an adapter, two for each linear map that it adapts."
+    "The factors of an adapter, two for each linear map that it adapts, and DoRA's lengths of the outputs."
     layers = architecture(config).layers
-    return [Tensors(method.rank * width, layers, True)
-            for linear in adapted_linears(config, method.targets) for width in (linear.inputs, linear.outputs)]
+    adapted = adapted_linears(config, method.targets)
+    factors = [Tensors(method.rank * width, layers, True)
+               for linear in adapted for width in (linear.inputs, linear.outputs)]
+    lengths = [Tensors(linear.outputs, layers, False) for linear in adapted] if method.dora else []
+    return factors + lengths
 
 
 def _tables(shape):
@@ -247,6 +253,16 @@ def _factor_size(shape, method, adapted):
     return sum(method.rank * (linear.inputs + linear.outputs) for linear in shape.linears if linear.name in adapted)
 
 
+def _written_out(linear, method):
+    "Operations by which DoRA writes out the product of two factors, once per forward pass."
+    return 2 * method.rank * linear.inputs * (linear.inputs + linear.outputs) * method.dora
+
+
+def _adapter_once(shape, method, adapted):
+    "Operations of the adapters of one layer that do not depend on the tokens."
+    return sum(_written_out(linear, method) for linear in shape.linears if linear.name in adapted)
+
+
 def _head_products(shape, tokens, targets_tokens):
     "Multiplications of the output matrix, for all `tokens` or for those with a target."
     return shape.table * (tokens if targets_tokens is None else targets_tokens)
@@ -257,14 +273,17 @@ def flops_forward(config,                 # a transformers config
                   method:Method=None,     # what adapter there is; none when `None`
                   *,
                   targets_tokens=None,    # positions that go through the output matrix; all when `None`
+                  passes:int=1,           # into how many forward passes the documents are split
 )->float:                                 # operations
-    "Operations of the matrix products of one forward pass."
+    "Operations of the matrix products of a forward pass, or of several."
     method = method or Method()
     shape = architecture(config)
     tokens, squares = _sizes(lengths)
 
-    factors = _factor_size(shape, method, _adapted_names(config, method))
+    adapted = _adapted_names(config, method)
+    factors = _factor_size(shape, method, adapted)
     layer = 2 * tokens * (shape.layer_size + factors) + 4 * shape.query * squares
+    layer += passes * _adapter_once(shape, method, adapted)
     return float(2 * _head_products(shape, tokens, targets_tokens) + shape.layers * layer)
 
 # %% ../../nbs/models/08_cost.ipynb #c34b3c78
@@ -278,6 +297,13 @@ def _gradients_needed(shape, adapted, flow):
     return needed, flow
 
 
+def _second_products(shape, tokens, method, adapted):
+    "Operations of the frozen matrices that DoRA multiplies a second time, by inputs of which some are dropped."
+    if not (method.dora and method.dropout):
+        return 0
+    return 2 * tokens * sum(linear.size for linear in shape.linears if linear.name in adapted)
+
+
 def _layer_backward(shape, sizes, method, adapted, needed):
     "Operations of one layer's backward pass."
     tokens, squares = sizes
@@ -286,20 +312,23 @@ def _layer_backward(shape, sizes, method, adapted, needed):
         total += 2 * tokens * linear.size * (needed[linear.place] + method.full)
         if linear.name in adapted:
             total += 2 * tokens * method.rank * (linear.inputs * (1 + needed[linear.place]) + 2 * linear.outputs)
+            total += 2 * tokens * linear.size * bool(method.dora and method.dropout and needed[linear.place])
     return total
 
 
-def _layer_again(shape, sizes, method, adapted):
+def _layer_again(shape, sizes, method, adapted, passes):
     "Operations of the part of a layer's forward that checkpointing repeats."
     tokens, squares = sizes
-    total = 4 * shape.query * squares
+    total = 4 * shape.query * squares + passes * _adapter_once(shape, method, adapted)
+    total += _second_products(shape, tokens, method, adapted)
+    ends_used = method.dora or shape.dropout > 0  # whether the backward pass reads what the layer ends with
     for linear in shape.linears:
         last = linear.place == 'mlp out'
         adapter = linear.name in adapted
         if not last or adapter or shape.dropout:
             total += 2 * tokens * linear.size
         if adapter:
-            total += 2 * tokens * method.rank * (linear.inputs + linear.outputs * (not last or shape.dropout > 0))
+            total += 2 * tokens * method.rank * (linear.inputs + linear.outputs * (not last or ends_used))
     return total
 
 
@@ -309,19 +338,21 @@ def flops_step(config,                       # a transformers config
                *,
                targets_tokens=None,          # positions with a loss; all when `None`
                gradient_checkpointing=False, # layers are computed again in the backward pass
+               passes:int=1,                 # into how many micro-batches the documents are split
 )->float:                                    # operations
     "Operations of the matrix products of forward and backward."
     shape = architecture(config)
     sizes = _sizes(lengths)
     adapted = _adapted_names(config, method)
 
-    total = flops_forward(config, lengths, method, targets_tokens=targets_tokens)
+    total = flops_forward(config, lengths, method, targets_tokens=targets_tokens, passes=passes)
+    total += shape.layers * _second_products(shape, sizes[0], method, adapted)
     flow = method.full or gradient_checkpointing  # whether the stream that enters a layer needs a gradient
     for _ in range(shape.layers):
         needed, flow = _gradients_needed(shape, adapted, flow)
         total += _layer_backward(shape, sizes, method, adapted, needed)
         if gradient_checkpointing and flow:
-            total += _layer_again(shape, sizes, method, adapted)
+            total += _layer_again(shape, sizes, method, adapted, passes)
 
     head = _head_products(shape, sizes[0], targets_tokens)
     return float(total + 2 * head * (flow + method.full))
@@ -449,15 +480,16 @@ def _trained_products_keep(shape, step, word):
 
 def _adapters_keep(shape, step, word, method, adapted, first):
     "Bytes per token of what the adapters of one layer keep."
-    copies_input = method.dropout > 0 or step.mixed
-    mask = step.mask(4 if step.mixed else word)
+    inner = 4 if method.dora and not step.mixed else word  # PEFT computes DoRA in fp32
+    copies_input = method.dropout > 0 or step.mixed or inner > word
+    mask = step.mask(4 if step.mixed else inner)
     kept_places = set() if step.joins(word) else {'attention out'}
     total = 0
 
     for linear in [linear for linear in shape.linears if linear.name in adapted]:
-        total += word * method.rank
+        total += inner * method.rank
         if copies_input or linear.place not in kept_places:
-            total += word * linear.inputs
+            total += inner * linear.inputs
         if method.dropout and not (first and linear.place == 'attention in'):  # the first passes no gradient below
             total += mask * linear.inputs
         kept_places.add(linear.place)
@@ -466,10 +498,26 @@ def _adapters_keep(shape, step, word, method, adapted, first):
 
 def _factors_keep(shape, step, word, method, adapted):
     "Bytes of the 16-bit copies of the factors of one layer; autocast's copies are counted with those of the weights."
-    if step.mixed or word == 4:
+    if step.mixed or word == 4 or method.dora:
         return 0
     sizes = (linear.inputs + linear.outputs for linear in shape.linears if linear.name in adapted)
     return word * method.rank * sum(sizes)
+
+
+def _lengths_keep(shape, step, word, method, adapted):
+    "Bytes per token of what DoRA keeps for the gradient of its lengths: the outputs of matrix and factors."
+    inner = word if step.mixed else 4
+    own = inner if method.dropout else word
+    return sum((inner + own) * linear.outputs for linear in shape.linears if linear.name in adapted) * method.dora
+
+
+def _matrices_kept(shape, step, word, method, adapted, first):
+    "Bytes of the frozen matrices that DoRA keeps for its second product, where the adapters have another format."
+    inner = word if step.mixed else 4
+    if not (method.dora and method.dropout) or (inner == word and not step.mixed):
+        return 0
+    return inner * sum(linear.size for linear in shape.linears
+                       if linear.name in adapted and not (first and linear.place == 'attention in'))
 
 
 def _dropout_keeps(shape, step, word):
@@ -494,7 +542,9 @@ def layer_activation_bytes(config,          # a transformers config
 
     adapted = _adapted_names(config, method)
     per_token += _adapters_keep(shape, step, word, method, adapted, first)
-    return step.tokens * per_token + _factors_keep(shape, step, word, method, adapted)
+    per_token += _lengths_keep(shape, step, word, method, adapted)
+    matrices = _matrices_kept(shape, step, word, method, adapted, first)
+    return step.tokens * per_token + matrices + _factors_keep(shape, step, word, method, adapted)
 
 # %% ../../nbs/models/08_cost.ipynb #76f8c6a7
 def _end_bytes(shape, method, step):
@@ -555,6 +605,8 @@ def backward_bytes(config,          # a transformers config
         total += layer_activation_bytes(config, method, step)
     if method.quantisation != 'none' and shape.quantisable:
         total += word * max(linear.size for linear in shape.linears)
+    if method.dora:
+        total += 3 * 4 * max(linear.size for linear in adapted_linears(config, method.targets))  # matrix, factors, sum
     return total
 
 # %% ../../nbs/models/08_cost.ipynb #d853f412

@@ -9,6 +9,7 @@ __all__ = ['methods', 'Kind', 'Method']
 from dataclasses import dataclass
 
 from ..core import LabError, choose
+from .variants import check_lora, starts
 
 # %% ../../nbs/models/02_methods.ipynb #5420a980
 @dataclass(frozen=True)
@@ -56,6 +57,12 @@ def _quantisation_of(base):
     return 'nf4' if config.load_in_4bit else 'int8'
 
 
+def _start_of(adapter):
+    "The name in `starts` of how the factors of a PEFT adapter began."
+    begun = getattr(adapter, 'init_lora_weights', True)
+    return begun if begun in starts else 'random'
+
+
 @dataclass(frozen=True)
 class Method:
     "How a model is trained, and in which formats its frozen weights are held."
@@ -67,6 +74,9 @@ class Method:
     targets: tuple = ()  # names of the modules that are adapted, or 'all-linear'
     quantisation: str = 'none'  # name in `llmft.models.load.quantisations`: of the frozen linear layers
     precision: str = 'fp32'  # name in `llmft.models.load.precisions`: of all that is not quantised
+    rslora: bool = False  # the adapter is scaled by alpha / sqrt(rank) instead
+    dora: bool = False  # the lengths of the rows of adapted matrices are trained as well
+    start: str = 'random'  # name in `starts`
 
     @classmethod
     def from_params(cls, params):
@@ -78,7 +88,9 @@ class Method:
 
         quantisation = getattr(params, 'quantisation', 'nf4') if kind == 'qlora' else 'none'
         return cls(kind, getattr(params, 'lora_rank', 0), getattr(params, 'lora_alpha', 0.0),
-                   getattr(params, 'lora_dropout', 0.0), _targets_of(params), quantisation, precision)
+                   getattr(params, 'lora_dropout', 0.0), _targets_of(params), quantisation, precision,
+                   getattr(params, 'rslora', False), getattr(params, 'dora', False),
+                   getattr(params, 'lora_init', 'random'))
 
     @classmethod
     def of(cls, model):
@@ -92,7 +104,8 @@ class Method:
 
         quantisation = _quantisation_of(base)
         return cls('lora' if quantisation == 'none' else 'qlora', adapter.r, adapter.lora_alpha, adapter.lora_dropout,
-                   tuple(sorted(adapter.target_modules)), quantisation, _precision_of(base))
+                   tuple(sorted(adapter.target_modules)), quantisation, _precision_of(base),
+                   getattr(adapter, 'use_rslora', False), getattr(adapter, 'use_dora', False), _start_of(adapter))
 
     @property
     def full(self) -> bool:
@@ -110,13 +123,23 @@ class Method:
 
     def _check_adapter(self):
         "Raise a `LabError` for the first setting of the adapter that makes no sense."
-        from llmft.models.adapters import check_lora  # needs PyTorch
-
         check_lora(self.rank, self.alpha, self.dropout)
         if not self.targets:
             raise LabError('targets is empty: give all-linear, or names of modules')
         if self.kind == 'qlora' and self.quantisation == 'none':
             raise LabError('method is qlora and quantisation none: choose nf4 or int8, or method lora')
+        self.check_base()
+
+    def check_base(self):
+        "Raise a `LabError` for a variant that the frozen weights do not allow; the method is returned."
+        begins = choose('lora_init', self.start, starts)
+        if begins.changes_base and self.quantisation != 'none':
+            raise LabError(f'lora_init is {self.start}, which changes the frozen weights, and they are held in '
+                           f'{self.quantisation}: choose method lora or quantisation none, or lora_init random')
+        if self.dora and self.quantisation == 'int8':
+            raise LabError('dora is true and quantisation int8, whose scales PEFT loses when it reads the weights: '
+                           'choose quantisation nf4, or dora false')
+        return self
 
     def load(self, name:str,             # as for `load_model`
              seed:int=0,                 # of random weights
@@ -135,4 +158,5 @@ class Method:
             return model
         from llmft.models.adapters import add_lora
 
-        return add_lora(model, self.rank, self.alpha, self.dropout, list(self.targets), seed)
+        return add_lora(model, self.rank, self.alpha, self.dropout, list(self.targets), seed, rslora=self.rslora,
+                        dora=self.dora, start=self.start)

@@ -20,6 +20,7 @@ declared_inputs = {
     'problems': 'datasets',
     'model': 'models',
     'models': 'models',
+    'reference': 'models',
     'tokenizer': 'models',
     'adapter': 'models',
     'start': 'runs',

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['run_marks', 'readers', 'gpu_notebooks', 'check_documents', 'check_token_source', 'check_rows', 'check_problems',
-           'check_file', 'check_series', 'check_pdfs', 'check_run', 'check_model', 'missing_package', 'check_device',
-           'check_inputs']
+           'check_file', 'check_series', 'check_pdfs', 'check_run', 'check_model', 'check_reference', 'missing_package',
+           'check_device', 'check_inputs']
 
 # %% ../../nbs/runs/16_inputs.ipynb #261a10f6
 import json
@@ -185,6 +185,14 @@ def check_model(name:str,    # base, random, preset:NAME, or what `llmft.data.so
     if source.kind == 'folder':
         _check_positions(source.place, params.get('max_length'))
 
+# %% ../../nbs/runs/16_inputs.ipynb #c61bbca8
+def check_reference(name:str,    # '' for the model itself, none, or what `check_model` takes
+                    params:dict, # of the run
+):
+    "As `check_model`, for a model that another one is measured against, where there is one."
+    if name not in ('', 'none'):
+        check_model(name, params)
+
 # %% ../../nbs/runs/16_inputs.ipynb #75c692e1
 def _check_earlier(what):
     "A check that takes the folder of an earlier run."
@@ -194,6 +202,7 @@ def _check_earlier(what):
 readers = {
     'model': check_model,
     'models': check_model,
+    'reference': check_reference,
     'data': check_documents,
     'text': check_documents,
     'runs': _check_earlier('run'),

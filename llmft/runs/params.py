@@ -470,6 +470,7 @@ def read_yaml(path) -> Lines:
 # %% ../../nbs/runs/01_params.ipynb #04a9305e
 declared_choices = {
     'method': ('models.methods', 'methods'),
+    'lora_init': ('models.variants', 'starts'),
     'precision': ('models.load', 'precisions'),
     'inference.precision': ('models.precisions', 'forms'),
     'compute': ('models.load', 'precisions'),

@@ -61,6 +61,7 @@ class Settings:
     data: str = ''
     text_field: str = ''
     valid_share: float = 0.1         # held out where the data has no validation split
+    replay_share: float = 0.0        # of the training positions, general text
 
     @property
     def step_rows(self):
@@ -94,7 +95,8 @@ def settings_of(params:dict,  # name -> value of all parameters of a notebook
     "The settings of a run; a `LabError` for an unknown choice, and for processes that cannot share its work."
     for name, value in params.items():
         check_choice(name, value)
-    settings = Settings(method=Method.from_params(SimpleNamespace(**params)), **_plain_settings(params))
+    method = Method.from_params(SimpleNamespace(**params)).check_base()
+    settings = Settings(method=method, **_plain_settings(params))
     _check_processes(settings)
     if 'learning_rate' in params:
         check_rate(settings.method, params['learning_rate'], settings.optimiser)
@@ -143,7 +145,8 @@ def _adapted_layers(linear, targets, architecture):
 def _adapter_size(linear, method, architecture):
     "Parameters of a LoRA adapter on the linear layers that it names."
     adapted = _adapted_layers(linear, method.targets, architecture)
-    return sum(method.rank * (layer.in_features + layer.out_features) for layer in adapted)
+    lengths = sum(layer.out_features for layer in adapted) if method.dora else 0
+    return lengths + sum(method.rank * (layer.in_features + layer.out_features) for layer in adapted)
 
 
 def _counted(config, method):
@@ -163,7 +166,9 @@ def count_parameters(config,        # a transformers config
     if config.model_type not in families:
         return _counted(config, method)
     total = parameter_count(config)['total']
-    trainable = total if method.full else lora_parameter_count(config, method.rank, method.targets)
+    trainable = total
+    if not method.full:
+        trainable = lora_parameter_count(config, method.rank, method.targets, method.dora)
     return dict(total=total, trainable=trainable, quantised=quantised_count(config, method.quantisation))
 
 # %% ../../nbs/runs/13_plan.ipynb #ea21a42d
@@ -181,12 +186,15 @@ def read_lengths(settings,  # from `settings_of`
     if not (_has_text(settings) and has_tokenizer(settings.model)):
         return None
     from llmft.data.corpora import load_corpus
+    from llmft.data.replay import with_replay
 
     corpus = load_corpus(settings.data, '', settings.text_field, settings.num_samples, settings.valid_share,
                          settings.seed)
-    encoded = encode(corpus.train.texts, load_tokenizer(settings.model))
+    tokenizer = load_tokenizer(settings.model)
+    encoded = encode(corpus.train.texts, tokenizer)
     examples, _ = cut(encoded, settings.max_length, settings.too_long)
-    return examples.slots.tolist()
+    mixed, _ = with_replay(examples, settings.replay_share, tokenizer, settings.max_length, settings.seed)
+    return mixed.slots.tolist()
 
 # %% ../../nbs/runs/13_plan.ipynb #599d2cc9
 def count_rows(settings,      # from `settings_of`
@@ -269,7 +277,8 @@ def count_work(config,       # a transformers config
     slots = _epoch_slots(settings, rows, lengths)
     tokens = sum(lengths or slots)
     flops = flops_step(config, slots, settings.method, targets_tokens=tokens,
-                       gradient_checkpointing=settings.gradient_checkpointing)
+                       gradient_checkpointing=settings.gradient_checkpointing,
+                       passes=math.ceil(len(slots) / settings.batch_size))
     return dict(tokens=round(tokens * epochs), slots=round(sum(slots) * epochs), flops=flops * epochs)
 
 # %% ../../nbs/runs/13_plan.ipynb #ba8ca9f4

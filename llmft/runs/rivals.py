@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['confidence', 'few_items', 'most_bullets', 'scores_file', 'held_out_loss', 'Difference', 'paired_difference',
            'Measure', 'Ranking', 'ranked', 'place_words', 'certainty_words', 'told', 'in_bullets', 'keep_scores',
-           'kept_scores', 'paired_scores', 'rank_judged', 'keep_judged', 'rank_trained']
+           'kept_scores', 'paired_scores', 'seed_difference', 'rank_seeds', 'Flips', 'flips', 'rank_judged',
+           'keep_judged', 'rank_trained']
 
 # %% ../../nbs/runs/18_rivals.ipynb #0209707b
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -317,6 +318,66 @@ def paired_scores(folders:dict, # name -> folder of the run
         return None, None
     weights = next(iter(kept.values()))['weights']
     return {name: each['scores'][score] for name, each in kept.items()}, weights
+
+# %% ../../nbs/runs/18_rivals.ipynb #747b3d9d
+def seed_difference(first_N,   # scores of one recipe, one for each seed
+                    second_N,  # scores of the other, for the same seeds
+)->Difference:
+    "The mean difference of two recipes over seeds with Student's interval; a `LabError` for scores without a pair."
+    first_N = _item_scores('the first recipe', first_N)
+    second_N = _item_scores('the second recipe', second_N)
+    if len(first_N) != len(second_N):
+        raise LabError(f'{len(first_N)} seeds cannot be paired with {len(second_N)}: run both with the same seeds')
+    gaps_N = first_N - second_N
+    count = len(gaps_N)
+    value = float(gaps_N.mean())
+    if count == 1:
+        return Difference(value, items=1)
+
+    from scipy.special import stdtrit
+
+    reach = float(stdtrit(count - 1, (1 + confidence) / 2) * gaps_N.std(ddof=1) / math.sqrt(count))
+    return Difference(value, value - reach, value + reach, count, abs(value) > reach)
+
+# %% ../../nbs/runs/18_rivals.ipynb #848f9ef5
+def rank_seeds(scores:dict,      # recipe -> scores, one for each seed, the same seeds for all
+               measure:Measure,  # what the scores are
+)->Ranking:
+    "Recipes in the order of their means over seeds, each compared with the best, seed by seed."
+    values = {name: float(np.mean(each)) for name, each in scores.items()}
+    order = sorted(values, key=values.get, reverse=not measure.lower)
+    differences = {name: seed_difference(scores[name], scores[order[0]]) for name in order[1:]}
+    return Ranking(replace(measure, items='seeds'), {name: values[name] for name in order}, differences)
+
+# %% ../../nbs/runs/18_rivals.ipynb #61f76bf3
+@dataclass(frozen=True)
+class Flips:
+    "Questions that one run answered rightly and another did not."
+
+    items: int  # questions that both were asked
+    lost: int  # right in the first run alone
+    won: int  # right in the second run alone
+    chance: float  # how often chance gives a split as uneven: McNemar's test, two-sided and exact
+
+    @property
+    def outcome(self) -> str:
+        "What the second run is against the first: better, worse, or a tie."
+        if self.chance >= 1 - confidence:
+            return 'tie'
+        return 'better' if self.won > self.lost else 'worse'
+
+# %% ../../nbs/runs/18_rivals.ipynb #066d6ed7
+def flips(first_N,   # whether the first run was right, one for each question
+          second_N,  # the same of the second run
+)->Flips:
+    "Which answers changed from one run to another; a `LabError` for runs that cannot be paired."
+    first_N = _item_scores('the first run', first_N).astype(bool)
+    second_N = _item_scores('the second run', second_N).astype(bool)
+    if len(first_N) != len(second_N):
+        raise LabError(f'{len(first_N)} answers cannot be paired with {len(second_N)}: ask both runs the same')
+    lost = int((first_N & ~second_N).sum())
+    won = int((second_N & ~first_N).sum())
+    return Flips(len(first_N), lost, won, _chance_of_signs(won, lost))
 
 # %% ../../nbs/runs/18_rivals.ipynb #ff6adac6
 held_out_loss = 'held-out loss'  # under which runs keep the loss of each held-out document, nats per token

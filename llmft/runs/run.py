@@ -499,8 +499,8 @@ def check_model_params(params:dict,  # name -> value of all parameters of a note
     from llmft.models.load import check_model_settings
     from llmft.models.methods import Method
 
-    quantisation = Method.from_params(SimpleNamespace(**params)).quantisation
-    check_model_settings(quantisation=quantisation, **formats)
+    method = Method.from_params(SimpleNamespace(**params)).check_base()
+    check_model_settings(quantisation=method.quantisation, **formats)
 
 # %% ../../nbs/runs/04_run.ipynb #56a8812e
 def say_model(params:dict,  # name -> value of all parameters of a notebook, checked

@@ -6,7 +6,7 @@
 __all__ = ['sweep_keys', 'stage_keys', 'summary_keys', 'most_points', 'place_of', 'errors_at', 'check_keys', 'overlay',
            'read_sweep', 'Point', 'shown_folder', 'scale_for', 'stage_starts', 'check_count', 'combinations', 'as_name',
            'fill', 'point_name', 'overrides_for', 'check_overrides', 'fill_params', 'stage_points', 'summary_point',
-           'places_in', 'needs', 'expand', 'sweep_points']
+           'places_in', 'needs', 'check_seeds', 'seed_name', 'with_seeds', 'expand', 'sweep_points']
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #8e847778
 import contextlib
@@ -15,7 +15,7 @@ import math
 import os
 import re
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmft.runs.params import (
@@ -55,7 +55,8 @@ def errors_at(place:str,  # "file:line: ", from `place_of`
         raise LabError(message if message.startswith(place) else f'{place}{message}') from None
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #881e995a
-sweep_keys = dict(name='text', stages='list', summary='mapping') | dict.fromkeys(scales, 'mapping')
+sweep_keys = dict(name='text', seeds='list', stages='list', summary='mapping') | dict.fromkeys(scales, 'mapping')
+_block_keys = dict(seeds='list', stages='list', summary='mapping')
 stage_keys = dict(
     notebook='text', name='text', params='mapping or list', override='mapping', matrix='mapping', points='list'
 )
@@ -103,7 +104,7 @@ def overlay(base,   # a mapping, a list or a value from the file
 # %% ../../nbs/runs/10_sweep_file.ipynb #4adada5d
 def _block_of(sweep, scale):
     "The checked block of a scale in a sweep; empty where there is none."
-    block = check_keys(sweep.get(scale, {}), dict(stages='list', summary='mapping'), scale)
+    block = check_keys(sweep.get(scale, {}), _block_keys, scale)
     given = len(block.get('stages', []))
     wanted = len(sweep['stages'])
     if given > wanted:
@@ -146,6 +147,8 @@ def read_sweep(path,          # the YAML file of a sweep
 
     block = choose('scale', scale, blocks) if scale else {}
     stages = _overlaid(sweep['stages'], block.get('stages', []))
+    if 'seeds' in block:
+        sweep['seeds'] = block['seeds']
     if 'summary' in block:
         sweep['summary'] = overlay(sweep.get('summary', {}), block['summary'])
     return Lines({**sweep, 'stages': stages}, sweep.file, sweep.lines)
@@ -520,6 +523,78 @@ def needs(point,   # a `Point`
     places = set(places_in(point.params))
     return [other for other in earlier if other.folder in places]
 
+# %% ../../nbs/runs/10_sweep_file.ipynb #0e7a180b
+_largest_seed = 2**32 - 1
+
+
+def check_seeds(sweep,      # from the file
+                overrides=(),  # texts of the form name=value
+)->list:                    # the seeds; empty where the sweep gives none
+    "The seeds of a sweep; a `LabError` for values that are no seeds, and where something else sets seeds too."
+    seeds = sweep.get('seeds', [])
+    place = place_of(sweep, 'seeds')
+    wrong = [seed for seed in seeds if type(seed) is not int or not 0 <= seed <= _largest_seed]
+    if wrong or len(set(seeds)) < len(seeds):
+        raise LabError(f'{place}seeds is {seeds!r:.60}: give different whole numbers from 0 to {_largest_seed:,}')
+    if seeds:
+        for stage in sweep['stages']:
+            _check_free_seed(stage)
+    if seeds and any(text.partition('=')[0].strip() == 'seed' for text in overrides):
+        raise LabError(f'-p seed: the sweep has seeds of its own: change them in the file ({place.rstrip(": ")})')
+    return seeds
+
+
+def _check_free_seed(stage):
+    "A `LabError` for a stage that sets a seed, or puts it into the names of its runs."
+    given = [stage.get('matrix', {}), stage.get('override', {}), *stage.get('points', [])]
+    given += [stage['params']] if isinstance(stage.get('params'), dict) else []
+    if any('seed' in values for values in given):
+        raise LabError(f'{place_of(stage)}seed is set in this stage and by seeds: keep one')
+    if 'seed' in _placeholders(stage.get('name', '')):
+        raise LabError(f"{place_of(stage, 'name')}seeds puts the seed into the names: leave {{seed}} out")
+
+# %% ../../nbs/runs/10_sweep_file.ipynb #e877a810
+def seed_name(name:str,  # of a run
+              seed:int,  # of a sweep
+)->str:                  # name of its run for that seed
+    "The name of a run of a sweep with seeds."
+    return f'{name}-seed{seed}'
+
+# %% ../../nbs/runs/10_sweep_file.ipynb #01673ce0
+def _of_seed(value, seed, names):
+    "A parameter's value in which the folders of runs in `names` are those of the same seed."
+    if isinstance(value, list):
+        return [_of_seed(entry, seed, names) for entry in value]
+    if not isinstance(value, str) or '/' not in value:
+        return value
+    for name in names:
+        value = re.sub(rf'(?<![^/]){re.escape(name)}(?![^/])', seed_name(name, seed), value)
+    return value
+
+
+def _seeded_point(point, seed, seeds, names):
+    "A point for one of the seeds."
+    params = {key: _of_seed(value, seed, names) for key, value in point.params.items()}
+    if 'configurations' in params:
+        params['configurations'] *= len(seeds)
+    with errors_at(point.where):
+        name = check_name(seed_name(point.name, seed))
+    return replace(point, params=params | dict(seed=seed, name=name))
+
+
+def with_seeds(stages:list,  # of lists of `Point`s
+               seeds:list,   # from `check_seeds`
+)->list:                     # stages
+    "Every point once for each seed, where its notebook has one; points read those of their own seed."
+    seeded = set()  # notebook and name of points of earlier stages
+    result = []
+    for points in stages:
+        chances = {point.label: seeds if 'seed' in point.params else [] for point in points}
+        result.append([made for point in points for made in
+                       ([_seeded_point(point, seed, seeds, seeded) for seed in chances[point.label]] or [point])])
+        seeded |= {label for label, own in chances.items() if own}
+    return result
+
 # %% ../../nbs/runs/10_sweep_file.ipynb #420adf94
 def _check_folders(points):
     "A `LabError` when two points have one folder."
@@ -550,11 +625,12 @@ def _all_points(stages):
 
 def _stages_of(sweep, scale, overrides):
     "The points of each stage of a sweep, without its summary; a `LabError` when they are too many."
+    seeds = check_seeds(sweep, overrides)
     stages = []
     for stage in sweep['stages']:
         stages.append(stage_points(stage, sweep['name'], scale, overrides))
-        check_count(sum(map(len, stages)), place_of(sweep, 'stages'))
-    return stages
+        check_count(sum(map(len, stages)) * max(1, len(seeds)), place_of(sweep, 'stages'))
+    return with_seeds(stages, seeds)
 
 
 def expand(path,          # the YAML file of a sweep

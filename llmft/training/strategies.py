@@ -123,6 +123,15 @@ def _check_training(name, strategy, recipe, method):
             f'strategy {name} needs {strategy.needs}: DS_BUILD_OPS=0 pip install -e ".[zero]", or choose fsdp2'
         )
 
+    if method.start != 'random' and name != 'none':
+        raise LabError(
+            f'lora_init {method.start} is computed anew in each process, whose last digits may differ: '
+            'choose strategy none, or lora_init random'
+        )
+    if method.dora and 'weights' in strategy.cuts:
+        raise LabError(
+            f'dora reads whole weights outside of their layers, and strategy {name} cuts them: choose ddp or zero2'
+        )
     if method.quantisation in strategy.damages:
         raise LabError(
             f'strategy {name} would cut {method.quantisation} weights apart from their constants: '

@@ -30,7 +30,11 @@ def data_table(data:TaskData,   # of the run
                max_length:int,  # longest example, positions
 ):                              # a table for display
     "Rows, examples and targets of each split, with what was lost."
-    return table([dict(split=split, **notes) for split, notes in data.row_notes.items()],
+    rows = [dict(split=split, **notes) for split, notes in data.row_notes.items()]
+    if data.replay:
+        replayed = {name: data.replay[name] for name in ('examples', 'targets')}
+        rows.append(dict(replayed, split=f"general text, {data.replay['share']:.1%} of training"))
+    return table(rows,
                  ['split', 'rows', column('too_long', f'beyond {max_length}'), *_lost_columns, 'examples',
                   *_target_columns])
 
@@ -220,7 +224,8 @@ def instruct_metrics(params,            # max_length and samples
 
     training = result.metrics() | dict(real_tokens=progress.tokens)  # the name of the study
     passed = _pass_metrics(final, rows[0]['pass@1'], params.samples)
-    counts = dict(train_rows=train, test_rows=len(data.examples['test']),
+    counts = dict(train_rows=train - data.replay.get('examples', 0), replay_share=data.replay.get('share', 0.),
+                  replay_tokens=data.replay.get('positions', 0), test_rows=len(data.examples['test']),
                   control_like=data.row_notes['train']['control_like'],
                   padded_fill=_padded_fill(progress, result.steps_per_epoch, train, params.max_length))
     return training | passed | _losses(before, after) | counts
@@ -274,14 +279,17 @@ def instruct_verdict(metrics:dict,    # from `instruct_metrics`
                      data:TaskData,   # of the run
                      before:dict,     # from `measured`, before training
                      after:dict,      # the same afterwards
+                     forgot:str='',   # from `forgetting_words`
 )->str:                               # Markdown
     "Whether the model solves more problems, what training did to the losses, and what was lost."
     split = 'test' if after['test'] else 'valid'
+
     ended = (f"Training ended at step {metrics['steps']} of {metrics['planned_steps']} ({metrics['stopped']}), best at "
              f"step {metrics['best_step']} by the validation loss ({metrics['eval_loss_before']:.3f} to "
              f"{metrics['eval_loss']:.3f}).")
     following = 'Next: shorten or split long rows, then train on more of them.' if _lost_words(data) else (
         'Next: train on more rows, or start from a model that solves some problems.')
+
     missing = '' if after['test'] else 'There is no test row: the validation rows chose the weights. '
-    return in_bullets(_solved_words(before, after), f'{missing}{_loss_words(split, before, after)}',
+    return in_bullets(_solved_words(before, after), f'{missing}{_loss_words(split, before, after)} {forgot}',
                       f'{ended} {_lost_words(data)} {following}')

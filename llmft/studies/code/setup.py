@@ -6,10 +6,11 @@
 __all__ = ['TaskData', 'task_data', 'runnable_tasks', 'instruct_method', 'instruct_base', 'instruct_model', 'instruct']
 
 # %% ../../../nbs/studies/code/04_setup.ipynb #9fdb48f6
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from ...core import LabError, short_hash
+from ...data.replay import with_replay
 from ...data.tokens import load_tokenizer
 from ...models.methods import Method
 from .tasks import check_template, encode_tasks, load_tasks
@@ -23,11 +24,12 @@ class TaskData:
     counts: dict       # rows read, empty, held out too, in other splits
     examples: dict     # split -> `Examples` of at most max_length positions
     row_notes: dict    # split -> what `encode_tasks` counted
+    replay: dict = field(default_factory=dict)  # counts of the general text among the training examples
 
     @property
     def notes(self):
         "Counts of what was dropped or cut, for run.json."
-        return self.counts | self.row_notes
+        return self.counts | self.row_notes | dict(replay=self.replay)
 
     def hashes(self):
         "What identifies the data of a run: rows and content hash of each split."
@@ -35,10 +37,16 @@ class TaskData:
                 for split, tasks in self.tasks.items()}
 
 # %% ../../../nbs/studies/code/04_setup.ipynb #d9fd7292
+def _rows_of(split, tasks, params):
+    "The rows of a split that are read: of the held-out ones the first `num_eval_samples`."
+    return tasks if split == 'train' else tasks[:params.num_eval_samples or None]
+
+
 def _encode_splits(tasks, tokenizer, params):
     "The examples and the counts of every split."
-    encoded = {split: encode_tasks(rows, tokenizer, params.max_length, params.template, params.system_prompt,
-                                   params.loss_on, params.too_long) for split, rows in tasks.items()}
+    encoded = {split: encode_tasks(_rows_of(split, rows, params), tokenizer, params.max_length, params.template,
+                                   params.system_prompt, params.loss_on, params.too_long)
+               for split, rows in tasks.items()}
     return ({split: examples for split, (examples, _) in encoded.items()},
             {split: notes for split, (_, notes) in encoded.items()})
 
@@ -52,7 +60,8 @@ def _check_filled(examples, max_length):
                        'raise it, or give shorter rows')
 
 
-def task_data(params,  # model, data, its fields, valid_share, num_samples, the template's settings, max_length, seed
+def task_data(params,  # model, data, its fields, valid_share, num_samples, num_eval_samples, the template's settings,
+                       # max_length, replay_share, seed
 )->TaskData:
     "The data of a run; a `LabError` for a template that cannot be used, or when no training or validation row is left."
     tokenizer = load_tokenizer(params.model)
@@ -60,9 +69,12 @@ def task_data(params,  # model, data, its fields, valid_share, num_samples, the 
     tasks, counts = load_tasks(params.data, params.data_config, params.input_field, params.training_field,
                                params.split_field, params.num_samples, params.valid_share, params.seed)
 
+
     examples, row_notes = _encode_splits(tasks, tokenizer, params)
     _check_filled(examples, params.max_length)
-    return TaskData(tokenizer, tasks, counts, examples, row_notes)
+    examples['train'], replay = with_replay(examples['train'], params.replay_share, tokenizer, params.max_length,
+                                            params.seed)
+    return TaskData(tokenizer, tasks, counts, examples, row_notes, replay)
 
 # %% ../../../nbs/studies/code/04_setup.ipynb #6e6a09aa
 def _problem_tasks(params, data):

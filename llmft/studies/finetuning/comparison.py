@@ -4,9 +4,13 @@
 
 # %% auto #0
 __all__ = ['by_short_name', 'run_metrics', 'held_out_hashes', 'same_held_out', 'terms_table', 'quality_table', 'costs_table',
-           'reference_table', 'matrix_of', 'first_samples', 'best_run', 'comparison_verdict', 'comparison_metrics']
+           'reference_table', 'matrix_of', 'first_samples', 'seed_ranking', 'best_run', 'comparison_verdict',
+           'comparison_metrics']
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #73b3225c
+import math
+
+from ...runs.results import over_seeds
 from ...runs.rivals import Measure, in_bullets, place_words, rank_trained, ranked, told
 from ...runs.tables import column, table
 from .published import matrix_key, prediction_verdict, short_names
@@ -120,6 +124,13 @@ def first_samples(results:dict,  # from `by_short_name`
     return rows
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #59ab4041
+def seed_ranking(results:dict,  # from `by_short_name`
+):                              # a `Ranking` of recipes, or `None` without two seeds that all of them were run with
+    "The recipes of a sweep with seeds by their held-out perplexity."
+    measure = Measure('held-out perplexity', log=True)
+    return over_seeds(results, lambda result: math.log(result['metrics']['perplexity_after']), measure)
+
+# %% ../../../nbs/studies/finetuning/04_comparison.ipynb #37bf652c
 def best_run(rows:list,  # from `run_metrics`
 )->dict:                 # one of them
     "The run with the lowest held-out perplexity."
@@ -135,25 +146,27 @@ def _unequal_rates(rows):
     return f'Learning rates differ {apart:.3g}-fold, so this compares recipes and not methods alone.'
 
 
-def _cost_words(rows):
+def _cost_words(rows, seeds):
     "Which run is fastest and which needs the least memory."
     time = ranked({row['run']: row['time_per_epoch_seconds'] for row in rows}, Measure('time per epoch', 's'))
     peaks = {row['run']: row['peak_memory_gb'] for row in rows}
     known = [peak for peak in peaks.values() if peak is not None]
     memory = place_words(ranked(peaks, Measure('peak memory', 'GiB'))) if known else ''
-    return f'{place_words(time)} {memory} One run and one seed each: less than 5% apart counts as a tie.'
+    once = 'Each run was timed once' if seeds else 'One run and one seed each'
+    return f'{place_words(time)} {memory} {once}: less than 5% apart counts as a tie.'
 
 
 def comparison_verdict(results:dict,  # from `by_short_name`
 )->str:                               # Markdown
     "Which run is best, how sure that is, and what it costs."
     rows = run_metrics(results)
-    quality = told(rank_trained(rows, {name: result['folder'] for name, result in results.items()}))
+    seeds = seed_ranking(results)
+    quality = told(seeds or rank_trained(rows, {name: result['folder'] for name, result in results.items()}))
     if not same_held_out(results):
         quality = 'The runs were judged on different documents, so the perplexities can not be compared.'
     foreseen = prediction_verdict({row['run']: row for row in rows})
-    return in_bullets(f'{quality} {_unequal_rates(rows)}', _cost_words(rows),
-                      f'{foreseen} Next: repeat the first two with other seeds (-p seed=1).')
+    following = '' if seeds else 'Next: repeat the first two with other seeds (seeds: [1, 2, 3] in the sweep).'
+    return in_bullets(f'{quality} {_unequal_rates(rows)}', _cost_words(rows, seeds), f'{foreseen} {following}')
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #b124203d
 _kept = ('perplexity_before', 'perplexity_after', 'total_time_seconds', 'tokens_per_sec', 'time_per_epoch_seconds',

@@ -28,6 +28,9 @@ def data_table(data:TrainingData,  # of the run
     "Documents, bytes, examples and targets of both sides, with what was lost."
     sides = [('training', data.corpus.train, data.train_notes), ('held out', data.corpus.valid, data.valid_notes)]
     rows = [dict(side=side, bytes=documents.bytes, **notes) for side, documents, notes in sides]
+    if data.replay:
+        share = data.replay['share']
+        rows.append(dict(data.replay, side=f'general text, {share:.1%} of training'))
 
     return table(rows, ['side', 'documents', 'bytes', column('too_long', f'beyond {max_length}'), 'examples', 'targets',
                         'targets_lost', column('without_target', 'empty'), *text_columns])
@@ -123,7 +126,9 @@ def finetuning_metrics(params,            # the run's parameters
     settings = {name: getattr(params, name) for name in _settings}
     counts = dict(num_samples=len(data.corpus.train), valid_targets=after['targets'], valid_ends=after['ends'],
                   control_like=data.train_notes['control_like'], total_parameters=size['total'],
-                  quantised_share=size['share'], reload_difference=reload_difference)
+                  quantised_share=size['share'], reload_difference=reload_difference,
+                  replay_share=data.replay.get('share', 0.), replay_tokens=data.replay.get('positions', 0))
+
     return result.metrics() | _quality(before, after) | settings | counts | _cost_metrics(cost)
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #ec8ec96b
@@ -149,6 +154,7 @@ def finetuning_verdict(method:str,        # full, lora or qlora
                        before:dict,       # from `judge`, before training
                        after:dict,        # the same afterwards
                        base:dict=None,    # the same for the base without quantisation, where the weights are quantised
+                       forgot:str='',     # from `forgetting_words`
 )->str:                                   # Markdown
     "What the run gained over its strongest rival, how sure that is, and what it took."
     rivals = {method: after, 'the model before training': before}
@@ -159,7 +165,7 @@ def finetuning_verdict(method:str,        # full, lora or qlora
     took = (f"It trained {result.trainable:,} of {size['total']:,} parameters for {progress.step:,} steps "
             f"({progress.stopped}); n = {after['targets']:,} held-out tokens of {after['documents']} documents. Next: "
             'compare methods on the same documents (params/sweeps/finetune_matrix.yaml).')
-    return in_bullets(answer, told(rank_judged(rivals), method), took)
+    return in_bullets(answer, f'{told(rank_judged(rivals), method)} {forgot}', took)
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #6c81b2ed
 def pretraining_metrics(result:FitResult,  # from `launch`

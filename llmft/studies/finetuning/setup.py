@@ -7,10 +7,11 @@ __all__ = ['TrainingData', 'finetuning_data', 'prompts_of', 'finetuning_base', '
            'finetuning', 'pretraining_data', 'pretraining_model', 'pretraining']
 
 # %% ../../../nbs/studies/finetuning/01_setup.ipynb #1250a2a6
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 from ...data.corpora import Corpus, load_corpus
+from ...data.replay import with_replay
 from ...data.tokens import Examples, cut, encode, load_tokenizer, text_notes, train_tokenizer
 from ...models.load import load_model, model_config
 from ...models.methods import Method
@@ -27,11 +28,12 @@ class TrainingData:
     valid: Examples    # held-out examples
     train_notes: dict  # counts: documents, too long, examples, targets, targets lost
     valid_notes: dict  # the same for the held-out documents
+    replay: dict = field(default_factory=dict)  # counts of the general text among `train`, empty without any
 
     @property
     def notes(self):
         "Counts of what was dropped or cut, for run.json."
-        return dict(corpus=self.corpus.notes, train=self.train_notes, valid=self.valid_notes)
+        return dict(corpus=self.corpus.notes, train=self.train_notes, valid=self.valid_notes, replay=self.replay)
 
 
 def _in_examples(corpus, tokenizer, params, too_long='split'):
@@ -45,13 +47,15 @@ def _in_examples(corpus, tokenizer, params, too_long='split'):
     return TrainingData(tokenizer, corpus, train, valid, train_notes, valid_notes)
 
 # %% ../../../nbs/studies/finetuning/01_setup.ipynb #cea4bda7
-def finetuning_data(params,  # model, data, its fields and counts, valid_share, max_length, too_long, seed
+def finetuning_data(params,  # model, data, its fields and counts, valid_share, max_length, too_long, replay_share, seed
 )->TrainingData:
     "The data of a fine-tuning run in the tokens of its model; a `LabError` when there is none."
     tokenizer = load_tokenizer(params.model)
     corpus = load_corpus(params.data, params.data_config, params.text_field, params.num_samples,
                          params.valid_share, params.seed)
-    return _in_examples(corpus, tokenizer, params, params.too_long)
+    data = _in_examples(corpus, tokenizer, params, params.too_long)
+    data.train, data.replay = with_replay(data.train, params.replay_share, tokenizer, params.max_length, params.seed)
+    return data
 
 # %% ../../../nbs/studies/finetuning/01_setup.ipynb #ff6d2545
 _prompt_letters = 60  # of the beginning of a document

@@ -49,7 +49,7 @@ class ForecastJudge:
         self.data = data
         self.given = params.given
         self.horizon = params.valid_horizon
-        self.settings = dict(trajectories=params.valid_trajectories, samples=params.valid_samples,
+        self.settings = dict(trajectories=params.num_eval_samples, samples=params.valid_samples,
                              temperature=params.temperature, top_p=params.top_p, batch_size=judged_rows,
                              integer_digits=params.integer_digits, seed=params.seed)
         self.forecasts = []

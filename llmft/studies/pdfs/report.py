@@ -244,13 +244,14 @@ def pdf_verdict(conclusion:str,    # from `conclude`
                 before:dict,       # from `judge`, before training
                 after:dict,        # the same afterwards
                 result:FitResult,  # from `launch`
+                forgot:str='',     # from `forgetting_words`
 )->str:                            # Markdown
     "What was achieved, how sure that is against the model before training, and how training ended."
     ranking = rank_judged({'the trained model': after, 'the model before training': before}, 'chunks')
     progress = result.progress
     ended = (f'Training ended at step {progress.step} of {result.steps} ({progress.stopped}); '
              f"n = {after['targets']:,} held-out tokens. Next: compare runs (params/sweeps/pdf_finetune.yaml).")
-    return in_bullets(conclusion, told(ranking, 'the trained model'), ended)
+    return in_bullets(conclusion, f"{told(ranking, 'the trained model')} {forgot}", ended)
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #8d3cf3a3
 def _predicted_bytes(trials, largest):

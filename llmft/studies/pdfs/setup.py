@@ -53,7 +53,8 @@ def _examples(documents, tokenizer, folder, max_length):
     return examples, notes | text_notes(documents.texts, tokenizer)
 
 
-def pdf_data(params,  # data, max_pages, min_characters, test_share, seed, chunk_characters, max_length, model
+def pdf_data(params,  # data, max_pages, min_characters, test_share, seed, chunk_characters, max_length, model,
+                      # num_eval_samples
              folder,  # the run's folder; receives split_info.json, files.json and tokens/
 )->PdfData:
     "Extract, split, pack and tokenise; a `LabError` when fewer than two files can be used."
@@ -64,6 +65,7 @@ def pdf_data(params,  # data, max_pages, min_characters, test_share, seed, chunk
     files = read_pdfs(source, params.max_pages, params.min_characters, notes=besides)
     corpus, split = pdf_corpus(files, params.test_share, params.seed, params.chunk_characters, folder/'split_info.json')
     corpus.notes['besides'] = besides or {}
+    corpus.valid = corpus.valid[:params.num_eval_samples or len(corpus.valid)]
     _write_files(folder/'files.json', files)
 
     train, train_notes = _examples(corpus.train, tokenizer, folder/'tokens'/'train', params.max_length)

@@ -17,11 +17,11 @@ from ...data.tokens import cut
 from ...models.subspace import Subspace
 
 # %% ../../../nbs/studies/sublora/01_setup.ipynb #42a105d0
-def token_source(params,  # data, data_config, text_field, tokenizer, model, documents, valid_documents, valid_share
+def token_source(params,  # data, data_config, text_field, tokenizer, model, documents, num_eval_samples, valid_share
 )->dict:                  # the arguments of `prepare_tokens`
     "What the tokens of a run are made from."
     return dict(data=params.data, tokenizer=params.tokenizer or params.model, documents=params.documents,
-                valid_documents=params.valid_documents, config=params.data_config, text_field=params.text_field,
+                valid_documents=params.num_eval_samples, config=params.data_config, text_field=params.text_field,
                 valid_share=params.valid_share)
 
 # %% ../../../nbs/studies/sublora/01_setup.ipynb #6e96e531
