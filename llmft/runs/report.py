@@ -668,7 +668,7 @@ def _how_to_continue(run, folder):
     again = f'<code>{escape(command)}</code>' if command.startswith('llmft run') else 'run the notebook again'
     saved = folder is not None and any((Path(folder) / 'checkpoints').glob('*'))
     where = 'It continues from the last checkpoint' if saved else 'It begins anew, since nothing was saved'
-    first = '' if run['status'] == 'interrupted' else 'Remove the cause, then continue: '
+    first = 'Continue: ' if run['status'] == 'interrupted' else 'Remove the cause, then continue: '
     return f'<p>{first}{again}. {where}.</p>'
 
 
