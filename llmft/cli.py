@@ -479,7 +479,9 @@ def _page_of(run, outputs):
 
     if not run:
         return write_overview(outputs)
-    page = find_run(run, outputs) / 'report.html'
+    folder = find_run(run, outputs)
+    page = folder / 'live.html'  # of a run that goes on
+    page = page if page.is_file() else folder / 'report.html'
     if not page.is_file():
         raise LabError(f'{shown(page)} is not there: llmft report {shown(page.parent)} writes it')
     return page

@@ -13,11 +13,13 @@ import psutil
 import pytest
 
 from llmft.core import LabError
-from llmft.runs import provenance
+from llmft.runs import execute as execute_module
+from llmft.runs import figures, provenance
 from llmft.runs import report as report_module
 from llmft.runs.execute import execute_run
 from llmft.runs.locks import is_held
 from llmft.runs.progress import Passing
+from llmft.runs.report import write_live
 from llmft.runs.run import read_run
 
 here = Path(__file__).parent / 'notebooks'
@@ -102,7 +104,8 @@ def test_done_and_again(tmp_path):
         WANDB_MODE=os.environ.get('WANDB_MODE', 'disabled'),
         LLMFT_RUN=None,
     )
-    assert lines == (folder / 'train.log').read_text().splitlines()
+    kept = [line for line in lines if not isinstance(line, Passing)]  # progress is for the terminal alone
+    assert kept == (folder / 'train.log').read_text().splitlines()
     started = time.time()
     assert execute('ok', tmp_path, params=dict(learning_rate=2e-4))[0] == record and time.time() - started < 1
     other, _ = execute('ok', tmp_path, params=dict(learning_rate=1e-3))
@@ -261,6 +264,21 @@ def test_rows_of_the_log_reach_the_terminal(tmp_path):
     shown = [line for line in lines if isinstance(line, Passing)]
     steps = ['step 1  loss 3.00', 'step 2  loss 1.50', 'step 3  loss 1.00']
     assert lines[0] == '--- Train' and 1 <= len(shown) <= 2 and set(shown) <= set(steps)
+
+
+def test_a_run_that_goes_on_has_a_page_which_ends_with_it(tmp_path, monkeypatch):
+    assert figures.loss_curves  # loaded before the clock runs
+    monkeypatch.setattr(execute_module, 'live_seconds', 0)
+    seen = []
+
+    def write(*args):
+        seen.append(write_live(*args).read_text())
+
+    monkeypatch.setattr(execute_module, 'write_live', write)
+    record, folder = execute('logs', tmp_path, params=dict(steps=40))
+    assert record['run']['status'] == 'done' and not (folder / 'live.html').exists()
+    assert seen and 'http-equiv="refresh"' in seen[-1] and 'this run goes on: step ' in seen[-1]
+    assert 'aria-label="Loss so far' in seen[-1] and 'refresh' not in (folder / 'report.html').read_text()
 
 
 def test_a_report_that_cannot_be_made_is_a_failure(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ __all__ = ['bootstrap', 'quiet_environment', 'lines_per_cell', 'quiet_seconds', 
 
 # %% ../../nbs/runs/09_execute.ipynb #721fc4b3
 import contextlib
+import copy
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ from .locks import held
 from .overview import write_overview
 from .params import check_params, find_notebook
 from .progress import Passing, clock, progress_text
-from .report import warm_up, write_reports
+from .report import live_page, live_seconds, warm_up, write_live, write_reports
 from .run import close_folder, ending, inputs_problem, merge, open_folder, run_folder, why_anew
 from .verdict import full_disk, kernel_verdict
 
@@ -211,6 +212,7 @@ class RunLog:
         self.rows = session.folder / 'log.jsonl'
         self.offset = self.rows.stat().st_size if self.rows.exists() else 0  # bytes already read
         self.next_row = 0  # time from which the terminal gets a row again
+        self.next_live = time.monotonic() + live_seconds  # time of the next page of what was logged so far
         self.entered = self.heard = time.monotonic()  # when the section began, and when the terminal got its last line
         self.ended = threading.Event()
         self.follower = threading.Thread(target=self.follow, daemon=True)
@@ -230,6 +232,7 @@ class RunLog:
             with contextlib.suppress(OSError):
                 self.new_rows()
             self.say_alive()
+            self.keep_live()
 
     def pass_on(self, line):
         "A line for the terminal."
@@ -278,6 +281,20 @@ def say_alive(self: RunLog):
     now = time.monotonic()
     if now - self.heard >= max(quiet_seconds, (now - self.entered) / 4):
         self.pass_on(Passing(f'{self.heading or "starting"}: {clock(now - self.entered)}'))
+
+# %% ../../nbs/runs/09_execute.ipynb #41293127
+@patch
+def keep_live(self: RunLog):
+    "Write the page of what was logged so far when its time has come; a page that cannot be made is left out."
+    began = time.monotonic()
+    notebook = getattr(self.session, 'notebook', None)
+    if began < self.next_live or notebook is None or not self.rows.exists():
+        return
+    with contextlib.suppress(Exception):
+        write_live(copy.deepcopy(notebook), read_json(self.session.folder / 'run.json'), self.session.folder)
+    if self.ended.is_set():  # the run ended meanwhile
+        (self.session.folder / live_page).unlink(missing_ok=True)
+    self.next_live = time.monotonic() + max(live_seconds, 50 * (time.monotonic() - began))
 
 # %% ../../nbs/runs/09_execute.ipynb #45aa2730
 @patch
@@ -454,7 +471,8 @@ def end_session(session:Session,  # the session, after execution
 )->dict:                          # the content of run.json
     "Write the verdict and the reports of a session that has ended."
     session.close()
-    (session.folder / '.report.partial.ipynb').unlink(missing_ok=True)
+    for name in ('.report.partial.ipynb', live_page):
+        (session.folder / name).unlink(missing_ok=True)
     record = read_json(session.folder / 'run.json')
     status, message, cell = _verdict_of(session, error, record)
 

@@ -95,7 +95,7 @@ def _row(folder, record):
                 started=str(run.get('started') or ''), seconds=run.get('seconds'),
                 words=first_sentence(run.get('verdict')) or str(run.get('error') or ''),
                 losses=sampled_losses(folder), params=record.get('params') or {},
-                has_report=(folder / 'report.html').exists())
+                page=next((page for page in ('live.html', 'report.html') if (folder / page).exists()), ''))
 
 
 def overview_rows(outputs,  # folder of all runs
@@ -168,7 +168,7 @@ def _chips(differing):
 def _line(row, differing):
     "One run as a row of the table."
     label = escape(f"{row['notebook']}/{row['name']}")
-    target = quote(f"{row['notebook']}/{row['name']}/{'report.html' if row['has_report'] else ''}")
+    target = quote(f"{row['notebook']}/{row['name']}/{row['page']}")
     status = escape(row['status'])
     last = row['losses'][-1][1] if row['losses'] else ''
 

@@ -149,7 +149,7 @@ _attributes = set('d x y x1 y1 x2 y2 cx cy r rx ry width height viewBox points t
                   'fill-rule fill-opacity stroke stroke-width stroke-linecap stroke-linejoin stroke-dasharray '
                   'stroke-dashoffset stroke-opacity opacity style text-anchor preserveAspectRatio'.split())
 _plain_value = re.compile(r"[\w\s#.,:;%()+'\"-]*", re.ASCII)
-_loading = re.compile(r'(?i)(?:url|image|element|attr|expression|src|import|var|paint|cross-fade)\s*\(|javascript')
+_functions = re.compile(r'\b(?!(?:rgba?|matrix|translate|scale|rotate|skewX|skewY)\()[\w-]+\s*\(')  # all but these
 _inner_url = re.compile(r'url\(#([\w.-]+)\)')
 _name = re.compile(r'[\w.-]+', re.ASCII)
 _pixels = re.compile(r'data:image/png;base64,[A-Za-z0-9+/\s]+={0,2}')
@@ -162,7 +162,7 @@ _long_decimals = re.compile(r'(\.\d\d)\d+')
 
 def _kept_value(name, value, prefix):
     "The value of an attribute as it may stand in a page; `None` for one that goes."
-    if not _plain_value.fullmatch(value) or _loading.search(_inner_url.sub('', value)):
+    if not _plain_value.fullmatch(value) or _functions.search(_inner_url.sub('', value)):
         return None
     value = _inner_url.sub(rf'url(#{prefix}\1)', value)
     if name in ('d', 'x', 'y', 'points'):
