@@ -326,13 +326,7 @@ _Version = Annotated[bool, typer.Option('--version', help='Print the version.', 
 def _options(version: _Version = False):
     "Options of llmft itself."
 
-# %% ../nbs/cli.ipynb #a1a25ebd
-def _scale_flag(scale: str):
-    "The annotation of the option for a scale."
-    overlays = f'_{scale}.yaml of the folder, and the {scale} block of a sweep, override the values.'
-    return _flag(f'--{scale}', f'{scales[scale].capitalize()}: {overlays}')
-
-
+# %% ../nbs/cli.ipynb #9c309a3f
 def scale_of(small:bool,   # whether --small was given
              laptop:bool,  # whether --laptop was given
 )->str:                    # one of `scales`, or ''
@@ -341,6 +335,12 @@ def scale_of(small:bool,   # whether --small was given
     if len(asked) > 1:
         raise LabError('--small and --laptop: give one of the two')
     return ''.join(asked)
+
+# %% ../nbs/cli.ipynb #a1a25ebd
+def _scale_flag(scale: str):
+    "The annotation of the option for a scale."
+    overlays = f'_{scale}.yaml of the folder, and the {scale} block of a sweep, override the values.'
+    return _flag(f'--{scale}', f'{scales[scale].capitalize()}: {overlays}')
 
 
 _Small = _scale_flag('small')

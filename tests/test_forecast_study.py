@@ -119,6 +119,8 @@ def test_the_budget_of_the_study_ends_the_final_run(study):
         1,
         'FLOP budget',
     ) and 'stopped where the budget of the study ends' in record['run']['verdict']
+    sentence = 'Judged on 2 of the 10 steps that follow'
+    assert sentence in record['run']['verdict'] and sentence in (folder / 'report.html').read_text()
     assert final['best_step'] == 1 and final['valid_mae'] is not None and final['reload_difference'] < 1e-2
     rows = statement(Account(folder.parents[1] / 'forecast_ledger' / 's.jsonl', 5.5 * step))
     assert [row['run'] for row in rows] == [
@@ -147,6 +149,9 @@ def test_the_evaluation_has_all_rows_and_pictures(study):
     assert all(name in page for name in ('context parroting', 'Lotka-Volterra refitted', 'The ceiling, ', 'MASE', 'WQL'))
     by_step = json.loads((folder / 'by_step.json').read_text())
     assert all(len(curves['mean_H']) == 10 for curves in by_step.values()) and 'fine-tuned' in by_step
+    nll_H = by_step['fine-tuned']['nll_H']
+    assert len(nll_H) == 10 and sum(nll_H) / 10 == pytest.approx(metrics['nll_per_value'], abs=1e-4)
+    assert by_step['seasonal']['nll_H'] is None and 'NLL, nats/value' in page
     assert {path.stem for path in (folder / 'figures').iterdir()} == {
         'forecasts',
         'phase',
@@ -160,6 +165,7 @@ def test_the_page_sums_up(study):
     record, metrics, folder = study['page']
     assert metrics['flops_study'] == 5 * step and metrics['share_of_budget'] == pytest.approx(5 / 5.5)
     assert f'{5 / 5.5:.2%} of the budget' in record['run']['verdict']
+    assert record['run']['verdict'].count('Judged on 2 of the 10 steps') == 1
     budget = list(csv.DictReader((folder / 'budget.csv').open()))
     assert sum(float(row['study']) for row in budget[:-1]) == float(budget[-1]['study']) == 5 * step
     assert len(list(csv.DictReader((folder / 'search.csv').open()))) == 1

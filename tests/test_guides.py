@@ -279,7 +279,7 @@ def test_files_that_pages_name_exist():
 
 def test_commands_of_other_hardware_say_so():
     "Full-scale commands in blocks carry the mark that they need a GPU; everything unmarked runs on two cores."
-    allowed = ('--small', 'needs', 'quickstart', 'mine.yaml', '_small.yaml')
+    allowed = (*(f'--{scale}' for scale in scales), 'needs', 'quickstart', 'mine.yaml', '_small.yaml')
     bare = []
     for page, text in texts.items():
         if page == 'README.md':

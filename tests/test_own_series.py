@@ -21,7 +21,7 @@ from llmft.studies.forecasting.baselines import linear_autoregression, statistic
 from llmft.studies.forecasting.codec import decode, encode, probe
 from llmft.studies.forecasting.comparison import compare_forecasts, comparison_verdict, error_table, variable_table
 from llmft.studies.forecasting.forecast import Grammar, evaluate_forecasts
-from llmft.studies.forecasting.metrics import score_forecast
+from llmft.studies.forecasting.metrics import scaled_scores, score_forecast
 from llmft.studies.forecasting.prepared import prepare_series, read_split
 from llmft.studies.forecasting.series import round_series, scale_factors, split_windows
 from llmft.studies.forecasting.sources import load_series
@@ -264,6 +264,30 @@ def test_scores_are_those_of_another_library():
     for v, name in enumerate('ab'):
         part = frame[np.tile([0, 1], 63) == v]
         assert abs(ours[f'mae_{name}'] - losses.mae(part, ['m'])['m'].mean()) < 1e-6
+
+
+def test_scores_without_a_unit_are_those_of_another_library():
+    "MASE against the given steps, and WQL over nine quantiles, equal those of utilsforecast."
+    losses = pytest.importorskip('utilsforecast.losses')
+    rng = np.random.default_rng(4)
+    known, truth, samples = (rng.uniform(1, 9, shape) for shape in ((6, 12, 2), (6, 7, 2), (6, 20, 7, 2)))
+    ours = scaled_scores(samples, truth, known)
+
+    def frame_of(values_NTV, first, **more):
+        "Rows of one series for each trajectory and variable."
+        count, steps, variables = values_NTV.shape
+        flat = {name: np.moveaxis(part, 2, 1).ravel() for name, part in dict(y=values_NTV, **more).items()}
+        ids, times = np.repeat(range(count * variables), steps), np.tile(range(first, first + steps), count * variables)
+        return pd.DataFrame(dict(unique_id=ids, ds=times, **flat))
+
+    levels = np.arange(1, 10) / 10
+    quantiles = {f'q{level:g}': part for level, part in zip(levels, np.quantile(samples, levels, axis=1), strict=True)}
+    frame = frame_of(truth, 12, m=np.median(samples, axis=1), **quantiles)
+    theirs = losses.mase(frame, ['m'], 1, frame_of(known, 0))['m']
+    assert abs(ours['mase'] - theirs.mean()) < 1e-6
+    assert abs(ours['mase_median'] - np.median(theirs.to_numpy().reshape(6, 2).mean(1))) < 1e-6
+    whole = losses.scaled_crps(frame.assign(unique_id=0, ds=range(len(frame))), {'m': list(quantiles)}, levels)
+    assert abs(ours['wql'] - whole['m'].item()) < 1e-6
 
 
 # ---- signs and constants

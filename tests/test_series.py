@@ -414,6 +414,28 @@ def test_the_true_equations_are_found_for_every_trajectory():
     assert np.median(np.abs(refit_closed(given, 50, step_time) - future).mean((1, 2))) > 0.5
 
 
+def test_without_statsforecast_its_rivals_are_left_out_and_named(monkeypatch):
+    import llmft.studies.forecasting.baselines as module
+
+    given, _, step_time = rounded_and_split(2, 3)
+    monkeypatch.setattr(module, 'find_spec', lambda name: None)
+    assert list(baselines(given, 5, step_time)) == list(uninformed)
+    assert all(words in module.absent_rivals() for words in ('AutoARIMA', 'AutoETS', '.[forecast]'))
+
+
+@pytest.mark.parametrize('name', ['AutoARIMA', 'AutoETS'])
+def test_rivals_of_statistics_forecast_every_series(name):
+    "Also those that stand still, or are short; a straight line goes on as a line."
+    pytest.importorskip('statsforecast')
+    from llmft.studies.forecasting.baselines import statistical_forecast
+
+    given, future, _ = rounded_and_split(3, 3)
+    made = statistical_forecast(name, given, 50)
+    assert made.shape == future.shape and np.isfinite(made).all()
+    assert statistical_forecast(name, np.full((1, 20, 1), 3.0), 4).ravel() == pytest.approx([3.0] * 4)
+    assert statistical_forecast(name, np.arange(12.0)[None, :, None], 3).ravel() == pytest.approx([12, 13, 14], abs=0.1)
+
+
 def test_parroting_copies_what_followed_and_goes_on_with_its_copy():
     motif = np.array([1.0, 4.0, 2.0, 8.0, 5.0, 7.0])
     given = np.tile(motif, 3)[:14, None].repeat(2, 1)[None]

@@ -758,9 +758,11 @@ def decoder_for(model,                # a causal language model, with or without
     "What takes the steps of `model`: compiled if asked for, written out where that is the same, else its own forward."
     if is_lean(model) and not compiled:
         return _lean_class(model, steps)(model, slots, rows, steps, tokens)
+
     decoder_class = general_decoder(model)
     if compiled and decoder_class is not ModelDecoder:
         raise LabError(f'{causal_model(model).config.model_type} does not keep keys and values alone, so its steps '
                        'cannot be compiled: set compiled to False')
+
     decoder = CompiledDecoder(model, slots) if compiled else decoder_class(model, slots)
     return decoder if tokens is None else _CutDecoder(decoder, tokens)

@@ -327,7 +327,7 @@ def statistical_forecast(name:str,  # in `statistical`
                          given_NTV, # given steps
                          horizon,   # steps to forecast
 )->np.ndarray:                      # (N, H, V)
-    "Each variable of each trajectory, continued by a model whose form is chosen for it; a `LabError` without statsforecast."
+    "Each variable of each trajectory, continued by a model whose form is chosen for it."
     models = require('statsforecast.models', 'forecast')
     forecasts = []
     for given_TV in np.asarray(given_NTV, float):
@@ -335,13 +335,13 @@ def statistical_forecast(name:str,  # in `statistical`
         forecasts.append([model.forecast(y=given_T, h=horizon)['mean'] for given_T in given_TV.T])
     return np.moveaxis(np.array(forecasts), 1, 2)
 
-
-def statistical_here()->tuple: # of names
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #5a384ea4
+def statistical_here()->tuple:  # names
     "The models of `statistical` where statsforecast is installed; none elsewhere."
     return statistical if find_spec('statsforecast') else ()
 
-
-def absent_rivals()->str: # '' where none is absent
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #588b6359
+def absent_rivals()->str:  # '' where none is absent
     "Which rivals are left out here, and what installs them."
     if statistical_here():
         return ''

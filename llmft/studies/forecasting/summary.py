@@ -188,7 +188,8 @@ def final_table(final:list,  # final runs
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #310e3261
 _judged_errors = dict(mae='mean MAE', mae_median='median MAE', error_at_10='median error 10 steps ahead')  # in words
-_forecast_names = {metric_name(name): name for name in (*uninformed, *statistical, *informed)}  # what metrics begin with -> name
+_forecast_names = {metric_name(name): name  # what metrics begin with -> name
+                   for name in (*uninformed, *statistical, *informed)}
 
 
 def _own_name(row):
