@@ -31,7 +31,7 @@ def checked(folder, env, *names):
     "(exit status, output, the object that the command ends with) of `llmft gpu-check --tiny` for some checks."
     command = [sys.executable, '-m', 'llmft', 'gpu-check', '--tiny', '--json', '-p', f'outputs={folder}']
     command += ['-p', f'only=[{", ".join(names)}]'] if names else []
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=1800)
     said = done.stdout + done.stderr[-3000:]
     return done.returncode, said, json.loads(done.stdout.strip().splitlines()[-1])
 
