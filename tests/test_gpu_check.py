@@ -31,7 +31,7 @@ def checked(folder, env, *names):
     "(exit status, output, the object that the command ends with) of `llmft gpu-check --tiny` for some checks."
     command = [sys.executable, '-m', 'llmft', 'gpu-check', '--tiny', '--json', '-p', f'outputs={folder}']
     command += ['-p', f'only=[{", ".join(names)}]'] if names else []
-    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=1800)
     said = done.stdout + done.stderr[-3000:]
     return done.returncode, said, json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -45,7 +45,7 @@ def test_everything_is_right_on_a_pretended_gpu(tmp_path):
     assert status == 0 and found['status'] == 'right', said
     rows = found['findings']
     assert {row['check'] for row in rows} == set(checks)
-    assert len(with_status(rows, 'right')) >= 35 and not with_status(rows, 'wrong')
+    assert len(with_status(rows, 'right')) > 30 and not with_status(rows, 'wrong')
 
     missing = {row['what'] for row in with_status(rows, 'not checked')}
     assert 'compiled decoding and its CUDA graph' in missing  # the report names what a CPU cannot show
@@ -54,7 +54,7 @@ def test_everything_is_right_on_a_pretended_gpu(tmp_path):
     kept = json.loads((tmp_path / 'gpu_check/check/gpu_check.json').read_text())
     assert kept['findings'] == rows
     files = [row for row in rows if row['check'] == 'training' and row['figures']]
-    assert len(files) >= 4 and all(row['figures']['foreseen_gib'] > 0 for row in files)
+    assert len(files) == 5 and all(row['figures']['foreseen_gib'] > 0 for row in files)
 
 
 @needs_compiler

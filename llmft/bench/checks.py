@@ -288,6 +288,7 @@ def work_of(file:str,     # name in params, such as finetune/lora
     "The training that a parameter file asks for; `LabError` where there is no such file."
     _, params = resolve_params([project_root() / f'params/{file}.yaml'])
     method = Method.from_params(SimpleNamespace(**params))
+    method = replace(method, alpha=method.alpha or 2.0 * method.rank)  # forecast_train has no alpha of its own
     median = scale.pick(_files[file], 20)
     return Work(file, scale.model(hub_presets[params['model']]), method, _recipe_of(params, scale), median)
 
