@@ -275,9 +275,9 @@ def _direction_text(hypothesis, means, unit):
     what, below, above = _directions[hypothesis]
     low = min(means)
     high = max(means)
-    if low > 0:
+    if low >= 0:
         return f'{what} {low:.3f} to {high:.3f} {unit} {above}'
-    if high < 0:
+    if high <= 0:
         return f'{what} {-high:.3f} to {-low:.3f} {unit} {below}'
     return f'{what} from {-low:.3f} {unit} {below} to {high:.3f} {above}'
 
