@@ -1,5 +1,6 @@
 """The suite that depends on the device, on a pretended GPU of each generation; see tests/pretend_cuda."""
 
+import json
 import os
 import re
 import subprocess
@@ -51,3 +52,19 @@ def test_the_suite_passes_on_a_pretended_gpu(capability, arguments, least):
     print(f'capability {capability}: {passed} tests passed')
     assert status == 0, said
     assert passed >= least, said
+
+
+def test_prices_of_a_step_do_not_grow_with_the_documents(tmp_path):
+    "As many kernels for 16 documents as for 2; at these sizes a kernel's least time is all that counts."
+    params = tmp_path / 'tiny.yaml'
+    targets = 'lora_rank: 4\nlora_dropout: 0.0\nlora_targets: [q_proj]\n'
+    params.write_text(f'model: preset:llama-tiny\nprecision: bf16\n{targets}')
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(tests), str(tests.parent)]))
+    found = []
+    for lengths in ('32x2', '4x16'):
+        command = [sys.executable, '-m', 'pretend_cuda.prices', params, '--lengths', lengths]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert [each['documents'] for each in found] == [2, 16] and found[0]['tokens'] == found[1]['tokens'] == 64
+    assert 100 < found[0]['kernels'] == found[1]['kernels'] < 400
+    assert abs(found[0]['milliseconds'] - 2.5e-3 * found[0]['kernels']) < 0.1

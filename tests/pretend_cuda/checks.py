@@ -143,7 +143,7 @@ def warm_step(mode, folder):
 # (kernels, blocks of memory) of one step: two layers, two micro-batches of three documents and one
 step_budgets = dict(
     lora=(830, 750),
-    lora_half=(950, 880),
+    lora_half=(1000, 920),
     lora_fp16=(1000, 920),
     lora_mixed=(1090, 1020),
     full=(940, 815),
