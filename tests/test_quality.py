@@ -310,7 +310,8 @@ def test_replay_changes_training_rows_only_and_reaches_the_report():
     assert (mixed.valid.ids == plain.valid.ids).all() and mixed.notes['replay'] == mixed.replay
     from llmft.studies.finetuning.report import data_table
 
-    assert 'general text, 2' in data_table(mixed, 64).data and 'general text' not in data_table(plain, 64).data
+    shown = [data_table(data, 64)._repr_html_() for data in (mixed, plain)]
+    assert 'general text, 2' in shown[0] and 'general text' not in shown[1]
 
 
 def test_more_general_text_than_there_is_is_refused():

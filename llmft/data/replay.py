@@ -82,6 +82,7 @@ def with_replay(train:Examples,   # training rows
     own = int(train.slots.sum())
     wanted = max(1, round(own * share / (1 - share)))
     general, documents = general_examples(wanted, tokenizer, max_length, seed)
+
     positions = int(general.slots.sum())
     counts = dict(documents=len(documents), bytes=documents.bytes, examples=len(general),
                   targets=int(general.supervised().sum()), positions=positions, share=positions / (own + positions))
