@@ -239,7 +239,7 @@ def _base_hashes(name, fresh):
         source = find_model(name)
         base = base_of(source) if source.kind == 'adapter' else None
     except LabError:
-        return {}  # whoever loads the model says what is wrong with it
+        return {}  # loading the model says what is wrong with it
     return {} if base is None else source_hashes(str(base.place), 'models', fresh)
 
 

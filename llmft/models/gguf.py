@@ -18,7 +18,7 @@ from ..core import LabError, require
 # %% ../../nbs/models/11_gguf.ipynb #a29715ee
 def read_gguf(path,  # of a .gguf file
 ):                   # a `gguf.GGUFReader`: `fields` and `tensors`
-    "The header of a GGUF file; a `LabError` for one that is cut, foreign, or packed in a way nobody here knows."
+    "The header of a GGUF file; a `LabError` for one that is cut, foreign, or packed in an unknown way."
     path = Path(path).absolute()
     return _header(path, _state(path))
 

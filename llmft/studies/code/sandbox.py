@@ -668,7 +668,7 @@ def _defined(tree):
 
 
 def _of_program(tree, known):
-    "(names that tests read and nobody has defined, those of them that can only be modules)."
+    "(names that tests read and nothing has defined, those of them that can only be modules)."
     read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     unknown = read - _defined(tree) - set(known) - set(dir(builtins))
     bases = [node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
@@ -809,7 +809,7 @@ def _run_alone(order, files, until):
 
 
 def _run_judged(order, files, until):
-    "Run a program and its judge; a judge that had to be killed leaves a pipe that nobody may use again."
+    "Run a program and its judge; a judge that had to be killed leaves a pipe that must not be used again."
     request_out, request_in, answer_out, answer_in, report_out, report_in = [end for _ in range(3) for end in os.pipe()]
     worker = _forked(partial(_work, order, [*files, request_out, answer_in]))
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -979,7 +979,7 @@ def _readable():
 
 
 def _check_user(in_force):
-    "A LabError for root without a wall, where nobody else can read Python: programs would run as root."
+    "A LabError for root without a wall, where no other user can read Python: programs would run as root."
     if os.geteuid() or _has_wall(in_force):
         return
     from pathlib import Path

@@ -53,7 +53,7 @@ known_systems = ('rosenzweig_macarthur', 'lotka_volterra')
 
 def check_system(system:str,  # of `known_systems`, or auto
 ):
-    "A `LabError` for equations that nobody knows the name of."
+    "A `LabError` for equations of an unknown name."
     choose('system', system, ('auto', *known_systems))
 
 # %% ../../../nbs/studies/forecasting/00_sources.ipynb #53169847
