@@ -234,7 +234,7 @@ def test_commands_are_real(page, tmp_path, monkeypatch):
         if words[0] == 'llmft' and words[1] in ('run', 'plan'):
             check_run(words[2:], command)
         if words[0] == 'llmft':
-            assert words[1] in ('run', 'ls', 'params', 'plan', 'verify', 'fetch', 'try', 'export'), command
+            assert words[1] in ('run', 'ls', 'params', 'plan', 'verify', 'fetch', 'try', 'export', 'open', 'diff', 'report', 'gpu-check'), command
 
 
 def scale_in(words):
