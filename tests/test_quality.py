@@ -222,7 +222,7 @@ def test_seeds_make_a_run_for_each_seed_and_the_summary_reads_them_all(tmp_path)
     assert [run.name for run in runs] == [f'quick-{kind}-seed{seed}' for kind in ('lora', 'full') for seed in (1, 2, 3)]
     assert [run.params['seed'] for run in runs] == [1, 2, 3, 1, 2, 3]
     assert page.params['runs'] == [f'outputs/finetune/{run.name}' for run in runs]
-    small = expand(path, small=True)
+    small = expand(path, 'small')
     assert [run.params['seed'] for run in small[0]] == [5, 6, 5, 6] and small[0][0].params['model'] == 'base'
     plain = expand(sweep(tmp_path, seeded.replace('seeds: [1, 2, 3]\n', '')))
     assert [run.name for run in plain[0]] == ['quick-lora', 'quick-full'] and plain[0][0].params['seed'] == 42

@@ -471,7 +471,7 @@ def test_defaults_and_small_files_ask_for_no_precision_that_this_gpu_lacks():
     for path in [*root.glob('nbs/experiments/*.ipynb'), *root.glob('params/*/[!_]*.yaml')]:
         if path.parent.name == 'sweeps':
             continue
-        _, params = resolve_params([path], [], small=path.suffix == '.yaml')
+        _, params = resolve_params([path], [], 'small' if path.suffix == '.yaml' else '')
         looked += 1
         if path.stem in ('bf16', 'int4_fast') and not ampere:  # what they are about
             with pytest.raises(LabError, match='has no bf16'):
