@@ -413,7 +413,7 @@ def gpu_check_command(tiny:_Tiny=False,            # small shapes
                       override:_Overrides=(),      # texts of the form name=value
                       as_object:_JsonAtEnd=False,  # for scripts
 ):
-    "Check the GPU of this machine in ten minutes: is it right, how fast is it, does memory go as planned."
+    "Check in ten minutes that the GPU of this machine is right."
     jobs = jobs_of([project_root() / 'params/gpu_check/check.yaml'], override, scale_of(tiny, False))
     check_jobs(jobs)
     results = run_jobs(jobs, fresh=True)
@@ -632,7 +632,7 @@ def verify_command(run:_Checked,                   # path
                    data:_Data='',                  # folder
                    as_object:_JsonNotTable=False,  # for scripts
 ):
-    "Check a run, or a certificate: compare its files, and compute its numbers again."
+    "Check a run or a certificate: compute its numbers again."
     if not find_path(run).is_dir():
         return _verify_certificate(run, data, as_object)
     if data:
