@@ -445,7 +445,7 @@ def _peer_setting(scale):
     "What all have in common."
     name = scale.model('llama-3.2-1b')
     attention = 'flash_attention_2' if find_spec('flash_attn') and here() == 'cuda' else 'sdpa'
-    return Setting(name, max_length=scale.pick(512, 64), rows=4, accumulation=1, packed_rows=4,
+    return Setting(name, max_length=scale.pick(512, 64), rows=4, accumulation=1,
                    precision=scale.pick(half(), 'fp32'), peer_attention=attention)
 
 

@@ -207,14 +207,17 @@ def bare_loop(setting:Setting,  # what is equal for all
               train:Examples,   # documents of the epoch
               valid:Examples,   # held-out documents
 )->Block:
-    "An epoch by a plain loop over the model of transformers, in the order of the documents."
+    "An epoch by a plain loop over the model of transformers, on the steps of `step_rows`."
     model = adapted_model(setting, 'sdpa').train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(parameters, setting.learning_rate, weight_decay=setting.weight_decay, fused=True)
     block = Block()
 
-    for start in range(0, len(train), setting.rows):
-        rows = range(start, min(start + setting.rows, len(train)))
+    def judge():
+        return evaluate_loss(model, valid, setting.rows, setting.max_length, 'padded')['loss']
+
+    block.begin()
+    for rows in step_rows(setting, len(train)):
         ids_BT, mask_BT, labels_BT = _padded_rows(train, rows, model.device)
         loss = model(input_ids=ids_BT, attention_mask=mask_BT, labels=labels_BT).loss
         loss.backward()
@@ -222,9 +225,9 @@ def bare_loop(setting:Setting,  # what is equal for all
         optimiser.step()
         optimiser.zero_grad()
         block.tokens.append(int(mask_BT[:, 1:].sum()))
-        block.note(loss.detach())
+        block.note(loss.detach(), judge)
 
-    block.valid_loss = evaluate_loss(model, valid, setting.rows, setting.max_length, 'padded')['loss']
+    check_plan('bare_loop', block, setting, train)
     return block
 
 # %% ../../nbs/bench/03_training.ipynb #c9621833
