@@ -426,7 +426,7 @@ def test_the_record_holds_neither_secret_nor_host(tmp_path, monkeypatch):
     params = dict(name='a', outputs=str(tmp_path))
     folder = run_folder('finetune', params)
     text = str(open_folder(folder, params))
-    assert 'llmft run -p hub_token=[left out]' in text and 'abc123' not in text
+    assert "llmft run -p 'hub_token=[left out]'" in text and 'abc123' not in text
     assert 'host' not in read_json(folder / 'run.json')['meta']['machine'] and socket.gethostname()
 
 
