@@ -384,7 +384,7 @@ def test_the_guide_leads_from_its_table_to_a_verdict(tmp_path, monkeypatch, caps
     )
     monkeypatch.chdir(root)
     cut = ('max_steps=2', 'eval_every=2', 'num_eval_samples=1', 'valid_horizon=2', 'valid_samples=1')
-    cut += ('num_samples=2', 'samples=2', 'horizon=2', f'outputs={tmp_path}/outputs')
+    cut += ('num_eval_samples=2', 'samples=2', 'horizon=2', f'outputs={tmp_path}/outputs')
     arguments = ['run', str(tmp_path / 'own.yaml'), '--small', *[word for value in cut for word in ('-p', value)]]
     assert call(arguments) == 0, capsys.readouterr()
 

@@ -314,7 +314,7 @@ verdicts = {
     'profile': profiled,
     **{name: globals()[name] for name in rivals if name not in ('inference', 'profile')},
 }
-no_rivals = {'forecast_data'}  # it prepares data and judges nothing
+no_rivals = {'forecast_data', 'gpu_check'}  # they judge no model: one prepares data, one checks a machine
 
 
 def test_every_experiment_is_here():

@@ -62,7 +62,7 @@ def tuned(tmp_path_factory):
     for number in range(6):
         (texts / f'{number}.txt').write_text(f'The number {number} comes before {number + 1}. ' * 40)
     values = [f'data={texts}', 'max_steps=2', 'sample_tokens=4', 'max_length=64', 'valid_share=0.4', 'method=lora']
-    notebook, params = resolve_params([root / 'params/finetune/lora.yaml'], values, True)
+    notebook, params = resolve_params([root / 'params/finetune/lora.yaml'], values, 'small')
     outputs = tmp_path_factory.mktemp('outputs')
     record = execute_run(notebook, params | dict(outputs=str(outputs)), on_line=lambda line: None)
     assert record['run']['status'] == 'done', record['run']['error']
