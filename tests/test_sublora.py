@@ -743,7 +743,7 @@ def test_two_processes_train_the_same_subspace(tmp_path):
                 'log_every=1',
                 *more,
             ],
-            True,
+            'small',
         )
         record = execute_run(notebook, params | dict(outputs=str(tmp_path)), on_line=lambda line: None)
         assert record['run']['status'] == 'done', record['run']['error']

@@ -10,10 +10,8 @@ import json
 from pathlib import Path
 
 from ..core import LabError, find_path, project_root, read_json, sha256_of, write_atomic
-from .rivals import Measure, Ranking, confidence, rank_seeds
 from .run import list_runs, read_run
 from .sweep_file import seed_name
-from .tables import column, table
 
 # %% ../../nbs/runs/14_results.ipynb #4f99aff0
 gallery = 'outputs/gallery'
@@ -83,9 +81,11 @@ def seed_groups(results:dict,  # name of the run -> what `read_result` gives
 # %% ../../nbs/runs/14_results.ipynb #d3b81867
 def over_seeds(results:dict,     # name of the run -> what `read_result` gives
                score,            # result -> a number, such as the logarithm of a perplexity
-               measure:Measure,  # what that is
+               measure,          # a `Measure`: what that is
 ):                               # a `Ranking` of the recipes; `None` without two seeds that all of them have
     "The recipes of a sweep with seeds, compared seed by seed."
+    from llmft.runs.rivals import rank_seeds  # loads NumPy, which reading results does not need
+
     groups = seed_groups(results)
     common = sorted(set.intersection(*map(set, groups.values()))) if groups else []
     if len(common) < 2:
@@ -104,9 +104,12 @@ def _seed_row(ranking, recipe):
                 outcome='clearly behind' if difference.clear else 'tie')
 
 
-def seed_table(ranking:Ranking,  # from `over_seeds`
-):                               # a table for display
+def seed_table(ranking,  # from `over_seeds`
+):                       # a table for display
     "Each recipe over its seeds, and how far it is from the best."
+    from llmft.runs.rivals import confidence
+    from llmft.runs.tables import column, table
+
     scale = 'logarithm' if ranking.measure.log else ranking.measure.unit
     return table([_seed_row(ranking, recipe) for recipe in ranking.values], [
         column('recipe'), column('mean', ranking.measure.name, 'mean over seeds'),
