@@ -198,7 +198,7 @@ def test_explorer_runs_headless(tmp_path):
 
 # ---- commands
 
-examples = {'params/finetune/mine.yaml', 'params/sweeps/ranks.yaml'}  # files the reader is told to write
+examples = {'params/finetune/mine.yaml', 'params/sweeps/ranks.yaml', 'params/sweeps/rates.yaml'}  # files the reader is told to write
 
 
 def commands(text):
