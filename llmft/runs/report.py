@@ -463,11 +463,16 @@ def changed_values(notebook,     # with a cell tagged parameters
     return {each.name: params[each.name] for each in _changed(declared, params) if each.name not in _where}
 
 # %% ../../nbs/runs/08_report.ipynb #d8124f8f
+def _clipped(text):
+    "A text, its end left out where it is long."
+    return text if len(text) <= _longest_chip else f'{text[:_longest_chip - 1]}…'
+
+
 def chips_html(changed:dict,  # name -> value
 )->str:                       # HTML; '' for nothing
     "The changed parameters as a list in one paragraph."
     texts = {name: _value_text(value) for name, value in changed.items()}
-    chips = [f'<li title="{text}"><b>{escape(name)}</b> {text[:_longest_chip]}</li>' for name, text in texts.items()]
+    chips = [f'<li title="{text}"><b>{escape(name)}</b> {_clipped(text)}</li>' for name, text in texts.items()]
     return f"""<ul class="chips" aria-label="changed parameters">{''.join(chips)}</ul>""" if chips else ''
 
 # %% ../../nbs/runs/08_report.ipynb #5e83198a
