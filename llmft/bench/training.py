@@ -175,6 +175,11 @@ def _train_peer(block, name, setting, train, folder, judge):
     block.tokens = _sums_of(block.tokens, trainer.args.gradient_accumulation_steps)
 
 
+def _held_out_loss(model, setting, valid):
+    "The loss on the held-out documents, nats per target."
+    return evaluate_loss(model, valid, setting.rows, setting.max_length, 'padded')['loss']
+
+
 def train_block(name:str,         # one of `trainers`
                 setting:Setting,  # what is equal for all
                 train:Examples,   # documents of the epoch
@@ -182,7 +187,7 @@ def train_block(name:str,         # one of `trainers`
 )->Block:
     "An epoch by one trainer, with the held-out loss after every step. `LabError` as from `peer_trainer`."
     def judge(model):
-        return evaluate_loss(model, valid, setting.rows, setting.max_length, 'padded')['loss']
+        return _held_out_loss(model, setting, valid)
 
     layout = choose('trainer', name, trainers).layout
     block = Block()
@@ -214,7 +219,7 @@ def bare_loop(setting:Setting,  # what is equal for all
     block = Block()
 
     def judge():
-        return evaluate_loss(model, valid, setting.rows, setting.max_length, 'padded')['loss']
+        return _held_out_loss(model, setting, valid)
 
     block.begin()
     for rows in step_rows(setting, len(train)):
@@ -236,7 +241,7 @@ def loss_before(setting:Setting,  # what is equal for all
 )->float:                         # nats per target
     "The held-out loss of the untrained model."
     model = adapted_model(setting, 'documents')
-    return evaluate_loss(model, valid, setting.rows, setting.max_length, 'padded')['loss']
+    return _held_out_loss(model, setting, valid)
 
 # %% ../../nbs/bench/03_training.ipynb #1443c77e
 def _filled_up(tensor_BT, length, fill):

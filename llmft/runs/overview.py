@@ -22,6 +22,7 @@ from ..core import LabError, assets, find_path, write_atomic
 from .identity import read_record
 from .locks import is_held
 from .numbers import is_number, show_number
+from .progress import clock
 
 # %% ../../nbs/runs/22_overview.ipynb #588eb972
 _points = 40  # of a curve
@@ -143,12 +144,8 @@ def _policy():
 
 
 def _time_text(seconds):
-    "Seconds as h:mm:ss or m:ss."
-    if not is_number(seconds):
-        return ''
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f'{hours}:{minutes:02}:{rest:02}' if hours else f'{minutes}:{rest:02}'
+    "Seconds as h:mm:ss or m:ss; '' where they are unknown."
+    return clock(seconds) if is_number(seconds) else ''
 
 
 def _day(text):

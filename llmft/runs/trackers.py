@@ -14,6 +14,7 @@ from io import StringIO
 from pathlib import Path
 
 from ..core import LabError, choose, jsonable, require
+from .numbers import is_number
 
 # %% ../../nbs/runs/00_trackers.ipynb #577084b4
 trackers = dict(
@@ -130,10 +131,6 @@ def _mlflow_run(client, record):
     return made
 
 
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _open_mlflow(tracking, folder, record):
     "An MLflow run, in files of the run's folder or on a server."
     os.environ.update(_quiet_mlflow)
@@ -145,7 +142,7 @@ def _open_mlflow(tracking, folder, record):
     def send(values):
         now = int(1000 * time.time())
         for name, value in values.items():
-            if _is_number(value):
+            if is_number(value):
                 client.log_metric(opened, name, value, now, values.get('step') or 0)
 
     def end(metrics):

@@ -9,12 +9,11 @@ __all__ = ['again', 'instruct_again']
 from types import SimpleNamespace
 
 from ...models.merging import load_adapter
-from ...runs.checks import check_there, same_documents, tolerance
+from ...runs.checks import check_there, same_documents, tolerance, tolerance_of_16_bits
 from ...training.step import evaluate_loss
 from .setup import instruct_base, task_data
 
 # %% ../../../nbs/studies/code/07_again.ipynb #884f8ddf
-_of_16_bits = 1e-2  # tolerance where weights have 16 bits: kernels round in another order
 _names = dict(valid='eval_loss', test='test_loss')  # split -> metric
 
 
@@ -26,7 +25,7 @@ def instruct_again(folder,       # of a finished run of instruct
     adapter = check_there(folder, 'adapter')
     model = load_adapter(instruct_base(params), adapter)
     data = task_data(params)
-    allowed = tolerance if params.precision == 'fp32' else _of_16_bits
+    allowed = tolerance if params.precision == 'fp32' else tolerance_of_16_bits
 
     values = {}
     for split, name in _names.items():

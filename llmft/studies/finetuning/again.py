@@ -14,17 +14,14 @@ from ...data.tokens import load_tokenizer
 from ...models.load import load_model
 from ...models.merging import load_adapter
 from ...models.methods import Method
-from ...runs.checks import check_there, same_documents, tolerance
+from ...runs.checks import check_there, same_documents, tolerance, tolerance_of_16_bits
 from ...training.step import judge
 from .setup import finetuning_base
 
 # %% ../../../nbs/studies/finetuning/06_again.ipynb #0468347b
-_of_16_bits = 1e-2  # tolerance where weights have 16 bits or fewer: kernels round in another order
-
-
 def _tolerance(params):
     "By how much of itself a number may differ on another machine."
-    return tolerance if params.precision == 'fp32' and params.method != 'qlora' else _of_16_bits
+    return tolerance if params.precision == 'fp32' and params.method != 'qlora' else tolerance_of_16_bits
 
 
 def _tuned(params, folder):

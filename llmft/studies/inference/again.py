@@ -11,13 +11,10 @@ from types import SimpleNamespace
 from ...data.corpora import load_corpus
 from ...data.tokens import load_tokenizer
 from ...models.precisions import load_form
-from ...runs.checks import same_documents, tolerance
+from ...runs.checks import same_documents, tolerance, tolerance_of_16_bits
 from ...training.step import judge
 
 # %% ../../../nbs/studies/inference/05_again.ipynb #27f8644f
-_of_16_bits = 1e-2  # tolerance where weights have 16 bits or fewer: kernels round in another order
-
-
 def inference_again(folder,       # of a finished run of inference; nothing in it is read
                     record:dict,  # its run.json
 )->dict:                          # metric -> (value, tolerance)
@@ -29,7 +26,7 @@ def inference_again(folder,       # of a finished run of inference; nothing in i
 
     model = load_form(params.model, params.precision, params.compute, params.seed)
     judged = judge(model, load_tokenizer(params.model), corpus.valid, params.max_length, layout='bucketed')
-    allowed = tolerance if params.precision == 'fp32' else _of_16_bits
+    allowed = tolerance if params.precision == 'fp32' else tolerance_of_16_bits
     return dict(perplexity=(judged['perplexity'], allowed), bits_per_byte=(judged['bits_per_byte'], allowed))
 
 # %% ../../../nbs/studies/inference/05_again.ipynb #b0810d63

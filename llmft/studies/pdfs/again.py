@@ -10,14 +10,11 @@ import tempfile
 from types import SimpleNamespace
 
 from ...models.merging import load_adapter
-from ...runs.checks import check_there, same_documents, tolerance
+from ...runs.checks import check_there, same_documents, tolerance, tolerance_of_16_bits
 from ...training.step import judge
 from .setup import pdf_base, pdf_data
 
 # %% ../../../nbs/studies/pdfs/05_again.ipynb #44aa3c78
-_of_16_bits = 1e-2  # tolerance where weights have 16 bits or fewer: kernels round in another order
-
-
 def pdf_again(folder,       # of a finished run of pdf_finetune
               record:dict,  # its run.json
 )->dict:                    # metric -> (value, tolerance)
@@ -30,7 +27,7 @@ def pdf_again(folder,       # of a finished run of pdf_finetune
         same_documents(record, 'valid', data.corpus.hashes())
         after = judge(model, data.tokenizer, data.corpus.valid, params.max_length, layout=params.layout)
 
-    allowed = tolerance if params.precision == 'fp32' and params.quantisation == 'none' else _of_16_bits
+    allowed = tolerance if params.precision == 'fp32' and params.quantisation == 'none' else tolerance_of_16_bits
     return dict(loss_after=(after['loss'], allowed), perplexity_after=(after['perplexity'], allowed))
 
 # %% ../../../nbs/studies/pdfs/05_again.ipynb #5e389776
