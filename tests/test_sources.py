@@ -12,12 +12,14 @@ import pytest
 import torch
 from gguf_files import write_gguf
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from llmft.core import LabError
 from llmft.data.sources import base_of, card_hash, fetchables, fetched, find_model, source_hash
 from llmft.data.tokens import load_tokenizer
 from llmft.inference.generation import complete
 from llmft.models.adapters import add_lora, save_adapter, save_and_check, trainable_parameters
+from llmft.models.export import export_model
 from llmft.models.fetch import fetch_model
 from llmft.models.gguf import gguf_facts
 from llmft.models.load import load_model, model_config, model_says, quantised_share
@@ -198,6 +200,45 @@ def test_a_gguf_file_is_trained_quantised_saved_and_planned(packed, tmp_path):
     shared = dict(method='lora', lora_rank=4, lora_alpha=8.0, lora_targets=['q_proj'], data='builtin:topics')
     plans = [make_plan(shared | dict(model=model, num_samples=4, batch_size=2)) for model in (name, 'base')]
     assert plans[0]['parameters'] == plans[1]['parameters'] and plans[0]['steps'] == plans[1]['steps']
+
+
+@pytest.fixture
+def parsed(monkeypatch):
+    "The parses of the headers of GGUF files, one entry each."
+    parse, parses = gguf.GGUFReader._build_fields, []
+    monkeypatch.setattr(gguf.GGUFReader, '_build_fields', lambda self, *rest: parses.append(1) or parse(self, *rest))
+    return parses
+
+
+def test_a_gguf_file_is_parsed_once_until_it_changes(packed, parsed, tmp_path):
+    path, theirs = tmp_path / 'one.gguf', gguf.GGUFReader
+    for times, packing in enumerate(('F32', 'Q8_0'), start=1):
+        shutil.copy(packed[packing], path)
+        for _ in range(2):
+            assert model_config(str(path)).hidden_size == model_config('base').hidden_size
+            assert len(load_tokenizer(str(path))) == len(load_tokenizer('base'))
+            assert load_model(str(path)).dtype == torch.float32
+            assert gguf_facts(path)['packing'] == packing
+        assert len(parsed) == times
+    assert gguf.GGUFReader is theirs, 'the package is left as it was'
+
+
+def test_a_gguf_file_is_parsed_once_for_an_export_and_what_was_written_once(packed, parsed, tmp_path):
+    shutil.copy(packed['Q4_1'], tmp_path / 'one.gguf')
+    export_model(str(tmp_path / 'one.gguf'), 'gguf', 'q8_0', tmp_path / 'out')
+    assert len(parsed) == 2
+
+
+@pytest.mark.parametrize('name', ['F32', 'Q8_0'])
+def test_what_is_handed_on_is_what_transformers_reads_itself(packed, name):
+    place = dict(pretrained_model_name_or_path=packed[name].parent, gguf_file=packed[name].name)
+    plain = GgufConfig(dequantize=True)
+    expected = AutoModelForCausalLM.from_pretrained(**place, quantization_config=plain, dtype=torch.float32)
+    model = load_model(str(packed[name]))
+    assert all(torch.equal(weight, model.state_dict()[key]) for key, weight in expected.state_dict().items())
+    ours, theirs = load_tokenizer(str(packed[name])), AutoTokenizer.from_pretrained(**place)
+    assert ours.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert ours.chat_template == theirs.chat_template
 
 
 def test_a_folder_with_one_gguf_file_is_a_model(packed, tmp_path):

@@ -10,6 +10,7 @@ __all__ = ['special_tokens', 'chat_template', 'policies', 'train_tokenizer', 'lo
            'read_tokens', 'Policy', 'cut', 'show_tokens', 'show_losses']
 
 # %% ../../nbs/data/04_tokens.ipynb #8116180d
+import contextlib
 import html
 import itertools
 import os
@@ -21,6 +22,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import Html, LabError, choose, find_path, hub_answers, read_json, sha256_of, short_hash, write_json
+from .gguf_files import read_once
 from .hashes import check_sealed, sealed
 from .sources import base_of, fetchables, find_model
 
@@ -97,10 +99,14 @@ def load_tokenizer(name:str,  # of a model, as `find_model` knows it, or a folde
     from transformers import AutoTokenizer
 
     place, options = _tokenizer_place(name)
+    packed = options.get('gguf_file')
     try:
         offline = isinstance(place, Path) or not hub_answers()
         options |= dict(clean_up_tokenization_spaces=False, local_files_only=offline)
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        with read_once(place / packed) if packed else contextlib.nullcontext():
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
+    except LabError:
+        raise
     except Exception as error:
         raise LabError(f"no tokenizer for '{name}' ({type(error).__name__}): give a folder that holds tokenizer.json, "
                        "a hub name in the cache or reachable, or use --small") from None
