@@ -20,7 +20,7 @@ from llmft.data.token_files import prepare_tokens, read_token_file, token_folder
 from llmft.runs import provenance, sweeps
 from llmft.runs import run as run_module
 from llmft.runs.checks import seal_check
-from llmft.runs.identity import declared_inputs, inputs_of, read_record
+from llmft.runs.identity import changed_inputs, declared_inputs, inputs_of, read_record
 from llmft.runs.locks import is_held
 from llmft.runs.params import read_parameters
 from llmft.runs.results import finished_runs, read_result
@@ -124,6 +124,35 @@ def test_a_pipe_and_a_dangling_link_hold_nothing_and_do_not_block(tmp_path):
 
 
 # ---- what a run reads
+
+
+def fetched_copy(cache):
+    "A file where the fetched SmolLM2 lies when the cache is there."
+    return write_atomic(cache / 'llmft/smollm2/SmolLM2-135M-Instruct.Q4_1.gguf', b'GGUF of some kind')
+
+
+def test_what_was_read_is_named_without_the_home_folder(tmp_path, monkeypatch):
+    home = tmp_path / 'home/somebody'
+    monkeypatch.setenv('HOME', str(home))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(home / 'cache'))
+    weights, text = fetched_copy(home / 'cache'), write_atomic(home / 'notes/a.txt', 'a text')
+    run = run_it(tmp_path, model='smollm2', data=str(text), start=str(home / 'notes'))
+    record = read_json(run.folder / 'run.json')
+    member = 'smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+    assert record['read']['model'] == {member: content_hashes(weights)[weights.name]}
+    assert record['read']['data'] == {'~/notes/a.txt': content_hashes(text)['a.txt']}
+    assert list(record['read']['start']) == ['~/notes/a.txt']
+    assert 'somebody' not in json.dumps(record['read'])
+    write_atomic(weights, b'GGUF of another kind')
+    assert changed_inputs(record['read'], inputs_of(record['params'])) == f'model changed since ({member})'
+
+
+def test_an_adapter_names_the_files_of_its_fetched_base(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    weights = fetched_copy(tmp_path / 'cache')
+    write_json(tmp_path / 'lora/adapter_config.json', dict(base_model_name_or_path='smollm2'))
+    found = inputs_of(dict(model=str(tmp_path / 'lora'), outputs=str(tmp_path / 'outputs')))['model']
+    assert found[f'smollm2/{weights.name}'] == content_hashes(weights)[weights.name] and len(found) == 2
 
 
 def space(tmp_path, **more):

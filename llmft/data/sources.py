@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import LabError, assets, find_path, read_json, sha256_of
-from .hashes import cache_folder, file_hashes, source_hashes
+from .hashes import cache_folder, content_hashes, file_hashes, source_hashes
 
 # %% ../../nbs/data/08_sources.ipynb #f45b0bf6
 sources = dict(
@@ -240,7 +240,19 @@ def _base_hashes(name, fresh):
         base = base_of(source) if source.kind == 'adapter' else None
     except LabError:
         return {}  # loading the model says what is wrong with it
-    return {} if base is None else source_hashes(str(base.place), 'models', fresh)
+    if base is None:
+        return {}
+    known = base.name if base.name in fetchables else str(base.place)
+    return _named_hashes(known, fresh)
+
+
+def _named_hashes(name, fresh, without=None):
+    "The files of what is no adapter; those of a fetched model stand below its name, wherever the cache is."
+    if name not in fetchables or find_path(name).exists():
+        return source_hashes(name, 'models', fresh, without)
+    place = fetched(name)
+    found = content_hashes(place, fresh) if place else {}
+    return {f'{name}/{file}': digest for file, digest in found.items()} or {name: None}
 
 
 def model_hashes(name:str,          # the parameter `model`
@@ -248,7 +260,4 @@ def model_hashes(name:str,          # the parameter `model`
                  without=None,      # a folder that does not count where it lies below the model
 )->dict:                            # name -> SHA-256, or revision; `None` for what is not known yet
     "What a parameter that names a model stands for at this moment: its files, and those of an adapter's base."
-    if name in fetchables and not find_path(name).exists():
-        place = fetched(name)
-        return source_hashes(str(place), 'models', fresh) if place else {name: None}
-    return source_hashes(name, 'models', fresh, without) | _base_hashes(name, fresh)
+    return _named_hashes(name, fresh, without) | _base_hashes(name, fresh)

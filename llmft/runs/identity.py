@@ -194,7 +194,13 @@ def _inputs_of_one(name, value, outputs, fresh):
     hashes = {}
     for source in value if isinstance(value, list) else [value]:
         hashes |= _one_input(source, declared_inputs[name], outputs, fresh)
-    return hashes
+    return {_from_home(name): digest for name, digest in hashes.items()}
+
+
+def _from_home(name):
+    "A path below the home folder as `~/...`: a record is read by others, who need not know whose it was."
+    path, home = Path(name), Path('~').expanduser()
+    return f'~/{path.relative_to(home)}' if home != path and path.is_relative_to(home) else name
 
 
 def inputs_of(params:dict,      # all parameters of a run
