@@ -18,6 +18,7 @@ from ..data.token_files import read_token_file
 from ..models.adapters import weights_hash
 from ..models.load import load_model, placed
 from ..models.low_rank import add_low_rank, frozen_gpt2
+from ..models.padding import words_of
 from ..models.subspace import SubspaceConfig, attach, describe
 from .betting import all_forms, certified, freedman_bound
 from .bounds import lowest_loss, shared_delta, smoothing_width, token_bound
@@ -62,7 +63,8 @@ def build_model(spec:dict,  # base, lora, subspace: for `frozen_gpt2`, `add_low_
 def _fixed_weights(model, subspace):
     "The parameters of `model` that the subspace does not move, by name."
     moved = {id(p) for p in subspace.parameters_of}
-    return {name: p for name, p in model.named_parameters() if id(p) not in moved and 'subspace_' not in name}
+    return {name: words_of(p, model) for name, p in model.named_parameters()
+            if id(p) not in moved and 'subspace_' not in name}
 
 
 _facts_of_subspace = ('parameters', 'start', 'projection_hash')  # of its description

@@ -96,7 +96,7 @@ presets = {
     'llama-3.1-70b': _llama(_llama31, 80, 8192, 64, 28672),
     'llama-tiny': _llama(_small, 2, 64, 4, 176, model_type='llama', num_key_value_heads=2),
     'llama-base': _llama(_small, 4, 256, 4, 672, model_type='llama', num_key_value_heads=2, vocab_size=4096),
-    'llama-6x256': _llama(_small, 6, 256, 8, 688, model_type='llama', num_key_value_heads=8, vocab_size=8003),
+    'llama-6x256': _llama(_small, 6, 256, 8, 688, model_type='llama', num_key_value_heads=8, vocab_size=8000),
     'llama-50m': _llama(_small, 10, 512, 8, 1536, model_type='llama', num_key_value_heads=8, vocab_size=32000),
 }
 

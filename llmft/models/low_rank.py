@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core import LabError, nearest
 from .methods import Method
+from .padding import pad_vocabulary
 from .projections import normal_numbers, on_grid, raw_numbers
 
 # %% ../../nbs/models/06_low_rank.ipynb #ea1f7212
@@ -37,7 +38,7 @@ def frozen_gpt2(layers:int=12,          # transformer blocks
                 heads:int=12,           # attention heads
                 width:int=768,          # of the residual stream
                 block:int=1024,         # positions
-                vocabulary:int=50304,   # rows of the head, tied to the embedding
+                vocabulary:int=50257,   # tokens; head and embedding are one matrix, with a multiple of 64 rows
                 seed:int=0,             # the only thing the weights depend on, beside the shape
                 scale:float=.02,        # standard deviation of the weights
 )->GPT2LMHeadModel:                     # in evaluation mode, nothing trainable
@@ -53,7 +54,7 @@ def frozen_gpt2(layers:int=12,          # transformer blocks
         else:
             parameter.copy_(_initial_weights(name, parameter.shape, seed, scale, layers))
     model.name_or_path = model.config._name_or_path = f'random:{layers}x{width}'
-    return model.requires_grad_(False).eval()
+    return pad_vocabulary(model).requires_grad_(False).eval()
 
 # %% ../../nbs/models/06_low_rank.ipynb #fe2bfb27
 def _inputs_of(layer):

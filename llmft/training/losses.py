@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..data.batches import IGNORED
 from ..models.cost import loss_chunk_bytes
+from ..models.padding import PaddedHead, loss_rows
 
 # %% ../../nbs/training/01_losses.ipynb #52aa6440
 def softmax_losses_(logits_RV,  # float32 logits; overwritten by their softmax
@@ -65,8 +66,9 @@ def chunk_logits(hidden_RD,  # hidden states of a chunk
                  weight_VD,  # output matrix, of the same dtype
                  bias_V,     # or None
                  buffer_RV,  # at least as many rows, in float32 (float64 for float64 inputs)
+                 words=None, # rows of the matrix that stand for words; all when `None`
 )->torch.Tensor:             # logits_RV in the buffer's dtype
-    "The logits of a chunk in full precision, in `buffer_RV`."
+    "The logits of a chunk in full precision, in `buffer_RV`; those of padding are minus infinity."
     logits_RV = buffer_RV[: len(hidden_RD)]
     if hidden_RD.dtype == buffer_RV.dtype:
         torch.mm(hidden_RD, weight_VD.T, out=logits_RV)
@@ -74,6 +76,9 @@ def chunk_logits(hidden_RD,  # hidden states of a chunk
         torch.mm(hidden_RD, weight_VD.T, out_dtype=buffer_RV.dtype, out=logits_RV)
     else:
         logits_RV.copy_(torch.mm(hidden_RD, weight_VD.T))
+
+    if words is not None and words < len(weight_VD):
+        logits_RV[:, words:] = float('-inf')
     return logits_RV if bias_V is None else logits_RV.add_(bias_V)
 
 # %% ../../nbs/training/01_losses.ipynb #c530d7dc
@@ -113,6 +118,7 @@ def _chunked_pass(hidden_ND, weight_VD, bias_V, targets_N,
                  kept,         # from `kept_rows`
                  chunk_bytes,  # bytes
                  needs,        # which of hidden, weight and bias need a gradient
+                 words,        # rows of the weight that stand for words, or None
 ):                             # (sum of losses (float32), [gradient or None of hidden, weight and bias])
     "Loss and gradients of all rows that have a target, one chunk of logits at a time."
     index, all_kept = kept
@@ -126,7 +132,7 @@ def _chunked_pass(hidden_ND, weight_VD, bias_V, targets_N,
         rows = chunk if all_kept else index[chunk]
         hidden_RD = hidden_ND[rows]
         targets_R = targets_N[rows]
-        slope_RV = chunk_logits(hidden_RD, weight_VD, bias_V, buffer_RV)
+        slope_RV = chunk_logits(hidden_RD, weight_VD, bias_V, buffer_RV, words)
         loss += softmax_losses_(slope_RV, targets_R).sum(dtype=torch.float64)
         if any(needs):
             _subtract_targets_(slope_RV, targets_R)
@@ -145,16 +151,17 @@ def _give_away(ctx, scale):
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, kept, chunk_bytes, learning):
+    def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, kept, chunk_bytes, learning, words):
         needs = [learning and need for need in ctx.needs_input_grad[:3]]
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            loss, ctx.gradients = _chunked_pass(hidden_ND, weight_VD, bias_V, targets_N, kept, chunk_bytes, needs)
+            loss, ctx.gradients = _chunked_pass(hidden_ND, weight_VD, bias_V, targets_N, kept, chunk_bytes, needs,
+                                                words)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, scale):
-        return *_give_away(ctx, scale), None, None, None, None
+        return *_give_away(ctx, scale), None, None, None, None, None
 
 
 def _product_dtype(hidden_ND):
@@ -169,6 +176,7 @@ def linear_cross_entropy(hidden_ND,          # hidden states before the output m
                          bias_V=None,        # bias of the output matrix, if it has one
                          chunk_bytes=None,   # most bytes of logits held at once; `None`: as declared for the device
                          count=None,         # rows that have a target, where that is known
+                         words=None,         # rows of the output matrix that stand for words; all when `None`
 )->tuple:                                    # (sum of losses as a float32 scalar in nats, number of targets)
     "Sum of cross-entropies of `hidden_ND @ weight_VD.T`, and their count; a second backward raises a RuntimeError."
     dtype = _product_dtype(hidden_ND)
@@ -176,7 +184,7 @@ def linear_cross_entropy(hidden_ND,          # hidden states before the output m
 
     kept = kept_rows(targets_N, count)
     size = _chunk_bytes(chunk_bytes, hidden_ND.device)
-    loss = _LinearCrossEntropy.apply(*inputs, targets_N, kept, size, torch.is_grad_enabled())
+    loss = _LinearCrossEntropy.apply(*inputs, targets_N, kept, size, torch.is_grad_enabled(), words)
     return loss, len(kept[0])
 
 # %% ../../nbs/training/01_losses.ipynb #4bc89d46
@@ -251,8 +259,9 @@ def head_cross_entropy(hidden_ND,          # hidden states before the head
                        count=None,         # rows that have a target, where that is known
 )->tuple:                                  # (sum of losses as a float32 scalar in nats, number of targets)
     "`linear_cross_entropy` for any output `head`."
-    if type(head) is nn.Linear:  # a subclass may compute something else
-        return linear_cross_entropy(hidden_ND, head.weight, targets_N, head.bias, chunk_bytes, count)
+    if type(head) in (nn.Linear, PaddedHead):  # another subclass may compute something else
+        weight_VD, words = loss_rows(head, hidden_ND.device)
+        return linear_cross_entropy(hidden_ND, weight_VD, targets_N, head.bias, chunk_bytes, count, words)
 
     parameters = [p for p in head.parameters() if p.requires_grad]
     kept = kept_rows(targets_N, count)

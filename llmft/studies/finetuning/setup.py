@@ -15,6 +15,7 @@ from ...data.replay import with_replay
 from ...data.tokens import Examples, cut, encode, load_tokenizer, text_notes, train_tokenizer
 from ...models.load import load_model, model_config
 from ...models.methods import Method
+from ...models.padding import pad_vocabulary
 from ...training.largest_batch import memory_limit
 from ...training.step import judge
 
@@ -114,13 +115,13 @@ def pretraining_data(params,  # data and its fields, valid_share, num_samples, n
 def pretraining_model(params,  # model and seed
                       tokenizer,  # whose end of text begins, ends and pads a document
 ):                             # a `PreTrainedModel`
-    "The model with random weights and the special tokens of `tokenizer`."
+    "The model with random weights, the special tokens of `tokenizer`, and a multiple of 64 rows for its words."
     model = load_model(params.model, seed=params.seed)
 
     model.config.bos_token_id = tokenizer.eos_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.eos_token_id
-    return model
+    return pad_vocabulary(model)
 
 # %% ../../../nbs/studies/finetuning/01_setup.ipynb #535f7118
 def pretraining(params,  # as for `pretraining_data` and `pretraining_model`
