@@ -118,7 +118,7 @@ def _chunked_pass(hidden_ND, weight_VD, bias_V, targets_N,
                  kept,         # from `kept_rows`
                  chunk_bytes,  # bytes
                  needs,        # which of hidden, weight and bias need a gradient
-                 words,        # rows of the weight that stand for words, or None
+                 words=None,   # rows of the weight that stand for words; all when None
 ):                             # (sum of losses (float32), [gradient or None of hidden, weight and bias])
     "Loss and gradients of all rows that have a target, one chunk of logits at a time."
     index, all_kept = kept
