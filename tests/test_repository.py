@@ -122,7 +122,7 @@ def test_running_an_experiment_in_lab_leaves_git_clean(name):
 
 
 def test_lab_begins_with_settings_that_exist():
-    "No question about news, long lines wrapped: each setting of tools/lab is one that Lab has, with a value of its type."
+    "No question about news, long lines wrapped: each setting of tools/lab is one that Lab has."
     folder = Path(re.search(r'app_settings_dir=(\S+)', (root / 'Makefile').read_text())[1])
     settings = json.loads((root / folder / 'overrides.json').read_text())
     schemas = Path(sys.prefix) / 'share/jupyter/lab/schemas'

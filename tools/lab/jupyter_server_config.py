@@ -23,4 +23,5 @@ def before_saving(model, path, **rest):
         clean_jupyter(path=path, model=model, **rest)
 
 
-get_config().ContentsManager.pre_save_hook = before_saving  # noqa: F821: Jupyter defines it for its settings
+settings = get_config()  # noqa: F821
+settings.ContentsManager.pre_save_hook = before_saving
