@@ -41,7 +41,7 @@ gpu-check: install
 	@HF_HUB_OFFLINE=1 $(BIN)/llmft gpu-check
 
 lab: install
-	@$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.default_url=/lab/tree/nbs/experiments/finetune.ipynb $(LAB)
+	@JUPYTER_CONFIG_PATH=$(CURDIR)/tools/lab$${JUPYTER_CONFIG_PATH:+:$$JUPYTER_CONFIG_PATH} $(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.app_settings_dir=tools/lab --LabApp.default_url=/lab/tree/nbs/experiments/finetune.ipynb $(LAB)
 
 readme: install
 	@$(BIN)/python tools/readme.py

@@ -1,5 +1,6 @@
 """What is generated is up to date, what the README promises is there, parameter files fit their notebooks, and the package holds what it needs."""
 
+import copy
 import filecmp
 import functools
 import importlib
@@ -7,12 +8,14 @@ import itertools
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import socket
 import statistics
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,36 @@ def test_notebooks_are_clean_and_cleaning_keeps_the_parameters_tag(tmp_path):
     assert tags == len(experiments) + 1, (
         f'{tags} cells tagged `parameters` after cleaning, for {len(experiments)} experiments and the explorer'
     )
+
+
+@pytest.mark.parametrize('name', ['nbs/experiments/finetune.ipynb', 'nbs/explore.ipynb'])
+def test_running_an_experiment_in_lab_leaves_git_clean(name):
+    "As `make lab` saves it: outputs, counts, and what was folded away are no change."
+    saved = types.SimpleNamespace(ContentsManager=types.SimpleNamespace())
+    runpy.run_path(str(root / 'tools/lab/jupyter_server_config.py'), dict(get_config=lambda: saved))
+    committed = json.loads((root / name).read_text(encoding='utf-8'))
+
+    notebook = copy.deepcopy(committed)
+    notebook['metadata']['language_info'] = dict(name='python', version='3.12.1')
+    for count, cell in enumerate(cell for cell in notebook['cells'] if cell['cell_type'] == 'code'):
+        cell['outputs'] = [dict(output_type='stream', name='stdout', text='done')]
+        cell['metadata'] |= dict(scrolled=True, collapsed=True)
+        cell['metadata'].setdefault('jupyter', {})['outputs_hidden'] = True
+        cell['execution_count'] = count
+    saved.ContentsManager.pre_save_hook(model=dict(type='notebook', content=notebook), path=f'/{name}')
+    assert notebook == committed
+
+
+def test_lab_begins_with_settings_that_exist():
+    "No question about news, long lines wrapped: each setting of tools/lab is one that Lab has."
+    folder = Path(re.search(r'app_settings_dir=(\S+)', (root / 'Makefile').read_text())[1])
+    settings = json.loads((root / folder / 'overrides.json').read_text())
+    schemas = Path(sys.prefix) / 'share/jupyter/lab/schemas'
+    assert settings['@jupyterlab/apputils-extension:notification']['fetchNews'] == 'false'
+    for name, values in settings.items():
+        package, plugin = name.split(':')
+        schema = json.loads((schemas / package / f'{plugin}.json').read_text())
+        assert set(values) <= set(schema['properties']), name
 
 
 def test_readme_is_in_sync():

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 import pytest
 
 root = Path(__file__).parent.parent
-needed = ('mkdocs', 'material', 'playwright')
+needed = ('mkdocs', 'material', 'playwright', 'axe_playwright_python')
 missing = [package for package in needed if importlib.util.find_spec(package) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"{', '.join(missing)} not installed: pip install -e '.[docs]'")
 chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
@@ -262,6 +262,10 @@ def tab(browser, allowed, **settings):
         context.close()
 
 
+# Labels of a table shown as a list that reach below their cell, over the next label.
+labels_over_others = '''() => [...document.querySelectorAll('.rows td')].filter(
+  e => e.getClientRects().length && parseFloat(getComputedStyle(e, '::before').height) > e.clientHeight + 1
+).map(e => e.dataset.label)'''
 # Width of the page and of the window, and up to three elements that reach beyond it outside of a scrolling box.
 too_wide = '''() => {
   const scrolls = e => e && (/auto|scroll|hidden/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
@@ -291,6 +295,7 @@ def test_every_page_at_phone_width(browser, address, site, pages):
             width, inner, over = page.evaluate(too_wide)
             if width > inner or over:
                 wrong.append(f'{path}: {width} px wide, {over}')
+            wrong += [f'{path}: the label {label} covers the next' for label in page.evaluate(labels_over_others)]
             page.evaluate(pictures)
             page.wait_for_function('() => [...document.images].every(i => i.complete)', timeout=10_000)
             seen = page.evaluate(pictures)
@@ -307,6 +312,16 @@ def test_concepts_have_figures(browser, address, pages):
     assert len(concepts) >= 6
     for path in concepts:
         assert any('figures/' in source for source in pages[path].resources), f'{path} has no figure'
+
+
+def test_studies_begin_with_question_result_figure_and_command(site):
+    for name in ('code', 'finetuning', 'forecasting', 'pdfs', 'sublora'):
+        text = (site['folder'] / f'studies/{name}/index.html').read_text(encoding='utf-8')
+        parts = ['Question.</strong>', 'Result.</strong>', '<figure', 'Command.</strong>', '<h2 id="results"']
+        places = [text.find(part) for part in parts]
+        assert -1 not in places and places == sorted(places), f'{name}: {dict(zip(parts, places, strict=True))}'
+        picture = re.search(r'<figure class="figure"><img src="(.*?)" alt="\w', text)[1]
+        assert (site['folder'] / f'studies/{name}' / picture).resolve().exists(), picture
 
 
 def search(page, words):
@@ -417,3 +432,28 @@ def test_text_can_be_read_in_both_colour_schemes(browser, address, scheme):
         assert not faint, faint[:8]
         ground = page.evaluate('() => getComputedStyle(document.body).backgroundColor')
         assert (sum(map(int, re.findall(r'\d+', ground)[:3])) < 200) == (scheme == 'dark')
+
+
+looked_at = (
+    'index.html',
+    'gallery.html',
+    'guides/data-formats.html',
+    'reference/hardware.html',
+    'reference/parameters.html',
+    'studies/finetuning/index.html',
+    'concepts/memory.html',
+    'experiments/finetune.html',
+    'training/losses.html',
+)
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+def test_axe_finds_nothing_serious(browser, address, scheme):
+    from test_pages import serious
+
+    with tab(browser, [address], viewport=desk, color_scheme=scheme) as (page, _):
+        found = {}
+        for path in looked_at:
+            page.goto(address + path)
+            found[path] = serious(page)
+    assert not any(found.values()), {path: rules for path, rules in found.items() if rules}

@@ -20,7 +20,7 @@ folders_on_site = ('nbs/images/', 'nbs/gallery/')
 
 link = re.compile(r'(\]\(|\b(?:src|href)=")([^)"\s]+)')
 fence = re.compile(r'(^ *(`{3,}|~{3,}).*?^ *\2 *$)', flags=re.MULTILINE | re.DOTALL)
-badge = re.compile(r'\[!\[[^\]]*\]\(https://colab[^)]*\)\]\((https://colab[^)]*)\)')
+in_colab = re.compile(r'\[Open in Colab\]\(https://colab[^)]*\)')  # a page has a button for it
 
 
 def page_name(source):
@@ -64,7 +64,7 @@ def with_links(text, page):
         return before + on_site(target, page)
 
     pieces = fence.split(text)  # text, code block, its fence, text, ...
-    prose = [link.sub(replaced, badge.sub('', piece)) for piece in pieces[::3]]
+    prose = [link.sub(replaced, in_colab.sub('', piece)) for piece in pieces[::3]]
     blocks = [*pieces[1::3], '']
     return ''.join(before + block for before, block in zip(prose, blocks, strict=True))
 

@@ -5,6 +5,7 @@ A page is made in this order: nbdev drops what is hidden and links names (docs.p
 and parameters, links.py makes links lead to pages, and sidebar.py puts the pages in order."""
 
 import base64
+import html
 import json
 import re
 from dataclasses import dataclass
@@ -94,7 +95,8 @@ def code_cell(cell, place):
         return ''
 
     code = f'````python\n{source}\n````' if source.strip() and not says(cell, 'echo: *false') else ''
-    if code and says(cell, 'code-fold: *true'):
+    hidden = cell.metadata.get('jupyter', {}).get('source_hidden')
+    if code and (hidden or says(cell, 'code-fold: *true')):
         code = f'<details class="fold" markdown="1">\n<summary>code</summary>\n\n{code}\n\n</details>'
     return '\n\n'.join(part for part in (code, outputs_of(cell, place)) if part)
 
@@ -155,10 +157,27 @@ def notebook_page(notebook, place):
     return as_page(front, parts, place.page)
 
 
+def thumbnail(report):
+    "The file beside a copied report of the gallery that holds its main figure, as docs.py saves it."
+    text = (root / f'outputs/gallery/{report}/report.html').read_text(encoding='utf-8')
+    return f'{report}.svg' if '<svg role="img"' in text else f'{report}.png'
+
+
+def gallery_figure(match, page):
+    "The main figure of a report of the gallery with its caption and a link to the report."
+    report, caption = match.groups()
+    place = '../' * page.count('/') + 'gallery/'
+    words = html.escape(caption)
+    picture = f'<img src="{place}{thumbnail(report)}" alt="{words}" loading="lazy">'
+    link = f'<a href="{place}{report}.html">Report {report}</a>'
+    return f'<figure class="figure">{picture}<figcaption>{words} {link}</figcaption></figure>'
+
+
 def markdown_page(text, page):
     "A Markdown page with Quarto's front matter as (title, Markdown)."
     _, front, body = text.split('---\n', 2)
     body = re.sub(r'<!-- WARNING.*?-->', '', body)
+    body = re.sub(r'<figure data-report="(.*?)">(.*?)</figure>', lambda found: gallery_figure(found, page), body)
     return as_page(yaml.safe_load(front), [linked(body, page)], page)
 
 

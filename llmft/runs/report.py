@@ -240,7 +240,10 @@ def _renderer(folder, attachments):
             address = data_uri(url, folder, attachments)
             if address:
                 return f'<img src="{address}" alt="{escape(unescape(text))}">'
-            return '' if 'colab' in url else escape(unescape(text))
+            return escape(unescape(text))
+
+        def link(self, text, url, title=None):
+            return '' if url.startswith('https://colab.research.google.com/') else super().link(text, url, title)
 
         def paragraph(self, text):
             return f'<p>{text}</p>\n' if re.sub(r'</?a[^>]*>', '', text).strip() else ''

@@ -27,7 +27,7 @@ targets = {
 print("""Tests build a tiny model of each architecture below from its configuration. They compare loss and gradients of packed, bucketed and padded batches with documents read alone, under every form of attention,
 and check that generation equals the model's own. `llmft plan` prices the families marked exact; for others FLOPs and predicted memory stay empty. The names are transformers' model types. A model of another type is tried before training: where its documents are not read alone, the run is refused with the setting that works.
 """)
-print('| model type | packed documents under `attention` | otherwise | `llmft plan` |\n| --- | --- | --- | --- |')
+print('| model type | packed under `attention` | otherwise | `llmft plan` |\n| --- | --- | --- | --- |')
 for name in shapes:
     forms = attentions_that_keep_apart(name)
     packed = ', '.join(f'`{form}`' for form in forms) or 'refused'
