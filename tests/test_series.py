@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from llmft.core import LabError
 from llmft.data.dynamics import saturating_growth, saturating_predator_prey, solve_logs
+from llmft.models.fetch import fetched
 from llmft.studies.forecasting.baselines import (
     baselines,
     ceiling,
@@ -31,7 +32,7 @@ from llmft.studies.forecasting.metrics import (
     spread_scores,
     step_scores,
 )
-from llmft.studies.forecasting.prepared import prepare_series, read_split, windows
+from llmft.studies.forecasting.prepared import prepare_series, read_split, series_documents, series_windows, windows
 from llmft.studies.forecasting.series import round_series, scale_factors, simulate, split_rows, systems, unscale
 from llmft.studies.forecasting.sources import load_series
 
@@ -356,6 +357,34 @@ def test_windows_stay_inside_their_trajectory_and_cover_it(lengths, length, stri
         }
     else:
         assert (pieces.slots == length).all()
+
+
+@pytest.mark.parametrize('model', ['base', 'smollm2'])
+def test_the_loss_begins_where_the_prompt_of_a_forecast_ends(tmp_path, model):
+    from llmft.data.tokens import load_tokenizer
+    from llmft.studies.forecasting.forecast import prompt_ids
+
+    if model == 'smollm2' and fetched('smollm2') is None:
+        pytest.skip('SmolLM2 is not on this machine: llmft fetch smollm2')
+    tokenizer = load_tokenizer(model)
+    prepare_series(tmp_path, simulate_count=20, steps=30, context=20, seed=2)
+    documents = series_documents(tmp_path, 'train', tokenizer, loss_from=20)
+    prompts = prompt_ids(tokenizer, probe(tokenizer, 2), read_split(tmp_path, 'train').texts, 20)
+    for prompt, start, end in zip(prompts, documents.starts, documents.ends, strict=True):
+        assert documents.ids[start : start + len(prompt)].tolist() == prompt
+        assert documents.loss[start:end].tolist() == [False] * len(prompt) + [True] * (end - start - len(prompt))
+
+
+def test_windows_without_a_loss_are_left_out(tmp_path):
+    from llmft.data.tokens import load_tokenizer
+
+    tokenizer = load_tokenizer('base')
+    prepare_series(tmp_path, simulate_count=20, steps=30, context=20, seed=2)
+    every, _ = series_windows(tmp_path, tokenizer, 64)
+    late, watched = series_windows(tmp_path, tokenizer, 64, loss_from=20)
+    assert 0 < len(late) < len(every) and (late.supervised() > 0).all() and (watched.supervised() > 0).all()
+    with pytest.raises(LabError, match='loss_from is 30 and no trajectory has more steps'):
+        series_windows(tmp_path, tokenizer, 64, loss_from=30)
 
 
 # ---- scores and baselines

@@ -44,14 +44,14 @@ class ForecastingData:
     valid: Examples  # windows that training is watched by
 
 # %% ../../../nbs/studies/forecasting/06_setup.ipynb #7743f874
-def forecasting_data(params,  # model, data, decimals, max_length, keep_tail, num_eval_samples
+def forecasting_data(params,  # model, data, decimals, max_length, keep_tail, num_eval_samples, loss_from
 )->ForecastingData:
     "The data of a training run; a `LabError` when there are none, or when they have other decimals."
     valid_part = read_split(params.data, 'valid')
     tokenizer = load_tokenizer(params.model)
     check_decimals(valid_part, params.decimals, params.data)
     train, valid = series_windows(params.data, tokenizer, params.max_length, params.decimals, params.keep_tail,
-                                  params.num_eval_samples)
+                                  params.num_eval_samples, params.loss_from)
     return ForecastingData(tokenizer, valid_part, train, valid)
 
 # %% ../../../nbs/studies/forecasting/06_setup.ipynb #8baf1ca7
