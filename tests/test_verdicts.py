@@ -282,7 +282,7 @@ def bench_bounds(best):
 
 def bench_forecast(best):
     together, batched, alone = (1 + far[best == name] for name in rivals['bench_forecast'])
-    facts = dict(trajectories=9, one_by_one=3, codec_trajectories=100, all_seconds=dict(encode=1, decode=1))
+    facts = dict(trajectories=9, samples=2, rounds=3, one_by_one=3, codec_trajectories=100, all_seconds=dict(encode=1, decode=1))
     facts |= dict(batched=batched, faster_than_batched=batched / together, same=3, plain=['1.00'] * 3)
     return verdict_of_cell('bench_forecast', together=together, alone=alone, faster=alone / together, **facts)
 
