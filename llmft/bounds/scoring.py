@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..core import LabError, purpose_rng
+from ..core import LabError, counted, purpose_rng
 from ..data.token_files import TokenFile
 from ..models.cost import loss_chunk_bytes
 from ..models.load import check_rows, hidden_states, output_head
@@ -138,7 +138,7 @@ def score_windows(model,                  # a causal language model
     check_rows(model, packed=False)
 
     with evaluating(model):
-        for rows in _window_batches(windows, batch_tokens):
+        for rows in counted(_window_batches(windows, batch_tokens), len(windows), 'windows scored', len):
             place_BT, counts_BT = _token_grid(windows, rows)
             scored = place_BT[counts_BT] + 1
             hidden_RD = _scored_hidden(model, _as_tensor(ids[place_BT], device), counts_BT)

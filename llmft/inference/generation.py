@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..core import LabError, purpose_rng
+from ..core import LabError, counted, purpose_rng
 from ..data.tokens import prompt_tokens, turn_ends
 from ..models.load import causal_model
 from ..models.meter import synchronise
@@ -165,6 +165,7 @@ class _Request:
     pad_id: int
     compiled: bool
     tokens: object  # None, or ids (K,) of the only tokens that may come
+    rows: int  # of all batches
 
 
 class _Batch:
@@ -188,7 +189,8 @@ class _Batch:
         logits_RV = self.read(prompts)
         self.draws_BN = self.uniform_numbers()
         last = self.request.max_new_tokens - 1
-        for step in range(self.request.max_new_tokens):
+        rows = f'tokens of the longest answer, rows {self.rows[0] + 1:,} to {self.rows[-1] + 1:,} of {self.request.rows:,}'
+        for step in counted(range(last + 1), last + 1, rows):
             ids_R = self.next_tokens(step, logits_RV)
             self.record(step, ids_R)
             if not self.live or step == last:
@@ -330,8 +332,8 @@ def generate(model,                  # a causal language model, with or without 
     check_request(config, prompts, max_new_tokens, temperature, top_p, samples, batch_size)
     only = None if tokens is None else _checked_tokens(tokens, config.vocab_size, next(model.parameters()).device)
     request = _Request(max_new_tokens, temperature, top_p, seed, frozenset(stop_ids), samples, allowed, on_token,
-                       pad_id, compiled, only)
-    rows = range(len(prompts) * samples)
+                       pad_id, compiled, only, len(prompts) * samples)
+    rows = range(request.rows)
     size = batch_size or len(rows)
 
     with evaluating(model):

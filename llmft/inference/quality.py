@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..core import LabError
+from ..core import LabError, counted
 from ..data.batches import IGNORED, evaluation_batches
 from ..data.tables import Documents
 from ..data.tokens import cut, edges, encode
@@ -111,7 +111,8 @@ def compare_tokens(model,                # a causal language model, in any form
     found = []
     owners = []
     with evaluating(model), evaluating(reference):
-        for batch in evaluation_batches(examples, batch_size, max_length, 'bucketed'):
+        batches = evaluation_batches(examples, batch_size, max_length, 'bucketed')
+        for batch in counted(batches, len(examples), 'examples compared', lambda batch: len(batch.examples)):
             index, numbers = _batch_tokens(model, reference, batch.to(device), end, chunk_bytes)
             found.append(numbers)
             owners.append(owner_N[_examples_of_slots(batch)[index]])

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import project_root, read_json
+from ..core import counting_variable, project_root, read_json
 from .locks import held
 from .overview import write_overview
 from .params import check_params, find_notebook
-from .progress import Passing, clock, progress_text
+from .progress import Passing, clock, counting_text, progress_text
 from .report import live_page, live_seconds, warm_up, write_live, write_reports
 from .run import close_folder, ending, inputs_problem, merge, open_folder, run_folder, why_anew
 from .verdict import full_disk, kernel_verdict
@@ -92,6 +92,7 @@ class Session:
         self.timers = []
         self.files = tempfile.TemporaryDirectory(prefix='llmft-', ignore_cleanup_errors=True)
         self.kernel_log = Path(self.files.name) / 'kernel.log'
+        self.counting_file = Path(self.files.name) / 'counting.json'  # of a loop outside training
 
     def signal(self, number: int):
         "Send a signal to the kernel and the processes it started."
@@ -150,6 +151,7 @@ def _launch_options(session: Session) -> dict:
     "Environment, folder and inherited lock of the kernel."
     ticket = dict(folder=str(session.folder), lock=session.lock)
     environment = kernel_environment(ticket) | session.environment
+    environment[counting_variable] = str(session.counting_file)
     return dict(env=environment, cwd=str(project_root()), pass_fds=[session.lock])
 
 
@@ -231,6 +233,7 @@ class RunLog:
         while not self.ended.wait(0.5):
             with contextlib.suppress(OSError):
                 self.new_rows()
+            self.new_count()
             self.say_alive()
             self.keep_live()
 
@@ -272,6 +275,16 @@ def new_rows(self: RunLog):
     steps = [row for row in rows if 'step' in row and 'loss' in row]
     if steps and time.monotonic() >= self.next_row:
         self.pass_on(Passing(progress_text(steps[-1], self.session.params)))
+        self.next_row = time.monotonic() + self.session.row_seconds
+
+# %% ../../nbs/runs/09_execute.ipynb #0349ad3e
+@patch
+def new_count(self: RunLog):
+    "Tell the terminal how far a loop outside training is, when its time has come; a half-written state is left out."
+    if time.monotonic() < self.next_row:
+        return
+    with contextlib.suppress(OSError, ValueError):
+        self.pass_on(Passing(counting_text(read_json(self.session.counting_file))))
         self.next_row = time.monotonic() + self.session.row_seconds
 
 # %% ../../nbs/runs/09_execute.ipynb #e45b6582

@@ -199,7 +199,8 @@ def _inputs_of_one(name, value, outputs, fresh):
 
 def _from_home(name):
     "A path below the home folder as `~/...`: a record is read by others, who need not know whose it was."
-    path, home = Path(name), Path('~').expanduser()
+    path = Path(name)
+    home = Path('~').expanduser()
     return f'~/{path.relative_to(home)}' if home != path and path.is_relative_to(home) else name
 
 

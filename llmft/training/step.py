@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import LabError, choose
+from ..core import LabError, choose, counted
 from ..data.batches import IGNORED, MicroBatch, evaluation_batches, layouts, micro_batches
 from ..data.tables import Documents
 from ..data.tokens import Examples, cut, edges, encode, scored_bytes
@@ -159,12 +159,12 @@ def _dealt(batches, group):
         yield round_of_batches[group.rank] if group.rank < len(round_of_batches) else blank_batch(round_of_batches[0])
 
 
-def _summed_loss(loss_model, batches, device):
-    "(sum of the losses of `batches` in nats, number of their targets), in evaluation mode."
+def _summed_loss(loss_model, batches, device, expected):
+    "(sum of the losses of `batches` in nats, number of their targets), in evaluation mode; about `expected` targets."
     total = 0.0
     targets = 0
     with evaluating(loss_model):
-        for batch in batches:
+        for batch in counted(batches, expected, 'targets judged', lambda batch: batch.supervised):
             total = total + loss_model(batch.to(device)).double()
             targets += batch.supervised
     return float(total), targets
@@ -189,9 +189,11 @@ def evaluate_loss(model,                    # a causal language model
     "Mean loss of `model` over every target of `examples`; a `LabError` when there is none, or they are not to be read."
     batches = _dealt(_readable_batches(model, examples, batch_size, max_length, layout), group)
     loss_model = LossModel(model, in_bfloat16)
+    targets = int(examples.supervised().sum())
     if group is None:
-        return mean_loss(*_summed_loss(loss_model, batches, next(model.parameters()).device))
-    return mean_loss(*group.sum(_summed_loss(group.evaluator(loss_model), batches, group.device)))
+        return mean_loss(*_summed_loss(loss_model, batches, next(model.parameters()).device, targets))
+    share = targets // group.world
+    return mean_loss(*group.sum(_summed_loss(group.evaluator(loss_model), batches, group.device, share)))
 
 # %% ../../nbs/training/06_step.ipynb #c5e5db67
 def document_lengths(batch: MicroBatch) -> list:
@@ -214,7 +216,7 @@ def _example_sums(model, batches, count, end):
     sums_3N = np.zeros((3, count))
 
     with evaluating(model):
-        for batch in batches:
+        for batch in counted(batches, count, 'examples judged', lambda batch: len(batch.examples)):
             losses_S, targets_S = _slot_losses(model, batch.to(device))
             is_end_S = targets_S == end
             slots_3S = torch.stack([losses_S, losses_S * is_end_S, is_end_S]).double()

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...core import LabError
+from ...core import LabError, counted
 from ...inference.generation import end_tokens, generate, written_text
 from ...training.checkpoints import load_checkpoint
 from .sandbox import run_program, run_tests, same_output
@@ -278,7 +278,8 @@ def check_all(pairs:list,          # (task, answer, number of the sample)
 )->list:                           # of `Attempt`, in the order given
     "Check answers, as many at a time as there are cores."
     with ThreadPoolExecutor(workers or _cores()) as pool:
-        return list(pool.map(lambda pair: check_answer(*pair, seconds=seconds), pairs))
+        checked = pool.map(lambda pair: check_answer(*pair, seconds=seconds), pairs)
+        return list(counted(checked, len(pairs), 'programs run'))
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #c68098bb
 def check_references(tasks:list,          # of `Task`

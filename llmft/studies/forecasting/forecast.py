@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...core import LabError
+from ...core import LabError, counted
 from ...data.tokens import prompt_tokens
 from ...inference.generation import generate
 from ...models.load import hidden_states, output_head
@@ -307,7 +307,8 @@ def continuation_nats(model,      # a causal language model, with or without an 
 
     nats = []
     with evaluating(model):
-        for begin in range(0, len(whole), batch_size):
+        begins = range(0, len(whole), batch_size)
+        for begin in counted(begins, len(begins), 'batches of true continuations scored'):
             part = slice(begin, begin + batch_size)
             ids_BT = _padded(whole[part], tokenizer.pad_token_id, device)
             nats += _batch_nats(model, whole[part], first_scored[part], ids_BT, serialisation.alphabet, columns)
