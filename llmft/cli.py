@@ -243,7 +243,7 @@ _most_listed = 3  # runs of a call that are listed one by one
 
 
 def _result_lines(result: dict, refused: bool) -> list:
-    "How one run ended, and below it its numbers; why a run was `refused` stands on stderr alone."
+    "How one run ended, and below it its numbers; why a run was `refused` is printed on stderr alone."
     how = 'refused' if refused else result_text(result)
     lines = [f"{result['notebook']}/{result['name']}: {how}"]
     if result['status'] == 'done' and (numbers := row_text(key_metrics(metrics_of(result['folder']), 4))):
@@ -252,7 +252,7 @@ def _result_lines(result: dict, refused: bool) -> list:
 
 
 def closing(results: list) -> str:
-    "What became of the runs, and which report to open."
+    "How the runs ended, and which report to open."
     reports = [f"report: {result['report']}" for result in results if result['report']]
     if len(results) > _most_listed:
         return '\n'.join(reports[-1:])
@@ -283,7 +283,7 @@ def _flag(name: str, help: str):
 
 
 def _text(name: str, help: str, metavar: str = None):
-    "The annotation of an option with a text; `metavar` stands for the value in the help."
+    "The annotation of an option with a text; `metavar` names the value in the help."
     return Annotated[str, typer.Option(name, help=help, metavar=metavar, show_default=False)]
 
 
@@ -355,7 +355,7 @@ _JsonAtEnd = _flag('--json', 'End the output with one JSON object.')
 
 
 def _advise(results: list):
-    "Say on stderr how to go on after an interruption, or why a run was refused."
+    "Say on stderr how to resume after an interruption, or why a run was refused."
     if status_of(results) == 'interrupted':
         print('llmft: interrupted: the same command goes on from the last checkpoint', file=sys.stderr)
     elif exit_status(results) == 2:
@@ -480,7 +480,7 @@ def _page_of(run, outputs):
     if not run:
         return write_overview(outputs)
     folder = find_run(run, outputs)
-    page = folder / 'live.html'  # of a run that goes on
+    page = folder / 'live.html'  # of a run in progress
     page = page if page.is_file() else folder / 'report.html'
     if not page.is_file():
         raise LabError(f'{shown(page)} is not there: llmft report {shown(page.parent)} writes it')
@@ -597,7 +597,7 @@ _study_of = dict(  # experiment -> the study that computes its numbers again
 
 
 def _again_of(folder):
-    "What computes the numbers of a run again; `None` where nothing does."
+    "The study that computes the numbers of a run again; `None` where there is none."
     from llmft.runs.identity import read_record
 
     notebook = read_record(folder)['run'].get('notebook')
@@ -607,7 +607,7 @@ def _again_of(folder):
 
 
 def _checks_status(checks: list) -> str:
-    "What all checks of a run say together."
+    "The status of all checks of a run together."
     counts = Counter(check.status for check in checks)
     rest = f"{counts['ok']} of {len(checks)} checks are ok, {counts['cannot be checked']} cannot be made here"
     found = f"{counts['altered']} checks contradict it" if counts['altered'] else 'nothing contradicts it'
@@ -708,7 +708,7 @@ _Public = _flag('--public', 'Let everyone read the repository on the hub.')
 
 
 def _made_text(made: dict) -> str:
-    "What an export made, in one line."
+    "The result of an export, in one line."
     return (f"{made['place']}: {made['bytes'] / 2**20:,.1f} MiB in {made['seconds']:.0f} s; read back, no logit "
             f"differs by more than {made['difference']:.2g} of the largest ({made['allowed']:g} is allowed)")
 

@@ -43,9 +43,9 @@ def nearest(name:str,  # what was written
 # %% ../nbs/core.ipynb #877592a0
 def choose(what:str,   # name of the setting, as the user writes it
            value:str,  # what was written
-           options,    # the declaration: name -> what it stands for (or the names alone)
+           options,    # the declaration: name -> its meaning (or the names alone)
 ):                     # `options[value]`; `value` itself when `options` only lists names
-    "What `value` stands for among `options`; a `LabError` with the nearest name when it is not declared."
+    "The entry of `options` for `value`; a `LabError` with the nearest name when it is not declared."
     if value not in options:
         names = ', '.join(map(str, options))
         raise LabError(f"{what} is '{value!s:.60}'{nearest(value, options)}: choose from {names}")
@@ -120,7 +120,7 @@ def check_regular(path) -> Path:
 
 # %% ../nbs/core.ipynb #ed237e91
 def read_json(path):
-    "What the JSON file at `path` holds; a `LabError` when it is no JSON."
+    "The content of the JSON file at `path`; a `LabError` when it is no JSON."
     try:
         return json.loads(check_regular(path).read_text(encoding='utf-8'))
     except json.JSONDecodeError as error:
@@ -166,7 +166,7 @@ def seed_everything(seed:int,  # any integer from 0 to 2**32 - 1
 # %% ../nbs/core.ipynb #4f5f44a1
 def purpose_rng(seed:int,  # the run's seed
                 *purpose,  # words and numbers that say what the draws are for
-):                         # a NumPy generator of its own
+):                         # a new NumPy generator
     "A NumPy generator that depends on `seed` and on what the draws are for, and on nothing else."
     import numpy as np
 

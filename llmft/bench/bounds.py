@@ -186,7 +186,7 @@ _header_bits = 32 + 8 + _levels * 32
 
 def coding_allowance(symbols:int,  # numbers that are coded
 )->float:                          # bits
-    "What a message may be longer than the entropy of its symbols."
+    "How much longer a message may be than the entropy of its symbols."
     return 0.01 * symbols * _bits_per_symbol + _header_bits
 
 # %% ../../nbs/bench/06_bounds.ipynb #ddbadf87

@@ -21,7 +21,7 @@ from .training import our_step
 def instruct_setting(model:str,      # a preset, as in 'preset:llama-6x256'
                      **changes,      # fields of `Setting` that differ from the study's
 )->Setting:
-    "What is equal for all trainers on instruction rows."
+    "The settings that all trainers share on instruction rows."
     study = dict(rank=32, learning_rate=2e-4, max_length=1024, rows=4, accumulation=4, weight_decay=0.01,
                  gradient_checkpointing=True)
     return Setting(model, **(study | changes))

@@ -75,7 +75,7 @@ def _all_characters(results):
 
 def seconds_per_text(turns:dict,  # library -> results of `reading_time`, one per round
 )->dict:                          # library -> seconds per 100,000 characters of each round; None where none were read
-    "What reading 100,000 characters takes each library, round by round."
+    "The time of each library for 100,000 characters, round by round."
     per = {library: _all_characters(results) / 1e5 for library, results in turns.items()}
     return {library: [each['seconds'] / per[library] for each in results] if per[library] else None
             for library, results in turns.items()}
@@ -84,7 +84,7 @@ def seconds_per_text(turns:dict,  # library -> results of `reading_time`, one pe
 def missing_text(turns:dict,  # library -> results of `reading_time`, one per round
 )->dict:                      # library -> share: of the characters that the best reader of each file found;
                               # without: names of files of which it read nothing and another one did
-    "What each library did not read of what the others found."
+    "The characters and files that others read and a library did not."
     found = {library: results[0]['characters'] for library, results in turns.items()}
     names = sorted(set().union(*found.values()))
     best = {name: max(counts.get(name, 0) for counts in found.values()) for name in names}
@@ -100,7 +100,7 @@ def missing_text(turns:dict,  # library -> results of `reading_time`, one per ro
 # %% ../../nbs/bench/08_pdfs.ipynb #086cead9
 def missing_words(turns:dict,  # library -> results of `reading_time`, one per round
 )->str:
-    "What each library did not read, in a sentence."
+    "The text that each library did not read, in a sentence."
     said = []
     for library, lost in missing_text(turns).items():
         files = f" and all of {', '.join(lost['without'])}" if lost['without'] else ''

@@ -22,7 +22,7 @@ from ..training.recipe import Recipe
 # %% ../../nbs/bench/02_peers.ipynb #d2904411
 @dataclass
 class Setting:
-    "What all trainers have in common."
+    "The settings that all trainers share."
 
     model: str  # a preset, as in 'preset:llama-6x256'
     rank: int = 8  # of the LoRA on all linear layers
@@ -61,7 +61,7 @@ def log_normal_documents(count:int,       # documents
                          spread:float=1.,   # standard deviation of the logarithm of the length
                          low:int=8,       # shortest document, tokens
                          high:int=500,    # longest document, tokens
-)->Examples:                              # one example a document
+)->Examples:                              # one example per document
     "Documents of log-normal lengths whose tokens follow Zipf's law."
     rng = purpose_rng(seed, 'bench documents')
     lengths = _log_normal_lengths(rng, count, median, spread, low, high)

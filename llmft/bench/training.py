@@ -43,7 +43,7 @@ class Block:
     tokens: list = field(default_factory=list)  # targets of each step
     losses: list = field(default_factory=list)  # training loss of each step, nats per target
     held_out: list = field(default_factory=list)  # loss on the held-out documents after each step, nats per target
-    paused: float = 0.0  # seconds in which the clock stood still
+    paused: float = 0.0  # seconds in which the clock was paused
     flops: float = 0.0  # hardware FLOPs of the epoch, where they are known
 
     @property
@@ -61,7 +61,7 @@ class Block:
         self.started = time.perf_counter()
 
     def note(self, loss, judge):
-        "A step has ended with this training loss; `judge()` gives the held-out loss while the clock stands still."
+        "A step has ended with this training loss; `judge()` gives the held-out loss while the clock is paused."
         synchronise()
         now = time.perf_counter()
         self.ended.append(now - self.paused)
@@ -259,7 +259,7 @@ def _to_length(batch, length):
 def our_step(setting:Setting,    # what is equal for all
              examples:Examples,  # documents of the step
              recipe,             # from `recipe_of`
-             length:int=0,       # positions to which every row is padded, 0 leaves the rows as `recipe` lays them out
+             length:int=0,       # positions to which every row is padded, 0 leaves the rows as `recipe` arranges them
 )->tuple:                        # (model with gradients, loss in nats per target, slots processed)
     "One step of ours on all of `examples`, without the optimiser's part."
     model = adapted_model(setting, 'documents').train()
@@ -309,7 +309,7 @@ def _beside(first, name, step):
 
 def check_steps(steps:dict,  # name -> result of `same_step`
 )->list:                     # a row per trainer, with its difference of loss and of gradient norm from the first
-    "The steps beside the first one. `LabError` when a loss differs: the trainers do not do the same then."
+    "The steps compared with the first one. `LabError` when a loss differs: the trainers do not do the same then."
     first = next(iter(steps.values()))
     rows = [_beside(first, name, step) for name, step in steps.items()]
     largest = max(row['difference'] for row in rows)
@@ -329,7 +329,7 @@ def steps_table(rows:list,  # from `check_steps`, with the name of the model
 def summary(blocks:list,    # of one trainer
             skip:int=2,     # first steps of each block that do not count
 )->dict:                    # medians over rounds and steps
-    "What the blocks of one trainer have in common."
+    "The summary of all blocks of one trainer."
     steps = [block.timed(skip) for block in blocks]
     first = blocks[0]
     return dict(
@@ -373,7 +373,7 @@ def end_difference(turns:dict,  # name -> blocks, one per round
 def loss_seconds(turns:dict,    # name -> blocks, one per round
                  before:float,  # held-out loss of the untrained model, nats per target
 )->dict:                        # name -> seconds of each round; None where one never reaches the loss
-    "What every trainer takes to the common loss, round by round."
+    "The time of every trainer to the common loss, round by round."
     loss = common_loss(turns, before)
     seconds = {name: [block.time_to(loss, before) for block in blocks] for name, blocks in turns.items()}
     return {name: None if None in values else values for name, values in seconds.items()}
@@ -435,7 +435,7 @@ def training_table(rows:list,    # a row per trainer: its name as `trainer`, and
                    first=(),     # further columns before, such as the model
                    last=(),      # further columns behind
 ):                               # `Html`
-    "The trainers beside each other."
+    "All trainers in one table."
     columns = ['trainer', column('seconds', 'to the loss', 's', best='low'),
                column('ratio', 'takes', 'times as long as ours'),
                column('tokens_per_sec', 'real tokens', '1/s', best='high'), column('step_seconds', 'median step', 's'),
@@ -497,7 +497,7 @@ def step_memory(name:str,          # one of `trainers`
                 vocabulary:int=0,  # number of different tokens instead of the preset's, 0 for the preset's
                 ragged:bool=False, # log-normal lengths instead of one length
 )->dict:                           # peak_bytes above start_bytes, and what measured it
-    "Peak memory of training two steps, above the loaded model. For a process of its own."
+    "Peak memory of training two steps, above the loaded model. Call it in a separate process."
     setting = _with_vocabulary(setting, vocabulary)
     examples = _memory_documents(setting, ragged)
     with tempfile.TemporaryDirectory() as folder:
@@ -520,5 +520,5 @@ def measured_memory(name:str,         # one of `trainers`
                     setting:Setting,  # what is equal for all
                     **options,        # vocabulary and ragged, as for `step_memory`
 )->dict:                              # as from `step_memory`
-    "`step_memory` in a process of its own. `LabError` when that fails."
+    "`step_memory` in a separate process. `LabError` when that fails."
     return json.loads(run_python(_measure_memory, json.dumps([name, asdict(setting), options]))[1])

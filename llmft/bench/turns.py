@@ -101,7 +101,7 @@ def run_python(code:str,    # Python source
 # %% ../../nbs/bench/01_turns.ipynb #6cc0927f
 @dataclass(frozen=True)
 class Target:
-    "What a benchmark wants, and what it measured."
+    "The goal of a benchmark, and the measured value."
 
     what: str  # is measured, in words
     measured: float  # None when it was not measured
@@ -143,7 +143,7 @@ class Target:
 # %% ../../nbs/bench/01_turns.ipynb #b657c7ff
 def targets_table(targets:list,  # of `Target`
 ):                               # `Html`
-    "What was measured, what was wanted, and whether it is met."
+    "Measured values, goals, and whether they are met."
     columns = ['target', 'measured', 'wanted', 'met', column('margin', 'better than the goal by', 'share')]
     return table([target._row() for target in targets], columns, 'Targets')
 

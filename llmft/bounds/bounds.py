@@ -49,7 +49,7 @@ def smoothed_bits(probabilities,   # of the true tokens, any shape, in [0, 1]
 
 # %% ../../nbs/bounds/02_bounds.ipynb #866ae2df
 def _kl_side(observed, supposed):
-    "What one side of the coin adds."
+    "The term of one side of the coin."
     if observed == 0:
         return 0.
     return math.inf if supposed <= 0 else observed * math.log(observed / supposed)
@@ -99,7 +99,7 @@ def allowed_nats(bits:float,    # K: prefix-free length of the model's message a
                  delta:float,   # probability that the bound may fail with
                  choices:int=1, # S: values chosen on the same sample
 )->tuple:                       # nats of (the sample, the complexity)
-    "What chance is allowed in either step: its part of `delta`, and what was chosen; a `LabError` for bad numbers."
+    "The nats allowed in either step, for its part of `delta` and for choices; a `LabError` for bad numbers."
     _check(bits, n, m, delta, choices)
     r = m / (m + n)
     return (math.log(1 / ((1 - r) * delta)) + math.log(choices), bits * math.log(2) + math.log(1 / (r * delta)))
@@ -192,7 +192,7 @@ def token_bound(risk:float,       # mean loss of the sampled tokens
 def shared_delta(delta:float,  # probability that any of the claims may fail with
                  claims:int,   # bounds that are reported together
 )->float:
-    "What remains for each of `claims` bounds, so that all hold together."
+    "The part of delta for each of `claims` bounds, so that all hold together."
     if claims < 1:
         raise LabError(f'claims is {claims}: give at least 1')
     return check_share('delta', delta) / claims

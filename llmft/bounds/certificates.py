@@ -28,7 +28,7 @@ from .scoring import draw_sample, in_drawn_order, score_documents, score_tokens
 
 # %% ../../nbs/bounds/06_certificates.ipynb #b44b705b
 def _random_model(base):
-    "The GPT-2 with random weights that a description stands for."
+    "The GPT-2 with random weights that a description means."
     return placed(frozen_gpt2(**{name: value for name, value in base.items() if name != 'model'}))
 
 
@@ -53,7 +53,7 @@ def _subspace_config(settings, parameters):
 
 def build_model(spec:dict,  # base, lora, subspace: for `frozen_gpt2`, `add_low_rank` and `SubspaceConfig`
 )->tuple:                   # (model, its `Subspace`)
-    "The model that a description stands for, at v = 0."
+    "The model that a description means, at v = 0."
     model = _base_model(spec['base'])
     lora = spec['lora']
     parameters = add_low_rank(model, **lora) if lora['targets'] else _block_matrices(model)
@@ -73,7 +73,7 @@ _facts_of_subspace = ('parameters', 'start', 'projection_hash')  # of its descri
 def model_facts(model,     # from `build_model`
                 subspace,  # likewise
 )->dict:                   # base, parameters, start and projection_hash
-    "What a rebuilt model must agree with."
+    "The facts that a rebuilt model must agree with."
     described = describe(subspace)
     return dict(base=weights_hash(_fixed_weights(model, subspace)),
                 **{name: described[name] for name in described if name in _facts_of_subspace})
@@ -101,7 +101,7 @@ _levels = dict(  # forms, and which one is claimed
 
 
 def _claim(level, losses, bits, n, delta, choices, width, lowest=0.0, **choice):
-    "What a claim says: its bound, all that the bound was computed from, and the bound in every form."
+    "The content of a claim: its bound, all that the bound was computed from, and the bound in every form."
     compute, form = _levels[level]
     forms = compute(losses, bits, n, width, delta, choices, lowest)
     return dict(bound=forms[form], risk=float(losses.mean()), **choice, width=width, bits=bits, n=n, m=len(losses),
@@ -200,7 +200,7 @@ MAGIC = b'llmft certificate 3\n'
 
 
 def _data_facts(folder):
-    "What a certificate says of its data."
+    "The facts about the data in a certificate."
     facts = read_json(Path(folder) / 'tokens.json')
     return dict(folder=str(folder), documents=facts['train']['documents'], sha256=facts['train']['sha256'],
                 offsets=sha256_of(Path(folder) / 'train_offsets.npy'), tokenizer=facts['tokenizer'],
@@ -224,7 +224,7 @@ def _file_content(header, message):
     return body + bytes.fromhex(sha256_of(body))
 
 
-def write_certificate(path,           # where the file shall stand
+def write_certificate(path,           # where the file is written
                       spec:dict,      # description of the model, for `build_model`
                       subspace,       # trained and quantised, with the decoded vector in it
                       model,          # the model it is part of
@@ -288,7 +288,7 @@ def _content(path):
 
 
 def _checked_body(path, content):
-    "What stands before the hash of a certificate; a `LabError` when the two do not agree."
+    "The part before the hash of a certificate; a `LabError` when the two do not agree."
     body = content[:-hash_bytes]
     if bytes.fromhex(sha256_of(body)) != content[-hash_bytes:]:
         raise LabError(f'{path} was changed or cut: its content does not match its hash')
@@ -296,7 +296,7 @@ def _checked_body(path, content):
 
 
 def _header_and_message(path, body):
-    "The two parts of what stands before the hash: the description's length stands before it in eight bytes."
+    "The two parts before the hash: the description, with its length in eight bytes in front, and the message."
     start = len(MAGIC) + 8
     size = int.from_bytes(body[len(MAGIC):start], 'big')
     if not 0 < size <= min(len(body) - start - 1, _most_described):
@@ -406,7 +406,7 @@ def _differing(claim, again):
 
 
 def _compared(claim, again):
-    "A claim beside the same one recomputed; `differs` names the fields that do not agree."
+    "A claim and the same one recomputed; `differs` names the fields that do not agree."
     differs = _differing(claim, again)
     return dict(claimed=claim['bound'], recomputed=again['bound'], holds=not differs, differs=differs)
 

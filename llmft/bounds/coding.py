@@ -147,7 +147,7 @@ def make_codebook(values_D,           # the trained vector, (d,)
                   levels:int=11,      # q, odd, so that zero can be one of them
                   kind:str='kmeans',  # uniform | kmeans | optimal
 ):                                    # codebook_Q, float32 that float16 holds exactly, ascending; at most q
-    "The levels that stand for `values_D`; a `LabError` for levels or values that make no codebook."
+    "The levels that replace `values_D`; a `LabError` for levels or values that make no codebook."
     values_D = np.asarray(values_D, dtype=np.float64)
     if levels < 1 or levels % 2 == 0:
         raise LabError(f'levels is {levels}: give an odd number, such as 11')
@@ -163,7 +163,7 @@ def _frequencies(counts_Q):
 
 
 def entropy(counts_Q,  # how often each symbol occurs, (q,)
-)->float:              # bits a symbol
+)->float:              # bits per symbol
     "The entropy of the symbols' frequencies."
     share = _frequencies(counts_Q)
     return float(-(share * np.log2(share)).sum()) + 0.0
@@ -258,7 +258,7 @@ def _take_level(bits, d):
 
 
 def _head(levels_Q, counts_Q, d, gates, gate_bits):
-    "What stands before the coded symbols: the levels with their counts, and the gates."
+    "The part before the coded symbols: the levels with their counts, and the gates."
     bits = Bits().put(len(levels_Q), 8)
     for level, count in zip(levels_Q, counts_Q, strict=True):
         _put_level(bits, level, count, d)
@@ -284,7 +284,7 @@ def _whole_message(values_D, codebook_Q, gates, gate_bits):
 def encode_message(values_D,        # d numbers, each one of the levels
                    codebook_Q,      # levels, exact in float16; those that never occur are left out
                    gates=(),        # whole numbers below 2**gate_bits
-                   gate_bits:int=0, # bits a gate
+                   gate_bits:int=0, # bits per gate
 )->bytes:
     "The message that `decode_message` turns back into `values_D` and `gates`; a `LabError` when it would not."
     values_D = np.asarray(values_D, dtype=np.float32)
@@ -323,9 +323,9 @@ def _check_levels(levels_Q):
 def decode_message(message:bytes,    # from `encode_message`
                    d:int,            # numbers in the vector
                    gates:int=0,      # number of gates
-                   gate_bits:int=0,  # bits a gate
+                   gate_bits:int=0,  # bits per gate
 )->tuple:                            # (values_D float32, list of gates)
-    "What the message says; a `LabError` when it cannot be one."
+    "The content of the message; a `LabError` when it cannot be one."
     bits = Bits(message[:_longest_head(d, gates, gate_bits)])
     levels, counts = _take_levels(bits, d)
     _check_counts(counts, d)

@@ -44,7 +44,7 @@ IGNORED = -100  # the target of a position without a loss; PyTorch's cross entro
 # %% ../../nbs/data/05_batches.ipynb #a1df2bb0
 @dataclass
 class MicroBatch:
-    "What goes through the model at once. B rows of T slots."
+    "The rows that go through the model at once. B rows of T slots."
 
     ids_BT: torch.Tensor  # int64
     labels_BT: torch.Tensor  # int64: the target of each position, IGNORED where there is none
@@ -81,7 +81,7 @@ layouts = dict(
 
 # %% ../../nbs/data/05_batches.ipynb #3beaa35f
 def best_fit(sizes,         # size of each item
-             capacity:int,  # what a bin holds; an item larger than that gets a bin of its own
+             capacity:int,  # what a bin holds; an item larger than that gets a separate bin
 )->list:                    # bins, each a list of item numbers
     "Best-fit-decreasing bin packing: the largest item first, into the fullest bin that still has room."
     bins = []
@@ -170,7 +170,7 @@ def micro_batches(examples:Examples,    # all examples, of which `rows` are laid
 
 # %% ../../nbs/data/05_batches.ipynb #e854302b
 def _groups_in_order(examples, rows, capacity):
-    "Neighbouring `rows` in groups of at most `capacity` slots; a longer one is a group of its own."
+    "Neighbouring `rows` in groups of at most `capacity` slots; a longer one is a separate group."
     group = []
     used = 0
     for row in rows:

@@ -137,7 +137,7 @@ def _sharegpt(row):
 
 
 def _alpaca(row):
-    "The turns of a row of Alpaca's form: the input, where there is one, stands below the instruction."
+    "The turns of a row of Alpaca's form: the input, where there is one, is below the instruction."
     asked = [row.text('instruction', required=True), row.text('input') if 'input' in row.values else '']
     return [dict(role='user', content='\n\n'.join(filter(None, asked))),
             dict(role='assistant', content=row.text('output', required=True))]
@@ -176,7 +176,7 @@ _date = '26 Jul 2024'  # in the templates of Llama 3
 
 
 def _options(chat):
-    "What a template is told beside the turns."
+    "The arguments of a template other than the turns."
     return dict(tools=chat.tools or None, date_string=_date)
 
 
@@ -184,7 +184,7 @@ def render_chat(chat:Chat,        # the turns that are written
                 tokenizer,        # as `load_tokenizer` gives it, with a chat template
                 ask:bool=False,   # with the beginning of an answer behind it
 )->str:
-    "What the chat template makes of a conversation. `LabError` when it refuses it."
+    "A conversation as the chat template writes it. `LabError` when it refuses it."
     try:
         return tokenizer.apply_chat_template(chat.turns, tokenize=False, add_generation_prompt=ask, **_options(chat))
     except Exception as error:  # a template is foreign code
@@ -250,7 +250,7 @@ def _tagged_answer(chat, tokenizer):
 
 
 def _told_apart(chat, asked, text, tokenizer):
-    "What the template writes of the last answer, where the prompt is written otherwise in front of one."
+    "The template's text of the last answer, where the prompt is written otherwise in front of one."
     turns = [*chat.turns[:-1], dict(role='assistant', content=_probe)]
     head, found, _ = render_chat(replace(chat, turns=turns), tokenizer).partition(_probe)
     if not found or not text.startswith(head):
@@ -299,7 +299,7 @@ def _answers(chat, tokenizer, ends):
 def chat_texts(chat:Chat,  # as from `as_chat`
                tokenizer,  # as `load_tokenizer` gives it
 )->list:                   # of (text, [(start, end) of what is trained on], whether the text has its end)
-    "What a conversation is rendered to, with every answer trained on once. `LabError` when it can't be rendered."
+    "A conversation rendered as texts, with every answer trained on once. `LabError` when it can't be rendered."
     return _divided(list(_answers(chat, tokenizer, _end_of_turn(tokenizer))))
 
 # %% ../../nbs/data/09_chats.ipynb #7d7800cb
@@ -324,7 +324,7 @@ def _row(text, spans, closed, tokenizer):
 
 def chat_rows(chats,      # of `Chat`
               tokenizer,  # as `load_tokenizer` gives it, with a chat template
-)->list:                  # of (token ids, whether each is trained on); one or more a conversation
+)->list:                  # of (token ids, whether each is trained on); one or more per conversation
     "Conversations as tokens with every answer trained on. `LabError` when one can't be rendered."
     ends = _end_of_turn(tokenizer)
     texts = (text for chat in _as_text(chats, tokenizer) for text in _divided(list(_answers(chat, tokenizer, ends))))
@@ -334,7 +334,7 @@ def chat_rows(chats,      # of `Chat`
 def asked_rows(chats,      # of `Chat`, up to a turn of the user
                tokenizer,  # as `load_tokenizer` gives it, with a chat template
 )->list:                   # of lists of token ids
-    "What a model is asked with in conversations. `LabError` when the template refuses one."
+    "The tokens that a model is asked with in conversations. `LabError` when the template refuses one."
     texts = [render_chat(chat, tokenizer, ask=True) for chat in _as_text(chats, tokenizer)]
     return rendered_rows(texts, tokenizer)
 

@@ -24,14 +24,14 @@ from .tables import Documents, document_splits, held_out_split
 # %% ../../nbs/data/02_corpora.ipynb #9743ba62
 @dataclass
 class Corpus:
-    "Training and held-out documents, and the count of whatever was dropped."
+    "Training and held-out documents, and the count of everything that was dropped."
 
     train: Documents
     valid: Documents
     notes: dict = field(default_factory=dict)  # count of documents dropped, by reason
 
     def hashes(self) -> dict:
-        "What identifies the data of a run: number of documents, bytes and content hash of each side."
+        "The facts that identify the data of a run: number of documents, bytes and content hash of each side."
         sides = dict(train=self.train, valid=self.valid)
         return {name: dict(documents=len(side), bytes=side.bytes, sha256=short_hash(side.texts))
                 for name, side in sides.items()}
@@ -146,7 +146,7 @@ def split_documents(documents:Documents,   # all documents, copies included
 def drop_shared(train:Documents,  # loses every document that `valid` holds too
                 valid:Documents,  # kept as it is
 )->Corpus:                        # `notes` counts the documents dropped
-    "Keep two given sides apart: documents of `train` that stand in `valid` are dropped and counted."
+    "Keep two given sides apart: documents of `train` that are also in `valid` are dropped and counted."
     held_out = {content_key(text) for text in valid.texts}
     kept = [row for row, text in enumerate(train.texts) if content_key(text) not in held_out]
     return Corpus(train.select(kept), valid, dict(duplicates_across_splits=len(train) - len(kept)))
@@ -201,7 +201,7 @@ def library_files(modules=None,  # top-level names to take; None takes all that 
     return Documents.collect(_sources(lambda path: _is_wanted(path, modules)))
 
 # %% ../../nbs/data/02_corpora.ipynb #d5dd9a26
-_broken = '\ufffd'  # stands for bytes that are not UTF-8
+_broken = '\ufffd'  # replaces bytes that are not UTF-8
 
 
 def _is_test(path):
@@ -302,7 +302,7 @@ def library_functions(modules,             # top-level module names
 # %% ../../nbs/data/02_corpora.ipynb #021efb23
 def paragraphs(text:str,        # a document
                least:int=60,    # characters, white space collapsed; shorter paragraphs do not count
-)->list:                        # (paragraph as it stands, its key or None when it is too short)
+)->list:                        # (paragraph as it is written, its key or None when it is too short)
     "The blocks of `text` between blank lines, each with a key that ignores white space."
     blocks = [(block, ' '.join(block.split())) for block in re.split(r'\n[ \t]*\n', text)]
     return [(block, key if len(key) >= least else None) for block, key in blocks]
@@ -319,7 +319,7 @@ def _unseen(text, seen):
 
 
 def without_seen(documents:Documents,  # what to clean
-                 seen,                 # set of paragraph keys that may not stand in the result
+                 seen,                 # set of paragraph keys that may not be in the result
                  least:int=200,        # characters a document must keep to stay
 )->Documents:                          # what remains
     "`documents` without the paragraphs in `seen`; a document that loses nearly everything goes."
@@ -360,7 +360,7 @@ def _held_out(part) -> Documents:
 
 
 def _base(seen) -> Documents:
-    "What the base model is trained on: without `seen`, and without the paragraphs of the parts for fine-tuning."
+    "The text of the base model: without `seen`, and without the paragraphs of the parts for fine-tuning."
     sources = (library_files(), library_tests(), bundled_packages())
     documents = Documents.collect(pair for source in sources for pair in source)
     for_fine_tuning = paragraph_keys(builtin_part('topics')) | paragraph_keys(builtin_part('functions'))

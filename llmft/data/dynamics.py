@@ -79,7 +79,7 @@ def solve_logs(rates,         # of each trajectory, (4, N)
                substeps:int,  # Runge-Kutta steps between two of them
                law=growth,    # or `saturating_growth`, whose rates are six
 )->np.ndarray:                # populations, float64, (N, moments, 2)
-    "Solve predator-prey equations in logarithms with fixed steps; populations stay finite whatever the rates."
+    "Solve predator-prey equations in logarithms with fixed steps; populations stay finite for any rates."
     def slope(logs_N2):
         prey, predators = np.exp(np.clip(logs_N2, *log_range)).T
         return np.stack(law(rates, prey, predators), 1)

@@ -43,7 +43,7 @@ _few_files = 64
 
 
 def _stamp(file):
-    "What the file system knows of a file that changes when its content does."
+    "The facts of the file system about a file that change when its content does."
     facts = file.stat()
     return [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
 
@@ -100,7 +100,7 @@ def _hashes_in(folder, files, fresh):
 
 
 def file_hashes(files,           # absolute paths of files that are there
-                fresh:bool=False,# read every byte again, whatever is remembered
+                fresh:bool=False,# read every byte again, even if its hash is remembered
 )->dict:                         # path -> SHA-256, 64 hexadecimal digits
     "The hash of each file; a `LabError` for one that can't be read."
     ordered = sorted(files, key=lambda file: (file.parent, file.name))
@@ -114,10 +114,10 @@ def file_hashes(files,           # absolute paths of files that are there
 
 # %% ../../nbs/data/00_hashes.ipynb #9537fe4d
 def content_hashes(path,            # a file or a folder
-                   fresh:bool=False,# read every byte again, whatever is remembered
+                   fresh:bool=False,# read every byte again, even if its hash is remembered
                    without=None,    # a folder below it that does not count
 )->dict:                            # name below `path` -> SHA-256
-    "What lies at `path`: the hash of every file, by name."
+    "The content of `path`: the hash of every file, by name."
     files = files_in(path, without)
     hashes = file_hashes(files.values(), fresh)
     return {name: hashes[file] for name, file in files.items()}
@@ -125,7 +125,7 @@ def content_hashes(path,            # a file or a folder
 # %% ../../nbs/data/00_hashes.ipynb #267fa6c6
 def first_difference(folder,          # where the files lie
                      noted:dict,      # name below it -> SHA-256
-                     fresh:bool=False,# read every byte again, whatever is remembered
+                     fresh:bool=False,# read every byte again, even if its hash is remembered
 )->str:                               # such as 'b.txt is missing'; '' when all agree
     "The first of the noted files that is missing or has another content."
     files = {name: Path(folder).absolute() / name for name in noted}
@@ -191,11 +191,11 @@ def _path_hashes(source, path, fresh, without):
 
 
 def source_hashes(source:str,       # a path, a hub name, or the name of something built in
-                  kind:str,         # models | datasets: what a hub name stands for
-                  fresh:bool=False, # read every byte again, whatever is remembered
+                  kind:str,         # models | datasets: what a hub name means
+                  fresh:bool=False, # read every byte again, even if its hash is remembered
                   without=None,     # a folder that does not count where it lies below the source
 )->dict:                            # name -> SHA-256, version or revision; `None` for what is not known yet
-    "What a parameter that names a source stands for at this moment; empty for what is made from a seed."
+    "The hashes of a source that a parameter names, at this moment; empty for what is made from a seed."
     if source in _made_here:
         return {}
     if source.startswith('builtin'):

@@ -31,7 +31,7 @@ from .tables import Documents, files_below
 # %% ../../nbs/data/03_pdfs.ipynb #8f06925c
 @dataclass
 class PdfFile:
-    "What became of one file."
+    "The result of reading one file."
 
     name: str  # path below the folder
     bytes: int  # size on disk
@@ -148,7 +148,7 @@ def read_pdf(path:Path,                # the file
              min_characters:int=500,   # files with fewer are skipped
              name:str='',              # how it is called; its own name by default
 )->PdfFile:                            # with the text, or the reason why there is none
-    "Extract the text of one PDF. What is wrong with the file stands in `skipped`; nothing is raised."
+    "Extract the text of one PDF. `skipped` holds the reason when there is no text; nothing is raised."
     import pypdfium2
 
     file = PdfFile(name or Path(path).name, Path(path).stat().st_size)
@@ -189,7 +189,7 @@ def _set_page(canvas, lines, height):
     canvas.showPage()
 
 
-def write_pdf(path,                # where the file shall stand
+def write_pdf(path,                # where the file is written
               text:str,            # lines; a long one is wrapped
               password:str='',     # asked for by readers; none by default
 )->Path:                           # `path`
@@ -248,7 +248,7 @@ def _limit_memory():
 
 
 def _read_or_skip(path, max_pages, min_characters, name):
-    "As `read_pdf`; what that raises becomes the reason why the file is skipped."
+    "As `read_pdf`; an error in it becomes the reason why the file is skipped."
     try:
         return read_pdf(path, max_pages, min_characters, name)
     except Exception as error:
@@ -256,7 +256,7 @@ def _read_or_skip(path, max_pages, min_characters, name):
 
 
 def _serve():
-    "A worker: paths in, one a line, and `PdfFile`s out as JSON; it dies rather than take too long or too much memory."
+    "A worker: paths in, one per line, `PdfFile`s out as JSON; it dies rather than take too long or too much memory."
     seconds, max_pages, min_characters = map(int, sys.argv[1:4])
     _limit_memory()
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
@@ -297,7 +297,7 @@ class _Worker:
         return f'took more than {self.seconds} s' if too_late else 'made the reader crash'
 
     def read(self, path, name):
-        "The `PdfFile` of one path, whatever becomes of the process."
+        "The `PdfFile` of one path, also when the process dies."
         if self.process is None:
             self.start()
         try:
@@ -358,7 +358,7 @@ def read_pdfs(folder,                   # searched with all folders below it
               min_characters:int=500,   # files with fewer are skipped
               workers:int=0,            # processes, 0 for one per core
               seconds:int=60,           # longest time for one file
-              notes:dict=None,          # counts what the folder holds besides, where there is any
+              notes:dict=None,          # counts what else the folder holds, if anything
 )->list:                                # a `PdfFile` for every file, in the order of their names
     "Extract the text of all PDFs below `folder` in parallel. `LabError` when there is none."
     from tqdm.auto import tqdm
@@ -416,7 +416,7 @@ def _divided(paragraphs, most):
 
 def pack_paragraphs(paragraphs:list,  # texts without line breaks
                     most:int=2000,    # characters of a chunk
-)->list:                              # chunks, paragraphs in them on lines of their own
+)->list:                              # chunks, paragraphs in them on separate lines
     "Whole paragraphs packed into chunks of at most `most` characters; longer ones are divided between words."
     chunks = ['']
     for piece in _divided(paragraphs, most):
@@ -503,7 +503,7 @@ def pdf_corpus(files:list,                  # from `read_pdfs`
 
 # %% ../../nbs/data/03_pdfs.ipynb #a97ad45f
 def builtin_pdfs(folder) -> Path:
-    "A folder of PDFs made from the built-in language reference, one a topic, and the five bad ones; it is made once."
+    "A folder of PDFs made from the built-in language reference, one per topic, and the five bad ones; it is made once."
     folder = Path(folder)
     if (folder / 'made').exists():
         return folder

@@ -83,7 +83,7 @@ def means_place(name:str,  # the parameter `model`
 
 # %% ../../nbs/data/08_sources.ipynb #9921dc82
 def _in_run(folder, name):
-    "What the run in `folder` trained."
+    "The model that the run in `folder` trained."
     try:
         status = read_json(folder / 'run.json')['run']['status']
     except (KeyError, TypeError):
@@ -98,7 +98,7 @@ def _in_run(folder, name):
 
 
 def _in_folder(folder, name):
-    "What lies in `folder`."
+    "The source in `folder`."
     if (folder / 'run.json').is_file():
         return _in_run(folder, name)
     for file, kind in (('adapter_config.json', 'adapter'), ('config.json', 'folder')):
@@ -124,7 +124,7 @@ def _shipped():
 
 
 def _on_disk(name):
-    "What the file or folder `name` is, or `None` when there is none."
+    "The source that the file or folder `name` is, or `None` when there is none."
     path = find_path(name)
     if path.is_dir():
         return _in_folder(path, name)
@@ -247,7 +247,7 @@ def _base_hashes(name, fresh):
 
 
 def _named_hashes(name, fresh, without=None):
-    "The files of what is no adapter; those of a fetched model stand below its name, wherever the cache is."
+    "The files of what is no adapter; those of a fetched model are below its name, wherever the cache is."
     if name not in fetchables or find_path(name).exists():
         return source_hashes(name, 'models', fresh, without)
     place = fetched(name)
@@ -256,8 +256,8 @@ def _named_hashes(name, fresh, without=None):
 
 
 def model_hashes(name:str,          # the parameter `model`
-                 fresh:bool=False,  # read every byte again, whatever is remembered
+                 fresh:bool=False,  # read every byte again, even if its hash is remembered
                  without=None,      # a folder that does not count where it lies below the model
 )->dict:                            # name -> SHA-256, or revision; `None` for what is not known yet
-    "What a parameter that names a model stands for at this moment: its files, and those of an adapter's base."
+    "The hashes of a model that a parameter names, at this moment: its files, and those of an adapter's base."
     return _named_hashes(name, fresh, without) | _base_hashes(name, fresh)

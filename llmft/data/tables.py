@@ -26,7 +26,7 @@ class Documents:
 
     texts: list  # one string per document
     names: list  # "argparse.py", "notes.jsonl:17", ...
-    continued: frozenset = frozenset()  # names of texts that the next text goes on with
+    continued: frozenset = frozenset()  # names of texts that the next text continues
 
     def __len__(self):
         return len(self.texts)
@@ -256,7 +256,7 @@ _longest_cell = 2**31 - 1  # characters; the csv module stops at 131,072 otherwi
 
 
 def _cell_reader(path):
-    "What gives the cells of each record of a CSV or TSV file, however long a cell is."
+    "A reader of the cells of each record of a CSV or TSV file, however long a cell is."
     csv.field_size_limit(_longest_cell)
     delimiter = '\t' if path.suffix.lower() == '.tsv' else ','
     return csv.reader((line for _, line in numbered_lines(path)), delimiter=delimiter, strict=True)
@@ -419,7 +419,7 @@ def _check_file(path, endings):
 
 def files_below(path:Path,      # a file or a folder
                 endings:tuple,  # such as `row_endings`, in lower case
-                notes:dict=None,# counts what a folder holds besides, where there is any
+                notes:dict=None,# counts what else a folder holds, if anything
 )->list:                        # paths, sorted
     "The file `path`, or all files below the folder `path` with one of `endings`. `LabError` when there is none."
     if not path.is_dir():
@@ -435,7 +435,7 @@ def files_below(path:Path,      # a file or a folder
 def read_rows(path:Path,       # a file with one of `row_endings`, or a folder of such files
               fields=(),       # fields that each row must have; parquet files are read for these alone
               setting:str='',  # the parameter that names the field, for the message
-              notes:dict=None, # counts `blank_lines` and what a folder holds besides, where there are any
+              notes:dict=None, # counts `blank_lines` and what else a folder holds, if anything
 ):                             # iterator of `Row`
     "The rows of a file or folder, one at a time. `LabError` for a row that can't be read or lacks a field."
     for file in files_below(path, row_endings, notes):
@@ -448,9 +448,9 @@ def read_rows(path:Path,       # a file with one of `row_endings`, or a folder o
             yield Row(values, where, f'{file.name}:{number}')
 
 # %% ../../nbs/data/01_tables.ipynb #39491bdf
-def left_out(notes:dict,  # counts by reason; what is no number above 0 is not shown
+def left_out(notes:dict,  # counts by reason; only numbers above 0 are shown
 )->str:
-    "What a reader left out, in one line for a report."
+    "Everything that a reader left out, in one line for a report."
     counted = {reason: number for reason, number in notes.items() if isinstance(number, int) and number > 0}
     shown = ', '.join(f"{reason.replace('_', ' ')}: {number:,}" for reason, number in counted.items())
     return f"left out: {shown or 'nothing'}"

@@ -300,7 +300,7 @@ def _note_of(folder, side):
 
 
 def _progress(folder, side):
-    "What an interrupted preparation noted that was written."
+    "The part that an interrupted preparation noted as written."
     note = _note_of(folder, side)
     parts = [folder / f'.{side}.{kind}.partial' for kind in ('bin', 'sizes')]
     done = read_json(note) if note.exists() and all(part.exists() for part in parts) else {}
@@ -308,7 +308,7 @@ def _progress(folder, side):
 
 
 def _further(done, rows, ids, control_like):
-    "What was written when these rows are added to what was `done`."
+    "The note of what was written when these rows are added to what was `done`."
     added = dict(batches=1, tokens=len(ids), documents=len(rows), control_like=control_like)
     return {what: done[what] + number for what, number in added.items()}
 
@@ -319,7 +319,7 @@ def write_side(folder,   # a `Path`
                encoder,  # from `make_encoder`
                note_every:int=8,  # batches between two notes
 ):                       # offsets, int64, (n + 1,)
-    "Write one side of a token folder, going on where an earlier call stopped. `LabError` for an empty document."
+    "Write one side of a token folder, from where an earlier call stopped. `LabError` for an empty document."
     done = _progress(folder, side)
     left = itertools.islice(batches, done['batches'], None)
 
@@ -368,7 +368,7 @@ def _alone(folder):
 
 
 def _prepared(folder, source):
-    "What tokens.json says, or `None`; a `LabError` when it is about another source."
+    "The content of tokens.json, or `None`; a `LabError` when it is about another source."
     path = folder / 'tokens.json'
     if not path.exists():
         return None

@@ -183,7 +183,7 @@ def _marks():
 
 
 def _behind(text, before, tokenizer):
-    "The tokens of `text` as they stand behind the text `before`."
+    "The tokens of `text` as they follow the text `before`."
     from transformers.utils.chat_template_utils import encode_marked_chat
 
     first = tokenizer.encode(before, add_special_tokens=False)
@@ -193,7 +193,7 @@ def _behind(text, before, tokenizer):
 
 def rendered_rows(texts,      # list of texts, with what users wrote in them marked by `keep_as_text`
                   tokenizer,  # as `load_tokenizer` gives it
-                  goes_on:bool=False,  # whether each text stands behind another one
+                  goes_on:bool=False,  # whether each text follows another one
 )->list:                      # of lists of token ids
     "The tokens of rendered texts: control tokens, but for those that are marked; nothing is put around them."
     if not texts:
@@ -209,13 +209,13 @@ def rendered_rows(texts,      # list of texts, with what users wrote in them mar
 def text_rows(texts,      # list of texts of users
               tokenizer,  # as `load_tokenizer` gives it
 )->list:                  # of lists of token ids
-    "The tokens of texts, none of them a control token, whatever the texts spell."
+    "The tokens of texts, none of them a control token, even where the texts spell one."
     return rendered_rows(keep_as_text(texts, tokenizer), tokenizer)
 
 # %% ../../nbs/data/04_tokens.ipynb #9b72c3c6
 def edges(tokenizer,  # as `load_tokenizer` gives it
 )->tuple:             # (token ids before a text, token ids after a document)
-    "What stands before a text by the tokenizer's own rule, and what ends a document."
+    "The tokens before a text by the tokenizer's own rule, and those that end a document."
     known = (text for text in 'a0,' if tokenizer.encode(text, add_special_tokens=False))
     text = next(known, '')  # a vocabulary may be of digits only
     letter = tokenizer.encode(text, add_special_tokens=False)
@@ -236,7 +236,7 @@ _probe = 'qzx0'  # a content that no template writes
 
 
 def _rendered_probe(tokenizer, *roles, **options):
-    "What the chat template makes of short turns; '' without a template, or where it refuses them."
+    "Short turns as the chat template writes them; '' without a template, or where it refuses them."
     if not tokenizer.chat_template:
         return ''
     try:
@@ -265,7 +265,7 @@ def _openings(tokenizer):
 
 
 def _closings(tokenizer):
-    "What a rendered conversation may end with: the end of a turn, or what stands before an answer."
+    "The texts that a rendered conversation may end with: the end of a turn, or what precedes an answer."
     asked = _rendered_probe(tokenizer, 'user', add_generation_prompt=True)
     before_answer = asked.rpartition(_probe)[2].rstrip()
     ends = tokenizer.convert_ids_to_tokens(sorted(turn_ends(tokenizer)))
@@ -292,7 +292,7 @@ def _conversation_rows(texts, tokenizer):
     return begun(rows, tokenizer) if has_own else rows
 
 
-def prompt_tokens(texts,      # list of texts of users, to go on from
+def prompt_tokens(texts,      # list of texts of users, to be continued
                   tokenizer,  # as `load_tokenizer` gives it
 )->list:                      # of lists of token ids
     "The tokens of texts behind what the tokenizer puts before a text; a rendered text has its own beginning."
@@ -414,7 +414,7 @@ def finish(self:TokenWriter) -> np.ndarray:
 def side_facts(folder:Path, # a token folder
                side:str,    # name of a finished side
 )->dict:                    # documents, tokens, sha256 of the tokens, and that of the offsets
-    "What tokens.json says about one side."
+    "The facts about one side in tokens.json."
     starts_file = folder / f'{side}_offsets.npy'
     offsets = np.load(starts_file)
     hashes = dict(sha256=sha256_of(folder / f'{side}.bin'), offsets=sha256_of(starts_file))
@@ -479,7 +479,7 @@ def read_side(folder,   # a token folder, or any with the file side.bin
 
 # %% ../../nbs/data/04_tokens.ipynb #f64c50e4
 def _closed(row, ends_here, rendered, end):
-    "The tokens of a text with an end behind it, where a document ends there and the text has none of its own."
+    "The tokens of a text with an end behind it, where a document ends there and the text has no end yet."
     return row + end if ends_here and not rendered else row
 
 
@@ -570,7 +570,7 @@ def read_tokens(folder) -> Examples:
 # %% ../../nbs/data/04_tokens.ipynb #26fd92a5
 @dataclass(frozen=True)
 class Policy:
-    "What happens to documents that are too long."
+    "A way to treat documents that are too long."
 
     says: str  # in one line
     apply: object  # (examples, length) -> examples of at most `length` positions
