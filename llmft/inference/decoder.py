@@ -199,7 +199,7 @@ def _has_lean_layers(config):
 
 
 def _is_hooked(module):
-    "Whether something happens at a call of `module` beside its own forward."
+    "Whether a call of `module` does more than its own forward."
     return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, '_hf_hook'))
 
 
@@ -250,7 +250,7 @@ def _joining_pays(modules, rows, packs):
 
 
 def _side_by_side(modules, rows, packs):
-    "The outputs of `modules` for one input, next to each other, each by a product of its own."
+    "The outputs of `modules` for one input, next to each other, each by a separate product."
     maps = [linear_map(module, rows, packs) for module in modules]
     if len(maps) == 1:
         return maps[0]

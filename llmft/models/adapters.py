@@ -165,7 +165,7 @@ def trainable_parameters(model) -> dict:
 # %% ../../nbs/models/03_adapters.ipynb #35408b07
 def weights_hash(params,  # name -> tensor
 )->str:                   # 16 hexadecimal digits
-    "A hash of names, dtypes, shapes and bits of `params`, whatever their order and device."
+    "A hash of names, dtypes, shapes and bits of `params`, regardless of their order and device."
     digest = hashlib.sha256()
     for name, tensor in sorted(params.items()):
         digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)};'.encode())
@@ -174,7 +174,7 @@ def weights_hash(params,  # name -> tensor
 
 # %% ../../nbs/models/03_adapters.ipynb #ee1f33c1
 def _with_first(name, tensor, first):
-    "A trained factor beside the one it began as, so that their products are subtracted."
+    "A trained factor joined with the one it began as, so that their products are subtracted."
     start = first[name].to(tensor.device, tensor.dtype)
     return torch.cat([tensor, start]) if 'lora_A' in name else torch.cat([tensor, -start], 1)
 
@@ -200,7 +200,7 @@ def _replacing(folder):
 
 
 def _save_companions(model, folder, tokenizer):
-    "Save in `folder` what generation needs beside the weights of `model`."
+    "Save in `folder` what generation needs in addition to the weights of `model`."
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     base = causal_model(model)
@@ -209,7 +209,7 @@ def _save_companions(model, folder, tokenizer):
 
 
 def _write_converted(model, folder):
-    "Write over a saved PiSSA adapter what it is on the weights of the base: a plain LoRA of twice the rank."
+    "Replace a saved PiSSA adapter by its form on the weights of the base: a plain LoRA of twice the rank."
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in saved_state(model).items()}
     save_file(state, folder / 'adapter_model.safetensors', metadata=dict(format='pt'))
 
@@ -222,8 +222,8 @@ def _write_converted(model, folder):
 
 
 def save_adapter(model,   # a `PeftModel`
-                 folder,  # where the adapter shall stand; one that is there is replaced
-                 tokenizer=None,  # saved beside it, with its chat template
+                 folder,  # of the saved adapter; an existing one is replaced
+                 tokenizer=None,  # saved with it, chat template included
 )->Path:                  # `folder`
     "Write the adapter of `model` to `folder` in PEFT's format; readers see the old adapter or the new one."
     with _replacing(folder) as new:
@@ -286,8 +286,8 @@ def check_adapter(model,           # the `PeftModel` that was saved
 
 # %% ../../nbs/models/03_adapters.ipynb #b2a4ab74
 def save_merged(model,   # a `PeftModel`; it is not changed
-                folder,  # where the merged model shall stand; one that is there is replaced
-                tokenizer=None,  # saved beside it, with its chat template
+                folder,  # of the merged model; an existing one is replaced
+                tokenizer=None,  # saved with it, chat template included
 )->float:                # the largest absolute difference of a logit, read back
     "Write `model` with its adapter merged to `folder`, and read it back. `LabError` when it is not the same model."
     merged = merge_adapter(model)
@@ -309,7 +309,7 @@ def save_and_check(model,           # trained: a `PreTrainedModel`, or a `PeftMo
                    reload_base,     # called without arguments, it loads the base model again
                    ids_BT,          # token ids to compare logits on
                    *,
-                   tokenizer,       # of the model: saved beside whatever is saved
+                   tokenizer,       # of the model: saved in each of these folders
                    merge=False,     # whether to save the adapter merged into its base as well
 ):                                  # largest difference of a logit of an adapter read back, or `None`
     "Save what was trained in `folder`, and read an adapter back. `LabError` when it is not what was saved."

@@ -215,7 +215,7 @@ def _factor_tensors(config, method):
 
 
 def _tables(shape):
-    "Sizes of the embedding, of an output matrix of its own, and of the table of positions."
+    "Sizes of the embedding, of a separate output matrix, and of the table of positions."
     tables = [shape.table] if shape.tied else [shape.table, shape.table]
     if shape.positions:
         tables.append(shape.positions * shape.width)
@@ -462,7 +462,7 @@ class StepShape:
 
 # %% ../../nbs/models/08_cost.ipynb #0e72d614
 def _every_layer_keeps(shape, step, word, full, first):
-    "Bytes per token of norms, attention and MLP, whatever is trained."
+    "Bytes per token of norms, attention and MLP, regardless of what is trained."
     norm = 4 * shape.width + 4 if shape.gated else word * shape.width + 8
     norms = norm * (1 + (full or not first))
     heads = shape.query if step.repeats_heads(word) else shape.key_value
@@ -472,7 +472,7 @@ def _every_layer_keeps(shape, step, word, full, first):
 
 def _trained_products_keep(shape, step, word):
     "Bytes per token of the inputs of trained matrices, and of the normalised values of trained norms."
-    if step.mixed:  # every product keeps a copy of its own, and the norms theirs in fp32
+    if step.mixed:  # every product keeps a separate copy, and the norms theirs in fp32
         inputs = sum(linear.inputs for linear in shape.linears) - shape.query * (not step.joins(word))
         return 4 * 2 * shape.width * shape.gated + word * inputs
     return word * (2 * shape.width * (1 + shape.gated) + shape.mlp + shape.query * step.joins(word))
@@ -640,7 +640,7 @@ def gathered_bytes(config,         # a transformers config
                    sharing,        # has `cuts`, of 'weights', 'gradients', 'optimiser', and `gathers_model`; or `None`
                    nproc:int,      # processes that train together
 )->int:                            # bytes
-    "What a process holds beside its share in order to work with the others."
+    "What a process holds in addition to its share in order to work with the others."
     if sharing is None or nproc == 1:
         return 0
     if 'weights' in sharing.cuts:
@@ -715,7 +715,7 @@ def memory_breakdown(config,                       # a transformers config
     return parts | dict(total=peak_bytes(config, method, step, parts, accumulation))
 
 # %% ../../nbs/models/08_cost.ipynb #74714315
-CUDA_CONTEXT_BYTES = 500 * 2**20  # of driver and libraries, beside PyTorch's memory
+CUDA_CONTEXT_BYTES = 500 * 2**20  # of driver and libraries, in addition to PyTorch's memory
 FRAGMENTATION = 0.06  # share of the allocated bytes that the allocator holds beyond them
 _segment = 2 * 2**20  # bytes of the smallest piece that the allocator takes
 

@@ -74,8 +74,8 @@ def trained_as(source:Source,  # from `find_model`
 def run_model(source:Source,      # from `find_model`
               precision:str,      # of the base
               quantisation:str,   # of the base
-):                                # float32 weights, or an adapter beside quantised ones
-    "The model that was found, its adapter beside its base as in training, computed in 32 bits where that can be."
+):                                # float32 weights, or an adapter on quantised ones
+    "The model that was found, its adapter unmerged on its base as in training, computed in 32 bits where that can be."
     if source.kind != 'adapter':
         return load_model(source.name, precision).float().eval()
     base = load_model(base_of(source).name, precision, quantisation)
@@ -95,7 +95,7 @@ def export_folder(name:str,     # the model, as the user names it
                   numbers:str,  # format of the weights
                   folder='',    # where the user wants it; '' is below the folder of the run
 )->Path:                          # where nothing is yet
-    "The place of an export; a `LabError` where something stands there, or none is known."
+    "The place of an export; a `LabError` where something is there already, or no place is known."
     run = find_path(name)
     if not folder and not (run / 'run.json').is_file():
         raise LabError(f'{name} is not the folder of a run: say where to put the export, with --out FOLDER')
@@ -169,7 +169,7 @@ def check_same(model,          # read back
 
 # %% ../../nbs/models/14_export.ipynb #2c636f9f
 def _copy_card(source, new):
-    "Put the card of a run beside its export."
+    "Put the card of a run with its export."
     card = source.place / 'README.md' if isinstance(source.place, Path) else None
     if card is None or not card.is_file():
         return

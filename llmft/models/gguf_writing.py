@@ -278,13 +278,13 @@ def _rendered(tokenizer, roles, **options):
 
 
 def _around(text, role):
-    "What stands before and after the last turn of `role` in a rendered text."
+    "The text before and the text after the last turn of `role` in a rendered text."
     before, _, after = text.rpartition(_contents[role])
     return before, after
 
 
 def _turns(tokenizer):
-    "Role -> (before, after) of its turn, and 'answer' -> what stands before an answer."
+    "Role -> (before, after) of its turn, and 'answer' -> the text before an answer."
     system = _rendered(tokenizer, ['system'])
     asked = _rendered(tokenizer, ['system', 'user'])
     answered = _rendered(tokenizer, ['system', 'user', 'assistant'])

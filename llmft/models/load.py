@@ -281,7 +281,7 @@ AttentionMaskInterface.register('documents', sdpa_mask)
 
 # %% ../../nbs/models/01_load.ipynb #55bae094
 def causal_model(model):
-    "The transformers model inside `model`, whatever PEFT has wrapped around it."
+    "The transformers model inside `model`, also where PEFT has wrapped it."
     return model.get_base_model() if hasattr(model, 'get_base_model') else model
 
 # %% ../../nbs/models/01_load.ipynb #fbb8c1ac
@@ -382,7 +382,7 @@ def _positions_in(lengths):
 
 
 def _told_of(documents, net, ids_BT):
-    "How the attention of a model is told of the `documents` of a packed row, beside their positions."
+    "How the attention of a model is told of the `documents` of a packed row, in addition to their positions."
     attention = net.config._attn_implementation
     if attention == 'documents':
         _check_layer_types(net.config)
@@ -632,7 +632,7 @@ def _missing(attention, precision):
 
 
 def _emulates_bf16():
-    "Whether this is a GPU that has no bf16 arithmetic of its own."
+    "Whether this is a GPU that has no bf16 arithmetic in hardware."
     return torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -692,7 +692,7 @@ def mend_cpu_dequantising():
 
 # %% ../../nbs/models/01_load.ipynb #4ff4d9cd
 def _count_of(weight):
-    "(parameters that `weight` stands for, whether it holds them in 4 or 8 bits)."
+    "(parameters that `weight` represents, whether it holds them in 4 or 8 bits)."
     state = getattr(weight, 'quant_state', None)
     count = weight.numel() if state is None else state.shape.numel()
     return count, state is not None or weight.dtype == torch.int8
@@ -776,7 +776,7 @@ def _made(make, options):
 
 
 def _with_adapter(source, options):
-    "The base of an adapter with the adapter: merged, or beside quantised weights."
+    "The base of an adapter with the adapter: merged, or unmerged on quantised weights."
     from llmft.models.merging import load_adapter, merge_in_place
 
     base = _weights(base_of(source), options)

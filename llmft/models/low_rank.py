@@ -39,7 +39,7 @@ def frozen_gpt2(layers:int=12,          # transformer blocks
                 width:int=768,          # of the residual stream
                 block:int=1024,         # positions
                 vocabulary:int=50257,   # tokens; head and embedding are one matrix, with a multiple of 64 rows
-                seed:int=0,             # the only thing the weights depend on, beside the shape
+                seed:int=0,             # the weights depend on it and the shape alone
                 scale:float=.02,        # standard deviation of the weights
 )->GPT2LMHeadModel:                     # in evaluation mode, nothing trainable
     "A randomly initialised, frozen GPT-2; a `LabError` for a shape that does not fit together."
@@ -150,7 +150,7 @@ def _check_rank(rank, dropout):
 
 
 def _training_facts(model, alpha, dropout):
-    "What the cost model counts: every layer with a branch, at the largest rank (one beside the head is left out)."
+    "What the cost model counts: every layer with a branch, at the largest rank (a branch of the head is left out)."
     branches = {name.removesuffix('.layer').rpartition('.')[2]: len(module.A)
                 for name, module in model.named_modules() if isinstance(module, LowRank)}
     targets = tuple(name for name in branches if name != 'lm_head')
@@ -162,7 +162,7 @@ def add_low_rank(model,          # a transformers model; changed in place and fr
                  rank:int=4,     # width of the factors
                  alpha:float=32.,# the branch is scaled by alpha / rank
                  dropout:float=.1,  # probability of dropping an input of the branch, in training
-                 seed:int=0,     # the only thing A depends on, beside its layer
+                 seed:int=0,     # A depends on it and its layer alone
 )->dict:                         # name -> parameter of all factors, in the order of the layers
     "Put low-rank branches on the layers that `targets` name; a `LabError` for a name that fits none."
     _check_rank(rank, dropout)

@@ -213,7 +213,7 @@ def _sits_on_shared_table(model):
 
 
 def _part_tables(base):
-    "Give the output of `base` a table of its own."
+    "Give the output of `base` a separate table."
     head = base.get_output_embeddings()
     head.weight = _frozen(head.weight.detach().clone(), head.weight.dtype)
     base.config.tie_word_embeddings = False

@@ -255,7 +255,7 @@ def _best(work, repeats=5):
 
 
 def _spare_bytes():
-    "Bytes of the GPU that nothing holds, half of which a measurement may take beside a loaded model."
+    "Bytes of the GPU that nothing holds, half of which a measurement may take next to a loaded model."
     free, _ = torch.cuda.mem_get_info()
     return (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()) // 2
 

@@ -52,7 +52,7 @@ def _with_rows(table, rows):
 
 
 def _with_head(model, head, rows):
-    "Have embedding and head of `model` hold `rows` rows, and `head` take the place of its own."
+    "Have embedding and head of `model` hold `rows` rows, and `head` replace its output head."
     tables = {id(table): table for table in (model.get_input_embeddings().weight, head.weight)}
     for table in tables.values():
         _with_rows(table, rows)
@@ -75,7 +75,7 @@ def pad_vocabulary(model,  # a transformers model; changed in place
 def words_of(weight,  # a matrix
              model,   # that it belongs to
 ):                    # the matrix without padding
-    "The rows of `weight` that stand for words; all of them where `weight` is no padded table of `model`."
+    "The rows of `weight` that belong to words; all of them where `weight` is no padded table of `model`."
     head = model.get_output_embeddings()
     head = getattr(head, 'layer', head)  # under a low-rank branch
     tables = (model.get_input_embeddings().weight, head.weight)

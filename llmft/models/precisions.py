@@ -41,7 +41,7 @@ def four_bits(weight_OI,     # matrix, (outputs, inputs)
 def written_out(codes_OI,    # from `four_bits`
                 scales_GO2,  # from `four_bits`
 ):                           # float32 (outputs, inputs)
-    "The matrix that the codes stand for."
+    "The matrix that the codes represent."
     scale_GO, zero_GO = scales_GO2.float().unbind(-1)
     steps_OGI = codes_OI.unflatten(1, (len(scales_GO2), -1)) - LEVELS // 2
     return (steps_OGI * scale_GO.t()[..., None] + zero_GO.t()[..., None]).flatten(1)
@@ -167,7 +167,7 @@ def load_form(name:str,            # of the model, as for `load_model`
 
 # %% ../../nbs/models/07_precisions.ipynb #85d2b83d
 def held_share(model) -> dict:
-    "As `quantised_share`, with the matrices of `Int4Linear` counted by what they stand for: quantised, total, share."
+    "As `quantised_share`, with the matrices of `Int4Linear` counted as the weights they hold: quantised, total, share."
     layers = [layer for layer in model.modules() if isinstance(layer, Int4Linear)]
     packed = sum(layer.in_features * layer.out_features for layer in layers)
     biases = sum(layer.bias.numel() for layer in layers if layer.bias is not None)

@@ -125,7 +125,7 @@ def _layers(names):
 
 
 def _order(names, mode):
-    "The order in which parameters stand in the flat vector, so that the parameters of a block are neighbours."
+    "The order of the parameters in the flat vector, so that the parameters of a block are neighbours."
     place = {name: index for index, name in enumerate(names)}
     layers = _layers(names)
 
@@ -221,9 +221,9 @@ class Subspace(nn.Module):
 
         self._make_numbers()
         self.fixed_shares = None  # coded shares of the gates, (layers,)
-        self.codebook = None  # levels that stand for the coordinates, (q,)
+        self.codebook = None  # levels that replace the coordinates, (q,)
         self.lent = False  # whether the layers hold computed tensors
-        self.written = None  # `state` whose values stand in the layers
+        self.written = None  # `state` whose values are in the layers
         self.computed = None  # (`state`, its values)
         self.counted_v = None  # v at the optimiser step that was counted last
         self.to(self.start.device)
@@ -281,7 +281,7 @@ def current_temperature(self:Subspace):
     config = self.config
     if self.fixed_shares is not None:
         return config.final_temperature
-    steps = self.gates.detach()[_STEPS].double()  # stays on its device: nobody waits for it
+    steps = self.gates.detach()[_STEPS].double()  # stays on its device, so that no transfer is waited for
     progress = (steps.clamp(min=0) / config.anneal_steps).clamp(max=1)
     return config.temperature * (config.final_temperature / config.temperature) ** progress
 

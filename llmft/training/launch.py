@@ -271,7 +271,7 @@ broken_lines = ('connection', 'gloo', 'nccl', 'broken pipe', 'socket')  # how a 
 
 
 def _precedence(failure, error):
-    "0 for a rank that was killed, 1 for one with an error of its own, 2 for one that failed because another did."
+    "0 for a rank that was killed, 1 for one with its own error, 2 for one that failed because another did."
     ended_by_torchrun = failure['exitcode'] == -signal.SIGTERM
     lost_neighbour = error is not None and any(word in error['text'].lower() for word in broken_lines)
     if ended_by_torchrun or lost_neighbour:
@@ -362,7 +362,7 @@ def follow(process:subprocess.Popen,  # torchrun
 
 # %% ../../nbs/training/09_launch.ipynb #cebd265c
 def _move(model, device):
-    "Move a model with what its 8-bit layers hold beside their parameters."
+    "Move a model with what its 8-bit layers hold in addition to their parameters."
     model.to(device)
     for module in model.modules():
         state = getattr(module, 'state', None)
@@ -441,7 +441,7 @@ def launch(build,               # function of a module: `build(params)` gives (m
            on_log=None,         # called with every object that is logged
            ledger:Ledger=None,  # the run's share of a budget that several runs draw on, or None
 )->FitResult:
-    "`fit` in as many processes as `params` say; a run that stopped goes on, with any number of processes."
+    "`fit` in as many processes as `params` say; a run that stopped resumes, with any number of processes."
     processes = Processes.from_params(params)
     if processes.alone and processes.count == 1:
         return fit(model, train, valid, folder, recipe, on_log, ledger)

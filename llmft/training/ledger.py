@@ -46,7 +46,7 @@ def _layer_forward(shape, width, head_count, B, S):
 
 
 def _adapter_forward(shape, linear, rank, B, S):
-    "Operations of a LoRA of `rank` beside one linear layer; keys and values have the width of the queries."
+    "Operations of a LoRA of `rank` on one linear layer; keys and values have the width of the queries."
     is_key_or_value = linear.name.split('.')[-1] in ('k_proj', 'v_proj')
     outputs = shape.query if is_key_or_value else linear.outputs
     return B * S * rank * (2 * linear.inputs - 1) + B * S * outputs * (2 * rank - 1)
@@ -235,7 +235,7 @@ class Account:
 # %% ../../nbs/training/10_ledger.ipynb #50f7a73f
 @patch
 def check_heads(self:Account,
-                noted:dict,  # run -> hash of the line at which the account stood when the run had paid
+                noted:dict,  # run -> hash of the account's last line when the run had paid
 ):
     "A `LabError` when a line that a run remembers is gone: the ledger was emptied or cut."
     with self.open():
@@ -320,7 +320,7 @@ class Ledger:
 
     @property
     def settings(self) -> dict:
-        "What `Ledger.open` needs beside the model's config, literals only."
+        "What `Ledger.open` needs in addition to the model's config, literals only."
         path = str(self.account.path.absolute())
         return dict(path=path, budget=self.account.budget, run=self.run, mark=self.mark, **self.counting)
 

@@ -66,7 +66,7 @@ def chunk_logits(hidden_RD,  # hidden states of a chunk
                  weight_VD,  # output matrix, of the same dtype
                  bias_V,     # or None
                  buffer_RV,  # at least as many rows, in float32 (float64 for float64 inputs)
-                 words=None, # rows of the matrix that stand for words; all when `None`
+                 words=None, # rows of the matrix that belong to words; all when `None`
 )->torch.Tensor:             # logits_RV in the buffer's dtype
     "The logits of a chunk in full precision, in `buffer_RV`; those of padding are minus infinity."
     logits_RV = buffer_RV[: len(hidden_RD)]
@@ -118,7 +118,7 @@ def _chunked_pass(hidden_ND, weight_VD, bias_V, targets_N,
                  kept,         # from `kept_rows`
                  chunk_bytes,  # bytes
                  needs,        # which of hidden, weight and bias need a gradient
-                 words=None,   # rows of the weight that stand for words; all when None
+                 words=None,   # rows of the weight that belong to words; all when None
 ):                             # (sum of losses (float32), [gradient or None of hidden, weight and bias])
     "Loss and gradients of all rows that have a target, one chunk of logits at a time."
     index, all_kept = kept
@@ -176,7 +176,7 @@ def linear_cross_entropy(hidden_ND,          # hidden states before the output m
                          bias_V=None,        # bias of the output matrix, if it has one
                          chunk_bytes=None,   # most bytes of logits held at once; `None`: as declared for the device
                          count=None,         # rows that have a target, where that is known
-                         words=None,         # rows of the output matrix that stand for words; all when `None`
+                         words=None,         # rows of the output matrix that belong to words; all when `None`
 )->tuple:                                    # (sum of losses as a float32 scalar in nats, number of targets)
     "Sum of cross-entropies of `hidden_ND @ weight_VD.T`, and their count; a second backward raises a RuntimeError."
     dtype = _product_dtype(hidden_ND)
@@ -188,7 +188,7 @@ def linear_cross_entropy(hidden_ND,          # hidden states before the output m
     return loss, len(kept[0])
 
 # %% ../../nbs/training/01_losses.ipynb #4bc89d46
-_HEAD_LOGIT = 16  # bytes of a logit in a head of its own: a LoRA makes up to four tensors of the logits' size
+_HEAD_LOGIT = 16  # bytes of a logit in a head that is a module: a LoRA makes up to four tensors of the logits' size
 
 
 def _vocabulary(head):

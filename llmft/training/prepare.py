@@ -269,7 +269,7 @@ def _random_file(run) -> str:
 
 
 def _restore_generators(run, groups, state):
-    "Put back the generators of this process; one that the checkpoint does not know starts a sequence of its own."
+    "Put back the generators of this process; one that the checkpoint does not know starts a new sequence."
     own_file = _random_file(run)
     if run.group.rank == 0 or own_file in groups:
         restore_random(groups[own_file], state['random'])
@@ -301,7 +301,7 @@ def resume(run: Fit):
 
 # %% ../../nbs/training/07_prepare.ipynb #3eb90d90
 def _state_of(run, optimiser_numbers, random_rest):
-    "What a checkpoint of `run` holds beside its tensors."
+    "What a checkpoint of `run` holds in addition to its tensors."
     scaler = run.group.accelerator.scaler
     return dict(identity=_identity(run), progress=asdict(run.progress), optimiser=optimiser_numbers, random=random_rest,
                 scaler=scaler.state_dict() if scaler else None, log=run.log.content_hash())

@@ -55,7 +55,7 @@ class Optimiser:
     says: str  # what it is, in one line
     make: Callable  # make(groups, lr=, betas=, eps=) -> a torch or bitsandbytes optimiser
     moment_bytes: Callable  # moment_bytes(numbers of a tensor, whether it is a hidden matrix, bytes per number)
-    needs: str = ''  # package beside PyTorch that it comes from
+    needs: str = ''  # package other than PyTorch that it comes from
     pages_from: int = 0  # numbers of a tensor from which its moments may move to main memory, on a GPU; 0: never
     whole_tensors: bool = False  # whether it works on whole tensors, so that no strategy may shard them
 
@@ -190,7 +190,7 @@ class Recipe:
     activation_offload: bool = False  # keep the inputs of recomputed layers in main memory; nothing to do on a CPU
     eval_every: int = 0  # steps between evaluations; 0 evaluates at the end of each epoch
     save_every: int = 100  # steps between checkpoints
-    keep_checkpoints: int = 2  # newest checkpoints kept beside the best
+    keep_checkpoints: int = 2  # newest checkpoints kept in addition to the best
     keep_best: bool = True  # end with the weights of the best evaluation
     patience: int = 0  # evaluations without a better loss before stopping; 0 never stops early
     log_every: int = 1  # steps between lines of log.jsonl

@@ -254,7 +254,7 @@ class ProcessGroup:
                 parameter.copy_(weights[name])
 
     def restore(self, names, groups, numbers):
-        "Put back weights and optimiser, whatever strategy saved them."
+        "Put back weights and optimiser, regardless of the strategy that saved them."
         self.restore_weights(names, groups['weights'])
         restore_optimiser(self._bare_optimiser(), names, groups['optimiser'], numbers)
 
