@@ -141,7 +141,7 @@ def write_cards(folder,       # of the run
                 record:dict,  # its run.json
                 metrics:dict, # what it measured
 )->list:                      # paths of the cards
-    "Write README.md beside the weights that a run left; nothing where it left none, or started from no model."
+    "Write README.md next to the weights that a run left; nothing where it left none, or started from no model."
     places = [Path(folder) / name for name in ('adapter', 'merged', 'model') if (Path(folder) / name).is_dir()]
     if not places or not record['params'].get('model'):
         return []

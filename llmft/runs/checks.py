@@ -97,7 +97,7 @@ def _gone_text(before, after):
 
 
 def _input_check(name, before, params):
-    "Whether what one parameter stands for still is what the run read."
+    "Whether the input that one parameter names is still what the run read."
     value = params.get(name)
     try:
         for source in value if isinstance(value, list) else [value]:
@@ -137,7 +137,7 @@ def code_check(record:dict,  # run.json
 
 # %% ../../nbs/runs/25_checks.ipynb #37d663b8
 def _log_slip(number, line, last):
-    "What is wrong with a line of a log; '' when nothing is."
+    "The fault in a line of a log; '' when there is none."
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -281,7 +281,7 @@ def _is_finite(value):
 
 
 def _number_check(name, claimed, value, allowed):
-    "One number beside the same one computed again."
+    "One number with the same one computed again."
     if not (_is_finite(claimed) and _is_finite(value)):
         return Check(name, unknown, f'the run says {claimed!s:.40} and here it is {value!s:.40}')
     numbers = f'the run says {claimed:.6g}, computed again {value:.6g}'

@@ -94,7 +94,7 @@ def _data(record):
 def compare_runs(first,   # folder of a run
                  second,  # of another one
 )->dict:                  # runs, params, metrics, scores, versions, data: what differs
-    "What differs between two runs."
+    "The differences between two runs."
     records = [read_run(folder) for folder in (first, second)]
     a, b = records
     return dict(
@@ -142,7 +142,7 @@ def _times(ratio):
 
 def differences_text(found:dict, # from `compare_runs`
 )->str:
-    "What differs between two runs, for a terminal."
+    "The differences between two runs, for a terminal."
     lines = [f"{mark}: {run['run']}, {run['status']}, {run['started'][:16]}"
              for mark, run in zip('AB', found['runs'], strict=True)]
     same = 'the same in both'

@@ -127,7 +127,7 @@ def stop(self: Session, reason: str):
 # %% ../../nbs/runs/09_execute.ipynb #3c6294bd
 @patch
 def close(self: Session):
-    "End whatever is left of the kernel and remove its files."
+    "End the kernel's remaining processes and remove its files."
     for timer in self.timers:
         timer.cancel()
     self.signal(signal.SIGKILL)
@@ -257,7 +257,7 @@ def _new_bytes(self: RunLog) -> bytes:
 
 
 def _rows_of(data: bytes) -> list:
-    "The rows of a log; what is no JSON is left out."
+    "The rows of a log; lines that are not JSON are left out."
     rows = []
     for line in data.splitlines():
         with contextlib.suppress(ValueError):
@@ -368,7 +368,7 @@ _signal_reasons = dict(
 def _stopper(session:Session, # what to stop
              reason:str,      # why
 ):
-    "A signal handler that stops `session`, in a thread of its own because stopping takes time."
+    "A signal handler that stops `session`, in a separate thread because stopping takes time."
 
     def handle(number, frame):
         threading.Thread(target=session.stop, args=(reason,)).start()
@@ -409,7 +409,7 @@ def run_papermill(notebook:Path,   # the experiment notebook
                   session:Session, # gets the kernel and the notebook as it fills
                   log:RunLog,      # gets what the kernel prints
 ):                                 # the exception it ended with, or `None`
-    "Execute `notebook` with papermill, whatever comes of it."
+    "Execute `notebook` with papermill; an error is returned and not raised."
     import papermill
 
     def begin(notebook):
@@ -500,7 +500,7 @@ def end_session(session:Session,  # the session, after execution
 
 # %% ../../nbs/runs/09_execute.ipynb #2168c9b7
 def execute_run(notebook,                   # path or name of the experiment notebook
-                params:dict,                # name -> value; what is missing takes the notebook's default
+                params:dict,                # name -> value; a missing one takes the notebook's default
                 fresh:bool=False,           # run although an equal run is done, and from the start
                 timeout_seconds:float=None, # stop after this time; `None` for no limit
                 on_line=print,              # gets each line of progress; one that the next replaces is `Passing`

@@ -248,7 +248,7 @@ def _loss_lines(names, runs, evaluations):
 
 
 def _line_note(longest, window):
-    "What the lines mean; nothing where there are none."
+    "The meaning of the lines; nothing where there are none."
     if window > 1:
         return f'line: mean of {window} logged steps, faint: each'
     return 'line: each logged step' if longest else ''
@@ -285,7 +285,7 @@ def _draw_dots(axes, held, colour, joined, name):
 
 
 def _point_words(name, what, points):
-    "What each point of a line stands for."
+    "The meaning of each point of a line."
     return [f'{name}, step {step:,.0f}: {what} {show_number(float(value))}'
             for step, value in zip(*points, strict=True)]
 

@@ -27,7 +27,7 @@ declared_inputs = {
     'train_run': 'runs',
     'trained': 'runs of sublora_train',
     'runs': 'runs',
-}  # parameter -> what a value stands for that is no path
+}  # parameter -> what a value means that is no path
 
 # %% ../../nbs/runs/15_identity.ipynb #cb48b617
 _texts_of_a_run = ('id', 'notebook', 'name', 'status', 'started', 'ended', 'error')
@@ -51,7 +51,7 @@ def _wrong_hashes(record):
 
 
 def _slip(record):
-    "What is wrong with the form of a record, in words; '' when nothing is."
+    "The fault in the form of a record, in words; '' when there is none."
     if not isinstance(record, dict) or not isinstance(record.get('run'), dict):
         return 'it has no section run'
     wrong = [name for name in _sections if not isinstance(record.get(name, {}), dict)]
@@ -72,7 +72,7 @@ def _is_time(text):
 
 
 def read_record(folder) -> dict:
-    "run.json of `folder` as it stands; a `LabError` when it is missing, can't be read, or is no record."
+    "run.json of `folder`, unchanged; a `LabError` when it is missing, can't be read, or is no record."
     path = Path(folder) / 'run.json'
     try:
         record = read_json(path)
@@ -113,9 +113,9 @@ def seal_record(folder,       # of a run that ended well
 # %% ../../nbs/runs/15_identity.ipynb #0e55c16f
 def altered(folder,           # of a finished run
             record:dict,      # its run.json
-            fresh:bool=False, # read every byte again, whatever is remembered
+            fresh:bool=False, # read every byte again, regardless of remembered hashes
 )->str:                       # such as 'metrics.json was changed since the run ended'; '' when nothing was
-    "What makes a finished run unbelievable: a file that was changed, cut or deleted, or the record itself."
+    "The reason not to believe a finished run: a file that was changed, cut or deleted, or the record itself."
     if 'wrote' not in record:
         return 'run.json has no hashes of what the run wrote'
     if not is_sealed(record):
@@ -135,7 +135,7 @@ def _run_around(path):
 
 
 def _source_hashes(source, kind, fresh, without=None):
-    "What one value of a parameter stands for, when it is no run."
+    "What one value of a parameter names, when it is no run."
     if kind == 'models':
         return model_hashes(source, fresh, without)
     return source_hashes(source, kind, fresh, without)
@@ -152,7 +152,7 @@ def _run_hashes(source, path, run, kind, fresh):
 
 
 def _place_of(source, kind, outputs):
-    "(name, absolute path) of what one value of a parameter may stand for."
+    "(name, absolute path) of what one value of a parameter may name."
     if not kind.startswith('runs of '):
         return source, find_path(source).absolute()
     name = f"{kind.removeprefix('runs of ')}/{source}"
@@ -160,7 +160,7 @@ def _place_of(source, kind, outputs):
 
 
 def _one_input(source, kind, outputs, fresh):
-    "Name -> hash of what one value of a parameter stands for."
+    "Name -> hash of what one value of a parameter names."
     name, path = _place_of(source, kind, outputs)
     run = _run_around(path) if source and path.exists() else None
     if run:
@@ -188,7 +188,7 @@ def _finished_sources(outputs):
 
 
 def _inputs_of_one(name, value, outputs, fresh):
-    "Name -> hash of everything that the value of one parameter stands for."
+    "Name -> hash of everything that the value of one parameter names."
     if name == 'runs' and not value:
         return _finished_sources(outputs)
     hashes = {}
@@ -205,9 +205,9 @@ def _from_home(name):
 
 
 def inputs_of(params:dict,      # all parameters of a run
-              fresh:bool=False, # read every byte again, whatever is remembered
+              fresh:bool=False, # read every byte again, regardless of remembered hashes
 )->dict:                        # parameter -> {name: SHA-256, version or revision}
-    "What a run with these parameters reads, by content; a `LabError` for a run among it that was altered."
+    "The inputs of a run with these parameters, by content; a `LabError` for a run among it that was altered."
     outputs = find_path(params.get('outputs', 'outputs')).absolute()
     named = [name for name in declared_inputs if isinstance(params.get(name), (str, list))]
     found = {name: _inputs_of_one(name, params[name], outputs, fresh) for name in named}

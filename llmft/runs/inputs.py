@@ -39,7 +39,7 @@ def check_documents(data:str,      # builtin:..., a file, a folder, or a hub nam
 def check_token_source(data:str,    # simulated:..., builtin:..., or what `check_documents` takes
                        params:dict, # of the run; `text_field` is read
 ):
-    "As `check_documents`, for text that is kept in token files: it has sources of its own."
+    "As `check_documents`, for text that is kept in token files: it has separate sources."
     if ':' in data:
         choose('data', data, declared_names('data.token_files', '_sources'))
     else:
@@ -148,7 +148,7 @@ _position_names = ('max_position_embeddings', 'n_positions', 'max_seq_len')
 
 
 def _config_of(folder):
-    "What config.json of a model's folder says; empty where it says nothing that can be read."
+    "The contents of config.json in a model's folder; empty where they can't be read."
     path = Path(folder) / 'config.json'
     try:
         return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}

@@ -49,7 +49,7 @@ def now() -> str:
 
 # %% ../../nbs/runs/02_locks.ipynb #4bf146b3
 def holder_of(path) -> dict:
-    "What the last holder wrote into a lock file: pid, host, boot, since; empty when there is nothing to read."
+    "Facts of the last holder in a lock file: pid, host, boot, since; empty when there is nothing to read."
     try:
         holder = json.loads(Path(path).read_text())
     except (OSError, ValueError):

@@ -68,7 +68,7 @@ def with_unit(value,         # a number, or None
               unit:str,      # such as 's' or 'FLOP'
               digits:int=3,  # significant digits
 )->str:
-    "A number with its unit, the SI prefix chosen so that one to three digits stand before the point."
+    "A number with its unit, the SI prefix chosen so that one to three digits are before the point."
     if not is_number(value):
         return '–'
     value = float(value)

@@ -58,14 +58,14 @@ def _plain_number(text):
 
 
 def _boolean_remedy(text):
-    "What to write for a boolean that a user put in other words."
+    "The YAML spelling of a boolean that a user put in other words."
     if text.lower() in _no_words:
         return ': write false'
     return ': write true' if text.lower() in _yes_words else ''
 
 
 def _number_remedy(text):
-    "What to write for a number that was written as text."
+    "The YAML spelling of a number that was written as text."
     plain = _plain_number(text)
     if not plain:
         return ''
@@ -156,7 +156,7 @@ class Parameter:
     name: str  # the name as the notebook uses it
     type: str  # one of `types`
     default: object  # the value written in the notebook
-    help: str  # the comment beside it: meaning and unit
+    help: str  # its comment: meaning and unit
     line: int  # line within the cell, from 1
     range: str = ''  # of a number, as the comment gives it: '1 or more'
     choices: tuple = ()  # of a text, as the comment lists them
@@ -174,7 +174,7 @@ def _plain(number: str) -> float:
 @functools.cache
 def limits_of(words:str,  # such as 'above 0 to 1'
 )->tuple:                 # pairs (comparison that a value must pass, number it is compared with)
-    "What the words of a range demand; nothing when they are no range."
+    "The limits that the words of a range state; nothing when they are no range."
     match = _range_words.fullmatch(words)
     above, low, or_more, below, high = match.groups() if match else [None] * 5
     if not match or bool(above or high) == bool(or_more):
@@ -189,10 +189,10 @@ def limits_of(words:str,  # such as 'above 0 to 1'
 _listed_names = re.compile(r'[\w-]+(?: \| [\w-]+)+')
 
 
-def split_comment(comment:str,  # beside a parameter
+def split_comment(comment:str,  # of a parameter
                   type:str,     # one of `types`
 )->tuple:                       # meaning, range of a number or '', choices of a text or ()
-    "What the comment beside a parameter declares."
+    "Meaning, range and choices that the comment of a parameter declares."
     is_number = 'int' in type or 'float' in type
     meaning, _, words = comment.rpartition('; ')
     if is_number and limits_of(words):
@@ -203,7 +203,7 @@ def split_comment(comment:str,  # beside a parameter
 # %% ../../nbs/runs/01_params.ipynb #a7fa5c01
 def check_value(parameter:Parameter, # that the value is for
                 value,               # in its declared type
-                place:str='',        # what stands before the error: file and line
+                place:str='',        # prefix of the error: file and line
 ):
     "Raise a `LabError` when `value`, or an entry of a list, is outside what the comment of its parameter declares."
     for entry in value if isinstance(value, list) else [value]:
@@ -392,7 +392,7 @@ def _check_text_key(key, place):
 
 
 def _check_keys(loader, node):
-    "Raise a `LabError` for a key of a YAML mapping that stands twice or is not text."
+    "Raise a `LabError` for a key of a YAML mapping that is a duplicate or not text."
     lines = {}
     for key, _ in node.value:
         if key.tag == f'{_yaml_tag}merge':
@@ -407,7 +407,7 @@ def _check_keys(loader, node):
 def _construct_lines(loader, node) -> Lines:
     "A `Lines` from a YAML mapping node."
     _check_keys(loader, node)
-    loader.flatten_mapping(node)  # replaces << by the pairs it stands for
+    loader.flatten_mapping(node)  # replaces << by the pairs it refers to
     values = {key.value: loader.construct_object(value, deep=True) for key, value in node.value}
     return Lines(values, loader.name, {key.value: _line_of(key) for key, _ in node.value})
 
@@ -523,7 +523,7 @@ def declared_names(module:str,  # dotted name within this package, such as train
 
 # %% ../../nbs/runs/01_params.ipynb #a0b6ca7c
 def _declared_entries(node) -> dict:
-    "Name -> syntax tree of what it stands for, of `dict(...)` or `{...}`."
+    "Name -> syntax tree of its value, of `dict(...)` or `{...}`."
     if isinstance(node, ast.Call):
         return {keyword.arg: keyword.value for keyword in node.keywords}
     keys = [getattr(key, 'value', None) for key in getattr(node, 'keys', [])]
@@ -556,7 +556,7 @@ def choices_of(name:str,         # of the parameter
 # %% ../../nbs/runs/01_params.ipynb #4df75d89
 def check_choice(name:str,         # of the parameter
                  value,            # in its declared type; every entry of a list is checked
-                 place:str='',     # what stands before the error: file and line
+                 place:str='',     # prefix of the error: file and line
                  notebook:str='',  # of the experiment that has the parameter
 ):
     "Raise a `LabError` when `value` is a text, or a list with a text, that is not among the parameter's choices."
@@ -573,7 +573,7 @@ def check_choice(name:str,         # of the parameter
 def _place_of(name:str,   # of a parameter
               given:dict, # the values it is among
 )->str:                   # "file:line: ", as far as it is known
-    "Where a value was given, to stand before an error."
+    "Where a value was given, as the prefix of an error."
     if not isinstance(given, Lines):
         return ''
     return f'{given.file}:{given.lines[name]}: ' if name in given.lines else f'{given.file} '
@@ -633,7 +633,7 @@ file_names = ('name', 'ledger', 'trained')  # parameters that name a file or fol
 
 def check_name(name:str,            # as the user gives it
                setting:str='name',  # the parameter that gives it
-               place:str='',        # what stands before the error: file and line
+               place:str='',        # prefix of the error: file and line
 )->str:                             # `name`
     "`name` when it can name a file or folder and nothing outside of it, else a `LabError`."
     if re.fullmatch(r'[A-Za-z0-9][\w.+=@-]{0,99}', name):
@@ -673,7 +673,7 @@ def _scale_layer(scale:str,     # one of `scales`
                  notebook:Path, # the notebook of the run
                  paths:list,    # the files of the call
 )->Lines:
-    "The overlay of a scale, from beside the parameter files or from the notebook's folder of them."
+    "The overlay of a scale, from the folder of the parameter files or from the notebook's folder of them."
     by_notebook = any(_is_notebook(path) for path in paths)
     folder = project_root() / 'params' / notebook.stem if by_notebook else paths[0].parent
     path = folder / f'_{scale}.yaml'
@@ -705,7 +705,7 @@ def resolve_params(files,             # parameter files of one notebook, later o
                    overrides=(),      # texts of the form name=value
                    scale:str='',      # one of `scales`: put its overlay over the files
 )->tuple:                             # path of the notebook, name -> value of all its parameters
-    "The notebook and the complete, checked values that parameter files stand for; a `LabError` for what is wrong."
+    "The notebook and the complete, checked values that parameter files give; a `LabError` for what is wrong."
     if not files:
         raise LabError('give a parameter file, as in params/finetune/lora.yaml')
     paths = [find_path(file) for file in files]

@@ -24,7 +24,7 @@ def describe(figure,    # a matplotlib figure
 
 
 def _titles(figure):
-    "The titles that stand in a figure."
+    "The titles in a figure."
     heading = getattr(figure, '_suptitle', None)
     titles = [heading.get_text()] if heading else []
     titles += [axes.get_title(place) for axes in figure.axes for place in ('left', 'center', 'right')]
@@ -39,13 +39,13 @@ def _words_of(figure):
     return '. '.join(' '.join(title.split()) for title in _titles(figure) or labels) or 'figure'
 
 # %% ../../nbs/runs/20_pictures.ipynb #11ea8d18
-most_told = 150  # marks of one line with words of their own
+most_told = 150  # marks of one line with separate words
 
 
 def tell(artist,  # a line with markers, or a bar; it is in a figure
          words,   # one text per marker, or one for the bar
 ):                # the artist
-    "Say what the marks of a figure stand for."
+    "Say what the marks of a figure mean."
     words = [words] if isinstance(words, str) else list(words)
     told = vars(artist.figure).setdefault('told', {})
     if words and len(words) <= most_told:
@@ -161,7 +161,7 @@ _long_decimals = re.compile(r'(\.\d\d)\d+')
 
 
 def _kept_value(name, value, prefix):
-    "The value of an attribute as it may stand in a page; `None` for one that goes."
+    "The value of an attribute as a page may hold it; `None` for one that is removed."
     if not _plain_value.fullmatch(value) or _functions.search(_inner_url.sub('', value)):
         return None
     value = _inner_url.sub(rf'url(#{prefix}\1)', value)
@@ -174,7 +174,7 @@ def _kept_value(name, value, prefix):
 
 
 def _kept_attributes(element, prefix):
-    "The attributes of an element that may stand in a page, as text."
+    "The attributes of an element that a page may hold, as text."
     kept = {name: _kept_value(name, value, prefix) for name, value in element.attrib.items() if name in _attributes}
     if _name.fullmatch(element.get('id', '')):
         kept['id'] = prefix + element.get('id')

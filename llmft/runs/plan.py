@@ -32,7 +32,7 @@ from .params import check_choice, declared_names
 # %% ../../nbs/runs/13_plan.ipynb #79a449c6
 @dataclass(frozen=True)
 class Settings:
-    "What decides the cost of a run; the defaults stand for parameters that a notebook lacks."
+    "The facts that decide the cost of a run; parameters that a notebook lacks take the defaults."
 
     model: str = 'base'              # base, a folder, a hub name, or preset:NAME
     method: Method = Method()        # what is trained, and in which formats the weights are held
@@ -406,7 +406,7 @@ def _listed_device(gpu, precision):
 
 
 def _kind_and_memory():
-    "What computes here, 'cuda' or 'cpu', and its memory in bytes."
+    "The device that computes here, 'cuda' or 'cpu', and its memory in bytes."
     import psutil
     import torch
 
@@ -442,7 +442,7 @@ def _this_device(precision):
 def find_device(gpu='',          # name in `gpus`; '' is this machine
                 precision='fp32',# of the products
 )->dict:                         # name, kind, memory_bytes, peak_flops (None when unknown), bandwidth, source
-    "What a device can do at best; a `LabError` for a name that is not in the table."
+    "The peak rates of a device; a `LabError` for a name that is not in the table."
     return _listed_device(gpu, precision) if gpu else _this_device(precision)
 
 # %% ../../nbs/runs/13_plan.ipynb #527f9e70
@@ -527,7 +527,7 @@ def make_plan(params:dict,    # name -> value of all parameters of a notebook
               rows=None,      # training rows, where the parameters do not say
               share=None,     # share of the device's peak the run will reach; `share_of_peak` when None
 )->dict:                      # see the lesson below
-    "What the run will take; a `LabError` for invalid parameters."
+    "The cost of a run before it starts; a `LabError` for invalid parameters."
     from llmft.models.load import model_config
 
     settings = _with_processes(settings_of(params))

@@ -62,7 +62,7 @@ def _allowed(tag, attribute, value):
 
 def clean_html(text:str,  # HTML from a cell, from Markdown, from anywhere
 )->str:                   # HTML
-    "What of `text` may stand in the page: known tags and attributes, and nothing that runs, loads or navigates."
+    "The part of `text` that the page may hold: known tags and attributes, and nothing that runs, loads or navigates."
     import nh3
 
     return nh3.clean(text, tags=nh3.ALLOWED_TAGS | _math_tags, attributes=_attributes, attribute_filter=_allowed,
@@ -127,14 +127,14 @@ def last_state(text:str,  # as it was printed
 
 # %% ../../nbs/runs/08_report.ipynb #965896cb
 def math_html(tex:str,            # the formula, without its dollar signs
-              block:bool=False,   # a paragraph of its own
+              block:bool=False,   # a separate paragraph
 )->str:                           # MathML, or the formula as code
     "A TeX formula as MathML."
     try:
         from latex2mathml.converter import convert
 
         shown = convert(tex.strip(), display='block' if block else 'inline')
-    except Exception:  # whatever it fails with, the formula stays readable
+    except Exception:  # regardless of the error, the formula stays readable
         shown = f'<code>{escape(tex)}</code>'
     shown = clean_html(shown)  # the converter does not escape the text in a formula
     return f'<div class="formula">{shown}</div>' if block else shown
@@ -190,7 +190,7 @@ def _with_scopes(table):
 
 def in_box(table:str,  # HTML
 )->str:
-    "A table in a box of its own, which scrolls sideways when the table is wider than the page."
+    "A table in a box, which scrolls sideways when the table is wider than the page."
     return f'<div class="scroll table" tabindex="0">{_with_scopes(table)}</div>'
 
 # %% ../../nbs/runs/08_report.ipynb #b3bcc37b
@@ -645,7 +645,7 @@ def next_commands(record:dict,   # run.json
                   folder,        # of the run
                   changed:dict,  # from `changed_values`
 )->dict:                         # what for -> a command line
-    "What can be done with a finished run: try what it trained, vary it, compare it with the variation."
+    "The next steps for a finished run: try what it trained, vary it, compare it with the variation."
     run = record['run']
     name = str(run['name'])
     label = f"{run['notebook']}/{name}"
@@ -671,7 +671,7 @@ def commands_html(commands:dict,  # from `next_commands`
 
 # %% ../../nbs/runs/08_report.ipynb #b44be9f0
 def _how_to_continue(run, folder):
-    "How an interrupted or failed run goes on, HTML."
+    "How to resume an interrupted or failed run, HTML."
     command = str(run.get('command') or '')
     again = f'<code>{escape(command)}</code>' if command.startswith('llmft run') else 'run the notebook again'
     saved = folder is not None and any((Path(folder) / 'checkpoints').glob('*'))
@@ -683,7 +683,7 @@ def _how_to_continue(run, folder):
 def notice_html(run:dict,     # the section `run` of run.json
                 folder=None,  # of the run; its checkpoints are looked for
 )->str:                       # HTML
-    "What went wrong and how to go on, or what the run concluded: the most important line of the page."
+    "What went wrong and how to resume, or what the run concluded: the most important line of the page."
     if run['status'] == 'done':
         return f'<div class="verdict">{markdown_html(run["verdict"])}</div>' if run.get('verdict') else ''
     if run['status'] == 'running':
@@ -699,7 +699,7 @@ def notice_html(run:dict,     # the section `run` of run.json
 # %% ../../nbs/runs/08_report.ipynb #be5859b8
 def logged_rows(folder,  # of a run, or `None`
 )->list:                 # objects of log.jsonl; a line that is cut or broken is left out
-    "What a run has logged."
+    "The rows that a run has logged."
     path = Path(folder or '.') / 'log.jsonl'
     lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if folder and path.is_file() else []
     rows = []
@@ -743,7 +743,7 @@ def header_html(title:str,      # HTML
                 lead:str,       # the promise below the title, HTML, or ''
                 record:dict,    # run.json
                 sections:list,  # second-level headings
-                more:str='',    # what stands below the verdict, HTML: figure, changed parameters, commands
+                more:str='',    # the part below the verdict, HTML: figure, changed parameters, commands
                 folder=None,    # of the run
 )->str:                         # HTML
     "Name, status, title, when and where, what went wrong or what was concluded, and links to the sections."
@@ -838,7 +838,7 @@ policy = ("default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-sr
           "base-uri 'none'; form-action 'none'")
 
 
-live_seconds = 15  # between two states of the page of a run that goes on
+live_seconds = 15  # between two states of the page of a running run
 
 
 def _take_title(cells):
@@ -948,10 +948,10 @@ live_page = 'live.html'
 
 
 def write_live(notebook,     # as far as it was executed
-               record:dict,  # run.json of a run that goes on
+               record:dict,  # run.json of a running run
                folder,       # of the run
 )->Path:                     # of the page
-    "Write the page of a run that goes on."
+    "Write the page of a running run."
     run = record['run'] | dict(status='running', params=record['params'])
     return write_atomic(Path(folder) / live_page, render_report(notebook, record | dict(run=run), {}, folder))
 

@@ -81,7 +81,7 @@ def seed_groups(results:dict,  # name of the run -> what `read_result` gives
 # %% ../../nbs/runs/14_results.ipynb #d3b81867
 def over_seeds(results:dict,     # name of the run -> what `read_result` gives
                score,            # result -> a number, such as the logarithm of a perplexity
-               measure,          # a `Measure`: what that is
+               measure,          # a `Measure`: the meaning of `score`
 ):                               # a `Ranking` of the recipes; `None` without two seeds that all of them have
     "The recipes of a sweep with seeds, compared seed by seed."
     from llmft.runs.rivals import rank_seeds  # loads NumPy, which reading results does not need
@@ -188,7 +188,7 @@ def _measured_facts(metrics: dict) -> dict:
     )
 
 
-def model_card(folder,        # holds model.safetensors and config.json; README.md and loss.png are put beside them
+def model_card(folder,        # holds model.safetensors and config.json; README.md and loss.png are added to it
                run_folder,    # of the run that trained it: run.json and figures/loss.png
                metrics:dict,  # what the run measured
 )->str:                       # the card, Markdown

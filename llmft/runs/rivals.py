@@ -217,7 +217,7 @@ def _is_undecided(difference):
 def place_words(ranking:Ranking, # from `ranked`
                 own:str='',      # the rival that the words are about, '' for the best one
 )->str:
-    "How one rival stands to its strongest opponent; a `LabError` when its score is unknown."
+    "How one rival compares with its strongest opponent; a `LabError` when its score is unknown."
     own = own or ranking.best
     if own not in ranking.values:
         raise LabError(f'the {ranking.measure.name} of {own} is unknown: there is nothing to say about it')
@@ -291,7 +291,7 @@ def keep_scores(folder,          # of the run
                 scores:dict,     # name, such as before and after -> scores, one per item
                 weights_N=None,  # weight of each item; None where all weigh alike
 ):
-    "Keep scores per item in the run's folder, beside others that are there."
+    "Keep scores per item in the run's folder, with others that are there."
     path = Path(folder) / scores_file
     kept = read_json(path) if path.exists() else {}
     lists = {name: np.asarray(each, float).tolist() for name, each in scores.items()}
@@ -361,7 +361,7 @@ class Flips:
 
     @property
     def outcome(self) -> str:
-        "What the second run is against the first: better, worse, or a tie."
+        "The second run compared with the first: better, worse, or a tie."
         if self.chance >= 1 - confidence:
             return 'tie'
         return 'better' if self.won > self.lost else 'worse'

@@ -105,7 +105,7 @@ def check_inside(path,       # that will be written
 def set_aside(folder,       # the run's folder
               record:dict,  # its run.json, which gives the id
 )->Path:                    # where it is now
-    "Move a run's folder to `_previous` beside it, under its name and id."
+    "Move a run's folder to `_previous` next to it, under its name and id."
     folder = Path(folder)
     identity = str(record.get('run', {}).get('id'))
     suffix = identity if re.fullmatch(r'[\w-]+', identity) and identity != 'None' else 'unknown'
@@ -158,7 +158,7 @@ def _new_record(folder:Path,     # outputs/notebook/name
                 params:dict,     # all parameters
                 identity:str,    # the fingerprint
                 read:dict,       # from `inputs_of`
-                resumed:str,     # id of the run that goes on, or `None`
+                resumed:str,     # id of the run that resumes, or `None`
                 anew:str,        # why an earlier run does not count, or `None`
 )->dict:                         # the content of run.json
     "The record of a run that begins now."
@@ -250,7 +250,7 @@ def open_folder(folder,               # outputs/notebook/name
 
 # %% ../../nbs/runs/04_run.ipynb #8af7961b
 def why_anew(record:dict,  # run.json
-)->str:                    # one line; '' for a first run, and for one that goes on
+)->str:                    # one line; '' for a first run, and for one that resumes
     "Why a run begins anew although there is an earlier one of its name."
     reason = record['run'].get('anew')
     return f'{reason}: the run begins anew, and the earlier one is in _previous' if reason else ''
@@ -359,7 +359,7 @@ def read_run(folder) -> dict:
 
 # %% ../../nbs/runs/04_run.ipynb #384371fb
 def _unreadable(folder: Path, reason: str) -> dict:
-    "What stands for the record of a run whose own can't be read."
+    "The record to show for a run whose record can't be read."
     changed = datetime.fromtimestamp((folder / 'run.json').stat().st_mtime, timezone.utc).astimezone()
     run = dict(
         id=None,

@@ -94,7 +94,7 @@ def check_keys(mapping,      # what was read from YAML
 def overlay(base,   # a mapping, a list or a value from the file
             block,  # what the block of a scale has in its place
 ):                  # the merged value; mappings keep the lines of both
-    "`base` with `block` laid over it: mappings merged, everything else replaced."
+    "`base` overridden by `block`: mappings merged, everything else replaced."
     if not (isinstance(base, dict) and isinstance(block, dict)):
         return block
     merged = {key: overlay(base[key], value) if key in base else value for key, value in block.items()}
@@ -135,7 +135,7 @@ def _check_structure(sweep, stages, summaries):
 
 
 def read_sweep(path,          # the YAML file of a sweep
-               scale:str='',  # one of `scales`: lay its block over the file
+               scale:str='',  # one of `scales`: its block overrides the file
 )->Lines:                     # name, stages and, when there is one, summary
     "The checked structure of a sweep file; a `LabError` with file and line for everything invalid."
     sweep = check_keys(read_yaml(path), sweep_keys, 'a sweep')
@@ -221,7 +221,7 @@ def _notebook_start(notebook, scale):
 
 
 def stage_starts(stage,        # a stage from the file
-                 scale:str='', # lay the overlay of this scale over what it starts from
+                 scale:str='', # the overlay of this scale overrides what it starts from
 )->list:                       # (stem of the parameter file or '', notebook, parameters)
     "What the points of a stage start from: the defaults of its notebook, or each of its parameter files."
     files = _files_of(stage)
@@ -585,7 +585,7 @@ def _seeded_point(point, seed, seeds, names):
 def with_seeds(stages:list,  # of lists of `Point`s
                seeds:list,   # from `check_seeds`
 )->list:                     # stages
-    "Every point once for each seed, where its notebook has one; points read those of their own seed."
+    "Every point once for each seed, where its notebook has one; points read those of the same seed."
     seeded = set()  # notebook and name of points of earlier stages
     result = []
     for points in stages:
@@ -636,7 +636,7 @@ def _stages_of(sweep, scale, overrides):
 def expand(path,          # the YAML file of a sweep
            scale:str='',  # one of `scales`: use its block and its overlays
            overrides=(),  # texts of the form name=value
-)->list:                  # stages, each a list of `Point`s; the summary is a stage of its own
+)->list:                  # stages, each a list of `Point`s; the summary is a separate stage
     "Every run of a sweep, checked before any work; a `LabError` with file and line otherwise."
     sweep = read_sweep(path, scale)
     name = sweep['name']

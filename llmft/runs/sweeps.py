@@ -330,7 +330,7 @@ def correct_when_interrupted(points,  # `Point`s that may be running
 
 # %% ../../nbs/runs/12_sweeps.ipynb #074e9d75
 def _progress(begun, on_line):
-    "What takes (label, text): lines are passed on; an event without text counts that a worker began the run."
+    "A function of (label, text): lines are passed on; an event without text counts that a worker began the run."
 
     def say(label, text):
         "Count a beginning, or pass lines on."
@@ -382,7 +382,7 @@ def run_stages(stages,            # lists of `Point`s, as from `llmft.runs.sweep
 # %% ../../nbs/runs/12_sweeps.ipynb #e3aee7da
 def sweep_report(results:list,  # from `run_stages`
 )->str:                         # several lines
-    "What became of all runs, and each failure with its cell and error."
+    "The outcome of all runs, and each failure with its cell and error."
     failed = [result for result in results if result['status'] != 'done']
     lines = [f'{len(results) - len(failed)} of {len(results)} runs are done']
     lines += [f"  {result['notebook']}/{result['name']}: {result_text(result)}" for result in failed]

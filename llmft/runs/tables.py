@@ -94,7 +94,7 @@ def _column_cells(rows, column):
     return _header(column, css), cells
 
 
-most_across = 6  # columns of a table of one row; with more it stands upright
+most_across = 6  # columns of a table of one row; with more it is transposed
 
 
 def _across(columns, rows):
@@ -141,7 +141,7 @@ def cost_facts(result,               # a `FitResult`
                peaks:dict,           # from `machine_peaks`
                precision:str='fp32', # of the products: 'fp32', 'bf16' or 'fp16'; of mixed precision the lower one
 )->dict:                             # name -> number, None when unknown; seconds, bytes, FLOP/s
-    "What a training cost, beside what the machine can do and what the formulas predict."
+    "What a training cost, with the machine's peak and the predictions of the formulas."
     progress = result.progress
     watched = result.watched or {}
     machine = _machine_peak(peaks, precision)
@@ -210,7 +210,7 @@ def cost_table(result,               # a `FitResult`
                more:dict=None,       # further facts: key in the row -> value
                columns=(),           # keys or `column` descriptions of `more`
 )->Html:
-    "Speed beside the machine's peak, and measured memory beside the predicted, of one training."
+    "Speed compared with the machine's peak, and measured memory compared with the predicted, of one training."
     facts = cost_facts(result, predicted, peaks, precision)
     byte, bytes_in_one = byte_unit([facts[name] for name in _memory_facts if is_number(facts[name])])
     flop, flops_in_one = _flop_unit(facts)
@@ -239,7 +239,7 @@ def asked_and_done_table(result,            # a `FitResult`
                          epoch_tokens:int,  # real tokens of one pass over the examples
                          asked_rows:int=0,  # documents asked for, 0 for all
 )->Html:
-    "What the data and the parameters ask for beside what `fit` did; a `LabError` when a finished run differs."
+    "What the data and the parameters ask for, and what `fit` did; a `LabError` when a finished run differs."
     progress = result.progress
     tokens = _whole_epoch_tokens(epoch_tokens, progress.step / result.steps_per_epoch)
     asked = dict(rows=asked_rows or rows, examples=examples, steps=result.steps, tokens=tokens)

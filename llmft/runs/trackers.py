@@ -33,7 +33,7 @@ trackings = dict(
 # %% ../../nbs/runs/00_trackers.ipynb #6df25814
 @dataclass
 class Tracker:
-    "An open tracker. A failure of it is said once, and the run goes on without it."
+    "An open tracker. A failure of it is reported once, and the run continues without it."
 
     name: str       # wandb, trackio or mlflow
     send: object    # function of the values of a logged step

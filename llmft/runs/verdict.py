@@ -47,7 +47,7 @@ def _one_line(text) -> str:
 def _verdict_of_raised(output,     # the error output of a cell
                        number:int, # of the cell
 )->tuple:
-    "What an error that a cell raised means for the run."
+    "The verdict on a run in which a cell raised an error."
     if output.ename == 'KeyboardInterrupt':
         return 'interrupted', 'the kernel was interrupted', number
     if output.ename == 'SystemExit':

@@ -32,7 +32,7 @@ _opening = re.compile(r'(?P<mark>`{3,}|~{3,})[ \t]*(?P<info>[^`\n]*)(?:\n|\Z)')
 
 
 def _without_drafts(answer):
-    "What an answer says after the drafts in it; nothing when the last draft never ends."
+    "The part of an answer after the drafts in it; nothing when the last draft never ends."
     return _draft_begin.split(_draft_end.split(answer)[-1])[0]
 
 
@@ -46,7 +46,7 @@ def _parses(code):
 
 
 def _margin_of(text, place):
-    "The white space at the beginning of the line in which `place` stands."
+    "The white space at the beginning of the line that holds `place`."
     line = text[text.rfind('\n', 0, place) + 1:place]
     return line[:len(line) - len(line.lstrip())]
 
@@ -113,12 +113,12 @@ _closing = (')', ']', '}', '#')  # at the margin, these still belong to the body
 
 
 def _ends_body(line):
-    "Whether a line stands outside the body before it."
+    "Whether a line is outside the body before it."
     return line.strip() and not line[0].isspace() and not line.startswith(_closing)
 
 
 def _indented(code):
-    "`code` with the indentation of a body: of its first line alone, or of all where a return stands at the margin."
+    "`code` with the indentation of a body: of its first line alone, or of all where a return is at the margin."
     first, _, rest = code.strip('\n').partition('\n')
     if not first or first[0].isspace():
         return code.strip('\n')
@@ -151,7 +151,7 @@ def _compiles(code):
 
 
 def _continues(code, wanted):
-    "Whether `code` goes on inside a function: it is indented, or is no program with a definition or an import."
+    "Whether `code` continues inside a function: it is indented, or is no program with a definition or an import."
     if code.strip('\n')[:1].isspace():
         return True
     if _defined(code) & wanted:
@@ -209,7 +209,7 @@ def _completed(task, code):
 def program_of(task:Task,    # its `setup`, `lead`
                answer:str,   # what the model wrote
 )->str:                      # Python source without tests
-    "The program that an answer stands for."
+    "The program that an answer gives."
     code = code_in(answer, _wanted(task))
     future = ''.join(_future.findall(code)).strip()
     parts = (future, task.setup, task.lead, _completed(task, _future.sub('', code)))
@@ -226,7 +226,7 @@ class Attempt:
     reason: str     # one line
     seconds: float  # spent on its programs
     cut_off: bool = False  # whether the limit on its tokens ended the answer
-    together: bool = False  # whether its tests ran in its own process, where it could have cheated
+    together: bool = False  # whether its tests ran in its process, where it could have cheated
 
     @property
     def passed(self):
@@ -274,7 +274,7 @@ def _cores():
 
 def check_all(pairs:list,          # (task, answer, number of the sample)
               seconds:float=5.,    # longest time of one program
-              workers:int=0,       # programs at a time, 0 for one a core
+              workers:int=0,       # programs at a time, 0 for one per core
 )->list:                           # of `Attempt`, in the order given
     "Check answers, as many at a time as there are cores."
     with ThreadPoolExecutor(workers or _cores()) as pool:

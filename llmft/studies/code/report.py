@@ -43,7 +43,7 @@ _row_counts = ('rows', 'empty', 'also_held_out', 'other_splits')
 
 
 def _reader_counts(counts):
-    "What the reader left out, without the counts of the rows that it gave."
+    "The counts of what the reader left out, without those of the rows that it gave."
     return {reason: number for reason, number in counts.items() if reason not in _row_counts}
 
 
@@ -217,7 +217,7 @@ def instruct_metrics(params,            # max_length and samples
                      after:dict,        # the same afterwards
                      rows:list,         # from `checkpoint_rows`
 )->dict:
-    "Every number of an instruction-tuning run under its own name."
+    "Every number of an instruction-tuning run under a separate name."
     progress = result.progress
     train = len(data.examples['train'])
     final = final_score(after['attempts'], params.samples)

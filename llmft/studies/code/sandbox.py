@@ -115,7 +115,7 @@ def _threads_only(clone):
 
 
 def _filter(machine, pid):
-    "A seccomp program as (code, jump if true, jump if false, constant) rows; what it refuses gets EPERM."
+    "A seccomp program as (code, jump if true, jump if false, constant) rows; a refused call gets EPERM."
     numbers = _machines[machine]
     rows = _native_only(numbers.architecture) + _refuse_calls(numbers.column) + _threads_only(numbers.clone)
     for call, commands in zip(numbers.descriptor_calls, _outward_commands, strict=True):
@@ -482,7 +482,7 @@ def _as_script(order):
 
 
 def _exit_code(ended):
-    "The status that Python gives to a SystemExit; what is no number is printed."
+    "The status that Python gives to a SystemExit; any argument but a number is printed."
     if ended.code is None or isinstance(ended.code, int):
         return int(ended.code or 0) & 255
     print(ended.code, file=sys.stderr)
@@ -618,7 +618,7 @@ class _Remote:
 
 
 def _pack_argument(value):
-    "What is not plain in an argument of a test: an object of the program, one of Python's own, or not to be sent."
+    "What is not plain in an argument of a test: an object of the program, one of Python's, or not to be sent."
     if type(value) is _Remote:
         return ['object', value._key]
     name = getattr(value, '__name__', '')
@@ -685,7 +685,7 @@ def _changes_arguments(tree, asked):
 
 
 def _completed(lead):
-    "Code that a program goes on from, as code that can be run: a function without a body gets one."
+    "Code that a program continues, as code that can be run: a function without a body gets one."
     try:
         ast.parse(lead)
     except SyntaxError:
@@ -700,7 +700,7 @@ def _begun(lead):
 
 
 def _judge_tests(tests, ask, verdict):
-    "Run the tests on the program's names; whatever they raise is the verdict."
+    "Run the tests on the program's names; anything they raise is the verdict."
     names = dict(__name__='tests')
     lead = _completed(tests['lead'])
     exec(compile(f"{tests['setup']}\n{lead}", 'lead', 'exec'), names)
@@ -887,7 +887,7 @@ def _python(code, wall=''):
 
 
 def _works(code, wall=''):
-    "Whether a process of its own can run `code`, which puts up a guard."
+    "Whether a separate process can run `code`, which puts up a guard."
     import subprocess
 
     try:
@@ -1066,7 +1066,7 @@ def _report(order, tests):
 
 
 def _order(program, stdin, judged, seconds, memory_mb, file_mb):
-    "What a runner shall run, and the limits."
+    "The work for a runner, and the limits."
     return dict(program=program, stdin=stdin, judged=judged, seconds=seconds, cpu_seconds=max(1, math.ceil(seconds)),
                 memory_mb=memory_mb, file_mb=file_mb, guards=list(guards()), readable=_readable(),
                 packages=_package_folders())
@@ -1092,14 +1092,14 @@ def run_program(program:str,         # Python source
                 memory_mb:int=512,   # address space
                 file_mb:float=4.,    # largest file, and most output
 )->Outcome:
-    "Run `program` in a process of its own, in an empty directory, without network, processes or files outside."
+    "Run `program` in a separate process, in an empty directory, without network, processes or files outside."
     return _carried_out(_order(program, stdin, False, seconds, memory_mb, file_mb))
 
 # %% ../../../nbs/studies/code/02_sandbox.ipynb #c3acc0ba
 def run_tests(program:str,         # Python source that defines what the tests ask for
               tests:list,          # statements that raise when it is wrong
               setup:str='',        # code that the tests know as well
-              lead:str='',         # code that the program goes on from; its last function is what is tested
+              lead:str='',         # code that the program continues; its last function is tested
               seconds:float=5.,    # longest wall clock of both processes; processor time of each, in whole seconds
               memory_mb:int=512,   # address space of each
               file_mb:float=4.,    # largest file, and most output

@@ -32,7 +32,7 @@ class TaskData:
         return self.counts | self.row_notes | dict(replay=self.replay)
 
     def hashes(self):
-        "What identifies the data of a run: rows and content hash of each split."
+        "The identity of the data of a run: rows and content hash of each split."
         return {split: dict(rows=len(tasks), sha256=short_hash([(task.input, task.solution) for task in tasks]))
                 for split, tasks in self.tasks.items()}
 

@@ -112,7 +112,7 @@ def _mbpp(row, name, fields):
 
 
 def _human_eval(row, name, fields):
-    "A row of HumanEval: the model goes on where `prompt` ends."
+    "A row of HumanEval: the model continues where `prompt` ends."
     prompt = _text(row, 'prompt', name)
     check = f"{_text(row, 'test', name)}\ncheck({_text(row, 'entry_point', name)})"
     return Task(name, prompt, _text(row, 'canonical_solution', name), 'test', lead=prompt, tests=[check])
@@ -222,7 +222,7 @@ def _conversation(row, name, fields):
 
 
 def _reader_of(row):
-    "What reads a row of a known form; `None` for other rows."
+    "The reader for a row of a known form; `None` for other rows."
     if shape_of(row):
         return _conversation
     for form in _forms:
@@ -344,7 +344,7 @@ def _hashed_splits(tasks, valid_share, seed, has_test):
 
 
 def _with_held_out(tasks, valid_share, seed):
-    "Tasks of which some are held out, by their own splits or else by a hash of the problem."
+    "Tasks of which some are held out, by the splits that they name or else by a hash of the problem."
     splits = {task.split for task in tasks}
     if not tasks or 'valid' in splits:
         return tasks
@@ -431,7 +431,7 @@ expert_prompt = 'You are an expert Python programmer. Please read the problem ca
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #e8115f73
 def _check_markers(template):
-    "A `LabError` unless the problem stands once in the template, and the answer once after it."
+    "A `LabError` unless the problem is once in the template, and the answer once after it."
     for marker, marked in (('{input}', 'problem'), ('{solution}', 'answer')):
         if template.count(marker) != 1:
             raise LabError(f'the template has {template.count(marker)} times {marker}, and needs it once: '
@@ -463,7 +463,7 @@ def prompt_of(task:Task,          # the problem
               system_prompt:str,  # put where the template says
               tokenizer,          # for chat templates
 )->str:                           # the text a model continues
-    "What stands before the answer."
+    "The text before the answer."
     if template == 'chat':
         return render_chat(Chat(task.name, _messages(task, system_prompt)), tokenizer, ask=True)
     places = dict(system_prompt=system_prompt, input=task.input)
@@ -473,14 +473,14 @@ def prompt_of(task:Task,          # the problem
 def answer_of(task:Task,     # its solution is the answer
               template:str,  # text, as in `check_template`
 )->str:                      # the text to be learnt, without the end of text
-    "What stands from the answer on."
+    "The text from the answer on."
     return task.solution + template.split('{solution}')[1]
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #e90cf734
 losses = ('completion', 'all')  # what loss_on may be
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #e6225906
-long_policies = ('truncate', 'drop', 'error')  # what too_long may be: half an answer is no example of its own
+long_policies = ('truncate', 'drop', 'error')  # what too_long may be: half an answer is no example
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #30bb146f
 def _as_text(tasks, system_prompt, tokenizer):
@@ -496,8 +496,8 @@ def prompt_rows(tasks:list,         # of `Task`
                 tokenizer,          # as `load_tokenizer` gives it
                 template:str,       # as in `check_template`
                 system_prompt:str,  # put where the template says
-)->list:                            # token ids of each prompt; a chat template writes its own beginning of text
-    "What a model is given to answer `tasks`; in training the same tokens stand before each answer."
+)->list:                            # token ids of each prompt; a chat template writes the beginning of text itself
+    "The tokens a model is given to answer `tasks`; in training the same tokens precede each answer."
     marked, system_prompt = _as_text(tasks, system_prompt, tokenizer)
     rows = rendered_rows([prompt_of(task, template, system_prompt, tokenizer) for task in marked], tokenizer)
     return rows if template == 'chat' else begun(rows, tokenizer)

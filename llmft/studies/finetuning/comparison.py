@@ -25,7 +25,7 @@ def by_short_name(results:dict,  # name of the run -> what `read_result` gives
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #9c490e6d
 def run_metrics(results:dict,  # from `by_short_name`
 )->list:                       # one dict per run: run, and its metrics
-    "The rows of the tables; what older runs did not measure is unknown."
+    "The rows of the tables; numbers that older runs did not measure are unknown."
     unknown = dict(memory_error=None, process_memory_gb=None)
     return [unknown | dict(run=name) | result['metrics'] for name, result in results.items()]
 

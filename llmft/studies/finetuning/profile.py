@@ -16,7 +16,7 @@ from ...training.profiling import Profile, shares
 def step_table(profile:Profile,  # from `profile_fit`
                share:float,      # of the parameters, held in 8 bits or fewer
 ):                               # a table for display
-    "What a step takes with and without the profiler."
+    "The time of a step with and without the profiler."
     row = dict(steps=profile.steps, plain=1e3 * profile.plain_seconds, profiled=1e3 * profile.seconds,
                cost=profile.seconds / profile.plain_seconds, quantised=share)
     return table([row], [column('steps', 'profiled', 'steps'), column('plain', 'a step without', 'ms'),
@@ -76,7 +76,7 @@ def part_percents(operations:list,  # from `operations`
 def part_bars(operations:list,  # from `operations`
               profile:Profile,  # they come from
 )->Plot:
-    "The share of each part of the model in each phase; what is too small for a bar is left out."
+    "The share of each part of the model in each phase; shares too small for a bar are left out."
     percents = {part: percent for part, percent in part_percents(operations).items() if percent >= least_percent_shown}
     return bars(percents, 'Time of a step by part of the model', '% of self time', note=_clock(profile))
 
@@ -108,7 +108,7 @@ def profile_verdict(operations:list,  # from `operations`
 def profile_metrics(operations:list,  # from `operations`
                     profile:Profile,  # they come from
 )->dict:
-    "The shares of all kinds, parts and phases under names of their own, and the time of a step."
+    "The shares of all kinds, parts and phases under separate names, and the time of a step."
     named = {f'{what}_{name.replace(" ", "_").lower()}': share for what in ('kind', 'part', 'phase')
              for name, share in shares(operations, what).items()}
     return named | dict(profiled_steps=profile.steps, seconds_per_step=profile.seconds,

@@ -81,7 +81,7 @@ def training_cost(model,               # as trained
                   result:FitResult,    # from `launch`
                   processes:Processes, # how many trained
 )->dict:                               # products, peaks, machine_flops_per_sec, watched, predicted, memory_error
-    "What the run cost beside what was predicted and what the machine can do."
+    "What the run cost, with the prediction and the machine's peak."
     plain = params.mixed_precision == 'no'
     peaks = machine_peaks(achieved=result.flops_per_sec if plain else None)
     products = params.precision if plain else params.mixed_precision
@@ -101,7 +101,7 @@ _judged = ('loss', 'perplexity', 'bits_per_byte', 'perplexity_with_end', 'bits_p
 
 
 def _quality(before, after):
-    "Loss, perplexity and bits per byte before and after training under names of their own."
+    "Loss, perplexity and bits per byte before and after training under separate names."
     return {f'{name}_{when}': judged[name] for when, judged in (('before', before), ('after', after))
             for name in _judged}
 
@@ -122,7 +122,7 @@ def finetuning_metrics(params,            # the run's parameters
                        after:dict,        # the same afterwards
                        reload_difference, # from `save_and_check`
 )->dict:
-    "Every number of a fine-tuning run under its own name."
+    "Every number of a fine-tuning run under a separate name."
     settings = {name: getattr(params, name) for name in _settings}
     counts = dict(num_samples=len(data.corpus.train), valid_targets=after['targets'], valid_ends=after['ends'],
                   control_like=data.train_notes['control_like'], total_parameters=size['total'],
@@ -172,7 +172,7 @@ def pretraining_metrics(result:FitResult,  # from `launch`
                         before:dict,       # loss of the random model
                         after:dict,        # from `judge`, on the weights as they are exported
 )->dict:
-    "Every number of a pretraining run under its own name."
+    "Every number of a pretraining run under a separate name."
     training = result.metrics()
     kept = ('train_tokens', 'total_time_seconds', 'tokens_per_sec', 'flops', 'best_step')
     return {name: training[name] for name in kept} | dict(

@@ -139,7 +139,7 @@ def context_parroting(given_NTV, # given steps
                       horizon,   # steps to forecast
                       window:int=parroted_steps, # steps that are compared
 )->np.ndarray:                   # (N, H, V)
-    "What followed the likest earlier window; a `LabError` when there is no earlier one."
+    "The steps after the most similar earlier window; a `LabError` when there is no earlier one."
     given_NTV = np.asarray(given_NTV, float)
     length = given_NTV.shape[1]
     if length <= window:
@@ -224,7 +224,7 @@ _rate_range = -12, 6  # logarithms of rates that are told apart
 
 @dataclass(frozen=True)
 class _Fit:
-    "What is fitted: equations, and the given steps of each trajectory."
+    "The data of a fit: equations, and the given steps of each trajectory."
 
     law: object  # `growth` or `saturating_growth`
     given_NTV: np.ndarray
@@ -362,7 +362,7 @@ def _refits(system):
     return {ceiling: refit_closed} if system == 'lotka_volterra' else {}
 
 
-def baselines(given_NTV, # given steps, as they stand in the prompts
+def baselines(given_NTV, # given steps, as in the prompts
               horizon,   # steps to forecast
               step_time, # time between two steps
               system='unknown', # equations of the data: rosenzweig_macarthur, lotka_volterra or unknown

@@ -20,12 +20,12 @@ def note_ledger(folder,           # of a run
                 ledger:str,       # name of the account; '' for one of the run's own
                 account:Account,  # at which the run has begun, or has paid
 ):
-    "Keep in run.json at which line the account stands, so that its lines can't be taken back unseen."
+    "Keep in run.json the last line of the account, so that its lines can't be taken back unseen."
     update_record(folder, train=dict(ledger=dict(name=ledger, head=account.head)))
 
 # %% ../../../nbs/studies/forecasting/07_budget.ipynb #0523dcc4
 def _noted_heads(folders, ledger):
-    "Run -> hash of the line at which the account of this name stood when the run had paid."
+    "Run -> hash of the last line of the account of this name when the run had paid."
     heads = {}
     for folder in folders:
         try:
@@ -65,7 +65,7 @@ def run_ledger(params,  # outputs, name, ledger, max_flops, head
                folder,  # of the run
                model,   # that is trained, with its adapter
 )->Ledger:
-    "The share of a training run in the study's account, or in an account of its own."
+    "The share of a training run in the study's account, or in a separate account."
     if params.ledger:
         account = study_account(params.outputs, params.ledger, params.max_flops)
     else:
@@ -127,5 +127,5 @@ def book_forecasts(ledger:Ledger,   # of the run
 # %% ../../../nbs/studies/forecasting/07_budget.ipynb #8fc803ed
 def training_flops(ledger:Ledger,  # of the run
 )->float:                          # operations, by the study's rules
-    "What the training steps of a run have taken."
+    "The operations that the training steps of a run have taken."
     return sum(line['study'] for (what, _), line in ledger.account.steps[ledger.run].items() if what == 'train')

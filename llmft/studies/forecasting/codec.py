@@ -26,7 +26,7 @@ texts_at_once = 1000  # trajectories in one block of memory
 
 
 def _fixed_point(whole_M, precision):
-    "Text of whole numbers of the last decimal as bytes (M, width): 0 where nothing stands, last column free."
+    "Text of whole numbers of the last decimal as bytes (M, width): 0 where there is nothing, last column free."
     digits = max(len(str(int(whole_M.max(initial=0)))), precision + 1)
     text_MW = np.zeros((len(whole_M), digits + 2), np.uint8)
     rest_M = whole_M.astype(np.int32 if digits < 10 else np.int64)
@@ -88,7 +88,7 @@ def encode(rounded_NTV, # from `round_series`
 # %% ../../../nbs/studies/forecasting/02_codec.ipynb #b0ac2bcf
 @dataclass
 class Decoded:
-    "What texts hold, and what of it can not be read."
+    "What texts hold, and which parts can not be read."
 
     values_NTV: np.ndarray  # float64; NaN where a step is malformed or missing
     malformed_N: np.ndarray  # steps of each text that are malformed or missing
@@ -186,7 +186,7 @@ def decode(texts,           # what was written
            precision=None,  # decimals each number must have; None takes any
            signed:bool=False, # whether a number may have a `-` before it
 )->Decoded:
-    "Read texts strictly; what can not be read is counted, never repaired."
+    "Read texts strictly; unreadable steps are counted, never repaired."
     blocks = [_decode_block(texts[first:first + texts_at_once], steps, variables, precision, signed)
               for first in range(0, len(texts), texts_at_once)]
     values_NTV = np.concatenate(blocks) if blocks else np.zeros((0, steps, variables))

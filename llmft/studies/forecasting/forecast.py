@@ -26,7 +26,7 @@ digits = '0123456789'
 
 def number_states(precision:int,      # decimals
                   integer_digits:int, # most digits before the point
-                  signed:bool=False,  # whether a `-` may stand before it
+                  signed:bool=False,  # whether a `-` may precede it
 )->list:                              # one dict per state: character -> next state; empty after the last decimal
     "The automaton of one number: 0 is its beginning, the last state its end."
     zero = integer_digits + 1

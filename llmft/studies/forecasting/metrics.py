@@ -38,7 +38,7 @@ def r_squared(truth,    # any shape
 
 # %% ../../../nbs/studies/forecasting/04_metrics.ipynb #e0125c9d
 def _mean_and_median(name, values_N):
-    "The mean of one value per trajectory under `name`, and the median beside it."
+    "The mean of one value per trajectory under `name`, and the median."
     return {name: float(values_N.mean()), f'{name}_median': float(np.median(values_N))}
 
 
@@ -111,7 +111,7 @@ def score_forecast(samples_NSHV, # decoded samples
 
 # %% ../../../nbs/studies/forecasting/04_metrics.ipynb #cabe7b1f
 def naive_errors(given_NTV, # given steps
-)->np.ndarray:              # (N, V); NaN for a variable that stands still
+)->np.ndarray:              # (N, V); NaN for a variable that is constant
     "The mean absolute change from one given step to the next."
     change_NV = np.abs(np.diff(np.asarray(given_NTV, float), axis=1)).mean(1)
     return np.where(change_NV > 0, change_NV, np.nan)

@@ -33,7 +33,7 @@ file_names = dict(train='train', valid='val', test='test')
 
 
 def _texts_file(folder, split):
-    "Where the texts of a split stand."
+    "The file with the texts of a split."
     return folder / f'{file_names.get(split, split)}_texts.txt'
 
 

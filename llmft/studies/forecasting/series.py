@@ -65,7 +65,7 @@ def simulate(count:int,            # trajectories
              steps:int=100,        # time steps of each
              step_time:float=0.,   # time between two steps, 0 for that of the system
              system:str='auto',    # of `systems`; auto is the first of them
-             seed:int=0,           # the only thing the draws depend on, beside `count` and `system`
+             seed:int=0,           # the only thing the draws depend on, except `count` and `system`
 )->Series:
     "Draw rates and initial values, and solve; a `LabError` when there is nothing to solve."
     _check_simulation(system, count, steps, step_time)

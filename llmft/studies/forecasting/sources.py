@@ -378,7 +378,7 @@ def _one_per_series(frame, of_id, where):
 
 
 def _split_columns(pieces, names):
-    "Each variable of each piece as a series of its own."
+    "Each variable of each piece as a separate series."
     several = len(pieces) > 1
     return [(f'{name} {column}' if several else column, times, values_TV[:, number : number + 1])
             for name, times, values_TV in pieces for number, column in enumerate(names)]
@@ -414,7 +414,7 @@ predator_prey_names = ['prey', 'predator']
 
 
 def _hdf5_names(count, value_fields):
-    "Names of the variables of an HDF5 file, which has none of its own."
+    "Names of the variables of an HDF5 file, which itself names none."
     given = [name.strip() for name in value_fields.split(',')] if value_fields else []
     if given and len(given) != count:
         raise LabError(f"value_fields names {len(given)} variables ({', '.join(given)}) and the file has {count}: "

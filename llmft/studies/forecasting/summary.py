@@ -282,7 +282,7 @@ def _known_values(row):
     return {name: '' if value is None else value for name, value in row.items()}
 
 
-def write_csv(path,       # where the table shall stand
+def write_csv(path,       # where to write the table
               rows:list,  # dicts; the columns are the names in the first
 )->None:
     "Write rows as a CSV file; unknown values are empty, and without rows nothing is written."
@@ -350,7 +350,7 @@ def _budget_sentence(spent, max_flops):
 
 
 def _test_words(row, study):
-    "How the judged model of an evaluation stands to its strongest rival by each error; '' where none is known."
+    "How the judged model of an evaluation compares with its strongest rival by each error; '' where none is known."
     own = _own_name(row)
     folder = study.folders.get(f"forecast_eval/{row['run']}", '')
     words = []
@@ -370,7 +370,7 @@ def summary_verdict(study:StudyRows,  # from `study_rows`
                     spent,            # operations by the account, None without one
                     max_flops:float,  # operations that all runs may take together, 0 for no limit
 )->str:                               # Markdown
-    "How the tested models stand to their strongest rivals, what the search showed, and what it cost."
+    "How the tested models compare with their strongest rivals, what the search showed, and what it cost."
     tested = ' '.join(_test_words(row, study) for row in study.tests)
     following = 'repeat the final run with other seeds' if study.tests else 'judge the final run (forecast_eval)'
     cost = f'{_departures(study)} {_budget_sentence(spent, max_flops)} Next: {following}.'

@@ -106,7 +106,7 @@ def answer_rows(problems:list,  # rows with question and answer
                 texts:list,     # what was answered
                 marks:dict,     # from `score`
 )->list:                        # question, expected, answer, right
-    "The answers beside what was expected."
+    "The answers and what was expected."
     return [dict(question=problem['question'], expected=reference_answer(problem), answer=text, right=right)
             for problem, text, right in zip(problems, texts, marks['right'], strict=True)]
 
@@ -188,7 +188,7 @@ def inference_metrics(params,        # precision, compute, max_new_tokens
                       judged:dict,   # from `judge`
                       quality:dict,  # from `keep_divergence`
 )->dict:
-    "Every number of an inference run under its own name."
+    "Every number of an inference run under a separate name."
     first, *others = answers
     settings = dict(precision=params.precision, compute=params.compute, max_new_tokens=params.max_new_tokens,
                     batch_size=first)

@@ -180,7 +180,7 @@ _longest = 300  # characters of a number, and its largest power of ten
 
 
 def _number_of(match):
-    "The `Fraction` that a match of `_number` stands for; `None` for a denominator of 0 and for numbers without end."
+    "The `Fraction` that a match of `_number` means; `None` for a denominator of 0 and for numbers without end."
     power = int(match['power'] or 0) if len(match['power'] or '') < 6 else _longest + 1
     if len(match[0]) > _longest or abs(power) > _longest:
         return None
@@ -242,7 +242,7 @@ def _marked(text):
 
 
 def _braced(text, first):
-    "What stands between the brace at `first` and its partner; `None` where it has none."
+    "The text between the brace at `first` and its partner; `None` where it has none."
     depth = 0
     for place in range(first, len(text)):
         depth += (text[place] == '{') - (text[place] == '}')
@@ -258,7 +258,7 @@ _unit = re.compile(r"""(?:\\?[%°]|\^\\?circ|\^\{\\circ\}                       
 
 
 def _expression(content):
-    "What a box holds: its number, without the unit, or the expression without spaces."
+    "The content of a box: its number, without the unit, or the expression without spaces."
     plain = re.sub(r'^\s*\$?\s*(?:[A-Za-z]\s*=\s*)?', '', content).rstrip(' $')
     number = _number.match(plain)
     if number and _unit.fullmatch(plain[number.end():]) and _number_of(number) is not None:
@@ -284,7 +284,7 @@ def final_answer(text: str) -> str:
 
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #01197fa7
 def reference_answer(problem:dict,   # a row with question and answer
-                     where:str='a problem',  # where it stands, for the message
+                     where:str='a problem',  # its place, for the message
 )->str:                              # the number, or the expression in a box
     "What the last `####` of a problem's answer marks, or else its box holds; a `LabError` when there is neither."
     text = _one_spelling(problem['answer'])
@@ -355,7 +355,7 @@ def read_problems(data:str,        # 'builtin:arithmetic', a file or folder of t
 def ask(problems:list,    # rows with a question
         tokenizer,        # the model's
         chat:bool=True,   # use the tokenizer's chat template, when it has one
-        instruction:str='Think step by step. End with a line "#### " and the number.',  # stands after each question
+        instruction:str='Think step by step. End with a line "#### " and the number.',  # follows each question
 )->list:                  # one list of token ids a problem
     "The prompts that ask for the answers."
     questions = [problem['question'] for problem in problems]

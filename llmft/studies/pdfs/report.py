@@ -45,14 +45,14 @@ _file_columns = ['file', 'bytes', 'pages', column('read', 'pages read'), 'charac
 
 
 def _file_row(file, used_for):
-    "What became of one file; `used_for` is its side."
+    "The outcome of one file; `used_for` is its split."
     return dict(file=file.name, bytes=file.bytes, pages=file.pages, read=file.read, characters=file.characters,
                 used=used_for, why=file.skipped)
 
 
 def file_table(data:PdfData,  # of the run
 ):                            # a table for display
-    "What became of the files: all that were skipped, and the first of those that were used."
+    "The outcome of the files: all that were skipped, and the first of those that were used."
     used_for = {name: side for side in ('train', 'test') for name in data.split[f'{side}_files']}
     skipped = [file for file in data.files if file.skipped]
     return table([_file_row(file, used_for.get(file.name, 'no'))
@@ -201,7 +201,7 @@ def report_values(recipe:Recipe,     # as the run trained
                   after:dict,        # from `judge`, after training
                   machine:dict,      # from `machine_peaks`
 )->dict:                             # for `fill_report`
-    "What stands in the blanks."
+    "The text for the blanks."
     progress = result.progress
     gpu = machine['device']
     if machine['kind'] != 'cuda':

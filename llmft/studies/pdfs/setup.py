@@ -42,7 +42,7 @@ class PdfData:
 
 # %% ../../../nbs/studies/pdfs/01_setup.ipynb #c88bfe79
 def _write_files(path, files):
-    "What became of each file, as JSON, without its text."
+    "The outcome of each file, as JSON, without its text."
     facts = [{name: value for name, value in vars(file).items() if name != 'text'} for file in files]
     write_atomic(path, json.dumps(facts, indent=1))
 

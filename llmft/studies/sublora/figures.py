@@ -64,7 +64,7 @@ def _name_groups(plot, axes):
 
 
 def _seeds_note(groups):
-    "How many seeds stand behind a mean, and what the bars are."
+    "How many seeds a mean is over, and what the bars are."
     return f"mean over n = {min(group['n'] for group in groups)} seeds, bars: sample standard deviation"
 
 

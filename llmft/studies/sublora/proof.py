@@ -76,12 +76,12 @@ def _take_decoded(subspace, path, gates, gate_bits):
         subspace.v.copy_(torch.from_numpy(values))
 
 
-def write_message(path,                # where the message shall stand
+def write_message(path,                # where to write the message
                   subspace:Subspace,   # quantised; it holds the decoded numbers afterwards
                   gates,               # codes of the gates, from `code_gates`; empty without gates
                   gate_bits:int,       # bits of a gate
 )->tuple:                              # (message, how often each level occurs)
-    "Code the coordinates and gates, and go on with what the file gives back."
+    "Write the coordinates and gates in code, and give the subspace the numbers that the file gives back."
     levels = subspace.finish()
     message = encode_message(subspace.v.detach().cpu().numpy(), levels, gates, gate_bits if gates else 0)
     write_atomic(path, message)
@@ -157,7 +157,7 @@ class Proof:
 # %% ../../../nbs/studies/sublora/05_proof.ipynb #d7c19808
 def bound_table(proof:Proof,  # of one predictor
 ):                            # a displayed table
-    "The bound beside what it bounds, estimated on documents that had no part in training."
+    "The bound and what it bounds, estimated on documents that had no part in training."
     best = proof.best
     rows = [dict(what='random guess', bits=proof.guess, n=None),
             dict(what='bound', bits=best['bound'], n=best['n']),
@@ -195,7 +195,7 @@ def _held_out_metrics(proof):
 
 
 def _claim_metrics(proof):
-    "The claims beside the best one, and what all of them promise together."
+    "The claims other than the best one, and what all of them promise together."
     claims = proof.claims
     forms = proof.best['forms']
     errors = {name: claim['bound'] for name, claim in claims.items() if name.startswith('top')}

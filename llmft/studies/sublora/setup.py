@@ -94,7 +94,7 @@ def write_description(folder,    # of the run: spec.json, names.json, trainable_
 
 # %% ../../../nbs/studies/sublora/01_setup.ipynb #5ecf74fc
 def _set_gate_training(gates, params):
-    "Have the gates trained at a learning rate of their own, without weight decay."
+    "Have the gates trained at a separate learning rate, without weight decay."
     gates.learning_rate_ratio = params.gate_learning_rate / params.learning_rate
     gates.decayed = False
 
