@@ -12,7 +12,8 @@ from llmft.data.tokens import load_tokenizer
 from llmft.inference.decoder import LeanDecoder, ModelDecoder, is_lean, linear_map
 from llmft.inference.generation import choose, complete, generate
 from llmft.models.adapters import add_lora
-from llmft.models.load import load_model, presets
+from llmft.models.load import largest_difference, load_model, presets, rounding
+from llmft.models.precisions import use_int4
 
 scaled = dict(
     rope_type='llama3',
@@ -131,6 +132,40 @@ def test_special_products_are_the_usual_one(rows, bias):
     assert (products[1].__qualname__ if rows > 2 else products[0].__qualname__).split('.')[0] == (
         '_packed' if rows > 2 else '_in_stripes'
     )
+
+
+def middle_llama(bias, joins):
+    "A Llama in bfloat16 wide enough for copies; without `joins` its keys do not fill blocks of the kernel."
+    shape = dict(hidden_size=512, num_attention_heads=8, num_key_value_heads=2, head_dim=64 if joins else 16)
+    presets['llama-middle'] = presets['llama-tiny'] | shape | dict(intermediate_size=1024, attention_bias=bias)
+    model = load_model('preset:llama-middle', 'bf16', seed=1).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 1:
+                weight.add_(0.3 * torch.randn_like(weight))
+    return model
+
+
+@pytest.mark.parametrize('rows', [1, 2, 5])
+@pytest.mark.parametrize('bias', [False, True])
+@pytest.mark.parametrize('joins', [False, True])
+@pytest.mark.parametrize('four_bits', [False, True])
+def test_copied_weights_of_16_and_of_four_bits_give_the_logits_of_the_model(rows, bias, joins, four_bits):
+    model = middle_llama(bias, joins)
+    if four_bits:
+        use_int4(model)
+    ids = torch.randint(1, 511, (rows, 9), generator=torch.Generator().manual_seed(rows))
+    with torch.no_grad():
+        whole = model(ids).logits[:, 5:]
+        for steps in (0, 16):
+            decoder = LeanDecoder(model, 9, rows, steps)
+            logits = [decoder.begin(ids[:, :6], torch.zeros(rows, dtype=torch.long))]
+            logits += [decoder.step(ids[:, place]) for place in range(6, 9)]
+            assert largest_difference([torch.stack(logits, 1)], [whole]) <= rounding(model)
+        assert decoder.layers[0].qkv.__qualname__.split('.')[0] == (
+            ('_four_bit_map' if joins else '_side_by_side') if four_bits else '_packed'
+        )
 
 
 def test_a_packed_batch_gives_the_tokens_of_transformers():

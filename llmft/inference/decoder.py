@@ -24,6 +24,7 @@ from transformers.masking_utils import create_masks_for_generate
 from ..core import LabError
 from ..models.load import causal_model, largest_difference, rounding, shared_heads
 from ..models.lora_products import Factor
+from ..models.precisions import Int4Linear
 
 # %% ../../nbs/inference/01_decoder.ipynb #d1f1b8b4
 _few_rows = 2  # rows for which stripes are faster than the usual product
@@ -32,19 +33,24 @@ _least_striped = 2**15  # weights below which stripes do not pay
 _least_packed = 2**17  # weights below which a copy in oneDNN's order does not pay
 
 
+def _is_hooked(module):
+    "Whether a call of `module` does more than its own forward."
+    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, '_hf_hook'))
+
+
 def _is_plain(module):
     "Whether `module` is a linear layer whose weight is an ordinary matrix, with nothing hooked to it."
-    return (
-        type(module) is torch.nn.Linear
-        and type(module.weight) is torch.nn.Parameter
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-    )
+    ordinary = type(module) is torch.nn.Linear and type(module.weight) is torch.nn.Parameter
+    return ordinary and not (module._forward_hooks or module._forward_pre_hooks)
 
 
-def _on_cpu_in_fp32(weight):
-    "Whether the special products are for this weight."
-    return weight.device.type == 'cpu' and weight.dtype == torch.float32
+def _reorders(weight, rows):
+    "Whether oneDNN's order is the fastest for this weight: for any rows in bfloat16, for more than a few in fp32."
+    if weight.device.type != 'cpu' or not torch.backends.mkldnn.is_available():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32 and rows > _few_rows
 
 
 def _packed(weight, bias):
@@ -67,23 +73,19 @@ def _in_stripes(weight, bias):
     return few
 
 
-def _packing_pays(size, least, rows, packs):
-    "Whether `size` weights may be copied into oneDNN's order, are at least `least`, and meet enough rows."
-    return packs and rows > _few_rows and size >= least and torch.backends.mkldnn.is_available()
-
-
 def _striping_pays(weight, rows):
     "Whether so few rows meet `weight` that stripes are faster, and it can be cut into them."
+    if weight.device.type != 'cpu' or weight.dtype != torch.float32:
+        return False
     return rows <= _few_rows and weight.numel() >= _least_striped and len(weight) % _stripe_count == 0
 
 
 def _plain_map(module, rows, packs):
     "The fastest product with the weight of a plain linear layer."
     weight = module.weight
-    special = _on_cpu_in_fp32(weight)
-    if special and _packing_pays(weight.numel(), _least_packed, rows, packs):
+    if packs and weight.numel() >= _least_packed and _reorders(weight, rows):
         return _packed(weight, module.bias)
-    if special and _striping_pays(weight, rows):
+    if _striping_pays(weight, rows):
         return _in_stripes(weight, module.bias)
     return functools.partial(linear, weight=weight, bias=module.bias)
 
@@ -97,7 +99,8 @@ def _joined_bias(modules):
     "The biases of `modules` next to each other, zeros where one has none; `None` where none has one."
     if all(module.bias is None for module in modules):
         return None
-    return torch.cat([module.weight.new_zeros(module.out_features) if module.bias is None else module.bias
+    like = next(module.bias for module in modules if module.bias is not None)
+    return torch.cat([like.new_zeros(module.out_features) if module.bias is None else module.bias
                       for module in modules]).detach()
 
 
@@ -176,6 +179,26 @@ def _merged_map(modules):
     return functools.partial(linear, weight=weight, bias=_joined_bias([_base(module) for module in modules]))
 
 
+def _is_four_bit(module):
+    "Whether `module` is held in four bits on a processor, with nothing hooked to it."
+    return type(module) is Int4Linear and module.packed.device.type == 'cpu' and not _is_hooked(module)
+
+
+def _four_bit_map(modules):
+    "One product with the packed matrices of `modules`, one below the other, in bfloat16."
+    packed, scales = modules[0].packed, modules[0].scales
+    if len(modules) > 1:
+        packed, scales = torch.cat([each.packed for each in modules]), torch.cat([each.scales for each in modules], 1)
+    bias = _joined_bias(modules)
+    multiply, group = modules[0].multiply, modules[0].group
+
+    def product(inputs_RI):
+        outputs_RO = multiply(inputs_RI.bfloat16(), packed, group, scales)
+        return (outputs_RO if bias is None else outputs_RO + bias).to(inputs_RI.dtype)
+
+    return product
+
+
 def linear_map(module,            # of a model: a linear layer, quantised or with an adapter, as it may be
                rows:int=1,        # rows of a decoding step
                packs:bool=False,  # whether copies of weights may be made
@@ -183,6 +206,8 @@ def linear_map(module,            # of a model: a linear layer, quantised or wit
     "What `module` does in evaluation, with no more Python than it needs."
     if _is_plain(module):
         return _plain_map(module, rows, packs)
+    if _is_four_bit(module):
+        return _four_bit_map([module])
     if not _is_plain_lora(module):
         return module
     return _merged_map([module]) if packs and module.base_layer.weight.is_cuda else _lora_map(module, rows, packs)
@@ -196,11 +221,6 @@ def _has_lean_layers(config):
     "Whether layers of this configuration are gated by SiLU and see all that came before."
     kinds = set(getattr(config, 'layer_types', None) or [])
     return config.hidden_act == 'silu' and not kinds - {'full_attention'}
-
-
-def _is_hooked(module):
-    "Whether a call of `module` does more than its own forward."
-    return bool(module._forward_hooks or module._forward_pre_hooks or hasattr(module, '_hf_hook'))
 
 
 def is_lean(model,  # a causal language model, with or without an adapter
@@ -240,13 +260,21 @@ def prefill_mask(starts_B,  # first real slot of each row
 most_packed = 2**30  # bytes of weights that are copied into another order, at most
 _least_joined = 2**16  # weights below which joining maps does not pay
 _least_steps = 16  # steps that repay the copy
+_int4_block = 64  # outputs that the kernel for four bits packs together
 
 
 def _joining_pays(modules, rows, packs):
     "Whether the weights of `modules` may be copied into one matrix in oneDNN's order, and that pays."
-    if not all(_is_plain(module) and _on_cpu_in_fp32(module.weight) for module in modules):
+    if not packs or not all(_is_plain(module) and _reorders(module.weight, rows) for module in modules):
         return False
-    return _packing_pays(sum(module.weight.numel() for module in modules), _least_joined, rows, packs)
+    return sum(module.weight.numel() for module in modules) >= _least_joined
+
+
+def _joins_four_bits(modules, packs):
+    "Whether the packed matrices of `modules` may be copied into one: each fills whole blocks of the kernel."
+    if not packs or not all(_is_four_bit(module) for module in modules):
+        return False
+    return not any(module.out_features % _int4_block for module in modules)
 
 
 def _side_by_side(modules, rows, packs):
@@ -267,10 +295,15 @@ def _joined(modules, norm, rows, packs):
     "Layers that read one input, as one function with outputs side by side; and the norm's weights, None if joined in."
     if _joins_on_gpu(modules, packs):
         return _merged_map(modules), norm
+    if _joins_four_bits(modules, packs):
+        return _four_bit_map(modules), norm
     if not _joining_pays(modules, rows, packs):
         return _side_by_side(modules, rows, packs), norm
-    weight = torch.cat([module.weight for module in modules]) * (norm * len(norm) ** 0.5)
-    return _packed(weight, _joined_bias(modules)), None
+
+    weight = torch.cat([module.weight for module in modules])
+    if weight.dtype == torch.bfloat16:  # products with the norm would be rounded once more
+        return _packed(weight, _joined_bias(modules)), norm
+    return _packed(weight * (norm * len(norm) ** 0.5), _joined_bias(modules)), None
 
 
 def _attention_maps(layer, rows, packs):
