@@ -314,3 +314,13 @@ def test_full_disk(tmp_path):
         pytest.skip(f'no small file system can be made here: {process.stderr.splitlines()[-1]}')
     run, on_disk, big = json.loads(process.stdout.splitlines()[-1])
     assert run == on_disk and run['status'] == 'failed' and 'space' in run['error'].lower() and big == 1000
+
+
+def test_a_long_loop_outside_training_shows_how_far_it_is(tmp_path):
+    lines = []
+    record, folder = execute('counts', tmp_path, lines, row_seconds=0.5)
+    shown = [line for line in lines if 'pages read' in line]
+    assert record['run']['status'] == 'done' and all(isinstance(line, Passing) for line in shown)
+    assert any('/60 pages read' in line and line.endswith('left') for line in shown)
+    assert 'pages read' not in (folder / 'train.log').read_text()
+    assert not list(folder.glob('*counting*'))

@@ -55,7 +55,7 @@ def progress_text(row:dict,         # of log.jsonl, of a training step
 def counting_text(row:dict,  # done, total, unit and seconds of `counted`
 )->str:
     "How far a loop is: 120/600 windows scored  1:10 left."
-    ahead = row['seconds'] / row['done'] * max(0, row['total'] - row['done'])
+    ahead = row['seconds'] / max(1, row['done']) * max(0, row['total'] - row['done'])
     return f"{row['done']:,}/{row['total']:,} {row['unit']}  {clock(ahead)} left"
 
 # %% ../../nbs/runs/23_progress.ipynb #098b165d
