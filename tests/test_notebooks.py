@@ -1,5 +1,6 @@
 """Every library notebook runs from top to bottom by nbdev's own test runner, one process each."""
 
+import importlib.util
 import multiprocessing
 import os
 import sys
@@ -9,6 +10,7 @@ import pytest
 from house import library, nbs, root
 
 notebooks = [*library, *sorted((nbs / 'guides').glob('*.ipynb')), nbs / 'index.ipynb']
+needed = {'guides/lm-eval': 'lm_eval'}  # notebook -> the package of an extra that it runs
 processes = multiprocessing.get_context(
     'forkserver'
 )  # every notebook begins in a copy of one process that has imported what takes seconds
@@ -43,6 +45,9 @@ def run(notebook, flags, log):
 
 @pytest.mark.parametrize('notebook', notebooks, ids=lambda path: path.relative_to(nbs).with_suffix('').as_posix())
 def test_notebook(notebook, tmp_path):
+    package = needed.get(notebook.relative_to(nbs).with_suffix('').as_posix())
+    if package and not importlib.util.find_spec(package):
+        pytest.skip(f'{package} is not here: pip install -e ".[lm-eval]"')
     process = processes.Process(target=run, args=(notebook, flags(), tmp_path / 'log'))
     process.start()
     process.join(600)

@@ -351,6 +351,7 @@ def search(page, words):
         ('out of memory', 'guides/troubleshooting.html'),
         ('hf token', 'guides/troubleshooting.html'),
         ('merge', 'guides/use-it.html'),
+        ('lm-eval', 'guides/lm-eval.html'),
         ('gguf', 'guides/use-it.html'),
         ('use the adapter', 'guides/use-it.html'),
         ('DPO', 'guides/faq.html'),
