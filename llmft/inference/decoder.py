@@ -184,13 +184,18 @@ def _is_four_bit(module):
     return type(module) is Int4Linear and module.packed.device.type == 'cpu' and not _is_hooked(module)
 
 
+def _one_tensor(tensors, axis):
+    "The tensors next to each other along `axis`; a single one as it is, without a copy."
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, axis)
+
+
 def _four_bit_map(modules):
     "One product with the packed matrices of `modules`, one below the other, in bfloat16."
-    packed, scales = modules[0].packed, modules[0].scales
-    if len(modules) > 1:
-        packed, scales = torch.cat([each.packed for each in modules]), torch.cat([each.scales for each in modules], 1)
+    packed = _one_tensor([each.packed for each in modules], 0)
+    scales = _one_tensor([each.scales for each in modules], 1)
     bias = _joined_bias(modules)
-    multiply, group = modules[0].multiply, modules[0].group
+    multiply = modules[0].multiply
+    group = modules[0].group
 
     def product(inputs_RI):
         outputs_RO = multiply(inputs_RI.bfloat16(), packed, group, scales)

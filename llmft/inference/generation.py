@@ -189,8 +189,8 @@ class _Batch:
         logits_RV = self.read(prompts)
         self.draws_BN = self.uniform_numbers()
         last = self.request.max_new_tokens - 1
-        rows = f'tokens of the longest answer, rows {self.rows[0] + 1:,} to {self.rows[-1] + 1:,} of {self.request.rows:,}'
-        for step in counted(range(last + 1), last + 1, rows):
+        rows = f'rows {self.rows[0] + 1:,} to {self.rows[-1] + 1:,} of {self.request.rows:,}'
+        for step in counted(range(last + 1), last + 1, f'tokens of the longest answer, {rows}'):
             ids_R = self.next_tokens(step, logits_RV)
             self.record(step, ids_R)
             if not self.live or step == last:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import counting_variable, project_root, read_json
+from ..core import LabError, counting_variable, project_root, read_json
 from .locks import held
 from .overview import write_overview
 from .params import check_params, find_notebook
@@ -283,7 +283,7 @@ def new_count(self: RunLog):
     "Tell the terminal how far a loop outside training is, when its time has come; a half-written state is left out."
     if time.monotonic() < self.next_row:
         return
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, LabError):
         self.pass_on(Passing(counting_text(read_json(self.session.counting_file))))
         self.next_row = time.monotonic() + self.session.row_seconds
 

@@ -189,6 +189,7 @@ def evaluate_loss(model,                    # a causal language model
     "Mean loss of `model` over every target of `examples`; a `LabError` when there is none, or they are not to be read."
     batches = _dealt(_readable_batches(model, examples, batch_size, max_length, layout), group)
     loss_model = LossModel(model, in_bfloat16)
+
     targets = int(examples.supervised().sum())
     if group is None:
         return mean_loss(*_summed_loss(loss_model, batches, next(model.parameters()).device, targets))
