@@ -13,7 +13,9 @@ from nbdev.config import get_config
 root = get_config().config_path
 sections = {
     'First runs': ['compare/quickstart', 'finetune/quickstart-full', 'finetune/quickstart-lora', 'finetune/quickstart-qlora'],
-    'A real model on a laptop': ['finetune'],
+    'A real model on a laptop': [
+        'finetune', 'forecast_train/final', 'forecast_eval/final', 'sublora_bounds/smollm2', 'instruct/smollm2-mbpp'
+    ],
     'Memory-efficient fine-tuning': ['compare', 'inference_compare', 'profile'],
     'Forecasting dynamics': ['forecast_summary', 'forecast_train', 'forecast_eval'],
     'Instruction tuning on code': ['instruct'],
