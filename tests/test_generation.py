@@ -152,6 +152,8 @@ def middle_llama(bias, joins):
 @pytest.mark.parametrize('joins', [False, True])
 @pytest.mark.parametrize('four_bits', [False, True])
 def test_copied_weights_of_16_and_of_four_bits_give_the_logits_of_the_model(rows, bias, joins, four_bits):
+    if torch.cuda.is_available():
+        pytest.skip('these copies are for a CPU; a GPU has its own, which the graph tests read')
     model = middle_llama(bias, joins)
     if four_bits:
         use_int4(model)
