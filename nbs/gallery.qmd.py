@@ -33,7 +33,8 @@ def card(folder):
     report = (folder / 'report.html').read_text(encoding='utf-8')
     page = f'gallery/{folder.parent.name}/{folder.name}'
     title = re.search('<h1[^>]*>(.*?)</h1>', report)[1]
-    verdict = '<br>'.join(html.escape(line.removeprefix('- ')) for line in (run.get('verdict') or '').splitlines())
+    words = re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', run.get('verdict') or '')  # its links lead into the folder of the run
+    verdict = '<br>'.join(html.escape(line.removeprefix('- ')) for line in words.splitlines())
     facts = f"{run['notebook']}/{run['name']} · {run['seconds']:,.0f} s · {run['started'][:10]}"
 
     picture = ''
