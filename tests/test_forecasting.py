@@ -21,7 +21,7 @@ from llmft.data.tokens import load_tokenizer
 from llmft.models.load import load_model, model_config
 from llmft.studies.forecasting.codec import decode, probe
 from llmft.studies.forecasting.forecast import Grammar, evaluate_forecasts, forecast
-from llmft.studies.forecasting.prepared import prepare_series, read_split
+from llmft.studies.forecasting.prepared import prepare_series, prompt_ids, read_split, series_documents
 from llmft.training.ledger import Account, Ledger, statement, study_forward, study_step
 
 root = Path(__file__).parent.parent
@@ -320,10 +320,20 @@ def test_the_cut_output_matrix_writes_the_same_numbers(prepared, monkeypatch, te
 
 
 @pytest.mark.parametrize('family', ['qwen2', 'gpt2'])
+def test_a_loss_begins_where_the_prompt_ends_in_each_serialisation(prepared, family):
+    tokenizer = getattr(Families(), family)
+    documents = series_documents(prepared, 'train', tokenizer, loss_from=20)
+    prompts = prompt_ids(tokenizer, probe(tokenizer), read_split(prepared, 'train').texts, 20)
+    for prompt, start, end in zip(prompts, documents.starts, documents.ends, strict=True):
+        assert documents.ids[start : start + len(prompt)].tolist() == prompt
+        assert documents.loss[start:end].tolist() == [False] * len(prompt) + [True] * (end - start - len(prompt))
+
+
+@pytest.mark.parametrize('family', ['qwen2', 'gpt2'])
 def test_likelihoods_of_steps_add_up_and_do_not_see_later_ones(family):
     "Also where a token holds several characters, perhaps of two steps."
     from llmft.models.load import causal_model
-    from llmft.studies.forecasting.forecast import continuation_nats, prompt_ids
+    from llmft.studies.forecasting.forecast import continuation_nats
 
     tokenizer = getattr(Families(), family)
     model = load_model('preset:llama-tiny').eval()

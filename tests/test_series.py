@@ -362,7 +362,7 @@ def test_windows_stay_inside_their_trajectory_and_cover_it(lengths, length, stri
 @pytest.mark.parametrize('model', ['base', 'smollm2'])
 def test_the_loss_begins_where_the_prompt_of_a_forecast_ends(tmp_path, model):
     from llmft.data.tokens import load_tokenizer
-    from llmft.studies.forecasting.forecast import prompt_ids
+    from llmft.studies.forecasting.prepared import prompt_ids
 
     if model == 'smollm2' and fetched('smollm2') is None:
         pytest.skip('SmolLM2 is not on this machine: llmft fetch smollm2')
