@@ -40,7 +40,7 @@ setup(
     install_requires=requirements('requirements'),
     extras_require={
         name: requirements(f'{name}_requirements')
-        for name in ('dev', 'docs', 'bench', 'forecast', 'zero', 'cluster', 'trackers', 'lm-eval')
+        for name in ('dev', 'docs', 'bench', 'llama-cpp', 'forecast', 'zero', 'cluster', 'trackers', 'lm-eval')
     },
     entry_points={'console_scripts': settings['console_scripts'].split(), 'nbdev': ['llmft=llmft._modidx:d']},
     zip_safe=False,

@@ -23,7 +23,7 @@ from typing import Annotated
 import typer
 
 from . import __version__
-from .core import LabError, find_path, project_root, read_json
+from .core import LabError, find_path, number_of, project_root, read_json
 from .runs.execute import execute_run, row_text
 from .runs.inputs import check_inputs
 from .runs.params import find_notebook, read_parameters, read_yaml, resolve_params, scales, shown
@@ -597,12 +597,15 @@ _study_of = dict(  # experiment -> the study that computes its numbers again
 
 
 def _again_of(folder):
-    "The study that computes the numbers of a run again; `None` where there is none."
+    "The study that computes the numbers of a run again, `None` where there is none; a `LabError` for an older run."
+    from llmft.runs.checks import check_parameters
     from llmft.runs.identity import read_record
 
-    notebook = read_record(folder)['run'].get('notebook')
+    record = read_record(folder)
+    notebook = record['run'].get('notebook')
     if notebook not in _study_of:
         return None
+    check_parameters(record)
     return import_module(f'llmft.studies.{_study_of[notebook]}.again').again[notebook]
 
 
@@ -611,7 +614,8 @@ def _checks_status(checks: list) -> str:
     counts = Counter(check.status for check in checks)
     rest = f"{counts['ok']} of {len(checks)} checks are ok, {counts['cannot be checked']} cannot be made here"
     found = f"{counts['altered']} checks contradict it" if counts['altered'] else 'nothing contradicts it'
-    return f'{found}, {rest}'
+    ended = f", {number_of(counts['failed'], 'check')} ended with an error" if counts['failed'] else ''
+    return f'{found}, {rest}{ended}'
 
 
 def _verify_run(folder, as_object):
@@ -619,12 +623,13 @@ def _verify_run(folder, as_object):
     from llmft.runs.checks import check_run
 
     checks = check_run(folder, _again_of(find_path(folder)))
-    is_altered = any(check.status == 'altered' for check in checks)
+    found = {check.status for check in checks}
+    status = next((each for each in ('altered', 'failed') if each in found), 'ok')
     if as_object:
-        _print_object(status='altered' if is_altered else 'ok', checks=[vars(check) for check in checks])
+        _print_object(status=status, checks=[vars(check) for check in checks])
     else:
         print(*checks, f'{folder}: {_checks_status(checks)}', sep='\n')
-    return 1 if is_altered else 0
+    return dict(ok=0, altered=1, failed=2)[status]
 
 
 @app.command('verify')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['counting_variable', 'assets', 'LabError', 'nearest', 'choose', 'require', 'write_atomic', 'jsonable', 'write_json',
            'check_regular', 'read_json', 'sha256_of', 'short_hash', 'seed_everything', 'purpose_rng', 'counted',
-           'project_root', 'find_path', 'hub_answers', 'shows_bar', 'is_news', 'Html']
+           'project_root', 'find_path', 'hub_answers', 'shows_bar', 'is_news', 'number_of', 'usable_cores', 'Html']
 
 # %% ../nbs/core.ipynb #bc07d841
 import contextlib
@@ -253,13 +253,40 @@ def shows_bar() -> bool:
     return sys.stderr.isatty() or (in_kernel and 'LLMFT_MANAGED' not in os.environ)
 
 # %% ../nbs/core.ipynb #13bc24a3
+_no_news = {
+    'DeepSpeed': 'Setting accelerator to CPU',
+    'bitsandbytes.backends.cpu.ops': 'Failed to load CPU gemm_4bit_forward',
+    'bitsandbytes.autograd._functions': 'inputs will be cast',
+}  # logger -> part of a line
+
+
 def is_news(record,  # of a logger
 )->bool:
     "Whether a line of a library says anything about this run."
-    return 'Setting accelerator to CPU' not in record.getMessage()
+    return not any(text in record.getMessage() for text in _no_news.values())
 
 
-logging.getLogger('DeepSpeed').addFilter(is_news)
+for library in _no_news:
+    logging.getLogger(library).addFilter(is_news)
+
+# %% ../nbs/core.ipynb #d4bb324f
+def _plural(word):
+    "An English noun for any number but one, by the rule for regular nouns."
+    if word.endswith('y') and word[-2] not in 'aeiou':
+        return word[:-1] + 'ies'
+    return word + ('es' if word.endswith(('s', 'x', 'ch', 'sh')) else 's')
+
+
+def number_of(count:int,  # of things
+              one:str,    # the word for one of them, a regular noun
+)->str:
+    "A number with its noun, such as 1 core, 2 cores, 1,200 rows."
+    return f'{count:,} {one if count == 1 else _plural(one)}'
+
+# %% ../nbs/core.ipynb #aaeeca49
+def usable_cores() -> int:
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 # %% ../nbs/core.ipynb #3eec978f
 class Html(str):

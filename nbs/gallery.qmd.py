@@ -10,17 +10,21 @@ import re
 
 from nbdev.config import get_config
 
+from llmft.runs.report import duration
+
 root = get_config().config_path
 sections = {
     'First runs': ['compare/quickstart', 'finetune/quickstart-full', 'finetune/quickstart-lora', 'finetune/quickstart-qlora'],
     'A real model on a laptop': [
-        'finetune', 'forecast_train/final', 'forecast_eval/final', 'sublora_bounds/smollm2', 'instruct/smollm2-mbpp'
+        'finetune', 'forecast_train/final', 'forecast_eval/final', 'sublora_bounds/smollm2', 'instruct/smollm2-mbpp',
+        'inference/smollm2-fp32', 'inference/smollm2-int8', 'inference/smollm2-nf4', 'pdf_finetune/smollm2'
     ],
     'Memory-efficient fine-tuning': ['compare', 'inference_compare', 'profile'],
     'Forecasting dynamics': ['forecast_summary', 'forecast_train', 'forecast_eval'],
     'Instruction tuning on code': ['instruct'],
     'Fine-tuning on PDFs': ['pdf_compare', 'pdf_finetune'],
     'Generalization bounds': ['sublora_analysis', 'sublora_bounds'],
+    'On a GPU': ['gpu_check'],
     'Speed compared with other libraries': [
         'bench', 'bench_instruct', 'bench_inference', 'bench_forecast', 'bench_bounds'
     ],
@@ -35,7 +39,7 @@ def card(folder):
     title = re.search('<h1[^>]*>(.*?)</h1>', report)[1]
     words = re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', run.get('verdict') or '')  # its links lead into the folder of the run
     verdict = '<br>'.join(html.escape(line.removeprefix('- ')) for line in words.splitlines())
-    facts = f"{run['notebook']}/{run['name']} · {run['seconds']:,.0f} s · {run['started'][:10]}"
+    facts = f"{run['notebook']}/{run['name']} · {duration(run['seconds'])} · {run['started'][:10].replace('-', '&#8209;')}"
 
     picture = ''
     if 'src="data:image/png;base64,' in report or '<svg role="img"' in report:
@@ -53,7 +57,7 @@ def named(folder, name):
 
 
 left = sorted(path.parent for path in root.glob('outputs/gallery/*/*/report.html'))
-print("""Each run leaves a report: the question, the parameters, the data with one example, curves, costs, a verdict in words, and the origin of every number. The code is folded under each cell. These runs used two CPU cores and no network.
+print("""Each run leaves a report: the question, the parameters, the data with one example, curves, costs, a verdict in words, and the origin of every number. The code is folded under each cell. These runs used two CPU cores and no network; one checked an H100.
 """)
 for section, names in sections.items():
     reports = [folder for name in names for folder in left if named(folder, name)]

@@ -245,7 +245,7 @@ def test_an_answer_that_spells_an_end_is_learnt_whole(kind, template):
     tokenizer = kinds[kind]()
     spelled = [text for text in control_tokens(tokenizer) if text != tokenizer.unk_token]
     answer = ' '.join(['first', *spelled, 'last'])
-    examples, notes = encode_tasks([Task('', 'q', answer), Task('', 'q', 'plain')], tokenizer, 500, template, '')
+    examples, notes, _ = encode_tasks([Task('', 'q', answer), Task('', 'q', 'plain')], tokenizer, 500, template, '')
     learnt = [[int(token) for token, on in zip(examples[row], examples.loss[start:end], strict=True) if on]
               for row, (start, end) in enumerate(zip(examples.starts, examples.ends, strict=True))]
 
@@ -258,7 +258,7 @@ def test_an_answer_that_spells_an_end_is_learnt_whole(kind, template):
 def test_control_tokens_of_a_template_parameter_stay_tokens():
     tokenizer = qwen_like()
     template = '<|im_start|>user\n{input}<|im_end|>\n<|im_start|>assistant\n{solution}<|im_end|>\n'
-    examples, _ = encode_tasks([Task('', 'a', 'def')], tokenizer, 99, template, '')
+    examples, *_ = encode_tasks([Task('', 'a', 'def')], tokenizer, 99, template, '')
     wanted = '<|im_start|> user Ċ a <|im_end|> Ċ <|im_start|> assistant Ċ def <|im_end|>'
     assert ''.join(names(tokenizer, examples[0])) == wanted.replace(' ', '')
     assert list(examples[0]).count(tokenizer.eos_token_id) == 2
@@ -372,7 +372,7 @@ def test_a_right_body_passes_whatever_the_tokenizer(kind, monkeypatch):
     tokenizer = kinds[kind]()
     prompt, body = 'def add(a, b):\n    """Add."""\n', '    c = a + b\n    return c\n'
     task = Task('h', prompt, body, lead=prompt, tests=['assert add(1, 2) == 3'])
-    examples, _ = encode_tasks([task], tokenizer, 400, '{input}{solution}', '')
+    examples, *_ = encode_tasks([task], tokenizer, 400, '{input}{solution}', '')
     right = examples[0][~np.cumsum(~examples.loss).astype(bool) | examples.loss].tolist()[:-1]
     asked = {}
 

@@ -287,7 +287,7 @@ def test_every_form_becomes_the_same_examples(form, ending, tmp_path):
         pandas.DataFrame(as_text).to_csv(path, index=False)
 
     sides, _ = load_tasks(str(path), valid_share=.25)
-    examples, notes = encode_tasks(sides['train'], tokenizer_of('smollm2'), 200, 'chat')
+    examples, notes, _ = encode_tasks(sides['train'], tokenizer_of('smollm2'), 200, 'chat')
     assert len(sides['train']) + len(sides['valid']) + len(sides['test']) == 8 and sides['valid']
     assert notes['targets'] == len(examples) * len('Answer 1.') + len(examples)
     wanted = chat_examples([task.chat for task in sides['train']], tokenizer_of('smollm2'))
@@ -327,10 +327,10 @@ def test_cutting_keeps_the_answers_that_fit(tmp_path):
     task = load_task(dict(messages=[turn for number in range(4) for turn in (
         dict(role='user', content=f'Question {number}?'), dict(role='assistant', content=f'Answer {number}.'))]))
     tokenizer = tokenizer_of('chatml')
-    whole, _ = encode_tasks([task], tokenizer, 1000, 'chat')
-    short, notes = encode_tasks([task], tokenizer, int(whole.slots[0]) // 2, 'chat', too_long='truncate')
+    whole, *_ = encode_tasks([task], tokenizer, 1000, 'chat')
+    short, notes, _ = encode_tasks([task], tokenizer, int(whole.slots[0]) // 2, 'chat', too_long='truncate')
     assert 0 < notes['targets'] < int(whole.supervised()[0]) == notes['targets'] + notes['targets_lost']
-    everything, _ = encode_tasks([task], tokenizer, 1000, 'chat', loss_on='all')
+    everything, *_ = encode_tasks([task], tokenizer, 1000, 'chat', loss_on='all')
     assert int(everything.supervised()[0]) == int(everything.slots[0])
 
 

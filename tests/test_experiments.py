@@ -3,16 +3,20 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from house import code, experiments, only_imports, source
+from verifying import assert_computed_again
 
 from llmft.core import LabError, project_root
 from llmft.models import load as models
 from llmft.runs.execute import execute_run
 from llmft.runs.params import read_parameters, resolve_params
 from llmft.runs.results import finished_runs
+from llmft.studies.finetuning.setup import finetuning_data, finetuning_model
+from llmft.training.step import evaluate_loss, judge
 
 root = project_root()
 least = dict(max_steps=3, num_samples=4, num_eval_samples=1, max_length=64, batch_size=2, sample_tokens=4, eval_every=2)
@@ -39,6 +43,24 @@ def runs(outputs):
     return records
 
 
+def says_what_was_cut(record, folder, max_length):
+    "Assert that the histogram of a report has the documents as they were before the cut."
+    notes = record['meta']['notes']['train']
+    page = (folder / 'report.html').read_text()
+    assert notes['too_long'] and f"n = {notes['documents']:,} · " in page
+    assert f"limit {max_length:,}: {notes['too_long']:,} longer" in page
+
+
+def test_the_loss_before_training_is_measured_as_those_after_it():
+    _, params = resolve_params([root / 'params/finetune/lora.yaml'], overrides(**least | dict(num_eval_samples=3)), 'small')
+    params = SimpleNamespace(**params)
+    data = finetuning_data(params)
+    net = finetuning_model(params)
+    judged = judge(net, data.tokenizer, data.corpus.valid, params.max_length, params.batch_size, params.layout)
+    logged = evaluate_loss(net, data.valid, params.batch_size, params.max_length, params.layout)
+    assert judged['loss_with_end'] == pytest.approx(logged['loss'], rel=1e-6) and judged['ends'] == 3
+
+
 @pytest.mark.parametrize('method', ['full', 'lora', 'qlora'])
 def test_every_method_trains_and_leaves_a_report(runs, outputs, method):
     record, folder = runs[method], outputs / 'finetune' / method
@@ -55,6 +77,9 @@ def test_every_method_trains_and_leaves_a_report(runs, outputs, method):
     page = (folder / 'report.html').read_text()
     assert 'perplexity' in page and len(page) < 1.5e6 and 'Traceback' not in page
     assert {path.name for path in (folder / 'figures').iterdir()} == {'lengths.png', 'loss.png', 'memory.png'}
+    says_what_was_cut(record, folder, least['max_length'])
+    assert_computed_again('finetune', folder)
+    assert f'{method}, step 0: held-out loss ' in page and ', before training at step 0' in page
     if method == 'full':
         assert (folder / 'model' / 'model.safetensors').exists()
     else:
@@ -98,6 +123,9 @@ def test_pretraining_exports_a_model_with_its_card(outputs):
         path.name for path in model.iterdir()
     }
     assert 'bits per byte' in (model / 'README.md').read_text()
+    says_what_was_cut(record, outputs / 'pretrain' / 'base', 128)
+    assert_computed_again('pretrain', outputs / 'pretrain' / 'base')
+    assert 'base, step 0: held-out loss ' in (outputs / 'pretrain' / 'base' / 'report.html').read_text()
 
 
 def test_plain_papermill_takes_the_same_files(tmp_path):

@@ -93,6 +93,23 @@ def test_texts_of_bars_stay_inside():
         assert len(ends) >= 2 and max(ends) <= axes.get_window_extent().x1 + 1
 
 
+def test_a_long_note_leaves_the_bars_their_room_and_is_whole():
+    note = 'of the best matrix product, or copy, on this card; higher is better'
+    names = {f'a piece of work with a long name {number}': number / 9 for number in range(1, 9)}
+    plot = figures.bars(names, 'How near the work comes', 'share of the best rate', note=note)
+    (axes,) = plot.axes
+    plot.draw_without_rendering()
+    words = axes.texts[0].get_window_extent()
+    assert axes.texts[0].get_text() == note and 0 <= words.x0 and words.x1 <= plot.bbox.x1
+    assert axes.get_window_extent().width > 0.3 * plot.bbox.width
+
+
+def test_a_single_bar_has_no_ratio_and_an_exact_prediction_no_sign():
+    assert len(figures.bars(dict(alone=3.0), 'Speed', 'tokens/s', 'alone').axes[0].texts) == 1
+    texts = figures.memory_bars(dict(a=dict(weights=GiB)), dict(a=1.001 * GiB)).axes[0].texts
+    assert any(text.get_text().endswith('(prediction 0 %)') for text in texts)
+
+
 def test_only_runs_that_were_measured_have_a_measured_line():
     def measured_lines(measured):
         (axes,) = figures.memory_bars(dict(a=breakdown, b=breakdown), measured).axes
@@ -107,10 +124,11 @@ def test_no_legend_or_name_covers_data():
     plot.draw_without_rendering()
     assert plot.axes[0].get_legend().get_window_extent().y0 >= plot.axes[0].get_window_extent().y1 - 1
     assert not overlapping([plot.axes[0].get_legend().get_window_extent(), *boxes([plot.axes[0]._left_title])])
-    runs = {
-        f'run-{index}': [dict(step=row['step'], loss=row['loss'] + index / 500) for row in log] for index in range(12)
+    runs = {  # they differ until the last step
+        f'run-{index}': [dict(row, loss=row['loss'] + index / (500 if row is log[-1] else 5)) for row in log]
+        for index in range(12)
     }
-    plot = figures.loss_curves(runs)
+    plot = figures.loss_curves(runs, window=1)
     plot.draw_without_rendering()
     names = [mpl.text.Text.get_window_extent(text) for text in plot.axes[0].texts if text.get_text().startswith('run-')]
     assert len(names) == 12 and not overlapping(names)
@@ -240,7 +258,7 @@ def test_tables_escape_mark_the_best_and_do_not_invent():
     shown = tables.table(rows, ['method', tables.column('loss', unit='nats', best='low', n='n')])
     assert '<b>full' not in shown and '&lt;b&gt;full' in shown and '<b>1.25</b>' in shown and '<b>1.50</b>' not in shown
     assert (
-        '<td data-label="loss, nats">–<small>n = –</small></td>' in shown
+        '<td class="unknown" data-label="loss, nats">–</td>' in shown
         and '<small>nats</small>' in shown
         and 'overflow-x:auto' in shown
         and 'n = 10' in shown
@@ -257,3 +275,14 @@ def test_histogram_counts_every_row_once(lengths, limit):
         bar.get_height() for bar in axes.patches if mpl.colors.to_hex(bar.get_facecolor()) == figures.palette[1].lower()
     )
     assert beyond == sum(length > limit for length in lengths)
+
+
+def test_many_equal_curves_share_one_name():
+    "Fifteen runs whose losses lie on each other, as those of one method under several strategies do."
+    falling = [dict(step=step, loss=4 - step / 10) for step in range(1, 11)]
+    low = [row | dict(loss=row['loss'] - 1) for row in falling]
+    runs = {f'lora_{number}': falling for number in range(8)} | dict(lora=falling, full=low)
+    names = {text.get_text() for text in figures.loss_curves(runs).axes[0].texts}
+    assert {'lora and 8 like it', 'full'} <= names and 'lora_3' not in names
+    few = {text.get_text() for text in figures.loss_curves({name: runs[name] for name in list(runs)[:3]}).axes[0].texts}
+    assert {'lora_0', 'lora_1', 'lora_2'} <= few

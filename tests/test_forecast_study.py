@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from verifying import assert_computed_again
 
 from llmft.core import project_root
 from llmft.models.load import model_config
@@ -69,6 +70,12 @@ def test_every_stage_is_done(study):
     assert {name: record['run']['status'] for name, (record, _, _) in study.items()} == dict.fromkeys(study, 'done'), {
         name: record['run']['error'] for name, (record, _, _) in study.items()
     }
+
+
+def test_the_errors_of_forecasts_are_computed_again(study):
+    assert_computed_again('forecast_train', study['search'][2])
+    assert_computed_again('forecast_train', study['final'][2])
+    assert_computed_again('forecast_eval', study['test'][2])
 
 
 def test_a_run_that_finds_the_budget_used_up_says_so_before_training(study):

@@ -165,9 +165,76 @@ def test_copied_weights_of_16_and_of_four_bits_give_the_logits_of_the_model(rows
             logits = [decoder.begin(ids[:, :6], torch.zeros(rows, dtype=torch.long))]
             logits += [decoder.step(ids[:, place]) for place in range(6, 9)]
             assert largest_difference([torch.stack(logits, 1)], [whole]) <= rounding(model)
-        assert decoder.layers[0].qkv.__qualname__.split('.')[0] == (
-            ('_four_bit_map' if joins else '_side_by_side') if four_bits else '_packed'
-        )
+        qkv = decoder.layers[0].qkv
+        if rows == 1 and not four_bits:
+            assert qkv.func is torch.nn.functional.linear and decoder.own_products
+        else:
+            assert qkv.__qualname__.split('.')[0] == (
+                ('_four_bit_map' if joins else '_side_by_side') if four_bits else '_packed'
+            )
+
+
+@pytest.mark.parametrize('precision', ['bf16', 'fp32'])
+@pytest.mark.parametrize('rows', [1, 2])
+def test_single_rows_of_16_bits_are_multiplied_without_onednn_and_nothing_else_is(rows, precision, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip('oneDNN is for a CPU')
+    model = load_model('preset:llama-tiny', precision, seed=1).eval()
+    decoder = LeanDecoder(model, 9, rows, 16)
+    head, states = decoder.head, []
+    monkeypatch.setattr(
+        decoder, 'head', lambda inputs: (states.append(torch.backends.mkldnn.enabled), head(inputs))[1]
+    )
+    decoder.begin(torch.tensor([[3, 4, 5]] * rows), torch.zeros(rows, dtype=torch.long))
+    decoder.step(torch.tensor([6] * rows))
+    alone = rows == 1 and precision == 'bf16'
+    assert states == [True, not alone] and torch.backends.mkldnn.enabled
+    if alone:
+        decoder.select([0, 0])
+        decoder.step(torch.tensor([7, 8]))
+        monkeypatch.setattr(decoder, 'head', lambda inputs: 1 / 0)
+        decoder.select([0])
+        with pytest.raises(ZeroDivisionError):
+            decoder.step(torch.tensor([6]))
+        assert states[2:] == [True] and torch.backends.mkldnn.enabled
+
+
+def written_out(model):
+    "The same model with its eight-bit layers as ordinary ones that hold the same numbers."
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == 'Linear8bitLt':
+            plain = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None)
+            scales = module.state.SCB if module.weight.SCB is None else module.weight.SCB
+            plain.weight.data = module.weight.data.float() * (scales / 127)[:, None]
+            plain.bias = module.bias
+            model.set_submodule(name, plain)
+    return model
+
+
+@pytest.mark.parametrize('rows', [1, 4, 5])
+@pytest.mark.parametrize('wide', [176, 192], ids=['beyond blocks', 'whole blocks'])
+def test_eight_bits_are_evaluated_as_the_numbers_they_stand_for(wide, rows):
+    if torch.cuda.is_available():
+        pytest.skip('on a GPU the layers of bitsandbytes are called')
+    presets['llama-bytes'] = presets['llama-tiny'] | dict(intermediate_size=wide, attention_bias=True)
+    ids = torch.randint(1, 511, (rows, 9), generator=torch.Generator().manual_seed(rows))
+    model, exact = (load_model('preset:llama-bytes', quantisation='int8', seed=1).eval() for _ in range(2))
+    torch.nn.init.normal_(model.model.layers[0].self_attn.q_proj.bias, generator=torch.Generator().manual_seed(0))
+    exact.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        whole = written_out(exact)(ids).logits[:, 5:]
+        evaluated = model(ids).logits[:, 5:]
+        assert largest_difference([evaluated], [whole]) < 1e-5  # 9 rows and more: exact
+        for steps in (0, 16):
+            decoder = LeanDecoder(model, 9, rows, steps)
+            logits = [decoder.begin(ids[:, :6], torch.zeros(rows, dtype=torch.long))]
+            logits += [decoder.step(ids[:, place]) for place in range(6, 9)]
+            difference = largest_difference([torch.stack(logits, 1)], [whole])
+            assert difference < (1e-5 if rows > 4 else 1e-2)
+    assert decoder.layers[0].qkv.__qualname__.split('.')[0] == 'eight_bit_product'
+    rounded = model(ids).logits[:, 5:].detach()  # with gradients it is bitsandbytes that evaluates
+    assert largest_difference([rounded], [whole]) > max(2 * difference, 1e-3)
+    assert largest_difference([model.train()(ids).logits[:, 5:].detach()], [whole]) < 1e-5  # it trains like this
 
 
 def test_a_packed_batch_gives_the_tokens_of_transformers():

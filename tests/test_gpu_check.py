@@ -11,7 +11,7 @@ import pytest
 from pretend_cuda import device
 
 from llmft.bench import gpu_check
-from llmft.bench.checks import checks
+from llmft.bench.checks import Scale, checks
 from llmft.bench.gpu_check import Watch, check_verdict, with_status
 from llmft.cli import call
 
@@ -152,6 +152,11 @@ def test_the_whole_keeps_to_its_budget_and_names_what_is_left(tmp_path, monkeypa
     assert found['hangs'] == found['last'] == ('not checked', 'the budget of time was spent')
 
 
+def test_one_row_is_no_rows():
+    named = [finding.what for finding in checks['decoding'].run(Scale(tiny=True))]
+    assert [what for what in named if 'compiled' not in what] == ['decoding 1 row', 'decoding 16 rows']
+
+
 def test_the_verdict_names_what_is_wrong_and_what_was_not_checked():
     row = dict(figures={}, error='', missing='')
     rows = [
@@ -160,4 +165,4 @@ def test_the_verdict_names_what_is_wrong_and_what_was_not_checked():
         dict(row, check='formats', status='not checked', what='nf4', missing='no bitsandbytes'),
     ]
     said = check_verdict(rows, dict(device='a card'))
-    assert '1 findings are right and 1 wrong' in said and 'tokens (others)' in said and 'nf4 (no bitsandbytes)' in said
+    assert '1 right finding and 1 wrong' in said and 'tokens (others)' in said and 'nf4 (no bitsandbytes)' in said

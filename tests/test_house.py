@@ -109,6 +109,16 @@ def test_one_thing_per_statement():
     assert_kept(wrong, looked, 500)
 
 
+def test_numbers_with_nouns_have_one_home():
+    own = re.compile(r"""\{\s*['"]s['"]\s*(\*|if)|['"]s['"] if """)
+    wrong, looked = [], 0
+    for path in [*library, *experiments]:
+        for cell in code(path):
+            looked += 1
+            wrong += [f'{place(path)}: write {found[0]!r} by number_of' for found in own.finditer(source(cell))]
+    assert_kept(wrong, looked, 1500)
+
+
 def test_one_public_definition_per_export_cell():
     wrong, looked = [], 0
     for path, _, tree in exported():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from verifying import assert_computed_again
 
 from llmft.core import LabError, project_root
 from llmft.data.tokens import load_tokenizer
@@ -404,6 +405,7 @@ def test_the_experiment_and_the_comparison_leave_reports(tmp_path):
             and metrics['total_tokens'] <= 8
             and 'throughput_tokens_per_sec_batch2' in metrics
         )
+        assert_computed_again('inference', tmp_path / 'inference' / form)
     notebook, params = resolve_params(
         [root / 'nbs/experiments/inference_compare.ipynb'], overrides(outputs=str(tmp_path))
     )

@@ -148,6 +148,7 @@ def test_ignored_rows_cannot_poison_the_loss():
     assert loss.isfinite() and slope_ND.isfinite().all() and slope_VD.isfinite().all()
 
 
+@pytest.mark.skipif(here == 'cuda', reason='the assertion of a GPU would end every later test of this process')
 @pytest.mark.parametrize('wrong', [-1, 53])
 def test_targets_outside_the_vocabulary_are_refused(wrong):
     hidden_ND, weight_VD, _, targets_N = example()

@@ -78,7 +78,6 @@ def gap(first, second):
     return (first - second).abs().max().item()
 
 
-refused = {('DoRA', 'int8')}  # PEFT's own answers fail there from the second on
 cases = [(kind, 'fp32') for kind in kinds()]
 cases += [(kind, 'nf4') for kind in ('LoRA', 'DoRA', 'OLoRA', 'IA3', 'VeRA', 'norms saved', 'LoRA on the embedding')]
 cases += [(kind, 'bf16') for kind in ('LoRA', 'DoRA', 'IA3', 'LoKr', 'norms saved', 'LoRA on the embedding')]
@@ -101,10 +100,6 @@ def test_logits_stay_the_same_after_loading_and_merging(kind, form, tmp_path):
     assert moved > 0.01, 'the adapter did nothing, so this test shows nothing'
     saved(model, tmp_path / 'adapter')
 
-    if (kind, form) in refused:
-        with pytest.raises(LabError, match='does not fit'):
-            load_adapter(base(), tmp_path / 'adapter')
-        return
     loaded = load_adapter(base(), tmp_path / 'adapter')
     assert gap(logits_of(loaded, ids), own) <= 1e-5 * own.abs().max()
     assert gap(through_layers(loaded.eval()), own) <= (1e-5 if precision == 'fp32' else 0.02) * own.abs().max()

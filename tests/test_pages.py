@@ -13,9 +13,9 @@ import pytest
 from house import write
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from llmft.runs.figures import bars, frontier, loss_curves, memory_bars
+from llmft.runs.figures import bars, frontier, loss_curves, memory_bars, on_deep, on_pale
 from llmft.runs.overview import write_overview
-from llmft.runs.pictures import inline_svg, take_picture
+from llmft.runs.pictures import inline_svg, take_picture, tones
 from llmft.runs.report import render_report, write_reports
 from llmft.runs.tables import column, table
 
@@ -70,6 +70,8 @@ def notebook():
     wide = [{f'a column {number}': number * 1.5 for number in range(11)} for _ in range(3)]
     one = [{f'fact {number}': number * 1.5 for number in range(10)}]
     code = [dict(problem='p', answer='def f(x):\n    return x', outcome='right')]
+    pairs = [dict(prompt='a word ' * 20, answer='two\nlines', score=None), dict(prompt='a', answer='b', score=0.5)]
+    texts = [dict(n=1, before='a word ' * 60, after='two\nlines ' * 6, reason='')]
     tagged = new_code_cell(parameters, metadata=dict(tags=['parameters']), execution_count=1)
     framed = '<table class="dataframe"><thead><tr><th>step</th></tr></thead><tbody><tr><th>0</th></tr></tbody></table>'
     return new_notebook(
@@ -85,6 +87,8 @@ def notebook():
             cell('table(one)', shown(table(one, caption='One row'))),
             cell('table(code)', shown(table(code, ['problem', column('answer', code=True), 'outcome']))),
             cell('frame', new_output('execute_result', data={'text/html': framed})),
+            cell('table(texts)', shown(table(texts, caption='What the base and the tuned model write, word by word'))),
+            cell('table(pairs)', shown(table(pairs, caption='Pairs'))),
             cell('print(1)', new_output('stream', name='stdout', text='x' * 300)),
             cell('warn()', new_output('stream', name='stderr', text='a warning')),
             new_markdown_cell('## Figures'),
@@ -145,7 +149,9 @@ def test_the_verdict_and_its_figure_come_first_and_once(folder):
 def test_three_commands_under_a_verdict(folder):
     page = (folder / pages[0]).read_text()
     commands = re.findall('<dd><code>(.*?)</code></dd>', page.split('<main')[0])
-    assert commands == [
+    pieces = re.findall('<span>(.*?)</span>', commands[1])
+    assert pieces == ['--small', '-p name=first-2', '-p learning_rate=0.0015']
+    assert [re.sub('<[^>]*>', '', command) for command in commands] == [
         'llmft try outputs/finetune/first &quot;your prompt&quot;',
         'llmft run params/finetune/lora.yaml --small -p name=first-2 -p learning_rate=0.0015',
         'llmft diff finetune/first finetune/first-2',
@@ -266,6 +272,24 @@ def test_nothing_overflows_and_nothing_is_fetched(browser, folder, page, width):
     tab.close()
 
 
+def test_captions_prose_and_printed_lines_have_room(browser, folder):
+    tab, _ = opened(browser, folder / pages[0], 1280)
+    measured = """() => {
+      const named = [...document.querySelectorAll('caption')].find(each => each.textContent.startsWith('What the base'));
+      const row = named.parentElement.tBodies[0].rows[0];
+      const printed = [...document.querySelectorAll('.out')].find(each => each.textContent.startsWith('xxx'));
+      return [named.clientHeight, row.cells[1].clientWidth, printed.scrollWidth - printed.clientWidth,
+              getComputedStyle(row.cells[3]).display]; }"""
+    caption, prose, beyond, _ = tab.evaluate(measured)
+    assert caption < 60, 'a caption above a narrow table runs down its side'
+    assert prose < 450, 'a column of prose takes the width of the others'
+    assert beyond <= 1, 'a printed line is cut'
+    tab.set_viewport_size(dict(width=390, height=800))
+    caption, _, beyond, empty = tab.evaluate(measured)
+    assert caption < 60 and beyond <= 1 and empty == 'none'
+    tab.close()
+
+
 own_checks = """() => {
   const found = [];
   const say = (what, node) => found.push(what + ': ' + node.outerHTML.slice(0, 90));
@@ -343,6 +367,41 @@ def test_axe_sees_what_is_wrong(browser, tmp_path):
     write(tmp_path / 'bad.html', '<html><p style="color:#999">pale</p><img src="data:,"></html>')
     tab, _ = opened(browser, tmp_path / 'bad.html')
     assert {rule for rule, _ in serious(tab)} >= {'color-contrast', 'image-alt', 'html-has-lang', 'document-title'}
+    tab.close()
+
+
+def test_figures_can_be_read_on_a_phone(browser, folder):
+    tab, _ = opened(browser, folder / pages[0], 390)
+    small, beyond = tab.evaluate("""() => {
+      const texts = [...document.querySelectorAll('.figure svg text')];
+      const size = each => parseFloat(getComputedStyle(each).fontSize) * each.getScreenCTM().a;
+      const ends = texts.map(each => each.getBoundingClientRect()).filter(each => each.left < 0 || each.right > 390);
+      return [Math.min(...texts.filter(each => each.getAttribute('transform').includes('rotate(-0')).map(size)),
+              ends.length]; }""")
+    assert small >= 9 and beyond == 0
+    tab.close()
+
+
+def test_columns_of_prose_become_cards_without_what_is_unknown(browser, folder):
+    tab, _ = opened(browser, folder / pages[0], 390)
+    shown = tab.evaluate("""() => {
+      const named = [...document.querySelectorAll('caption')].find(each => each.textContent == 'Pairs');
+      const rows = [...named.parentElement.tBodies[0].rows];
+      return rows.map(row => [...row.cells].map(each => getComputedStyle(each).display)); }""")
+    assert shown == [['block', 'block', 'none'], ['block', 'block', 'flex']]
+    tab.close()
+
+
+def test_text_on_coloured_cells_does_not_follow_the_page():
+    assert {on_pale.lower(), on_deep.lower()}.isdisjoint(tones)
+
+
+def test_the_page_over_all_runs_fits_a_phone_and_shows_curves_whole(browser, folder):
+    tab, _ = opened(browser, folder / 'index.html', 1280)
+    hint, curve = tab.locator('.lead .wide'), tab.locator('td svg').first
+    assert hint.is_visible() and curve.bounding_box()['width'] == 100
+    tab.set_viewport_size(dict(width=390, height=800))
+    assert not hint.is_visible() and tab.evaluate('document.documentElement.scrollWidth') == 390
     tab.close()
 
 
@@ -426,12 +485,27 @@ def test_copies_in_the_gallery_lead_back_and_have_a_thumbnail(folder, tmp_path, 
     docs = importlib.import_module('docs')
     monkeypatch.setattr(docs, 'root', tmp_path)
     shutil.copytree(folder, tmp_path / 'outputs/gallery')
+    report = tmp_path / 'outputs/gallery/finetune/first/report.html'
+    report.write_text(report.read_text().replace('<main', '<a href="certificate.llmft">a certificate</a><main', 1))
     docs.copy_reports(tmp_path / 'site')
     copy = (tmp_path / 'site/gallery/finetune/first.html').read_text()
+    assert 'a certificate<main' in copy
     assert copy.index('href="../../gallery.html"') < copy.index('<header>')
     drawing = (tmp_path / 'site/gallery/finetune/first.svg').read_text()
     assert ElementTree.fromstring(drawing).get('aria-label').startswith('Loss.')
     assert len(list((tmp_path / 'site/gallery').rglob('*.html'))) == 3
+
+
+def test_links_of_a_copy_lead_somewhere(tmp_path, monkeypatch):
+    pytest.importorskip('mkdocs')
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / 'tools'))
+    docs = importlib.import_module('docs')
+    write(tmp_path / 'two words.html', 'a page')
+    live = ['#data', 'https://example.org/a', 'mailto:a@example.org', 'two%20words.html#data']
+    dead = ['certificate.llmft', '../../x/report.html', 'a.txt?b#c']
+    texts = [f'<a class="x" href="{address}" rel="y">the <b>words</b>\nof it</a>' for address in [*live, *dead]]
+    found = docs.without_dead_links(' and '.join(texts), tmp_path)
+    assert found == ' and '.join([*texts[:4], *['the <b>words</b>\nof it'] * 3])
 
 
 def test_a_report_is_written_for_a_notebook_that_was_saved(tmp_path):

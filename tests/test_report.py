@@ -53,6 +53,13 @@ def fetched(page):
     ] + re.findall(r'url\((?!#f[0-9a-f]{8}-)|@import|<link|<script|<iframe', page)  # a drawing may refer to itself
 
 
+@pytest.mark.parametrize('cores, words', [(1, '1 core Model T'), (2, '2 cores Model T'), (None, 'Model T')])
+def test_the_head_names_the_machine(cores, words):
+    host = dict(cpu='Model T') | (dict(cores=cores) if cores else {})
+    page = render_report(new_notebook(), record | dict(meta=record['meta'] | dict(machine=host)))
+    assert f'<span>{words}</span>' in page.split('</header>')[0]
+
+
 def test_a_whole_report(tmp_path):
     execute_run(
         here / 'report.ipynb', dict(outputs=str(tmp_path), name='lora', lora_rank=16), on_line=lambda line: None
@@ -104,6 +111,17 @@ def test_markdown_fetches_nothing():
 def test_images_beside_the_notebook_are_taken_in(tmp_path):
     (tmp_path / 'a.png').write_bytes(b'\x89PNG')
     assert 'src="data:image/png;base64,' in markdown_html('![x](a.png)', tmp_path)
+
+
+@pytest.mark.parametrize(
+    'value, words',
+    [(5e13, '5e13'), (1234567890.0, '1234567890.0'), (100_000, '100,000'), (2e-5, '2e-5'), (0.004, '0.004')],
+)
+def test_numbers_among_the_parameters_are_short_and_whole_in_the_title(value, words):
+    tagged = new_code_cell(f'budget: {type(value).__name__} = 1  # most', metadata=dict(tags=['parameters']))
+    page = render_report(new_notebook(cells=[tagged]), record | dict(params=dict(budget=value)))
+    assert f'<li title="{value}"><b>budget</b> {words}</li>' in page
+    assert f'<td title="{value}">{words}</td>' in page
 
 
 def test_text_is_escaped():

@@ -380,8 +380,9 @@ def test_windows_without_a_loss_are_left_out(tmp_path):
 
     tokenizer = load_tokenizer('base')
     prepare_series(tmp_path, simulate_count=20, steps=30, context=20, seed=2)
-    every, _ = series_windows(tmp_path, tokenizer, 64)
-    late, watched = series_windows(tmp_path, tokenizer, 64, loss_from=20)
+    every, _, lengths = series_windows(tmp_path, tokenizer, 64)
+    assert every.slots.max() == 64 < lengths.min(), 'of the trajectories, before they are cut into windows'
+    late, watched, _ = series_windows(tmp_path, tokenizer, 64, loss_from=20)
     assert 0 < len(late) < len(every) and (late.supervised() > 0).all() and (watched.supervised() > 0).all()
     with pytest.raises(LabError, match='loss_from is 30 and no trajectory has more steps'):
         series_windows(tmp_path, tokenizer, 64, loss_from=30)

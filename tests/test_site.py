@@ -80,12 +80,15 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.ids = set()
+        self.twice = set()  # ids of several elements
         self.links = []
         self.resources = []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
+        named = attributes.get('id')
+        self.twice |= {named} & self.ids
         self.ids |= {attributes[name] for name in ('id', 'name') if attributes.get(name)}
         source = attributes.get('src')
         target = attributes.get('href')
@@ -104,6 +107,44 @@ def pages(site):
         path.relative_to(site['folder']).as_posix(): Page(path.read_text(encoding='utf-8'))
         for path in sorted(site['folder'].rglob('*.html'))
     }
+
+
+def test_no_column_is_empty_and_no_bar_of_progress_is_left(site, pages):
+    looked = 0
+    for path in pages:
+        text = (site['folder'] / path).read_text(encoding='utf-8')
+        assert path.startswith('gallery/') or 'step/s]' not in text, f'{path} shows a bar of progress'
+        for table in re.findall(r'(?s)<div class="scroll table rows[^>]*>(.*?)</table>', text):
+            looked += 1
+            rows = [re.findall(r'(?s)<td[^>]*>(.*?)</td>', row) for row in re.findall(r'(?s)<tr>.*?</tr>', table)[1:]]
+            assert all(any(column) for column in zip(*rows, strict=True)), f'{path}: an empty column in {table[:200]}'
+    assert looked > 300
+
+
+def test_pages_of_studies_have_the_numbers_of_their_reports():
+    "page, report of the gallery, name of the number, how the page writes it."
+    for page, report, name, form in (
+        ('code', 'instruct/diverse', 'eval_loss_before', '{:.3f} before'),
+        ('code', 'instruct/diverse', 'eval_loss', '**{:.3f}** at step'),
+        ('code', 'instruct/diverse', 'test_loss', '{:.3f} after'),
+        ('pdfs', 'pdf_finetune/all', 'perplexity_before', 'falls from {:.1f}'),
+        ('pdfs', 'pdf_finetune/all', 'perplexity_after', ' to {:.1f} (23 chunks'),
+        ('finetuning', 'compare/finetune-matrix', 'lora_peak_memory_gb', 'LoRA takes {:.3f} GiB and '),
+        ('finetuning', 'compare/finetune-matrix', 'lora_time_per_epoch_seconds', ' GiB and {:.2f} s per epoch'),
+        ('finetuning', 'compare/finetune-matrix', 'full_time_per_epoch_seconds', ' GiB and {:.2f} s. '),
+        ('finetuning', 'compare/finetune-matrix', 'lora_ddp_time_per_epoch_seconds', ' | {:.2f} / '),
+        ('finetuning', 'compare/finetune-matrix', 'qlora_zero3_gc_time_per_epoch_seconds', ' and {:.2f} / '),
+        ('finetuning', 'inference_compare/inference', 'fp16_throughput_tokens_per_sec', ' / {:.0f} ('),
+        ('finetuning', 'inference_compare/inference', 'fp16_avg_latency', '{:.3f} / '),
+        ('finetuning', 'inference_compare/inference', 'nf4_throughput_tokens_per_sec', ' / {:.0f} ('),
+        ('finetuning', 'inference_compare/inference', 'nf4_perplexity', '{:.1f} in nf4'),
+        ('forecasting', 'forecast_eval/final', 'mae', '| tuned | {:.3f} |'),
+        ('forecasting', 'forecast_eval/final', 'context_parroting_mae_median', ' | {:.3f} | 0.272 |'),
+        ('forecasting', 'forecast_eval/final', 'trajectories', '{} test trajectories of the same generator'),
+    ):
+        metrics = json.loads((root / f'outputs/gallery/{report}/metrics.json').read_text(encoding='utf-8'))
+        text = (root / f'nbs/studies/{page}/index.qmd').read_text(encoding='utf-8')
+        assert form.format(metrics[name]) in text, f'{page}: {name} of {report} is {metrics[name]}'
 
 
 def test_every_notebook_is_a_page(site, pages):
@@ -140,6 +181,31 @@ def test_no_link_and_no_anchor_is_broken(site, pages):
             elif anchor and target in pages and unquote(anchor) not in pages[target].ids and anchor != '__toc':
                 broken.append(f'{path}: no #{anchor} in {target}')
     assert looked > 3000 and not broken, f'of {looked} links {len(broken)} are broken: {broken[:20]}'
+
+
+def test_an_anchor_names_one_place(pages):
+    "A heading and a parameter of one name would have one anchor, and a link to it would lead to the first."
+    experiments = {path: page for path, page in pages.items() if path.startswith('experiments/')}
+    twice = [f'{path}: {sorted(page.twice)}' for path, page in experiments.items() if page.twice]
+    assert not twice, twice
+
+
+def test_words_that_are_also_names_are_no_links(site):
+    text = (site['folder'] / 'guides/data-formats.html').read_text(encoding='utf-8')
+    assert '<code>text</code>' in text and '<code>text</code></a>' not in text, 'a field, not the function'
+    assert '<a href="../experiments/instruct.html"><code>instruct</code></a>' in text, 'an experiment, not the function'
+
+
+def test_outputs_are_for_readers(site, pages):
+    looked = 0
+    for path in pages:
+        text = (site['folder'] / path).read_text(encoding='utf-8')
+        if path.startswith('gallery/'):
+            continue
+        looked += text.count('<img alt=')
+        assert 'alt="figure"' not in text, f'{path} has a figure without words'
+        assert 'real_accelerator' not in text, f'{path} shows the warning of a library'
+    assert looked > 40
 
 
 def test_links_to_the_repository_lead_to_files(pages):
@@ -385,6 +451,46 @@ def test_formulas_have_a_font_that_stretches(browser, address):
         root_height = page.evaluate('() => Math.max(...[...document.querySelectorAll("msqrt")].map(e => e.clientHeight))')
         assert root_height > 30, 'no radical is taller than a line: the fraction below it is taller'
         assert not trouble, trouble
+
+
+# Names in the cells of tables that a line break divides elsewhere than at a sign or a blank.
+torn_names = r'''() => [...document.querySelectorAll('td code')].flatMap(code => {
+  const torn = [], walk = document.createTreeWalker(code, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) for (const word of walk.currentNode.data.matchAll(/[\w*.]+/g)) {
+    const range = document.createRange();
+    range.setStart(walk.currentNode, word.index);
+    range.setEnd(walk.currentNode, word.index + word[0].length);
+    const parts = word[0].split('_').length + (word[0].match(/\./g) || []).length;
+    if (new Set([...range.getClientRects()].map(box => box.top)).size > parts) torn.push(code.textContent);
+  }
+  return torn;
+})'''
+# Boxes of wide tables and of commands whose content is cut at the right.
+cut_boxes = '''() => [...document.querySelectorAll('.scroll.rows, .language-sh code, .language-bash code')].filter(
+  each => each.scrollWidth > each.clientWidth + 8).map(each => each.textContent.slice(0, 60))'''
+# Options with their values that are on more than one line.
+torn_options = """() => [...document.querySelectorAll('.flag')].filter(
+  each => new Set([...each.getClientRects()].map(box => Math.round(box.top))).size > 1).map(each => each.textContent)"""
+tables_and_commands = (
+    'index.html',
+    'guides/faq.html',
+    'guides/one-gpu.html',
+    'guides/papermill.html',
+    'reference/hardware.html',
+    'reference/models.html',
+    'reference/run-folder.html',
+    'studies/index.html',
+)
+
+
+@pytest.mark.parametrize('width', [390, 1280])
+def test_tables_and_commands_are_whole(browser, address, width):
+    with tab(browser, [address], viewport=dict(width=width, height=900)) as (page, _):
+        for path in tables_and_commands:
+            page.goto(address + path)
+            assert not page.evaluate(torn_names), f'{path}: names are torn'
+            assert not page.evaluate(cut_boxes), f'{path}: content is cut'
+            assert not page.evaluate(torn_options), f'{path}: an option is torn'
 
 
 def test_opened_as_a_file_it_shows_and_searches(browser, site):

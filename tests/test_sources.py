@@ -189,6 +189,13 @@ def test_packed_weights_are_those_of_the_file(packed, packing):
     assert (f'rounded from {packing}' in model_says(str(path))) == facts['rounded']
 
 
+def test_a_gguf_file_is_loaded_in_silence(packed, capfd):
+    "A progress bar of transformers would stay in the report of the run."
+    capfd.readouterr()
+    load_model(str(packed['F16']))
+    assert capfd.readouterr() == ('', '')
+
+
 def test_a_gguf_file_is_trained_quantised_saved_and_planned(packed, tmp_path):
     name = str(packed['Q8_0'])
     assert quantised_share(load_model(name, quantisation='nf4'))['quantised']

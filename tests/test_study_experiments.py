@@ -1,12 +1,18 @@
 "Instruction tuning and the study of PDFs, end to end and as small as they go."
 
 import json
+import re
+from types import SimpleNamespace
 
 import pytest
+from verifying import assert_computed_again
 
 from llmft.core import project_root
 from llmft.runs.execute import execute_run
+from llmft.runs.numbers import show_number
 from llmft.runs.params import resolve_params
+from llmft.studies.code.published import course_figure, course_table, reference_losses
+from llmft.studies.code.setup import task_data
 
 root = project_root()
 
@@ -72,6 +78,10 @@ def test_instruct_stops_early_and_keeps_the_best(instruct):
     assert [row['step'] for row in record['train']['checkpoints']] == [0, *held_out]
 
 
+def test_the_losses_of_instruct_are_computed_again(instruct):
+    assert_computed_again('instruct', instruct[1])
+
+
 def test_instruct_reports(instruct):
     _, folder = instruct
     page = (folder / 'report.html').read_text()
@@ -86,9 +96,29 @@ def test_instruct_reports(instruct):
         'lengths.png',
         'loss.png',
         'learning_rate.png',
+        'courses.png',
     } and (folder / 'adapter' / 'adapter_model.safetensors').exists()
     metrics = json.loads((folder / 'metrics.json').read_text())
+    assert f"diverse, step 0: held-out loss {show_number(metrics['eval_loss_before'])}" in page
     assert metrics['fill'] == 1.0 and metrics['padded_fill'] < 0.9 and metrics['pass_at_1'] in (0.0, 1.0)
+
+
+def test_the_best_so_far_means_the_same_for_both_courses():
+    log = [dict(step=step, valid_loss=loss) for step, loss in reference_losses.items()]
+    page = course_table('ours', SimpleNamespace(model='base', loss_on='all'), log, 1)
+    marks = re.findall(r'<td[^>]*>(yes|no)<', page)
+    assert marks == ['yes'] * 5 + ['no'] * 2 + ['yes'] * 5 + ['no'] * 2
+
+
+def test_courses_lie_within_their_panels():
+    log = [dict(step=step, valid_loss=9 - step) for step in (1, 2, 3)]
+    plot = course_figure('ours', log, 3)
+    plot.draw_without_rendering()
+    for axes, evaluations in zip(plot.axes, (len(reference_losses), len(log)), strict=True):
+        shares, losses = axes.lines[0].get_data()
+        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+        assert len(shares) == evaluations and left <= min(shares) and max(shares) <= right
+        assert low < min(losses) and max(losses) < high and high - low < 2 * (max(losses) - min(losses))
 
 
 @pytest.fixture(scope='module')
@@ -149,6 +179,10 @@ def test_two_processes_trained_it(pdfs):
     assert log[0]['step'] == 1 and 'valid_loss' in log[-1]
 
 
+def test_the_losses_of_pdfs_are_computed_again(pdfs):
+    assert_computed_again('pdf_finetune', pdfs[1])
+
+
 def test_the_studys_report_has_no_blank(pdfs):
     _, folder = pdfs
     report = (folder / 'report.md').read_text()
@@ -171,6 +205,26 @@ def test_the_studys_report_has_no_blank(pdfs):
         'batch_search.png',
         'loss.png',
     } == {path.name for path in (folder / 'figures').iterdir()}
+
+
+def test_the_histogram_has_the_chunks_before_the_cut(pdfs):
+    record, folder = pdfs
+    notes = record['meta']['notes']['train']
+    page = (folder / 'report.html').read_text()
+    assert notes['too_long'] and f"n = {notes['documents']:,} · " in page
+    assert f"limit 96: {notes['too_long']:,} longer" in page
+    assert 'all, step 0: held-out loss ' in page
+
+
+def test_rows_that_are_dropped_are_in_the_histogram(tmp_path):
+    rows = [dict(input='Return it.', solution='return 1' + ' + 1' * 9 * n, split='train') for n in range(8)]
+    rows += [dict(input='Return 2.', solution='return 2', split=split) for split in ('valid', 'test')]
+    (tmp_path / 'rows.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    values = overrides(data=str(tmp_path / 'rows.jsonl'), max_length=96, num_samples=0, too_long='drop', model='base')
+    _, params = resolve_params([root / 'params/instruct/diverse.yaml'], values, 'small')
+    data = task_data(SimpleNamespace(**params))
+    assert 0 < len(data.examples['train']) < len(data.lengths) == 8
+    assert (data.lengths > 96).sum() == data.row_notes['train']['too_long'] == 8 - len(data.examples['train'])
 
 
 def test_the_comparison_reads_it(pdfs, outputs):

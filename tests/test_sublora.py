@@ -17,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from verifying import assert_computed_again
 
 from llmft.bounds.bounds import (
     kl_bound,
@@ -665,6 +666,7 @@ def test_the_sweep_is_the_study():
 def test_train_bound_and_analysis_notebooks(tmp_path):
     from llmft.runs.execute import execute_run
     from llmft.runs.params import resolve_params
+    from llmft.studies.sublora.again import bounds_again
 
     def run(path, **values):
         texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
@@ -698,6 +700,11 @@ def test_train_bound_and_analysis_notebooks(tmp_path):
             and found['kl_divergence'] == pytest.approx(found['charged_bits'] * math.log(2))
         )
         folder = tmp_path / 'sublora_bounds' / f'd{d}_{mode}'
+        assert_computed_again('sublora_train', tmp_path / 'sublora_train' / f'd{d}_{mode}')
+        assert_computed_again('sublora_bounds', folder)
+        numbers = bounds_again(folder, json.loads((folder / 'run.json').read_text()))
+        assert {'bound_value', 'top1_error', 'held_out_bpd', 'verified'} <= set(numbers)
+        assert {name: found[name] for name in numbers} == pytest.approx({name: n for name, (n, _) in numbers.items()})
         assert set(json.loads((folder / 'bounds_metrics.json').read_text())) == {
             'kl_divergence',
             'empirical_bpd',
@@ -748,6 +755,8 @@ def test_two_processes_train_the_same_subspace(tmp_path):
         record = execute_run(notebook, params | dict(outputs=str(tmp_path)), on_line=lambda line: None)
         assert record['run']['status'] == 'done', record['run']['error']
         folder = tmp_path / 'sublora_train' / name
+        page = (folder / 'report.html').read_text()
+        assert f'{name}, step 0: held-out loss ' in page and 'Length of training documents' in page
         found[name] = load_file(folder / 'best_ckpt.safetensors') | load_file(folder / 'gate_trace.safetensors')
     assert found['alone']['step'].tolist() == [1, 2, 3, 4] and set(found['alone']) == set(found['two']) == {
         'v',
@@ -770,6 +779,21 @@ def test_a_tie_is_no_hit():
     assert ranks.tolist() == [3, 0, 5, 3]
     head.weight.data.zero_()
     assert _score_targets(torch.ones(2, 4), head, torch.tensor([0, 5]), 2**20)[1].tolist() == [5, 5]
+
+
+def test_pieces_of_logits_give_the_scores_of_all_at_once():
+    from llmft.bounds.scoring import _pieces, _score_targets
+
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 2048, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.randint(-3, 4, (2048, 8)))  # whole numbers: products are exact in any order
+    hidden_RD, targets_R = torch.randint(-3, 4, (300, 8)).float(), torch.randint(2048, (300,))
+    logits_RV = head(hidden_RD)
+    assert [piece.stop for piece in _pieces(logits_RV)] == [128, 256, 300]  # of 2**20 bytes at most
+    assert _pieces(logits_RV.to('meta')) == [slice(0, 300)]
+    logs, ranks = _score_targets(hidden_RD, head, targets_R, 200 * 2048 * 8)  # two products, several pieces in each
+    assert torch.equal(logs, -torch.nn.functional.cross_entropy(logits_RV, targets_R, reduction='none'))
+    assert torch.equal(ranks, (logits_RV >= logits_RV.gather(1, targets_R[:, None])).sum(1) - 1)
 
 
 def test_two_runs_of_one_seed_are_not_averaged_in_silence():

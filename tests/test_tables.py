@@ -98,7 +98,7 @@ broken = {
     'no text': ('a.jsonl', b'{"text": 5}', r"a.jsonl:1 has no text in the field 'text': it holds int"),
     'no UTF-8': ('a.jsonl', b'{"text": "a"}\n{"text": "\xff"}', r'a.jsonl:2 is not UTF-8 text \(byte 11 of the line\)'),
     'half a character': ('a.jsonl', rb'{"text": "\udc00"}', 'a.jsonl:1 holds half of a surrogate pair'),
-    'too few cells': ('a.csv', b'text,n\na,1\nb\n', 'a.csv:3 has 1 cells for 2 fields'),
+    'too few cells': ('a.csv', b'text,n\na,1\nb\n', 'a.csv:3 has 1 cell for 2 fields'),
     'too many cells': ('a.csv', b'text,n\na,b,1\n', 'a.csv:2 has 3 cells for 2 fields'),
     'an open quote': ('a.csv', b'text,n\na,1\n"b,2\nc,3\n', 'a.csv:3 is not CSV'),
     'a lone quote': ('a.tsv', b'text\tn\n"a" b\t1\n', 'a.tsv:2 is not TSV'),

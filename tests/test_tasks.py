@@ -41,12 +41,12 @@ def test_exactly_the_answer_and_its_end_are_trained_on(problem, solution, templa
     if '<|' in problem + solution:
         return
     task = Task('t', problem, solution)
-    examples, _ = encode_tasks([task], tokenizer, 4096, template, 'Be exact.')
+    examples, *_ = encode_tasks([task], tokenizer, 4096, template, 'Be exact.')
     ids, trained = parts(examples, 0)
     first = trained.index(True)
     assert ids[:first] == prompt_rows([task], tokenizer, template, 'Be exact.')[0] and all(trained[first:])
     assert tokenizer.decode(ids[first:]) == solution + tokenizer.eos_token
-    whole, _ = encode_tasks([task], tokenizer, 4096, template, 'Be exact.', loss_on='all')
+    whole, *_ = encode_tasks([task], tokenizer, 4096, template, 'Be exact.', loss_on='all')
     assert parts(whole, 0) == (ids, [True] * len(ids)) and whole.supervised()[0] == len(ids) - 1
 
 
@@ -59,8 +59,8 @@ def test_exactly_the_answer_and_its_end_are_trained_on(problem, solution, templa
 )
 def test_every_row_is_accounted_for(sizes, max_length, policy, loss_on):
     tasks = [Task(str(n), 'word ' * a, 'x = 1\n' * b) for n, (a, b) in enumerate(sizes)]
-    examples, notes = encode_tasks(tasks, tokenizer, max_length, problem_template, '', loss_on, policy)
-    full, _ = encode_tasks(tasks, tokenizer, 10**6, problem_template, '', loss_on)
+    examples, notes, _ = encode_tasks(tasks, tokenizer, max_length, problem_template, '', loss_on, policy)
+    full, *_ = encode_tasks(tasks, tokenizer, 10**6, problem_template, '', loss_on)
     prompts = [len(row) for row in prompt_rows(tasks, tokenizer, problem_template, '')]
     lengths = [len(full[n]) for n in range(len(tasks))]
     kept = [

@@ -12,7 +12,7 @@ from house import experiments, root
 
 from llmft.bench.training import rank_trainers, time_basis
 from llmft.bench.turns import Target, contest_verdict
-from llmft.runs.rivals import Measure, ranked
+from llmft.runs.rivals import Measure, place_words, ranked
 from llmft.studies.code import report as code
 from llmft.studies.code.pass_at_k import Attempt
 from llmft.studies.finetuning import comparison as finetune_runs
@@ -21,7 +21,7 @@ from llmft.studies.finetuning import report as finetuning
 from llmft.studies.forecasting import comparison as forecasts
 from llmft.studies.forecasting import report as forecast_training
 from llmft.studies.forecasting import summary
-from llmft.studies.forecasting.baselines import ceiling, informed, uninformed
+from llmft.studies.forecasting.baselines import ceiling, informed, statistical, uninformed
 from llmft.studies.inference import comparison as precisions
 from llmft.studies.inference import report as inference
 from llmft.studies.pdfs import comparison as pdf_runs
@@ -142,7 +142,7 @@ def instruct(best):
     return code.instruct_verdict(metrics, data, before, after)
 
 
-simple = list(uninformed)
+simple = [*uninformed, *statistical]
 
 
 def forecast_comparison(best):
@@ -163,7 +163,7 @@ def forecast_eval(best):
 
 def forecast_row(best):
     own = dict(mae_median=1 + far['fine-tuned' == best], error_at_10=1 + far['fine-tuned' == best])
-    keys = {name: name.replace(' ', '_') for name in [*simple, 'untrained']}
+    keys = {name: forecasts.metric_name(name) for name in [*simple, 'untrained']}
     errors = {f'{key}_{error}': 1 + far[name == best] for name, key in keys.items() for error in own}
     return dict(run='test', trajectories=items, **own, **errors)
 
@@ -222,7 +222,11 @@ def verdict_of_cell(notebook, **values):
     tools = dict(Measure=Measure, ranked=ranked, rank_trainers=rank_trainers, contest_verdict=contest_verdict)
     tools |= dict(time_basis=time_basis)
     space = tools | dict(Markdown=str, rounds=3) | values
-    exec('from llmft.runs.rivals import *\nfrom llmft.bench.pdfs import rank_readers\n' + source, space)
+    given = (
+        'from llmft.core import number_of\nfrom llmft.runs.numbers import show_number\n'
+        'from llmft.runs.rivals import *\nfrom llmft.bench.pdfs import rank_readers\n'
+    )
+    exec(given + source, space)
     return space['verdict']
 
 
@@ -270,7 +274,8 @@ def bench_instruct(best):
 def bench_inference(best):
     row = dict(model='base', batch=1) | {name: rate(name == best) for name in rivals['bench_inference']}
     alone = [dict(model='base', precision='fp32', step=1.0)]
-    return verdict_of_cell('bench_inference', rows=[row], alone=alone, forms=['fp32'], targets=unmet)
+    nothing = dict(beside={}, llama_cpp='', short={})
+    return verdict_of_cell('bench_inference', rows=[row], alone=alone, forms=['fp32'], targets=unmet, **nothing)
 
 
 def bench_bounds(best):
@@ -317,6 +322,14 @@ verdicts = {
 no_rivals = {'forecast_data', 'gpu_check'}  # they judge no model: one prepares data, one checks a machine
 
 
+def test_the_verdict_names_llama_cpp_where_it_wins():
+    turns = {'ours': [70.0 + turn for turn in range(7)], 'llama.cpp': [90.0 + turn for turn in range(7)]}
+    facts = dict(beside={'smollm2': turns}, llama_cpp='int4_fast', short={'smollm2': 'smollm2'})
+    alone = [dict(model='smollm2', precision='fp32', step=1.0)]
+    said = verdict_of_cell('bench_inference', rows=[], alone=alone, forms=['fp32'], targets=unmet, **facts)
+    assert 'ours loses to llama.cpp, the strongest rival, in throughput of smollm2 in int4_fast' in said
+
+
 def test_every_experiment_is_here():
     assert {path.stem for path in experiments} == set(rivals) | no_rivals
 
@@ -327,7 +340,7 @@ def test_the_verdict_names_the_rival_that_wins(notebook, best):
     lines = verdict.split('\n')
     assert 1 < len(lines) <= 3 and all(line.startswith('- ') for line in lines), verdict
     name = re.escape(best)
-    won = rf'{name} has the (best|largest)|loses to {name}, the strongest rival'
+    won = rf'(?i:{name}) has the (best|largest)|loses to (?i:{name}), the strongest rival'
     undecided = rf'Too few \w+ to say whether .*{name}'
     assert re.search(f'{won}|{undecided}', verdict), verdict
     assert 'Next: ' in lines[-1], verdict
@@ -344,8 +357,10 @@ measured_by = {  # metric with _error or _ratio, by experiment -> what in the ve
     'bench_bounds': r'.*',
     'bench_instruct': r'(time_to_loss|tokens_per_sec)_ratio_vs_(hf_padded|trl_packed)|memory_ratio_vs_hf_padded|pdf_ratio_vs_pypdf',
     'finetune': r'memory_error',  # a prediction of memory, which the comparison of runs judges
-    'forecast_eval': r'(untrained_|last_value_|seasonal_|linear_autoregression_|context_parroting_|\w+_refitted_)?error_at_10',
+    'forecast_eval': r'(untrained_|last_value_|seasonal_|linear_autoregression_|context_parroting_|autoarima_|autoets_|'
+    r'\w+_refitted_)?error_at_10',
     'forecast_summary': r'.+_error_at_10',
+    'gpu_check': r'training: params/.*: memory_error',  # a prediction of memory, which is a finding of its own
     'instruct': r'pass_at_1_error',  # the spread of a mean, for which the interval stands
     'sublora_bounds': r'top\d+_error|b_ratio',  # further claims, all in the table; a setting
 }
@@ -392,13 +407,23 @@ def test_a_tie_with_the_strongest_rival_is_no_win():
     assert 'does not beat every rival' in forecasts.comparison_verdict(comparison, 'fine-tuned')
 
 
+def test_scores_that_look_the_same_tie_however_sure_the_difference():
+    first_N = np.linspace(3, 4, 40)
+    measure = Measure('held-out perplexity', items='documents', log=True)
+    near = ranked(dict(fp16=first_N, fp32=first_N + 1e-6), measure)
+    assert near.differences['fp32'].clear and near.tied == ['fp16', 'fp32']
+    assert place_words(near).startswith('fp16 and fp32 tie in held-out perplexity')
+    far = ranked(dict(fp16=first_N, nf4=first_N + 0.1), measure)
+    assert place_words(far).startswith('fp16 has the best')
+
+
 def test_a_baseline_that_nobody_thought_of_is_named_by_the_summary():
     row = forecast_row('nobody') | dict(oracle_error_at_10=0.01, oracle_mae_median=0.01)
     said = summary.summary_verdict(summary.StudyRows([], [row], []), None, 0.0)
     assert said.count('loses to oracle, the strongest rival') == 2
     assert (
         'oracle'
-        in summary.evaluation_table(
+        in summary.rival_table(
             [row | dict(asked=1, horizon=20, success_rate=1.0, precision=2, mae=1.0)]
         )._repr_html_()
     )

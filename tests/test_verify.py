@@ -2,17 +2,20 @@
 
 import json
 import os
+import re
 import shutil
 import time
 
 import pytest
+from verifying import recomputed
 
-from llmft.cli import call
+from llmft.cli import _study_of, call
 from llmft.core import project_root, read_json, write_json
 from llmft.data.hashes import sealed
+from llmft.runs.checks import seal_check
 from llmft.runs.execute import execute_run
-from llmft.runs.identity import seal_record
-from llmft.runs.params import resolve_params
+from llmft.runs.identity import read_record, seal_record
+from llmft.runs.params import read_parameters, resolve_params
 
 root = project_root()
 gallery = sorted(path.parent for path in (root / 'outputs/gallery').glob('*/*/run.json'))
@@ -38,6 +41,10 @@ def reseal(folder, **sections):
 @pytest.mark.parametrize('folder', gallery, ids=lambda path: '/'.join(path.parts[-2:]))
 def test_what_is_committed_of_the_gallery_verifies(folder, capsys):
     status, lines, errors = verified(folder, capsys)
+    if status == 2:
+        assert not lines and len(errors) == 1 and 'this run is older than' in errors[0], (lines, errors)
+        assert seal_check(folder, read_record(folder)).status == 'ok'
+        return
     assert status == 0 and not errors, (lines, errors)
     assert lines[0].startswith('seal ok: ') and lines[-1].startswith(f'{folder}: nothing contradicts it')
     if (folder / 'log.jsonl').exists():
@@ -91,6 +98,19 @@ def test_checks_as_an_object(run, capsys):
 
 def test_a_report_names_the_line_that_checks_it(run):
     assert f'llmft verify {read_json(run / "run.json")["params"]["outputs"]}/finetune/' in (run / 'report.html').read_text()
+
+
+@pytest.mark.parametrize('error', [AttributeError('no attribute max_size'), KeyError('max_size'), TypeError('unexpected')])
+def test_an_error_of_the_computation_is_no_missing_file(run, capsys, monkeypatch, error):
+    def ends(*_):
+        raise error
+
+    monkeypatch.setattr('llmft.studies.finetuning.again.judge', ends)
+    status, lines, errors = verified(run, capsys)
+    assert status == 2 and not errors
+    assert f'numbers failed: {type(error).__name__}: {error}' in lines and '1 check ended with an error' in lines[-1]
+    status, lines, _ = verified(run, capsys, '--json')
+    assert status == 2 and json.loads(lines[-1])['status'] == 'failed'
 
 
 def test_a_better_number_that_was_signed_again_is_found(run, capsys):
@@ -161,6 +181,9 @@ def folder_of(tmp_path, record, metrics=None, sign=True):
 
 
 def record_of(notebook='finetune', **params):
+    "A record with the parameters of its notebook, where there is one."
+    known = read_parameters(notebook) if notebook in _study_of else []
+    params = {each.name: each.default for each in known} | params
     return dict(run=dict(status='done', notebook=notebook, name='x'), params=params, meta={}, read={})
 
 
@@ -182,6 +205,33 @@ def test_a_record_of_wrong_types_is_refused_in_one_line(tmp_path, capsys, name):
     assert status == 2 and not lines and len(errors) == 1 and len(errors[0]) < 500, (lines, errors)
 
 
+@pytest.mark.parametrize('notebook', _study_of)
+def test_a_run_older_than_a_parameter_is_refused_in_one_line(tmp_path, capsys, notebook):
+    record = record_of(notebook) | dict(meta=dict(git=dict(commit='54b15b3d9870223a')))
+    last = list(record['params'])[-1]
+    del record['params'][last]
+    status, lines, errors = verified(folder_of(tmp_path, record), capsys)
+    assert status == 2 and not lines and len(errors) == 1, (lines, errors)
+    assert f'older than 1 parameter of {notebook} ({last})' in errors[0] and 'git checkout 54b15b3d98' in errors[0]
+
+
+def test_every_kind_of_run_is_computed_again_in_a_test():
+    "By `assert_computed_again`, on a run that its study's own tests make."
+    texts = ''.join(path.read_text() for path in (root / 'tests').glob('test_*.py'))
+    assert set(re.findall(r"assert_computed_again\('(\w+)'", texts)) == set(recomputed) == set(_study_of)
+
+
+def test_numbers_are_computed_from_parameters_that_their_notebooks_have():
+    wrong, looked = [], 0
+    for study in set(_study_of.values()):
+        notebooks = [notebook for notebook in _study_of if _study_of[notebook] == study]
+        known = {each.name for notebook in notebooks for each in read_parameters(notebook)}
+        used = re.findall(r'\bparams\.(\w+)', (root / f'llmft/studies/{study}/again.py').read_text())
+        looked += len(used)
+        wrong += [f'{study}: {name}' for name in set(used) - known]
+    assert not wrong and looked >= 40, (wrong, looked)
+
+
 LYING = {
     'nothing in it': record_of(),
     'no seal': (record_of(), 'unsigned'),
@@ -197,7 +247,7 @@ LYING = {
     'an account outside': record_of('forecast_train') | dict(train=dict(ledger=dict(name='../../x', head='0'))),
     'an account of another type': record_of('forecast_train') | dict(train=dict(ledger=dict(name=[], head=3))),
     'data of another type': record_of(model='base', data='builtin:topics') | dict(meta=dict(data=[1])),
-    'a status with a line feed': dict(run=dict(status='done\nseal ok: fine \x1b[31m', notebook='finetune', name='x')),
+    'a status with a line feed': record_of() | dict(run=dict(status='done\nseal ok: fine \x1b[31m', notebook='finetune', name='x')),
     'a run that goes on': record_of() | dict(run=dict(status='running', notebook='finetune', name='x')),
     'seconds without end': record_of() | dict(run=dict(status='done', notebook='compare', name='x', seconds=1e308)),
 }

@@ -191,7 +191,8 @@ def experiment_parameters(
     source,  # the parameters cell
 ):
     "The parameters of an experiment as a table, each row with an anchor."
-    return parameter_table([parameter_row(each, [each.name]) for each in parse_parameters(source, 'parameters cell')])
+    rows = parse_parameters(source, 'parameters cell')
+    return parameter_table([parameter_row(each, [f'parameter-{each.name}']) for each in rows])
 
 
 # ---- one entry

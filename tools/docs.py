@@ -6,12 +6,14 @@ called here."""
 import argparse
 import base64
 import functools
+import html
 import http.server
 import logging
 import re
 import shutil
 import sys
 import time
+import urllib.parse
 from pathlib import Path
 
 import nbdev.doclinks
@@ -80,9 +82,20 @@ def copy_reports(folder):
         notebook, name = report.parent.parts[-2:]
         target = folder / 'gallery' / notebook / f'{name}.html'
         target.parent.mkdir(parents=True, exist_ok=True)
-        text = report.read_text(encoding='utf-8')
+        text = without_dead_links(report.read_text(encoding='utf-8'), target.parent)
         target.write_text(text.replace('<div class="page">', f'<div class="page">{way_back}', 1), encoding='utf-8')
         save_thumbnail(text, target)
+
+
+def without_dead_links(text, folder):
+    "A page for `folder`, of whose links to files those are left that lead to a file there; the words of the others stay."
+
+    def kept(link):
+        address = urllib.parse.urlsplit(html.unescape(link[1]))
+        is_file = not (address.scheme or address.netloc) and address.path
+        return link[2] if is_file and not (folder / urllib.parse.unquote(address.path)).is_file() else link[0]
+
+    return re.sub(r'(?s)<a\b[^>]*\bhref="([^"]*)"[^>]*>(.*?)</a>', kept, text)
 
 
 way_back = '<p class="home"><a href="../../gallery.html">Gallery of llmft</a></p>'

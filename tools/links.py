@@ -20,6 +20,11 @@ folders_on_site = ('nbs/images/', 'nbs/gallery/')
 
 link = re.compile(r'(\]\(|\b(?:src|href)=")([^)"\s]+)')
 fence = re.compile(r'(^ *(`{3,}|~{3,}).*?^ *\2 *$)', flags=re.MULTILINE | re.DOTALL)
+# Names of the library that pages mostly write for something else: a field, a parameter, a status, an experiment.
+also_words = set(
+    'altered build chat compare condition count coverage fill forecast growth instruct measured needs ratio score '
+    'spread statement summary text verify'.split()
+)
 in_colab = re.compile(r'\[Open in Colab\]\(https://colab[^)]*\)')  # a page has a button for it
 
 
@@ -79,6 +84,28 @@ def linked(text, page):
     return with_links(lookup().linkify(text) or '', page)
 
 
+def imports(code, name):
+    "Whether `code` takes `name` from the library."
+    return re.search(rf'from llmft[\w.]* import (?:\([^)]*|.*)\b{name}\b', code) is not None
+
+
+def without_chance_links(text, page):
+    "Markdown where a word that is also a name of the library leads there only if the page uses that name."
+    module = root / 'llmft' / page.replace('.md', '.py')  # what the page explains, if it is one of the library
+    code = text + (module.read_text(encoding='utf-8') if module.is_file() else '')
+
+    def checked(match):
+        word, target = match.groups()
+        if word not in also_words or f'{target}.md' == page or imports(code, word):
+            return match[0]
+        if (root / f'nbs/experiments/{word}.ipynb').exists():
+            return f'[`{word}`]({docs_address}experiments/{word}.html)'
+        return f'`{word}`'
+
+    address = re.escape(docs_address) + r'([\w./-]+?)\.html(?:#[\w.]+)?'
+    return re.sub(rf'\[`(\w+)`\]\({address}\)', checked, text)
+
+
 def resolved(
     text,  # Markdown of a page
     page,  # its name
@@ -93,4 +120,5 @@ def resolved(
             raise SystemExit(f'{page} links to {match[0]}, and there is no page {target}')
         return relative(target, page) + (f'#{name}' if name in anchors[target] else '')
 
+    text = without_chance_links(text, page)
     return re.sub(re.escape(docs_address) + r'([\w./-]+?)\.html(?:#([\w.]+))?', local, text)

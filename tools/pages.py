@@ -74,16 +74,39 @@ def save_images(text, place):
     return re.sub(r'src="data:image/([\w+]+);base64,([^"]+)"', save, text)
 
 
-def outputs_of(cell, place):
-    "What a cell displayed, as HTML; anchors of a page within the page are taken out."
-    shown = ''.join(output_html(output, {}) for output in cell.outputs)
+def is_widget(output):
+    "Whether an output is a widget, such as a progress bar, which shows nothing without its kernel."
+    return 'application/vnd.jupyter.widget-view+json' in output.get('data', {})
+
+
+def is_worth_showing(output):
+    "Whether an output says something to a reader: no widget, and no warning that some library printed."
+    return not is_widget(output) and output.get('name') != 'stderr'
+
+
+def outputs_of(cell, place, words):
+    "What a cell displayed, as HTML; `words` say what its figures show, anchors within the page are taken out."
+    shown = ''.join(output_html(output, {}) for output in cell.outputs if is_worth_showing(output))
     shown = re.sub(r' (?:href|id)="#?[^":]*"', '', shown)
+    shown = shown.replace('<img alt="figure"', f'<img alt="{html.escape(words)}"')
+    shown = shown.replace('<table>', '<table class="plain">')  # Material boxes tables without a class
+    shown = re.sub('<pre>(?=[^<]*[─━│┃])', '<pre class="drawn">', shown)
     if not shown:
         return ''
-    return f'<div class="output" data-search-exclude>{save_images(shown, place)}</div>'
+    return f'<div class="output" data-search-exclude>{save_images(shown, place)}<!-- output --></div>'
 
 
-def code_cell(cell, place):
+def words_around(cells, number):
+    "What the figures of a cell show: the caption below it, or the heading above it."
+    caption = cells[number + 1].source if number + 1 < len(cells) else ''
+    if caption.startswith('*What to see: '):
+        return re.sub(r'[*`$]', '', caption.partition('\n')[0])
+    above = [cell.source for cell in cells[:number] if cell.cell_type == 'markdown']
+    headings = re.findall(r'^#+ (.*)$', '\n'.join(above), flags=re.MULTILINE)
+    return f'Figure: {re.sub(r"[*`$]", "", headings[-1])}' if headings else 'Figure of the cell above'
+
+
+def code_cell(cell, place, words):
     "A code cell as Markdown: the documentation it stands for, or its source and what it displayed."
     source = code_of(cell)
     documented = re.match(r'show_doc\(([\w.]+)', source)
@@ -98,7 +121,7 @@ def code_cell(cell, place):
     hidden = cell.metadata.get('jupyter', {}).get('source_hidden')
     if code and (hidden or says(cell, 'code-fold: *true')):
         code = f'<details class="fold" markdown="1">\n<summary>code</summary>\n\n{code}\n\n</details>'
-    return '\n\n'.join(part for part in (code, outputs_of(cell, place)) if part)
+    return '\n\n'.join(part for part in (code, outputs_of(cell, place, words)) if part)
 
 
 # ---- pages
@@ -149,11 +172,11 @@ def notebook_page(notebook, place):
     parts = []
     if place.page != home:
         parts = [buttons(place.source), with_links(opening(root / 'nbs' / place.source), place.page)]
-    for cell in cells:
+    for number, cell in enumerate(cells):
         if cell.cell_type == 'markdown':
             parts.append(with_links(cell.source, place.page))
         elif cell.cell_type == 'code':
-            parts.append(code_cell(cell, place))
+            parts.append(code_cell(cell, place, words_around(cells, number)))
     return as_page(front, parts, place.page)
 
 

@@ -17,13 +17,15 @@ from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ..core import LabError, project_root
+from ..core import LabError, number_of, project_root
 from ..data.batches import IGNORED
+from ..inference.decoder import GraphDecoder, RereadDecoder, forced_logits
 from ..inference.generation import generate
 from ..inference.latency import peer_greedy
 from ..models.adapters import trainable_parameters, weights_hash
@@ -32,6 +34,7 @@ from ..models.load import check_model_settings, hidden_states, hub_presets, load
 from ..models.meter import copy_peak, matmul_peak
 from ..models.methods import Method
 from ..models.precisions import Int4Linear, check_form, four_bits, load_form, written_out
+from ..models.varlen import has_flash, varlen_kernels
 from ..runs.params import resolve_params
 from ..runs.tables import memory_error
 from ..training.checkpoints import checkpoints
@@ -248,7 +251,7 @@ def _check_head(scale):
         loss, seconds = _head_seconds(inputs, power, scale.pick(5, 1))
         first = first or loss
         figures = dict(milliseconds=1e3 * seconds, share_of_peak=flops / seconds / peaks(scale)[half()])
-        yield Finding(f'loss head in chunks of 2^{power} bytes', abs(loss / first - 1) < 1e-5, figures)
+        yield Finding(f'loss head in chunks of {2**power // 2**20} MiB', abs(loss / first - 1) < 1e-5, figures)
 
 # %% ../../nbs/bench/09_checks.ipynb #9b14e612
 @dataclass(frozen=True)
@@ -339,11 +342,11 @@ _no_kernels = 'PyTorch is built without CUDA'
 
 
 def _kernels_of(work):
-    "(kernels, seconds that they take) of one call."
+    "The kernels of one call: name and seconds of each."
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
         seconds_of(work)
     kernels = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    return len(kernels), sum(event.device_time_total for event in kernels) * 1e-6
+    return [(event.name, event.device_time_total * 1e-6) for event in kernels]
 
 
 def _one_micro_batch(work, net, documents):
@@ -370,9 +373,10 @@ def _kernel_figures(work, net, documents):
     once = _one_micro_batch(work, net, documents)
     once()
     seconds = statistics.median(seconds_of(once) for _ in range(3))
-    count, busy = _kernels_of(once)
+    kernels = _kernels_of(once)
+    busy = sum(spent for _, spent in kernels)
     net.zero_grad()
-    return dict(kernels=count, busy_share=busy / seconds, micro_batch_milliseconds=1e3 * seconds)
+    return dict(kernels=len(kernels), busy_share=busy / seconds, micro_batch_milliseconds=1e3 * seconds)
 
 # %% ../../nbs/bench/09_checks.ipynb #a96bae53
 def _precision_of(work):
@@ -389,10 +393,10 @@ def _memory_figures(work, result, documents):
 
 
 def _trained(work, net, documents):
-    "What `fit` leaves after the steps of a work; nothing is kept on disk."
+    "What `fit` leaves after the steps of a work. No checkpoint is written: one of 3 billion weights takes a minute."
     if here() == 'cuda':
         torch.cuda.reset_peak_memory_stats()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, patch('llmft.training.fit.save'):
         return fit(net, documents, None, folder, work.recipe)
 
 
@@ -502,7 +506,7 @@ def _decoded(net, prompts, scale, compiled):
     speed = decoding_speed(results[-1:], net, peaks(scale)['copy'])
     figures = dict(tokens_per_sec=speed['throughput'], step_milliseconds=1e3 * speed['step'],
                    share_of_copy_rate=speed['share'])
-    return Finding(f"decoding {len(prompts)} rows{', compiled' * compiled}", figures=figures)
+    return Finding(f"decoding {number_of(len(prompts), 'row')}{', compiled' * compiled}", figures=figures)
 
 
 def _check_decoding(scale):
@@ -511,6 +515,96 @@ def _check_decoding(scale):
         prompts = random_prompts(net, 0, rows, scale.pick(64, 8))
         for compiled in (False, True) if has_kernels() else (False,):
             yield _decoded(net, prompts, scale, compiled)
+
+# %% ../../nbs/bench/09_checks.ipynb #c9cdf9e5
+_varlen_lengths = (5, 64, 9, 130)  # tokens of the documents
+_varlen_names = ('torch_varlen', 'flash_attn_varlen')
+
+
+def _heads(count):
+    "Random queries, keys or values of `count` heads for all documents, in 16 bits."
+    tokens = sum(_varlen_lengths)
+    return torch.randn(tokens, count, 64, device=here(), dtype=_dtypes[half()]).requires_grad_()
+
+
+def _attended_apart(query_THD, key_TGD, value_TGD):
+    "Attention inside each document by itself."
+    parts_HTD = [tensor.transpose(0, 1).split(_varlen_lengths, 1) for tensor in (query_THD, key_TGD, value_TGD)]
+    apart = [torch.nn.functional.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)
+             for part in zip(*parts_HTD, strict=True)]
+    return torch.cat(apart, 1).transpose(0, 1)
+
+
+def _varlen_gap(kernel):
+    "The largest relative distance of attention by `kernel`, and of its gradients, from float64."
+    inputs = [_heads(count) for count in (8, 2, 2)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    edges = torch.tensor((0, *_varlen_lengths), device=here()).cumsum(0, dtype=torch.int32)
+    own = kernel(*inputs, edges, max(_varlen_lengths), (-1, 0), None)
+    wanted = _attended_apart(*exact)
+    for result in (own, wanted):
+        result.float().square().sum().backward()
+    pairs = zip((own, *(tensor.grad for tensor in inputs)), (wanted, *(tensor.grad for tensor in exact)), strict=True)
+    return max(_distance(*pair) for pair in pairs)
+
+
+def _varlen_findings():
+    "A finding about each kernel for all documents of a row."
+    known = varlen_kernels() if has_flash(_heads(1)) else {}
+    for name in _varlen_names:
+        what = f'{name}: one call for all documents against float64'
+        if name not in known:
+            yield Finding(what, missing='this PyTorch, or this device, does not have it')
+            continue
+        gap = _varlen_gap(known[name])
+        yield Finding(what, gap < 2e-2, dict(difference=gap))
+
+# %% ../../nbs/bench/09_checks.ipynb #0b38f5f3
+_forced = 12  # tokens that are decoded
+_spoken = 28  # tokens of a prompt, padding included
+
+
+@torch.no_grad()
+def _forced_gap(net):
+    "The relative distance between logits of recorded steps and of rows that are read whole."
+    rows_BT = torch.randint(1, 500, (2, _spoken + _forced), device=net.device)
+    starts_B = torch.tensor([0, 3], device=net.device)
+    decoders = GraphDecoder(net, _spoken + _forced, rows=2, steps=_forced), RereadDecoder(net, _spoken + _forced)
+    half_way = _spoken + _forced // 2
+    return _distance(*[forced_logits(decoder, rows_BT, starts_B, _spoken, half_way) for decoder in decoders])
+
+
+def _with_adapter(precision):
+    "A small model with an adapter that changes its answers."
+    method = Method('lora', 4, 8.0, 0.0, ('q_proj', 'v_proj', 'down_proj'), precision=precision)
+    net = random_model('preset:llama-tiny', method).eval()
+    for parameter in trainable_parameters(net).values():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return net
+
+
+def _scores_written(net):
+    "Names of kernels of a recorded step that take a softmax of scores in memory."
+    decoder = GraphDecoder(net, 256, rows=2, steps=_forced)
+    rows_BT = torch.randint(1, 500, (2, 64), device=net.device)
+    decoder.begin(rows_BT, torch.tensor([0, 3], device=net.device))
+    decoder.step(rows_BT[:, 0])
+    return [name for name, _ in _kernels_of(decoder._single) if 'softmax' in name.lower()]
+
+
+def _check_kernels(scale):
+    yield from _varlen_findings()
+    if not has_kernels():
+        for name in ('decoding_graph', 'merged_weights', 'masked_attention'):
+            yield Finding(name, missing=_no_kernels)
+        return
+    for precision, most in (('fp32', 1e-3), (half(), 3e-2)):
+        plain = _forced_gap(random_model('preset:llama-tiny', Method(precision=precision)).eval())
+        yield Finding(f'decoding_graph: recorded steps in {precision}', plain < most, dict(difference=plain))
+        merged = _forced_gap(_with_adapter(precision))
+        yield Finding(f'merged_weights: an adapter in {precision}', merged < most, dict(difference=merged))
+    written = _scores_written(random_model('preset:llama-tiny', Method(precision=half())).eval())
+    yield Finding('masked_attention: no scores in memory', not written, dict(softmax_kernels=len(written)))
 
 # %% ../../nbs/bench/09_checks.ipynb #7faaf7c6
 def _int4_gap():
@@ -535,8 +629,10 @@ def _form_lacks(form):
 def _formed(form):
     "The finding about the formats of quantised weights."
     compute = 'fp16' if form == 'int8' and here() == 'cuda' else half()
-    net = load_form('preset:llama-tiny', form, compute)
     plain = load_model('preset:llama-tiny').eval()
+    with tempfile.TemporaryDirectory() as folder:
+        plain.save_pretrained(folder)
+        net = load_form(folder, form, compute)
     ids_BT = torch.arange(1, 20, device=net.device)[None]
     with torch.no_grad():
         gap = _distance(hidden_states(net, ids_BT), hidden_states(plain, ids_BT))
@@ -668,12 +764,13 @@ checks = dict(
     peaks=Check('what the card does at best, and whether it has bf16', _check_peaks, 60),
     loss=Check('the chunked loss against float64', _check_loss, 60),
     documents=Check('packed documents against single ones', _check_documents, 60),
+    kernels=Check('kernels that only a GPU has, each by its name', _check_kernels, 90),
     tokens=Check('greedy tokens against those of transformers', _check_tokens, 120),
     formats=Check('int8, nf4 and int4', _check_formats, 90),
     resuming=Check('every optimiser, and what it is after a restart', _check_resuming, 150),
     processes=Check('DDP, FSDP2 and ZeRO on one rank', _check_processes, 180),
     running_out=Check('running out of memory, and what that leaves', _check_running_out, 60),
-    head=Check('the loss head in chunks of 2^25 to 2^30 bytes', _check_head, 60),
+    head=Check('the loss head in chunks of 32 MiB to 1 GiB', _check_head, 60),
     training=Check('five parameter files: speed, and memory beside the plan', _check_training, 240),
     decoding=Check('decoding plain and compiled', _check_decoding, 120),
     peers=Check('the same training by other programs', _check_peers, 150),

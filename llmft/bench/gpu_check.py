@@ -17,10 +17,11 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ..core import choose, jsonable
+from ..core import Html, choose, jsonable, number_of
 from ..runs.figures import bars
+from ..runs.numbers import show_number
 from ..runs.rivals import in_bullets
-from ..runs.tables import column, table
+from ..runs.tables import column, known_columns, table
 
 # %% ../../nbs/bench/10_gpu_check.ipynb #6adaec0f
 def _write(file, **values):
@@ -84,7 +85,8 @@ def do_checks(names:list, # of `checks`
 def finding_line(row:dict,  # a finding with its check and status
 )->str:
     "A finding for a terminal."
-    numbers = ', '.join(f'{name} {value:.4g}' for name, value in row['figures'].items() if value is not None)
+    numbers = ', '.join(f'{name} {show_number(float(value), 4)}' for name, value in row['figures'].items()
+                        if value is not None)
     reason = row.get('error') or row['missing']
     return ': '.join(text for text in (f"{row['status']:<11} {row['what']}", numbers, reason) if text)
 
@@ -247,23 +249,34 @@ def card_facts() -> dict:
                 torch=torch.__version__, cuda=torch.version.cuda)
 
 # %% ../../nbs/bench/10_gpu_check.ipynb #856e4e34
+_figure_units = {'gib': 'GiB', 'milliseconds': 'ms', 'seconds': 's', '1/s': '1/s'}  # last word of a name -> unit
+
+
 def right_table(rows:list,  # from `run_checks`
 ):                          # `Html`
     "All findings that are right or wrong, the wrong ones first."
     judged = with_status(rows, 'wrong') + with_status(rows, 'right')
-    shown = [dict(row, difference=row['figures'].get('difference'), error=row['error'] or '') for row in judged]
-    return table(shown, ['status', 'check', 'what', 'difference', 'error'])
+    shown = [dict(row, difference=row['figures'].get('difference'), error=row['error'] or None) for row in judged]
+    columns = [column(key) for key in ('status', 'check', 'what', 'difference', 'error')]
+    return table(shown, known_columns(shown, columns))
 
 # %% ../../nbs/bench/10_gpu_check.ipynb #690b87b3
+def _figure_column(key):
+    "The column of a figure; a unit at the end of its name goes below the title."
+    words, _, last = key.replace('_per_sec', '_1/s').rpartition('_')
+    unit = _figure_units.get(last)
+    return column(key, words.replace('_', ' ') or 'time', unit) if unit else column(key)
+
+
 def figures_table(rows:list,  # from `run_checks`
                   check:str,  # name of the check
-):                            # `Html`; a sentence where the check has no figures
+):                            # `Html`: a table, or a sentence where the check has no figures
     "All figures of one check."
     shown = [dict(what=row['what'], **row['figures']) for row in rows if row['check'] == check and row['figures']]
     if not shown:
-        return f'{check}: no figures'
+        return Html(f'<p>{check}: no figures</p>')
     keys = list(dict.fromkeys(key for row in shown for key in row))
-    return table(shown, ['what', *(column(key, key.replace('_', ' ')) for key in keys[1:])])
+    return table(shown, ['what', *map(_figure_column, keys[1:])])
 
 # %% ../../nbs/bench/10_gpu_check.ipynb #a14b4a3f
 _shares = ('share_of_peak', 'share_of_copy_rate')
@@ -278,7 +291,7 @@ def rooflines(rows:list,  # from `run_checks`
 def roofline_bars(rows:list,  # from `run_checks`
 ):                            # a matplotlib figure
     "`rooflines` as bars; a `LabError` where nothing was measured."
-    note = 'of the best product of matrices, or copy, on this card; higher is better'
+    note = 'of the best matrix product, or copy, on this card; higher is better'
     return bars(rooflines(rows), 'How near the work comes to the card', 'share of the best rate', note=note)
 
 # %% ../../nbs/bench/10_gpu_check.ipynb #f1a28a96
@@ -294,7 +307,8 @@ def check_verdict(rows:list,   # from `run_checks`
 )->str:                        # Markdown
     "Whether the card is right, what is wrong, and what was not checked."
     wrong = with_status(rows, 'wrong')
-    count = f"{len(with_status(rows, 'right'))} findings are right and {len(wrong)} wrong on {facts['device']}."
+    right = number_of(len(with_status(rows, 'right')), 'right finding')
+    count = f"{right} and {len(wrong)} wrong on {facts['device']}."
     left = with_status(rows, 'not checked')
     not_checked = f'Not checked: {_named(left)}.' if left else 'Everything was checked.'
     faults = f'Wrong: {_named(wrong)}.' if wrong else ''

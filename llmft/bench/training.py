@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from ..core import LabError, choose
+from ..core import LabError, choose, number_of
 from ..data.batches import IGNORED
 from ..data.tokens import Examples
 from ..models.load import model_config, presets
@@ -75,7 +75,7 @@ def _steps_that_count(count, skip):
     "Numbers of the steps among `count` that are timed; a `LabError` when none is left."
     steps = range(max(1, skip), count - 1)
     if not steps:
-        raise LabError(f'a block has {count} steps and none is left to be timed: give more documents')
+        raise LabError(f"a block has {number_of(count, 'step')} and none is left to be timed: give more documents")
     return steps
 
 
@@ -427,7 +427,7 @@ def time_basis(ranking,      # by time, from `rank_trainers`
     "How sure the ratio to the strongest peer is, and on how many rounds and tokens it rests."
     own = 'ours' if 'ours' in ranking.values else ''
     return (f'{certainty_words(ranking, own)} Times are read off straight lines between the ends of steps; '
-            f'n = {rounds} rounds of {tokens:,} tokens.')
+            f'n = {number_of(rounds, "round")} of {tokens:,} tokens.')
 
 # %% ../../nbs/bench/03_training.ipynb #b6294c9b
 def training_table(rows:list,    # a row per trainer: its name as `trainer`, and its facts from `compare`
@@ -451,7 +451,7 @@ def time_bars(compared:dict,  # from `compare`
     "Seconds of every trainer to the same held-out loss."
     seconds = {name: facts['seconds'] for name, facts in compared.items()}
     goal = next(iter(compared.values()))['goal']
-    note = f'median of {rounds} rounds, lower is better'
+    note = f'median of {number_of(rounds, "round")}, lower is better'
     return bars(seconds, title, f'seconds to a held-out loss of {goal:.5g} nats', 'ours', note)
 
 # %% ../../nbs/bench/03_training.ipynb #df0c0614

@@ -15,7 +15,7 @@ import torch
 from ..core import LabError, counted, purpose_rng
 from ..data.token_files import TokenFile
 from ..models.cost import loss_chunk_bytes
-from ..models.load import check_rows, hidden_states, output_head
+from ..models.load import check_rows, hidden_states, logits_per_row, output_head
 from ..models.modes import evaluating
 from ..training.losses import row_chunks
 from .bounds import smoothed_bits
@@ -78,20 +78,31 @@ def _other_not_smaller(logits_RV, truth_R1):
     return not_smaller_RV.sum(1).long() - 1
 
 
-def _logits_per_row(head):
-    "Tokens that an output head gives a logit to."
-    return getattr(head, 'out_features', None) or head.weight.shape[0]
+_piece_bytes = 2**20  # of logits whose scores are taken at once on a CPU: they stay in its cache
+
+
+def _pieces(logits_RV):
+    "Slices over the rows of logits: all at once on an accelerator, as many as fit the cache of a CPU."
+    if logits_RV.device.type != 'cpu':
+        return [slice(0, len(logits_RV))]
+    return row_chunks(len(logits_RV), logits_RV.shape[1], 4, _piece_bytes)
+
+
+def _score_logits(logits_RV, targets_R):
+    "What `_score_targets` finds, from logits that are overwritten."
+    truth_R1 = logits_RV.gather(1, targets_R[:, None])
+    logs_R = -torch.nn.functional.cross_entropy(logits_RV, targets_R, reduction='none')
+    return logs_R, _other_not_smaller(logits_RV, truth_R1)
 
 
 def _score_targets(hidden_RD, head, targets_R, chunk_bytes):
     "(log-probability of each target in nats, number of other logits that are not smaller), float32 and int64."
-    logs = []
-    ranks = []
-    for rows in row_chunks(len(targets_R), _logits_per_row(head), 8, chunk_bytes):
+    scores = []
+    for rows in row_chunks(len(targets_R), logits_per_row(head), 8, chunk_bytes):
         logits_RV = head(hidden_RD[rows]).float()
-        truth_R1 = logits_RV.gather(1, targets_R[rows, None])
-        logs.append(-torch.nn.functional.cross_entropy(logits_RV, targets_R[rows], reduction='none'))
-        ranks.append(_other_not_smaller(logits_RV, truth_R1))
+        scores += [_score_logits(logits_RV[piece], targets_R[rows][piece]) for piece in _pieces(logits_RV)]
+
+    logs, ranks = zip(*scores, strict=True)
     return torch.cat(logs), torch.cat(ranks)
 
 

@@ -13,19 +13,19 @@ from pathlib import Path
 import numpy as np
 
 from ..core import LabError, require
+from .hashes import file_stamp
 
 # %% ../../nbs/data/11_gguf_files.ipynb #b2b4e9c1
 def read_gguf(path,  # of a .gguf file
 ):                   # a `gguf.GGUFReader`: `fields` and `tensors`
     "The header of a GGUF file; a `LabError` for one that is cut, foreign, or packed in an unknown way."
     path = Path(path).absolute()
-    stat = path.stat() if path.exists() else None
-    return _header(path, stat and (stat.st_size, stat.st_mtime_ns, stat.st_ino))
+    return _header(path, file_stamp(path) if path.exists() else None)
 
 
 @functools.lru_cache(maxsize=2)
-def _header(path, state):
-    "The header of a file: one of the same size, time and place on the disk is parsed once."
+def _header(path, stamp):
+    "The header of a file: one of the same stamp is parsed once."
     require('gguf')
     try:
         return _parser()(str(path))
@@ -63,19 +63,26 @@ def _reason(path, error):
     return f'it is cut after {size:,} bytes, or damaged ({words or type(error).__name__}): copy it again'
 
 # %% ../../nbs/data/11_gguf_files.ipynb #1c283620
+def _no_bar(items, **options):
+    "What goes through a progress bar, without one."
+    return items
+
+
 @contextlib.contextmanager
 def read_once(path,  # of a .gguf file
 ):
     "transformers is handed what was read of GGUF files in this block; a `LabError` when `path` cannot be read."
     read_gguf(path)
     import gguf
+    from transformers import modeling_gguf_pytorch_utils as loader
 
-    handed = dict(GGUFReader=read_gguf, get_tensor_name_map=functools.cache(gguf.get_tensor_name_map))
-    kept = {name: getattr(gguf, name) for name in handed}
+    names = functools.cache(gguf.get_tensor_name_map)
+    handed = [(gguf, 'GGUFReader', read_gguf), (gguf, 'get_tensor_name_map', names), (loader, 'tqdm', _no_bar)]
+    kept = [(module, name, getattr(module, name)) for module, name, _ in handed]
     try:
-        for name, own in handed.items():
-            setattr(gguf, name, own)
+        for place in handed:
+            setattr(*place)
         yield
     finally:
-        for name, theirs in kept.items():
-            setattr(gguf, name, theirs)
+        for place in kept:
+            setattr(*place)

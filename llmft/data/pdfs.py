@@ -13,7 +13,6 @@ import datetime
 import functools
 import itertools
 import json
-import os
 import queue
 import re
 import signal
@@ -24,7 +23,7 @@ import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..core import LabError, find_path, purpose_rng, shows_bar, write_atomic, write_json
+from ..core import LabError, find_path, purpose_rng, shows_bar, usable_cores, write_atomic, write_json
 from .corpora import Corpus, builtin_part, content_key
 from .tables import Documents, files_below
 
@@ -332,11 +331,6 @@ def _pdf_paths(folder, notes):
     return files_below(folder, ('.pdf',), notes)
 
 
-def _cores():
-    "Cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-
-
 def _jobs(paths, folder):
     "A queue of (path, name), the largest file first."
     jobs = queue.SimpleQueue()
@@ -367,7 +361,7 @@ def read_pdfs(folder,                   # searched with all folders below it
     paths = _pdf_paths(folder, notes)
     results = queue.SimpleQueue()
     settings = seconds, max_pages, min_characters
-    threads = _started(min(workers or _cores(), len(paths)), _jobs(paths, folder), results, settings)
+    threads = _started(min(workers or usable_cores(), len(paths)), _jobs(paths, folder), results, settings)
 
     files = [results.get() for _ in tqdm(paths, unit='file', desc='PDFs', disable=not shows_bar())]
     for thread in threads:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import LabError, find_path, nearest
+from ..core import LabError, find_path, nearest, number_of
 
 # %% ../../nbs/data/01_tables.ipynb #7ec31eba
 @dataclass
@@ -287,7 +287,8 @@ def _check_header(header, where):
 def _check_width(cells, header, where):
     "A `LabError` unless a record has one cell for each field."
     if len(cells) != len(header):
-        raise LabError(f"{where} has {len(cells)} cells for {len(header)} fields ({', '.join(header)}): "
+        raise LabError(f"{where} has {number_of(len(cells), 'cell')} for "
+                       f"{number_of(len(header), 'field')} ({', '.join(header)}): "
                        'correct the row, or quote the cell that holds the separator')
 
 

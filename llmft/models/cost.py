@@ -452,6 +452,10 @@ class StepShape:
         "Whether attention keeps keys and values once per query head: no kernel of a GPU shares them in 4 bytes."
         return self.device == 'cuda' and word == 4
 
+    def fuses_norms(self, shape):
+        "Whether a norm is one kernel, which keeps what it reads, and gives all products one input of their format."
+        return self.device == 'cuda' and shape.gated
+
     def word(self, method):
         "Bytes of a number that goes through a product."
         return 2 if self.mixed else word_bytes[method.precision]
@@ -463,7 +467,8 @@ class StepShape:
 # %% ../../nbs/models/08_cost.ipynb #0e72d614
 def _every_layer_keeps(shape, step, word, full, first):
     "Bytes per token of norms, attention and MLP, regardless of what is trained."
-    norm = 4 * shape.width + 4 if shape.gated else word * shape.width + 8
+    read = word if step.fuses_norms(shape) and not step.mixed else 4
+    norm = read * shape.width + 4 if shape.gated else word * shape.width + 8
     norms = norm * (1 + (full or not first))
     heads = shape.query if step.repeats_heads(word) else shape.key_value
     attention = word * (2 * shape.query + 2 * heads) + 4 * shape.heads
@@ -472,6 +477,8 @@ def _every_layer_keeps(shape, step, word, full, first):
 
 def _trained_products_keep(shape, step, word):
     "Bytes per token of the inputs of trained matrices, and of the normalised values of trained norms."
+    if step.fuses_norms(shape):
+        return word * (2 * shape.width + shape.mlp + shape.query * step.joins(word))
     if step.mixed:  # every product keeps a separate copy, and the norms theirs in fp32
         inputs = sum(linear.inputs for linear in shape.linears) - shape.query * (not step.joins(word))
         return 4 * 2 * shape.width * shape.gated + word * inputs
@@ -481,7 +488,8 @@ def _trained_products_keep(shape, step, word):
 def _adapters_keep(shape, step, word, method, adapted, first):
     "Bytes per token of what the adapters of one layer keep."
     inner = 4 if method.dora and not step.mixed else word  # PEFT computes DoRA in fp32
-    copies_input = method.dropout > 0 or step.mixed or inner > word
+    casts = step.mixed and (method.dora or not step.fuses_norms(shape))
+    copies_input = method.dropout > 0 or casts or inner > word
     mask = step.mask(4 if step.mixed else inner)
     kept_places = set() if step.joins(word) else {'attention out'}
     total = 0
@@ -550,8 +558,9 @@ def layer_activation_bytes(config,          # a transformers config
 def _end_bytes(shape, method, step):
     "Bytes before and after the layers."
     word = word_bytes[method.precision]
-    per_token = 16 + (4 if shape.gated else word) * shape.width
-    per_token += word * shape.width * (1 + (shape.gated and method.full))
+    copies = shape.gated and not step.fuses_norms(shape)  # the last norm works on fp32, and keeps what it normalised
+    per_token = 16 + (4 if copies else word) * shape.width
+    per_token += word * shape.width * (1 + (copies and method.full))
     if shape.embedding_dropout and (step.gradient_checkpointing or method.full):
         per_token += shape.width * step.mask(word)
     return step.tokens * per_token

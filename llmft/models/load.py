@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['presets', 'hub_presets', 'logit_changes', 'plain_heads', 'precisions', 'quantisations', 'attentions', 'model_config',
            'model_says', 'DocumentLengths', 'shared_heads', 'documents_attention', 'causal_model', 'ChangedHead',
-           'output_head', 'check_fits', 'hidden_states', 'largest_difference', 'rounding', 'check_rows', 'Precision',
-           'Quantisation', 'Attention', 'check_attention', 'check_model_settings', 'disable_cpu_repacking',
-           'mend_cpu_dequantising', 'quantised_share', 'seeded', 'placed', 'load_model']
+           'output_head', 'check_fits', 'hidden_states', 'largest_difference', 'rounding', 'check_rows',
+           'logits_per_row', 'Precision', 'Quantisation', 'Attention', 'check_attention', 'check_model_settings',
+           'disable_cpu_repacking', 'mend_cpu_dequantising', 'quantised_share', 'seeded', 'placed', 'load_model']
 
 # %% ../../nbs/models/01_load.ipynb #eb016ce8
 import contextlib
 import functools
 import importlib.util
 import itertools
-import logging
 import math
 import os
 import tempfile
@@ -41,8 +40,10 @@ from transformers.utils import logging as transformers_logging
 
 from ..core import LabError, choose, hub_answers, nearest, purpose_rng, require
 from ..data.sources import base_of, find_model
+from .eight_bits import keep_inputs
 from .gguf import gguf_config, gguf_facts, gguf_model
 from .modes import evaluating
+from .norms import fuse_norms
 from .varlen import attend_in_one_call, has_flash, takes_one_call
 
 # %% ../../nbs/models/01_load.ipynb #bd09a1cb
@@ -435,7 +436,7 @@ def largest_difference(vectors,   # tensors (..., width), as hidden states or lo
 
 # %% ../../nbs/models/01_load.ipynb #6bc60d37
 # numbers of a model -> (largest difference in a row of another shape, in one of the same shape)
-_formats = dict(fine=(1e-3, 1e-5), half=(0.1, 1e-3), experts=(0.1, 0.05), quantised=(0.1, 0.1))
+_formats = dict(fine=(1e-3, 1e-5), half=(0.1, 1e-3), experts=(0.1, 0.05), quantised=(0.25, 0.1))
 
 
 def _format_of(net):
@@ -546,6 +547,12 @@ def _refuse_rows(net, packed, found):
     check_rows(net, packed=False)
     raise LabError(f'{kind} with attention={net.config._attn_implementation} does not keep packed documents apart '
                    f'({found}): use layout=bucketed')
+
+# %% ../../nbs/models/01_load.ipynb #9c528346
+def logits_per_row(head,  # from `output_head`
+)->int:
+    "Tokens that an output head gives a logit to."
+    return getattr(head, 'out_features', None) or head.weight.shape[0]
 
 # %% ../../nbs/models/01_load.ipynb #9ecafd49
 @dataclass(frozen=True)
@@ -663,10 +670,6 @@ def check_model_settings(precision:str='fp32',       # name in `precisions`
         raise LabError(f'attention {attention} needs {", ".join(missing)}: use attention=documents')
 
 # %% ../../nbs/models/01_load.ipynb #40c105d7
-# at import it asks for a package that would fetch kernels from the hub
-logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)
-
-
 def disable_cpu_repacking(model):
     "Keep the 4-bit layers of `model` from repacking their weights when evaluated on a CPU; the model is returned."
     for module in model.modules():
@@ -837,4 +840,5 @@ def load_model(name:str,                   # what `llmft.data.sources.sources` l
     with _quiet(), seeded(seed, 'weights'):
         model = _weights(_found(name), options)
     _mark_tables(model)
-    return placed(model) if quantisation == 'none' else disable_cpu_repacking(model)
+    model = placed(model) if quantisation == 'none' else disable_cpu_repacking(model)
+    return keep_inputs(fuse_norms(model))

@@ -6,11 +6,12 @@
 __all__ = ['Factor', 'multiply_as_read']
 
 # %% ../../nbs/models/15_lora_products.ipynb #2abc3aca
-import functools
-
 import torch
 from peft.tuners.lora import LoraLayer
 from torch.nn.functional import linear
+
+from .modes import derived
+from .varlen import product_dtype
 
 # %% ../../nbs/models/15_lora_products.ipynb #74878730
 class Factor(torch.nn.Linear):
@@ -33,9 +34,16 @@ _halves = (torch.float16, torch.bfloat16)
 _kinds = ('Linear', 'Linear4bit', 'Linear8bitLt')  # PEFT's layers that add plain products
 
 
+def _chooses_formats(inputs):
+    "Whether autocast may give products another format than that of `inputs`; PEFT's way is kept on a CPU."
+    if not torch.is_autocast_enabled(inputs.device.type):
+        return False
+    return not inputs.is_cuda or product_dtype(inputs) != inputs.dtype
+
+
 def _multiplies_in_half(layer, inputs):
     "Whether `layer` has nothing to do but to add products in the 16 bits of `inputs`."
-    if inputs.dtype not in _halves or torch.is_autocast_enabled(inputs.device.type):
+    if inputs.dtype not in _halves or _chooses_formats(inputs):
         return False
     return not (layer.disable_adapters or layer.merged or layer.lora_variant)
 
@@ -55,12 +63,6 @@ class _AsRead:
         return outputs
 
 
-@functools.cache
-def _as_read(kind):
-    "PEFT's class `kind` with that forward pass, under its own name."
-    return type(kind.__name__, (_AsRead, kind), {})
-
-
 def _has_plain_factors(layer):
     "Whether the factors of a LoRA layer are matrices without a bias."
     factors = [*layer.lora_A.values(), *layer.lora_B.values()]
@@ -72,7 +74,7 @@ def multiply_as_read(model,  # with adapters of PEFT; its layers are changed in 
     "Have the LoRA layers of `model` multiply in the 16 bits of what they read, with masters in fp32."
     for layer in model.modules():
         if isinstance(layer, LoraLayer) and type(layer).__name__ in _kinds and _has_plain_factors(layer):
-            layer.__class__ = _as_read(type(layer))
+            layer.__class__ = derived(type(layer), _AsRead)
             for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
                 factor.__class__ = Factor
     return model

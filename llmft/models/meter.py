@@ -75,6 +75,7 @@ class CudaMemory:
     "Peak memory allocated by PyTorch on all visible GPUs."
 
     def __init__(self):
+        torch.cuda.init()  # a process that has not used its GPUs yet cannot name them
         self.devices = range(torch.cuda.device_count())
         for device in self.devices:
             torch.cuda.reset_peak_memory_stats(device)
@@ -358,7 +359,7 @@ def share_of_peak(flops_per_sec,     # achieved, or None
                   peaks,             # from `machine_peaks`
                   precision='fp32',  # 'fp32', 'bf16' or 'fp16'
 ):                                   # 0 to 1, None when unknown
-    "Achieved operations per second over the machine's measured peak in that precision."
+    "Achieved operations per second over the machine's peak in that precision; a peak below the work was disturbed."
     suffix = '' if precision == 'fp32' else f'_{precision}'
     best = peaks.get(f'matmul_flops_per_sec{suffix}')
-    return flops_per_sec / best if flops_per_sec and best else None
+    return flops_per_sec / best if flops_per_sec and best and flops_per_sec <= best else None

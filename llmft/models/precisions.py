@@ -7,7 +7,6 @@ __all__ = ['LEVELS', 'forms', 'four_bits', 'written_out', 'group_for', 'Int4Line
            'load_form', 'held_share', 'bytes_a_step']
 
 # %% ../../nbs/models/07_precisions.ipynb #60578da4
-import logging
 from dataclasses import dataclass
 
 import torch
@@ -148,10 +147,6 @@ def check_form(form:str,            # name in `forms`
                        'which is older than Ampere: use precision nf4')
 
 # %% ../../nbs/models/07_precisions.ipynb #6a0aa0ea
-# at every product it says that int8 multiplies in float16
-logging.getLogger('bitsandbytes.autograd._functions').setLevel(logging.ERROR)
-
-
 def load_form(name:str,            # of the model, as for `load_model`
               form:str,            # name in `forms`
               compute:str='fp32',  # name in `load.precisions`: what int8 and nf4 compute in

@@ -112,7 +112,7 @@ def is_held(folder) -> bool:
         os.close(fd)
 
 # %% ../../nbs/runs/02_locks.ipynb #d11edea9
-_lock_attempts = 6
+_lock_attempts = 12
 _lock_pause_seconds = 0.05
 
 

@@ -18,10 +18,10 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from ..core import LabError, assets, find_path, write_atomic
+from ..core import LabError, assets, find_path, number_of, write_atomic
 from .identity import read_record
 from .locks import is_held
-from .numbers import is_number, show_number
+from .numbers import is_number, short_value, show_number
 from .progress import clock
 
 # %% ../../nbs/runs/22_overview.ipynb #588eb972
@@ -81,7 +81,7 @@ def first_sentence(verdict:str,  # Markdown
     "How a verdict begins, as plain text."
     line = next((line for line in (verdict or '').splitlines() if line.strip()), '')
     line = re.sub(r'[*`]|^\s*[-#]\s*', '', line).strip()
-    return re.split(r'(?<=[.!?])\s+(?=[A-Z])', line)[0]
+    return re.split(r'(?<=[.!?])\s+(?=[A-Za-z])', line)[0]
 
 # %% ../../nbs/runs/22_overview.ipynb #2a0cd7de
 def _status(folder, run):
@@ -157,8 +157,7 @@ def _day(text):
 
 def _chips(differing):
     "Parameters and values, each in a box."
-    texts = [f'{name} {", ".join(map(str, value)) if isinstance(value, list) else value}'[:80]
-             for name, value in differing.items()]
+    texts = [f'{name} {short_value(value) or "–"}'[:80] for name, value in differing.items()]
     return ' '.join(f'<span class="chip">{escape(text)}</span>' for text in texts)
 
 
@@ -182,7 +181,9 @@ def overview_html(rows:list,  # from `overview_rows`
     style = ''.join((assets / 'report' / f'{part}.css').read_text() for part in ('style', 'overview'))
     head = ''.join(f'<th scope="col"><button type="button">{name}</button></th>' for name in _columns)
     body = ''.join(map(_line, rows, differing_params(rows)))
-    count = f'{len(rows)} run{"s" * (len(rows) != 1)}, newest first; a click on a heading sorts'
+    hint = '<span class="wide">; a click on a heading sorts</span>'
+    count = f'{number_of(len(rows), "run")}, newest first{hint}'
+
     return f'''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{_policy()}"><meta name="color-scheme" content="light dark">

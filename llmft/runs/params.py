@@ -23,7 +23,7 @@ from pathlib import Path
 
 import yaml
 
-from ..core import LabError, assets, choose, find_path, nearest, project_root
+from ..core import LabError, assets, choose, find_path, nearest, number_of, project_root
 
 # %% ../../nbs/runs/01_params.ipynb #d0657c0a
 scalar_types = dict(int=int, float=float, str=str, bool=bool)
@@ -343,7 +343,7 @@ def read_parameters(notebook) -> list:
     notebook = find_notebook(notebook)
     cells = [source for tags, source in code_cells(notebook) if 'parameters' in tags]
     if len(cells) != 1:
-        count = f"{len(cells) or 'no'} cell{'s' * (len(cells) > 1)}"
+        count = number_of(len(cells), 'cell') if cells else 'no cell'
         advice = 'tag exactly one (JupyterLab: gear icon, Cell Tags)'
         raise LabError(f"{shown(notebook)} has {count} tagged 'parameters': {advice}")
     return parse_parameters(cells[0], f'{shown(notebook)}, parameters cell')

@@ -24,7 +24,7 @@ from llmft.models.cost import (
     trained_tensors,
 )
 
-from ..core import LabError, find_path, nearest
+from ..core import LabError, find_path, nearest, number_of
 from ..models.methods import Method
 from ..training.recipe import check_rate, optimisers
 from .params import check_choice, declared_names
@@ -643,7 +643,7 @@ def _steps_text(plan):
 def plan_rows(plan:dict,  # from `make_plan`
 )->list:                  # (what, how much) pairs of text
     "The facts of a plan, one line each."
-    step = f"{plan['batch_size']} x {plan['gradient_accumulation']} rows a step"
+    step = f"{plan['batch_size']} x {number_of(plan['gradient_accumulation'], 'row')} a step"
 
     return [
         ('model', _model_text(plan)),

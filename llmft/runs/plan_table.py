@@ -59,7 +59,7 @@ def cell_text(cell:dict,  # from `plan_cell`
 )->str:                   # such as "6.1 GiB, 2,900/s"; "no (131 GiB)" where it does not fit
     "A cell in words."
     if not cell['fits']:
-        return f"no ({cell['gib']:.0f} GiB)"
+        return f"no ({cell['gib']:,.0f} GiB)"
     return f"{cell['gib']:.1f} GiB, {float(format(cell['tokens_per_sec'], '.2g')):,.0f}/s"
 
 # %% ../../nbs/runs/27_plan_table.ipynb #25622856

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from ..core import assets, find_path, project_root, short_hash
+from ..core import assets, find_path, project_root, short_hash, usable_cores
 from ..data.hashes import file_hashes
 from .params import code_cells
 
@@ -110,12 +110,11 @@ def _processor() -> str:
 
 def machine() -> dict:
     "System, processor, usable cores, memory in bytes and GPUs of this machine."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else None
     return dict(
         system=f'{platform.system()} {platform.machine()}',
         cpu=_processor(),
-        cores=cores,
+        cores=usable_cores(),
         memory_bytes=memory,
         gpus=gpu_names(),
     )

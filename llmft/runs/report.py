@@ -22,8 +22,8 @@ from datetime import datetime
 from html import escape, unescape
 from pathlib import Path
 
-from ..core import LabError, assets, read_json, write_atomic
-from .numbers import show_number
+from ..core import LabError, assets, number_of, read_json, write_atomic
+from .numbers import is_number, short_number, short_value, show_number
 from .params import parse_parameters
 from .pictures import inline_svg
 from .progress import progress_text
@@ -399,23 +399,23 @@ def output_html(output:dict,   # an output of the executed notebook
     if output.name == 'stdout' or not output.text.strip():
         return text_box(output.text)
 
-    lines = len(last_state(output.text).strip().split('\n'))
-    summary = f'<span>{lines} line{"s" * (lines > 1)} on stderr</span>'
+    lines = number_of(len(last_state(output.text).strip().split('\n')), 'line')
+    summary = f'<span>{lines} on stderr</span>'
     return _details(summary, text_box(output.text), 'stderr')
 
 # %% ../../nbs/runs/08_report.ipynb #fd62fa08
 def _value_text(value):
-    "A parameter's value as HTML."
+    "A parameter's value in full, as HTML."
     return escape(', '.join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def _parameter_row(parameter, value, is_changed):
     "One parameter as a row of the table."
-    value = _value_text(value)
-    default = _value_text(parameter.default) if is_changed else ''
+    default = escape(short_value(parameter.default)) if is_changed else ''
     css = ' class=changed' if default else ''
-    cells = [f'<th scope="row">{escape(parameter.name)}</th>', f'<td title="{value}">{value}</td>',
-             f'<td class="was">{default}</td>', f'<td>{escape(parameter.help)}</td>']
+    cells = [f'<th scope="row">{escape(parameter.name)}</th>',
+             f'<td title="{_value_text(value)}">{escape(short_value(value))}</td>', f'<td class="was">{default}</td>',
+             f'<td>{escape(parameter.help)}</td>']
     return f"<tr{css}>{''.join(cells)}</tr>"
 
 
@@ -449,7 +449,8 @@ def parameters_html(source:str,   # text of the parameters cell
     if not declared:
         return ''
     table = _parameter_table(declared, changed, params)
-    summary = f"<span>{len(declared)} parameters, {len(changed)} changed from the notebook's defaults</span>"
+    count = number_of(len(declared), 'parameter')
+    summary = f"<span>{count}, {len(changed)} changed from the notebook's defaults</span>"
     return _details(summary, f'<div class="params">{table}</div>', 'code')
 
 # %% ../../nbs/runs/08_report.ipynb #3d87d61f
@@ -474,8 +475,8 @@ def _clipped(text):
 def chips_html(changed:dict,  # name -> value
 )->str:                       # HTML; '' for nothing
     "The changed parameters as a list in one paragraph."
-    texts = {name: _value_text(value) for name, value in changed.items()}
-    chips = [f'<li title="{text}"><b>{escape(name)}</b> {_clipped(text)}</li>' for name, text in texts.items()]
+    chips = [f'<li title="{_value_text(value)}"><b>{escape(name)}</b> {_clipped(escape(short_value(value)))}</li>'
+             for name, value in changed.items()]
     return f"""<ul class="chips" aria-label="changed parameters">{''.join(chips)}</ul>""" if chips else ''
 
 # %% ../../nbs/runs/08_report.ipynb #5e83198a
@@ -618,7 +619,10 @@ def when(text,  # an ISO time, or None
 # %% ../../nbs/runs/08_report.ipynb #c32194d0
 def _assignment(name, value):
     "A parameter as an argument of `llmft run`, quoted for a shell."
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float) and is_number(value):
+        text = short_number(value)
+    else:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return f'-p {shlex.quote(f"{name}={text}")}'
 
 
@@ -663,10 +667,16 @@ def next_commands(record:dict,   # run.json
     return commands
 
 # %% ../../nbs/runs/08_report.ipynb #5efeec9e
+def _breakable(line):
+    "A command line as HTML, each option with its value in one piece."
+    first, *options = re.split(r' (?=-)', line)
+    return ' '.join([escape(first), *(f'<span>{escape(option)}</span>' for option in options)])
+
+
 def commands_html(commands:dict,  # from `next_commands`
 )->str:                           # HTML; '' for none
-    "Commands with what they are for."
-    rows = [f'<dt>{escape(words)}</dt><dd><code>{escape(line)}</code></dd>' for words, line in commands.items()]
+    "Commands with what they are for; a line breaks in front of an option and not inside one."
+    rows = [f'<dt>{escape(words)}</dt><dd><code>{_breakable(line)}</code></dd>' for words, line in commands.items()]
     return f"""<dl class="next">{''.join(rows)}</dl>""" if rows else ''
 
 # %% ../../nbs/runs/08_report.ipynb #b44be9f0
@@ -727,6 +737,11 @@ def logged_figure(folder,    # of a run, or `None`
         return ''
 
 # %% ../../nbs/runs/08_report.ipynb #3145948e
+def _cores_of(host):
+    "The number of cores of a machine; '' where it is unknown."
+    return number_of(host['cores'], 'core') if isinstance(host.get('cores'), int) else ''
+
+
 def _facts_html(record):
     "When, how long and where."
     run = record['run']
@@ -734,7 +749,7 @@ def _facts_html(record):
     took = f"took {duration(run['seconds'])}" if run.get('seconds') is not None else ''
     where = ''
     if host:
-        where = ', '.join(host.get('gpus') or [f"{host.get('cores')} cores {host.get('cpu', '')}".strip()])
+        where = ', '.join(host.get('gpus') or [f"{_cores_of(host)} {host.get('cpu', '')}".strip()])
     spans = [f'<span>{escape(fact)}</span>' for fact in (when(run['started']), took, where) if fact]
     return f"""<p class="facts">{''.join(spans)}</p>"""
 
@@ -823,7 +838,7 @@ def footer_html(record:dict,   # run.json
     "Where the result comes from: run, code, versions, machine, data, and all metrics."
     facts = ''.join(f'<dt>{escape(name)}</dt><dd>{plain(value)}</dd>' for name, value in _provenance(record).items())
     tables = _numbers_html('Metrics', metrics or {}) + _numbers_html('Counters', record.get('train') or {})
-    whole = 'report.ipynb beside this page has every cell with its outputs.'
+    whole = 'report.ipynb in the folder of the run has every cell with its outputs.'
     return f'<footer><h2 id="origin">Provenance</h2><p>{whole}</p><dl>{facts}</dl>{tables}</footer>'
 
 # %% ../../nbs/runs/08_report.ipynb #bd7d582f
@@ -890,7 +905,7 @@ def _main_html(cells, record, widgets, folder):
     if waiting:
         count = sum(cell.cell_type == 'code' for cell in waiting)
         inner = [cell_html(cell, record['params'], widgets, folder) for cell in waiting]
-        parts.append(_folded_cells(f'{count} cell{"s" * (count > 1)} did not run', inner, 'code'))
+        parts.append(_folded_cells(f'{number_of(count, "cell")} did not run', inner, 'code'))
     return ''.join(parts)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core import LabError, read_json, write_json
+from ..core import LabError, number_of, read_json, write_json
 from .numbers import show_number
 
 # %% ../../nbs/runs/18_rivals.ipynb #a1a4c9cc
@@ -156,7 +156,12 @@ class Ranking:
     @property
     def tied(self) -> list:
         "The best, and all that are not clearly worse."
-        return [self.best, *(name for name, difference in self.differences.items() if not difference.clear)]
+        return [self.best, *(name for name in self.differences if not self.differs(name))]
+
+    def differs(self, name: str) -> bool:
+        "Whether `name` is clearly worse than the best, by enough to show in the digits of the measure."
+        number = self.measure.number
+        return self.differences[name].clear and number(self.values[name]) != number(self.values[self.best])
 
     def rival_of(self, name: str) -> str:
         "The strongest opponent of `name`; None when it has none."
@@ -214,6 +219,29 @@ def _is_undecided(difference):
     return bool(difference.items) and not difference.clear and difference.items < few_items
 
 
+def _place(ranking, own, other):
+    "How `own` compares with its strongest opponent."
+    number = ranking.measure.number
+    name = ranking.measure.name
+    if other is None:
+        return f'{own} has a {name} of {number(ranking.values[own])}; there is no rival.'
+
+    both = f'{number(ranking.values[own])} against {number(ranking.values[other])}'
+    differs = ranking.differs(other if own == ranking.best else own)
+    if differs and own == ranking.best:
+        return f'{own} has the best {name}: {both} for {other}, the strongest rival.'
+    if differs:
+        return f'{own} loses to {other}, the strongest rival, in {name}: {both}.'
+    if _is_undecided(_relation(ranking, own)):
+        return f'Too few {ranking.measure.items} to say whether {own} or {other} has the better {name}: {both}.'
+    return f'{own} and {other} tie in {name}: {both}.'
+
+
+def _as_sentence(words):
+    "`words` with a capital where they begin with an article; a method's name stays as it is written."
+    return words[0].upper() + words[1:] if words.startswith(('the ', 'a ')) else words
+
+
 def place_words(ranking:Ranking, # from `ranked`
                 own:str='',      # the rival that the words are about, '' for the best one
 )->str:
@@ -221,27 +249,13 @@ def place_words(ranking:Ranking, # from `ranked`
     own = own or ranking.best
     if own not in ranking.values:
         raise LabError(f'the {ranking.measure.name} of {own} is unknown: there is nothing to say about it')
-    other = ranking.rival_of(own)
-    number = ranking.measure.number
-    name = ranking.measure.name
-    if other is None:
-        return f'{own} has a {name} of {number(ranking.values[own])}; there is no rival.'
-
-    both = f'{number(ranking.values[own])} against {number(ranking.values[other])}'
-    difference = _relation(ranking, own)
-    if difference.clear and own == ranking.best:
-        return f'{own} has the best {name}: {both} for {other}, the strongest rival.'
-    if difference.clear:
-        return f'{own} loses to {other}, the strongest rival, in {name}: {both}.'
-    if _is_undecided(difference):
-        return f'Too few {ranking.measure.items} to say whether {own} or {other} has the better {name}: {both}.'
-    return f'{own} and {other} tie in {name}: {both}.'
+    return _as_sentence(_place(ranking, own, ranking.rival_of(own)))
 
 # %% ../../nbs/runs/18_rivals.ipynb #d129e062
 def certainty_words(ranking:Ranking, # from `ranked`
                     own:str='',      # the rival that the words are about, '' for the best one
 )->str:
-    "How sure the place of one rival is, on how many items, and what cannot be told from the best."
+    "How sure the place of one rival is, on how many items, and which others are not clearly worse than the best."
     own = own or ranking.best
     measure = ranking.measure
     sentences = []
@@ -249,7 +263,7 @@ def certainty_words(ranking:Ranking, # from `ranked`
         difference = _relation(ranking, own)
         sentences.append(f'{_ground_words(measure, difference)}.')
         also = [name for name in ranking.tied[1:] if name not in (own, ranking.rival_of(own))]
-        sentences += [f"Not told from the best either: {', '.join(also)}."] if also else []
+        sentences += [f"Not clearly worse than the best either: {', '.join(also)}."] if also else []
     sentences += [f"Unknown: {', '.join(ranking.unknown)}."] if ranking.unknown else []
     return ' '.join(sentences)
 
@@ -327,7 +341,8 @@ def seed_difference(first_N,   # scores of one recipe, one for each seed
     first_N = _item_scores('the first recipe', first_N)
     second_N = _item_scores('the second recipe', second_N)
     if len(first_N) != len(second_N):
-        raise LabError(f'{len(first_N)} seeds cannot be paired with {len(second_N)}: run both with the same seeds')
+        raise LabError(f'{number_of(len(first_N), "seed")} cannot be paired with {len(second_N)}: '
+                       'run both with the same seeds')
     gaps_N = first_N - second_N
     count = len(gaps_N)
     value = float(gaps_N.mean())

@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from ..core import LabError, nearest, require
+from ..core import LabError, nearest, number_of, require, usable_cores
 from .provenance import gpu_names
 
 try:
@@ -73,7 +73,7 @@ def gpu_slots(count:int=1,   # GPUs the run needs; 0 for all
         yield {}
         return
     if count > len(gpus):
-        raise LabError(f'the run needs {count} GPUs and this machine has {len(gpus)}: lower nproc')
+        raise LabError(f"the run needs {number_of(count, 'GPU')} and this machine has {len(gpus)}: lower nproc")
 
     folder = Path(folder or _lock_folder())
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,8 +90,7 @@ def worker_environment(workers:int,  # runs at a time on this machine
     "The environment of each of several runs: its share of the cores as thread counts."
     if workers <= 1:
         return {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    share = str(max(1, cores // workers))
+    share = str(max(1, usable_cores() // workers))
     names = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')
     return {name: os.environ.get(name, share) for name in names}
 

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from ..core import LabError, assets, project_root, read_json, shows_bar, write_json
+from ..core import LabError, assets, project_root, read_json, shows_bar, usable_cores, write_json
 from ..models.adapters import trainable_parameters, weights_hash
 from ..models.methods import Method
 from .checkpoints import Progress, load_checkpoint
@@ -233,7 +233,7 @@ except ChildFailedError as error:
 def _rank_environment(count):
     "The variables of the ranks: this checkout can be imported, and `count` of them share the cores."
     paths = [str(assets.parent.parent), *filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep))]
-    threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1) // count))
+    threads = os.environ.get('OMP_NUM_THREADS') or str(max(1, usable_cores() // count))
     settings = dict(PYTHONPATH=os.pathsep.join(dict.fromkeys(paths)), OMP_NUM_THREADS=threads)
     return os.environ | settings | dict(TOKENIZERS_PARALLELISM='false')
 

@@ -13,7 +13,9 @@ from torch.autograd.function import once_differentiable
 
 from ..data.batches import IGNORED
 from ..models.cost import loss_chunk_bytes
+from ..models.load import logits_per_row
 from ..models.padding import PaddedHead, loss_rows
+from ..models.varlen import product_dtype
 
 # %% ../../nbs/training/01_losses.ipynb #52aa6440
 def softmax_losses_(logits_RV,  # float32 logits; overwritten by their softmax
@@ -97,7 +99,17 @@ def _subtract_targets_(probabilities_RV, targets_R):
     probabilities_RV[torch.arange(len(targets_R), device=targets_R.device), targets_R] -= 1
 
 
-def _add_gradients(gradients, rows, slope_RV, hidden_RD, weight_VD):
+def _add_product_(total, left, right, first):
+    "Add the product of two matrices to `total`, which is zero when this is the `first` one."
+    if total.dtype == right.dtype:
+        torch.addmm(total, left, right, out=total)
+    elif first and right.is_cuda:
+        torch.mm(left, right, out_dtype=total.dtype, out=total)
+    else:
+        total.add_(left @ right)
+
+
+def _add_gradients(gradients, rows, slope_RV, hidden_RD, weight_VD, first):
     "Add what `rows` contribute to `gradients`; `slope_RV` is the gradient by their logits."
     hidden, weight, bias = gradients
     if bias is not None:
@@ -106,12 +118,8 @@ def _add_gradients(gradients, rows, slope_RV, hidden_RD, weight_VD):
     slope_RV = slope_RV.to(hidden_RD.dtype)
     if hidden is not None:
         hidden[rows] = slope_RV @ weight_VD
-    if weight is None:
-        return
-    if weight.dtype == hidden_RD.dtype:
-        torch.addmm(weight, slope_RV.T, hidden_RD, out=weight)
-    else:
-        weight.add_(slope_RV.T @ hidden_RD)
+    if weight is not None:
+        _add_product_(weight, slope_RV.T, hidden_RD, first)
 
 
 def _chunked_pass(hidden_ND, weight_VD, bias_V, targets_N,
@@ -136,7 +144,7 @@ def _chunked_pass(hidden_ND, weight_VD, bias_V, targets_N,
         loss += softmax_losses_(slope_RV, targets_R).sum(dtype=torch.float64)
         if any(needs):
             _subtract_targets_(slope_RV, targets_R)
-            _add_gradients(gradients, rows, slope_RV, hidden_RD, weight_VD)
+            _add_gradients(gradients, rows, slope_RV, hidden_RD, weight_VD, chunk is chunks[0])
     return loss.to(full), gradients
 
 # %% ../../nbs/training/01_losses.ipynb #c2b835aa
@@ -153,6 +161,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, targets_N, kept, chunk_bytes, learning, words):
         needs = [learning and need for need in ctx.needs_input_grad[:3]]
+        weight_VD = weight_VD.to(hidden_ND.dtype)  # here, so that its gradient goes back as it was added up
         with torch.autocast(hidden_ND.device.type, enabled=False):
             loss, ctx.gradients = _chunked_pass(hidden_ND, weight_VD, bias_V, targets_N, kept, chunk_bytes, needs,
                                                 words)
@@ -164,12 +173,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *_give_away(ctx, scale), None, None, None, None, None
 
 
-def _product_dtype(hidden_ND):
-    "In which format products of `hidden_ND` are taken: that of autocast where it is on."
-    device = hidden_ND.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
-
-
 def linear_cross_entropy(hidden_ND,          # hidden states before the output matrix, fp32, bf16 or fp16
                          weight_VD,          # output matrix
                          targets_N,          # target of each row; -100 rows are dropped
@@ -179,8 +182,9 @@ def linear_cross_entropy(hidden_ND,          # hidden states before the output m
                          words=None,         # rows of the output matrix that belong to words; all when `None`
 )->tuple:                                    # (sum of losses as a float32 scalar in nats, number of targets)
     "Sum of cross-entropies of `hidden_ND @ weight_VD.T`, and their count; a second backward raises a RuntimeError."
-    dtype = _product_dtype(hidden_ND)
-    inputs = [None if x is None else x.to(dtype) for x in (hidden_ND, weight_VD, bias_V)]
+    dtype = product_dtype(hidden_ND)
+    bias_V = None if bias_V is None else bias_V.to(dtype)
+    inputs = (hidden_ND.to(dtype), weight_VD, bias_V)
 
     kept = kept_rows(targets_N, count)
     size = _chunk_bytes(chunk_bytes, hidden_ND.device)
@@ -189,10 +193,6 @@ def linear_cross_entropy(hidden_ND,          # hidden states before the output m
 
 # %% ../../nbs/training/01_losses.ipynb #4bc89d46
 _HEAD_LOGIT = 16  # bytes of a logit in a head that is a module: a LoRA makes up to four tensors of the logits' size
-
-
-def _vocabulary(head):
-    return getattr(head, 'out_features', None) or head.weight.shape[0]
 
 
 def _head_chunk(hidden_RD, head, targets_R, parameters, learning, dtype):
@@ -227,7 +227,7 @@ def _head_pass(hidden_ND, head, targets_N,
     gradients = _head_sums(hidden_ND, parameters, full) if learning else []
 
     loss = torch.zeros((), dtype=torch.float64, device=hidden_ND.device)
-    for chunk in row_chunks(len(index), _vocabulary(head), _HEAD_LOGIT, chunk_bytes):
+    for chunk in row_chunks(len(index), logits_per_row(head), _HEAD_LOGIT, chunk_bytes):
         rows = chunk if all_kept else index[chunk]
         part, slopes = _head_chunk(hidden_ND[rows], head, targets_N[rows], parameters, learning, full)
         loss += part
@@ -283,7 +283,7 @@ def token_losses(hidden_ND,          # hidden states before the head
     bytes_per_logit = _logit_size(hidden_ND.dtype, torch.float32)
     losses_N = torch.zeros(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
     size = _chunk_bytes(chunk_bytes, hidden_ND.device)
-    for chunk in row_chunks(len(index), _vocabulary(head), bytes_per_logit, size):
+    for chunk in row_chunks(len(index), logits_per_row(head), bytes_per_logit, size):
         rows = index[chunk]
         losses_N[rows] = softmax_losses_(head(hidden_ND[rows]).float(), targets_N[rows])
     return losses_N

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
-from ..core import LabError, choose, require
+from ..core import LabError, choose, number_of, require
 from ..models.load import causal_model, output_head
 from ..models.methods import Method
 from .checkpoints import Piece, counter_device, optimiser_state, restore_optimiser
@@ -110,10 +110,11 @@ def _check_count(processes, recipe):
         names = ', '.join(name for name in strategies if name != 'none')
         raise LabError(f'nproc is {count} and strategy none: choose how they share the work: {names}')
     if count > rows:
-        raise LabError(f'{count} processes share {rows} rows an optimiser step (batch_size {recipe.batch_size} x '
+        raise LabError(f'{count} processes share {rows} rows per optimiser step (batch_size {recipe.batch_size} x '
                        f'gradient_accumulation {recipe.gradient_accumulation}): raise one of these, or lower nproc')
     if torch.cuda.is_available() and processes.count > torch.cuda.device_count():
-        raise LabError(f'nproc is {processes.count} and this machine has {torch.cuda.device_count()} GPUs: lower nproc')
+        raise LabError(f'nproc is {processes.count} and this machine has '
+                       f'{number_of(torch.cuda.device_count(), "GPU")}: lower nproc')
 
 
 def _check_training(name, strategy, recipe, method):

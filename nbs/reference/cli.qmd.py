@@ -34,13 +34,13 @@ def value_of(option):
     "What stands for an option's value."
     if getattr(option, 'is_flag', False):
         return ''
-    return option.metavar or ('NUMBER' if isinstance(option.default, int) else 'TEXT')
+    return option.metavar or ('NUMBER' if isinstance(option.default, (int, float)) else 'TEXT')
 
 
 def row(option):
     "An option as a row of the table."
     words = option.name.upper() if is_argument(option) else f'{", ".join(option.opts)} {value_of(option)}'.strip()
-    shown = isinstance(option.default, (str, int, float)) and not isinstance(option.default, bool)
+    shown = isinstance(option.default, (str, int, float)) and option.default not in ('', False, True)
     default = code_span(str(option.default)) if shown else ''
     return f'| {code_span(words)} | {default} | {plain_text(getattr(option, "help", ""))} |'
 

@@ -123,7 +123,7 @@ for title, arguments, text, remedy in cases:
     said, status = message(arguments, text)
     if status != 2:
         raise SystemExit(f'llmft {" ".join(arguments)} should have been refused')
-    example = f'```yaml\n{text.rstrip()}\n```' if text else f'```text\nllmft {" ".join(arguments)}\n```'
+    example = f'```yaml\n{text.rstrip()}\n```' if text else f'```sh\nllmft {" ".join(arguments)}\n```'
     print(f'## {title}\n\n{example}\n')
     print(f'<div class="said"><code>{html.escape(said)}</code></div>\n\n{remedy}\n')
 print("""## While a run trains

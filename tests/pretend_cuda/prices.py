@@ -74,33 +74,63 @@ class Prices:
         self.kernels[name] += kernels
 
 
-def stand_in_attention(torch):
-    "PyTorch's attention as two operations without numbers, forward and backward."
-    library = torch.library.Library('prices', 'FRAGMENT')
-    library.define('flash(Tensor q, Tensor k, Tensor v) -> Tensor')
-    library.define('flash_backward(Tensor g, Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)')
-    library.impl('flash', lambda query, key, value: torch.empty_like(query), 'Meta')
-    library.impl('flash_backward', lambda slope, *tensors: tuple(map(torch.empty_like, tensors)), 'Meta')
+def one_operation(torch, library, name, count):
+    "A function of `count` tensors that is one operation without numbers, and one in the backward pass."
+    tensors = ', '.join(f'Tensor t{place}' for place in range(count))
+    library.define(f'{name}({tensors}) -> Tensor')
+    library.define(f'{name}_backward(Tensor slope, {tensors}) -> Tensor[]')
+    library.impl(name, lambda first, *rest: torch.empty_like(first), 'Meta')
+    library.impl(f'{name}_backward', lambda slope, *tensors: list(map(torch.empty_like, tensors)), 'Meta')
+    operations = torch.ops.prices
 
-    class Flash(torch.autograd.Function):
+    class Operation(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *tensors):
             ctx.save_for_backward(*tensors)
-            return torch.ops.prices.flash(*tensors)
+            return getattr(operations, name)(*tensors)
 
         @staticmethod
         def backward(ctx, slope):
-            return torch.ops.prices.flash_backward(slope, *ctx.saved_tensors)
+            return tuple(getattr(operations, f'{name}_backward')(slope, *ctx.saved_tensors))
+
+    return Operation.apply
+
+
+def stand_in_attention(torch, library):
+    "PyTorch's attention as two operations without numbers, forward and backward."
+    flash = one_operation(torch, library, 'flash', 3)
 
     def attend(query, key, value, **options):
         if torch.is_autocast_enabled('cuda'):
             query, key, value = (tensor.to(torch.get_autocast_dtype('cuda')) for tensor in (query, key, value))
-        return Flash.apply(query, key, value)
+        return flash(query, key, value)
 
     torch.nn.functional.scaled_dot_product_attention = attend
     products = torch.library.Library('aten', 'IMPL')
     products.impl('mm.dtype_out', lambda left, right, dtype, *, out: out, 'Meta')
-    return library, products
+    return products
+
+
+def stand_in_activations(torch, library):
+    "RMSNorm and SiLU as CUDA has them, one operation forward and one backward: a CPU build takes them apart."
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+
+    from llmft.models import norms
+
+    for kind in (LlamaRMSNorm, Qwen2RMSNorm):
+        norms.is_plain_norm(kind)  # tried on numbers, which there are none of later
+    norm = one_operation(torch, library, 'rms_norm', 2)
+    silu = one_operation(torch, library, 'silu', 1)
+    norms.rms_norm = lambda inputs, shape, weight, epsilon: norm(inputs, weight)
+    torch.nn.functional.silu = lambda inputs, inplace=False: silu(inputs)
+
+
+def stand_ins(torch):
+    "What a CPU build lacks of CUDA's operations, in place; what has to be kept alive."
+    library = torch.library.Library('prices', 'FRAGMENT')
+    stand_in_activations(torch, library)
+    return library, stand_in_attention(torch, library)
 
 
 def watching(torch, prices):
@@ -119,18 +149,35 @@ def watching(torch, prices):
     return Watching()
 
 
+def the_branches(torch, params):
+    "(the frozen GPT-2 of a parameter file with low-rank branches that train, its method), without numbers."
+    from llmft.models import low_rank
+    from llmft.models.methods import Method
+
+    low_rank._initial_weights = lambda name, shape, *rest: torch.empty(shape)
+    low_rank._initial_factor = lambda label, rank, inputs: torch.empty(rank, inputs)
+    net = low_rank.frozen_gpt2(params['layers'], params['heads'], params['width'], params['max_length'])
+    branches = params['lora_targets'], params['lora_rank'], params['lora_alpha'], params['lora_dropout']
+    for factor in low_rank.add_low_rank(net, *branches).values():
+        factor.requires_grad_(True)
+    return net, Method.of(net)
+
+
 def the_model(torch, params):
     "(the model of a parameter file with random weights that are not there, its method)."
+    if params['model'] == 'random':
+        return the_branches(torch, params)
     from transformers import AutoModelForCausalLM
 
     from llmft.models.adapters import add_lora
     from llmft.models.load import model_config, precisions
     from llmft.models.methods import Method
+    from llmft.models.norms import fuse_norms
 
     precision = params.get('precision', 'fp32')
     config = model_config(params['model'])
     dtype = precisions[precision].dtype
-    net = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation='documents')
+    net = fuse_norms(AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation='documents'))
     if params.get('method', 'lora') == 'full':
         return net, Method(precision=precision)
     lora = params['lora_rank'], params.get('lora_alpha', 16.0), params['lora_dropout'], params['lora_targets']
@@ -144,7 +191,7 @@ def priced(params, lengths, gpu):
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    kept = kept, stand_in_attention(torch)
+    kept = kept, stand_ins(torch)
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from llmft.data.batches import MicroBatch
@@ -172,7 +219,8 @@ def priced(params, lengths, gpu):
         model = LossModel(net, in_bfloat16=mixed).train()
         ids_BT = torch.zeros(1, tokens, dtype=torch.long)
         batch = MicroBatch(ids_BT, ids_BT.clone(), ids_BT.clone(), lengths, tokens, tokens)
-        with watching(torch, prices):
+        # in a thread of its own the backward pass may outlive the interpreter, which aborts the process
+        with watching(torch, prices), torch.autograd.set_multithreading_enabled(False):
             model(batch).backward()
 
     useful = flops_step(net.config, lengths, method, gradient_checkpointing=again)

@@ -8,7 +8,15 @@ from llmft.runs.report import in_box, math_html
 
 formula = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 bare_table = re.compile(r'<table>.*?</table>', flags=re.DOTALL)
-output = re.compile(r'(<div class="output".*?</div>\s*</div>)', flags=re.DOTALL)
+inline_code = re.compile(r'(?<!<pre>)(?<!</span>)<code>(?:[^<]|<wbr>)*</code>')
+shell_code = re.compile(r'<div class="language-(?:ba)?sh\b.*?</pre>', flags=re.DOTALL)
+shell_option = re.compile(
+    r'(?<=<span class="w"> </span>)(?:(-p)(<span class="w"> </span>(?:(?!<span class="w">)[^\n])+?)|--[\w-]+)'
+    r'(?=<span class="w">|\n|</code>)'
+)
+longest_option = 30  # characters that stay in one piece, less than a line of a phone
+most_roomy = 6  # columns of a table beyond which its cells are narrow
+output = re.compile(r'(<div class="output".*?<!-- output --></div>)', flags=re.DOTALL)
 
 
 def with_mathml(match):
@@ -30,6 +38,14 @@ def is_plain(table, columns):
     return bool(rows) and all(row.count('<td') == columns for row in rows) and '<th' not in body
 
 
+def without_empty_columns(table):
+    "A table without the columns whose cells are all empty."
+    rows = [re.findall(r'<t[hd]\b.*?</t[hd]>', row, re.DOTALL) for row in re.findall(r'<tr>.*?</tr>', table, re.DOTALL)]
+    empty = [all(re.fullmatch(r'<td[^>]*></td>', cell) for cell in column) for column in zip(*rows[1:], strict=True)]
+    gone = itertools.cycle(empty)
+    return re.sub(r'(?s)\s*<t[hd]\b.*?</t[hd]>', lambda cell: '' if next(gone) else cell[0], table)
+
+
 def with_labels(match):
     "A table in a box; its cells name their columns, so that a narrow screen can show a row as a list."
     table = match[0].replace('<table>', '<table class="plain">', 1)  # Material boxes tables without a class
@@ -37,14 +53,44 @@ def with_labels(match):
     if not is_plain(table, len(heads)):
         return in_box(table)
 
+    table = without_empty_columns(table)
+    heads = column_heads(table)
     columns = itertools.cycle(heads)
     labelled = re.sub('<td', lambda _: f'<td data-label="{next(columns)}"', table)
-    return in_box(labelled).replace('scroll table', 'scroll table rows', 1)
+    kind = 'scroll table rows many' if len(heads) > most_roomy else 'scroll table rows'
+    return in_box(labelled).replace('scroll table', kind, 1)
+
+
+def breakable(cell):
+    "A cell of a table whose code may break after the signs within paths and names, and nowhere else."
+    return re.sub(
+        r'<code>[^<]*</code>', lambda code: re.sub(r'(?<=[\w>])([/_=:])(?=[\w*])', r'\1<wbr>', code[0]), cell[0]
+    )
+
+
+def whole(option):
+    "An option in one piece with its value, or without it where that is long."
+    if len(re.sub(r'<.*?>', '', option[0])) <= longest_option or not option[1]:
+        return f'<span class="flag">{option[0].replace("<wbr>", "")}</span>'
+    return f'<span class="flag">{option[1]}</span>{option[2] or ""}'
+
+
+def with_whole_flags(code):
+    "Code in a line whose options, such as --small and -p seed=1, stay in one piece."
+    return re.sub(r'(?<![^\s>])(--?[A-Za-z][\w-]*)((?<=-p) (?:[^\s<]|<wbr>)+)?', whole, code[0])
+
+
+def with_whole_options(block):
+    "A block of shell commands whose options, such as --small and -p seed=1, stay in one piece."
+    return shell_option.sub(whole, block[0])
 
 
 def on_post_page(output, **_):
-    "The whole page; the search box, a dialog, gets the name that a screen reader says."
-    return output.replace('role="dialog">', 'role="dialog" aria-label="Search">')
+    "The whole page, after the search has read it: the name of the search box, and where code may break."
+    output = output.replace('role="dialog">', 'role="dialog" aria-label="Search">')
+    output = re.sub(r'(?s)<td\b.*?</td>', breakable, output)
+    output = shell_code.sub(with_whole_options, output)
+    return inline_code.sub(with_whole_flags, output)
 
 
 def on_page_content(content, **_):

@@ -11,7 +11,6 @@ import ast
 import collections
 import itertools
 import math
-import os
 import re
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ...core import LabError, counted
+from ...core import LabError, counted, usable_cores
 from ...inference.generation import end_tokens, generate, written_text
 from ...training.checkpoints import load_checkpoint
 from .sandbox import run_program, run_tests, same_output
@@ -267,17 +266,12 @@ def check_answer(task:Task,          # with tests or cases
     return Attempt(task.name, sample, answer, status, reason, spent, together=together)
 
 # %% ../../../nbs/studies/code/03_pass_at_k.ipynb #209468ab
-def _cores():
-    "Processor cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-
-
 def check_all(pairs:list,          # (task, answer, number of the sample)
               seconds:float=5.,    # longest time of one program
               workers:int=0,       # programs at a time, 0 for one per core
 )->list:                           # of `Attempt`, in the order given
     "Check answers, as many at a time as there are cores."
-    with ThreadPoolExecutor(workers or _cores()) as pool:
+    with ThreadPoolExecutor(workers or usable_cores()) as pool:
         checked = pool.map(lambda pair: check_answer(*pair, seconds=seconds), pairs)
         return list(counted(checked, len(pairs), 'programs run'))
 

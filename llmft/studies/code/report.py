@@ -11,6 +11,7 @@ __all__ = ['answer_columns', 'trained_name', 'start_name', 'data_table', 'lost_r
 from dataclasses import asdict
 from pathlib import Path
 
+from ...core import number_of
 from ...data.tables import left_out
 from ...runs.rivals import Measure, in_bullets, rank_judged, ranked, told
 from ...runs.tables import column, table, text_columns
@@ -22,8 +23,7 @@ from .setup import TaskData
 
 # %% ../../../nbs/studies/code/06_report.ipynb #9afc16a9
 _lost_columns = [column('answer_shortened', 'shortened'), column('answer_cut_away', 'without answer')]
-_target_columns = [column('tokens', 'real tokens'), column('targets', 'targets'), column('targets_lost', 'lost'),
-                   text_columns[0]]
+_target_columns = [column('tokens', 'real tokens'), column('targets', 'targets'), column('targets_lost', 'lost')]
 
 
 def data_table(data:TaskData,   # of the run
@@ -36,7 +36,7 @@ def data_table(data:TaskData,   # of the run
         rows.append(dict(replayed, split=f"general text, {data.replay['share']:.1%} of training"))
     return table(rows,
                  ['split', 'rows', column('too_long', f'beyond {max_length}'), *_lost_columns, 'examples',
-                  *_target_columns])
+                  *_target_columns, *text_columns(rows)])
 
 # %% ../../../nbs/studies/code/06_report.ipynb #828e284c
 _row_counts = ('rows', 'empty', 'also_held_out', 'other_splits')
@@ -51,7 +51,7 @@ def lost_rows(data:TaskData,  # of the run
 )->str:
     "How many rows were read and what became of those that are in no split, in three lines."
     counts = data.counts
-    return (f"{counts['rows']:,} rows read; {counts['empty']:,} without a problem or an answer\n"
+    return (f"{number_of(counts['rows'], 'row')} read; {counts['empty']:,} without a problem or an answer\n"
             f"{counts['also_held_out']:,} training problems are held out too, "
             f"{counts['other_splits']:,} rows are in other splits\n{left_out(_reader_counts(counts))}")
 
@@ -262,7 +262,7 @@ def _loss_words(split, before, after):
     rivals = {trained_name: after[split], start_name: before[split]}
     moved = f"The {split} loss went from {before[split]['loss']:.2f} to {after[split]['loss']:.2f} nats per token"
     rows = len(after[split]['document_losses'])
-    return f"{moved} (n = {rows} rows). {told(rank_judged(rivals, 'rows'), trained_name)}"
+    return f"{moved} (n = {number_of(rows, 'row')}). {told(rank_judged(rivals, 'rows'), trained_name)}"
 
 
 def _lost_words(data):

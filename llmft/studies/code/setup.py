@@ -9,6 +9,8 @@ __all__ = ['TaskData', 'task_data', 'runnable_tasks', 'instruct_method', 'instru
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
+
 from ...core import LabError, short_hash
 from ...data.replay import with_replay
 from ...data.tokens import load_tokenizer
@@ -24,6 +26,7 @@ class TaskData:
     counts: dict       # rows read, empty, held out too, in other splits
     examples: dict     # split -> `Examples` of at most max_length positions
     row_notes: dict    # split -> what `encode_tasks` counted
+    lengths: np.ndarray  # positions of each training row before long ones were cut or dropped
     replay: dict = field(default_factory=dict)  # counts of the general text among the training examples
 
     @property
@@ -43,12 +46,12 @@ def _rows_of(split, tasks, params):
 
 
 def _encode_splits(tasks, tokenizer, params):
-    "The examples and the counts of every split."
+    "The examples and the counts of every split, and the lengths of the training rows before the cut."
     encoded = {split: encode_tasks(_rows_of(split, rows, params), tokenizer, params.max_length, params.template,
                                    params.system_prompt, params.loss_on, params.too_long)
                for split, rows in tasks.items()}
-    return ({split: examples for split, (examples, _) in encoded.items()},
-            {split: notes for split, (_, notes) in encoded.items()})
+    return ({split: examples for split, (examples, *_) in encoded.items()},
+            {split: notes for split, (_, notes, _) in encoded.items()}, encoded['train'][2])
 
 
 def _check_filled(examples, max_length):
@@ -69,12 +72,11 @@ def task_data(params,  # model, data, its fields, valid_share, num_samples, num_
     tasks, counts = load_tasks(params.data, params.data_config, params.input_field, params.training_field,
                                params.split_field, params.num_samples, params.valid_share, params.seed)
 
-
-    examples, row_notes = _encode_splits(tasks, tokenizer, params)
+    examples, row_notes, lengths = _encode_splits(tasks, tokenizer, params)
     _check_filled(examples, params.max_length)
     examples['train'], replay = with_replay(examples['train'], params.replay_share, tokenizer, params.max_length,
                                             params.seed)
-    return TaskData(tokenizer, tasks, counts, examples, row_notes, replay)
+    return TaskData(tokenizer, tasks, counts, examples, row_notes, lengths, replay)
 
 # %% ../../../nbs/studies/code/04_setup.ipynb #6e6a09aa
 def _problem_tasks(params, data):

@@ -583,7 +583,7 @@ def encode_tasks(tasks:list,                      # of `Task`
                  system_prompt:str=expert_prompt, # put where the template says
                  loss_on:str='completion',        # completion | all: which tokens are targets
                  too_long:str='truncate',         # truncate | drop | error
-)->tuple:                                         # (Examples, notes with counts)
+)->tuple:                                         # (Examples, notes with counts, positions of each task before the cut)
     "Tasks as examples of at most `max_length` positions with their targets marked, and a count of what was lost."
     check_template(template, tokenizer)
     _check_conversations(tasks, template)
@@ -596,4 +596,4 @@ def encode_tasks(tasks:list,                      # of `Task`
     lost = int(examples.supervised().sum()) - cut_notes['targets']
     return kept, dict(rows=len(tasks), examples=len(kept), **lengths, tokens=int(kept.slots.sum()),
                       targets=cut_notes['targets'], loss_on=loss_on, targets_lost=lost,
-                      control_like=looks_like_control(map(_written, tasks), tokenizer))
+                      control_like=looks_like_control(map(_written, tasks), tokenizer)), examples.slots

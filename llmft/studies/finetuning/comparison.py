@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['by_short_name', 'run_metrics', 'held_out_hashes', 'same_held_out', 'terms_table', 'quality_table', 'costs_table',
-           'reference_table', 'matrix_of', 'first_samples', 'seed_ranking', 'best_run', 'comparison_verdict',
-           'comparison_metrics']
+           'shared_rows', 'reference_table', 'matrix_of', 'first_samples', 'seed_ranking', 'best_run',
+           'comparison_verdict', 'comparison_metrics']
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #73b3225c
 import math
@@ -74,7 +74,7 @@ def quality_table(rows:list,  # from `run_metrics`
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #0a30ab97
 _cost_columns = [
     column('run'), column('total_time_seconds', 'training', 's', best='low'),
-    column('time_per_epoch_seconds', 'an epoch', 's', best='low'),
+    column('time_per_epoch_seconds', 'epoch', 's', best='low'),
     column('tokens_per_sec', 'real tokens', '1/s', best='high'), column('share', 'achieved', "of the machine's peak"),
     column('predicted_memory_gb', 'peak memory', 'GiB, predicted'),
     column('peak_memory_gb', 'peak memory', 'GiB, measured', best='low'), column('error', 'prediction', '% off'),
@@ -95,14 +95,22 @@ def costs_table(rows:list,  # from `run_metrics`
     "What each run cost in time and memory, and what had been predicted."
     return table([_cost_row(row) for row in rows], _cost_columns)
 
+# %% ../../../nbs/studies/finetuning/04_comparison.ipynb #3f102ea4
+def shared_rows(beside:list,  # from `beside_reference`
+)->list:                      # those of them
+    "The rows of the matrix that both sides have run."
+    return [row for row in beside if row['seconds'] is not None and row['reference_seconds'] is not None]
+
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #f116aef0
-def reference_table(beside:list,    # from `beside_reference`
+def reference_table(beside:list,    # from `shared_rows`
                     measure:str,    # seconds or memory
                     title:str,      # of the table
                     unit:str,       # of our figure
                     reference_unit:str,  # of the reference's
-):                                  # a table for display
+):                                  # a table for display, or None
     "Our figures and the reference's, absolute and over those of plain LoRA."
+    if not beside:
+        return print(f'{title}: no row was run on both sides')
     return table(beside, [column('row'), column(measure, 'ours', unit), column(f'{measure}_ratio', 'ours', '× LoRA'),
                           column(f'reference_{measure}', 'reference', reference_unit),
                           column(f'reference_{measure}_ratio', 'reference', '× LoRA')], title)

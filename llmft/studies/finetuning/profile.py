@@ -7,6 +7,7 @@ __all__ = ['least_percent_shown', 'step_table', 'operation_table', 'kind_bars', 
            'profile_metrics']
 
 # %% ../../../nbs/studies/finetuning/05_profile.ipynb #c9b1e13b
+from ...core import number_of
 from ...runs.figures import Plot, bars
 from ...runs.rivals import Measure, in_bullets, place_words, ranked
 from ...runs.tables import column, table
@@ -19,8 +20,8 @@ def step_table(profile:Profile,  # from `profile_fit`
     "The time of a step with and without the profiler."
     row = dict(steps=profile.steps, plain=1e3 * profile.plain_seconds, profiled=1e3 * profile.seconds,
                cost=profile.seconds / profile.plain_seconds, quantised=share)
-    return table([row], [column('steps', 'profiled', 'steps'), column('plain', 'a step without', 'ms'),
-                         column('profiled', 'a step with the profiler', 'ms'), column('cost', 'ratio'),
+    return table([row], [column('steps', 'profiled', 'steps'), column('plain', 'step without', 'ms'),
+                         column('profiled', 'step with the profiler', 'ms'), column('cost', 'ratio'),
                          column('quantised', 'in 8 bits or fewer', 'share')])
 
 # %% ../../../nbs/studies/finetuning/05_profile.ipynb #48e90449
@@ -44,7 +45,7 @@ def operation_table(operations:list,  # from `operations`
 def _clock(profile):
     "Whose time is shown, and of how many steps."
     clock = 'time of kernels' if profile.device == 'cuda' else 'time on the processor'
-    return f'{clock} · n = {profile.steps} steps'
+    return f'{clock} · n = {number_of(profile.steps, "step")}'
 
 
 def kind_bars(operations:list,  # from `operations`

@@ -9,6 +9,7 @@ __all__ = ['data_table', 'model_size', 'size_words', 'predicted_memory', 'traini
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #4814f090
 import math
 
+from ...core import number_of
 from ...models.cost import families, memory_breakdown
 from ...models.load import quantised_share
 from ...models.meter import machine_peaks
@@ -33,7 +34,7 @@ def data_table(data:TrainingData,  # of the run
         rows.append(dict(data.replay, side=f'general text, {share:.1%} of training'))
 
     return table(rows, ['side', 'documents', 'bytes', column('too_long', f'beyond {max_length}'), 'examples', 'targets',
-                        'targets_lost', column('without_target', 'empty'), *text_columns])
+                        'targets_lost', column('without_target', 'empty'), *text_columns(rows)])
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #b2e4cad7
 def model_size(model,  # as it will be trained
@@ -162,7 +163,7 @@ def finetuning_verdict(method:str,        # full, lora or qlora
 
     progress = result.progress
     answer = f'{_perplexity_change(method, before, after)}{_against_unquantised(base, after)}.'
-    took = (f"It trained {result.trainable:,} of {size['total']:,} parameters for {progress.step:,} steps "
+    took = (f"It trained {result.trainable:,} of {size['total']:,} parameters for {number_of(progress.step, 'step')} "
             f"({progress.stopped}); n = {after['targets']:,} held-out tokens of {after['documents']} documents. Next: "
             'compare methods on the same documents (params/sweeps/finetune_matrix.yaml).')
     return in_bullets(answer, f'{told(rank_judged(rivals), method)} {forgot}', took)
@@ -192,6 +193,7 @@ def pretraining_verdict(result:FitResult,  # from `launch`
               f"bits per byte (n = {after['targets']:,} tokens, {after['bytes']:,} bytes); untrained, its loss was "
               f"{before['loss']:.2f} nats per token, now {after['loss']:.2f}.")
     ranking = rank_judged({'the trained model': after, 'random weights': before}, 'files')
-    took = (f'It took {progress.tokens:,} tokens ({progress.step:,} steps, {progress.seconds / 60:.1f} min). Next: '
+    steps = number_of(progress.step, 'step')
+    took = (f'It took {progress.tokens:,} tokens ({steps}, {progress.seconds / 60:.1f} min). Next: '
             'fine-tune it (finetune, with model set to the folder of this one).')
     return in_bullets(answer, told(ranking, 'the trained model'), took)

@@ -10,6 +10,8 @@ __all__ = ['TrainingData', 'finetuning_data', 'prompts_of', 'finetuning_base', '
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
+
 from ...data.corpora import Corpus, load_corpus
 from ...data.replay import with_replay
 from ...data.tokens import Examples, cut, encode, load_tokenizer, text_notes, train_tokenizer
@@ -29,6 +31,7 @@ class TrainingData:
     valid: Examples    # held-out examples
     train_notes: dict  # counts: documents, too long, examples, targets, targets lost
     valid_notes: dict  # the same for the held-out documents
+    lengths: np.ndarray  # positions of each training document before it is cut
     replay: dict = field(default_factory=dict)  # counts of the general text among `train`, empty without any
 
     @property
@@ -41,11 +44,12 @@ def _in_examples(corpus, tokenizer, params, too_long='split'):
     "Both sides of `corpus` as examples, the held-out side limited to num_eval_samples documents."
     corpus.valid = corpus.valid[:params.num_eval_samples or len(corpus.valid)]
 
-    train, train_notes = cut(encode(corpus.train.texts, tokenizer), params.max_length, too_long)
+    documents = encode(corpus.train.texts, tokenizer)
+    train, train_notes = cut(documents, params.max_length, too_long)
     valid, valid_notes = cut(encode(corpus.valid.texts, tokenizer), params.max_length)
     train_notes |= text_notes(corpus.train.texts, tokenizer)
     valid_notes |= text_notes(corpus.valid.texts, tokenizer)
-    return TrainingData(tokenizer, corpus, train, valid, train_notes, valid_notes)
+    return TrainingData(tokenizer, corpus, train, valid, train_notes, valid_notes, documents.slots)
 
 # %% ../../../nbs/studies/finetuning/01_setup.ipynb #cea4bda7
 def finetuning_data(params,  # model, data, its fields and counts, valid_share, max_length, too_long, replay_share, seed

@@ -49,7 +49,7 @@ def forecast_eval_again(folder,       # of a finished run of forecast_eval
         part = read_split(params.data, params.split)
         model = load_model(params.model, params.precision)
         model = with_adapter(model, params.start) if params.start else model
-        count = min(params.num_samples or len(part), len(part))
+        count = min(params.num_eval_samples or len(part), len(part))
         _, scores = evaluate_forecasts(model, load_tokenizer(params.model), part, params.given, params.horizon,
                                        **_settings(params, count))
     return dict(mae=(scores['mae'], _of_draws), mae_median=(scores['mae_median'], _of_draws))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import LabError, write_json
+from ...core import LabError, number_of, write_json
 from ...runs.rivals import Measure, in_bullets, keep_scores, ranked, told
 from ...runs.tables import column, table
 from .baselines import baselines, ceiling, informed
@@ -127,7 +127,7 @@ def error_table(comparison:Comparison,  # of one evaluation
     horizon = comparison.future_NHV.shape[1]
     rows = [dict(run=name, **row, at_ten=comparison.at_ten[name]) for name, row in comparison.rows.items()]
     caption = ('Scaled units. Published: Qwen2.5-0.5B, n = 150, 50 steps, scale from all steps, regex repair; '
-               f'here {horizon} steps, scaling {scaling}, no repair')
+               f'here {number_of(horizon, "step")}, scaling {scaling}, no repair')
     return table(rows + published['test'], _error_columns, caption)
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #e5aec3b4
@@ -248,7 +248,7 @@ def rank_forecasts(comparison:Comparison,  # of one evaluation
                    median:bool=True,       # median over trajectories, or mean
 ):                                         # a `Ranking`
     "The models and the rivals that are not given the equations, by their error."
-    when = f'{step} steps ahead' if step else f'over {comparison.future_NHV.shape[1]} steps'
+    when = f'{number_of(step, "step")} ahead' if step else f'over {comparison.future_NHV.shape[1]} steps'
     measure = Measure(f"{'median' if median else 'mean'} error {when}", items='trajectories')
     return ranked(without_equations(trajectory_errors(comparison, step)), measure, median=median)
 
@@ -296,7 +296,7 @@ def comparison_verdict(comparison:Comparison,  # of one evaluation
     "How the judged model compares with its strongest rival, over all steps and ten steps ahead."
     count, horizon = comparison.future_NHV.shape[:2]
     if comparison.rows[judged]['mae_median'] is None:
-        return in_bullets(f'No forecast of the {judged} model could be read (n = {count} trajectories).',
+        return in_bullets(f'No forecast of the {judged} model could be read (n = {number_of(count, "trajectory")}).',
                           'Next: forecast with the grammar (constrained), or train longer.')
 
     means = rank_forecasts(comparison, median=False)

@@ -11,7 +11,9 @@ __all__ = ['panel_style', 'variable_names', 'given_grey', 'least_error', 'shared
 import matplotlib as mpl
 import numpy as np
 
-from ...runs.figures import Plot, ground, ink, muted, palette, panels, require_values, style, type_scale
+from ...core import number_of
+from ...runs import figures
+from ...runs.figures import Plot, ink, log_ticks, muted, palette, panels, require_values, style, type_scale
 from ...runs.numbers import is_number, show_number
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #70d14124
@@ -93,12 +95,13 @@ def spectra_figure(values_NTV,  # trajectories
 )->Plot:
     "The median share of power by period, with the band from the 10th to the 90th percentile."
     periods_F, power_NFV = spectrum(values_NTV, step_time)
-    note = f'median and 10-90 % band over n = {len(values_NTV):,} trajectories'
+    note = f'median and 10-90 % band over n = {number_of(len(values_NTV), "trajectory")}'
     plot, axes = panels(1, power_NFV.shape[2], 'Spectra', note, 2.6, sharey=True)
 
     for v, axis in enumerate(axes[0]):
         _band_and_line(axis, periods_F, np.quantile(power_NFV[:, :, v], [0.1, 0.5, 0.9], axis=0), _colour(v))
         axis.set(xscale='log', xlabel='period, time units', title=names[v], ylim=(0, None))
+        log_ticks(axis.xaxis)
     axes[0, 0].set_ylabel('share of power')
     return plot
 
@@ -148,6 +151,7 @@ def _draw_kinds(axis, features, labels, v, name):
         axis.plot(members[:, 1 + v], members[:, 0], 'o', markersize=3, alpha=0.7, color=palette[kind],
                   label=f'kind {kind + 1}: {len(members)}')
     axis.set(xscale='log', xlabel=f'{name}: 99th percentile / median')
+    log_ticks(axis.xaxis)
 
 
 @mpl.rc_context(panel_style)
@@ -202,7 +206,7 @@ def forecasts_figure(times_T,        # times of all steps
     "Truth, median forecast and its 10-90 % band; a row per trajectory, a column per variable."
     count, samples = samples_NSHV.shape[:2]
     shown = min(first_n, count)
-    note = f'scaled units; {samples} samples; the first {shown} of {count:,} trajectories'
+    note = f'scaled units; {number_of(samples, "sample")}; the first {shown} of {count:,} trajectories'
     plot, axes = panels(shown, truth_NTV.shape[2], title, note, 1.4, sharex=True)
 
     for (row, v), axis in np.ndenumerate(axes):
@@ -251,10 +255,12 @@ def phase_figure(truth_NTV,      # given and true steps, scaled
 least_error = 1e-4  # smallest error drawn on a logarithmic axis
 
 
-def _draw_curve(axis, curve_H, name, colour):
-    "An error by forecast step."
-    axis.plot(np.arange(1, len(curve_H) + 1), np.maximum(curve_H, least_error), linewidth=1.5, marker='o',
-              markersize=3, color=colour, label=name)
+def _draw_curve(axis, curve_H, name, index):
+    "An error by forecast step; gives back the name, the last point and the colour of its line."
+    colour, dashes = figures.line_style(index)
+    shown_H = np.maximum(curve_H, least_error)
+    axis.plot(np.arange(1, len(shown_H) + 1), shown_H, linewidth=1.5, linestyle=dashes, color=colour)
+    return name, len(shown_H), shown_H[-1], colour
 
 
 @mpl.rc_context(panel_style)
@@ -267,11 +273,12 @@ def horizon_figure(errors:dict, # name -> median absolute error by step (H,), or
     plot, axes = panels(1, 1, 'Error over the horizon', note, 3.2)
     axis = axes[0, 0]
 
-    for index, (name, curve_H) in enumerate(curves.items()):
-        _draw_curve(axis, curve_H, name, _colour(index))
-    axis.set(xlabel='steps ahead', ylabel='median absolute error, scaled units', yscale='log')
+    ends = [_draw_curve(axis, curve_H, name, index) for index, (name, curve_H) in enumerate(curves.items())]
+    axis.set(xlabel='steps ahead', ylabel='median error, scaled units', yscale='log')
     axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
-    shared_legend(plot, axis)
+    axis.margins(x=0.02)
+    log_ticks(axis.yaxis)
+    figures.name_lines(axis, ends)
     return plot
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #604e6bb9
@@ -280,10 +287,11 @@ def _known_errors(values):
     return np.maximum(np.sort(values[np.isfinite(values)]), least_error)
 
 
-def _draw_distribution(axis, values, name, colour):
+def _draw_distribution(axis, values, name, index):
     "The share of errors that are at most so large."
+    colour, dashes = figures.line_style(index)
     share = np.arange(1, len(values) + 1) / len(values)
-    axis.step(values, share, where='post', color=colour, linewidth=1.5, label=name)
+    axis.step(values, share, where='post', color=colour, linestyle=dashes, linewidth=1.5, label=name)
 
 
 @mpl.rc_context(panel_style)
@@ -297,9 +305,10 @@ def distribution_figure(errors:dict, # name -> mean absolute error of each traje
     axis = axes[0, 0]
 
     for index, (name, values) in enumerate(shown.items()):
-        _draw_distribution(axis, values, name, _colour(index))
+        _draw_distribution(axis, values, name, index)
     axis.set(xlabel='mean absolute error of a trajectory, scaled units', ylabel='share of trajectories',
              xscale='log', ylim=(0, 1.02))
+    log_ticks(axis.xaxis)
     shared_legend(plot, axis)
     return plot
 
@@ -323,6 +332,7 @@ def boxes_figure(errors:dict, # name -> absolute errors (N, H, V)
     for v, axis in enumerate(axes[0]):
         _draw_boxes(axis, errors, v)
         axis.set(xscale='log', title=names[v], xlabel='mean absolute error, scaled units')
+        log_ticks(axis.xaxis)
         axis.set_yticks(range(1, len(errors) + 1), list(errors))
     axes[0, 0].invert_yaxis()
     return plot
@@ -339,7 +349,8 @@ def _draw_heat_map(axis, table_RK, norm, best):
     for (row, column), number in np.ndenumerate(table_RK):
         if np.isfinite(number):
             axis.text(column, row, show_number(float(number)), ha='center', va='center', fontsize=type_scale['small'],
-                      color=ground if norm(number) > 0.5 else ink, fontweight='bold' if number == best else 'normal')
+                      color=figures.on_deep if norm(number) > 0.5 else figures.on_pale,
+                      fontweight='bold' if number == best else 'normal')
     axis.grid(False)
 
 
@@ -404,10 +415,13 @@ def precision_figure(rows:list,  # dicts with precision, learning_rate, lora_ran
     pairs = require_values(_precision_pairs(rows, value), 'precision_figure', 'runs with 2 and with 3 decimals')
     plot, axes = panels(1, 1, 'Two decimals against three', note, 3.4)
     axis = axes[0, 0]
+
     _draw_diagonal(axis, pairs)
     for index, rate in enumerate(sorted({pair[2] for pair in pairs})):
         _draw_pairs(axis, pairs, rate, _colour(index))
     axis.set(xscale='log', yscale='log', xlabel='validation error with 2 decimals', ylabel='with 3 decimals')
+    log_ticks(axis.xaxis)
+    log_ticks(axis.yaxis)
     shared_legend(plot, axis)
     return plot
 
@@ -420,6 +434,7 @@ def _draw_by_context(axis, rows, name, label, colour):
     top = max([number for number in numbers if is_number(number)], default=1)
     axis.set(xlabel='context, tokens', ylabel=label, ylim=(0, 1.15 * top))
     axis.set_xticks(lengths)
+    figures.short_ticks(axis.yaxis)
 
 
 @mpl.rc_context(panel_style)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...core import LabError, counted
+from ...core import LabError, counted, number_of
 from ...inference.generation import generate
 from ...models.load import hidden_states, output_head
 from ...models.modes import evaluating
@@ -61,7 +61,7 @@ class Grammar:
                  integer_digits:int=2,   # most digits before the point
     ):
         if steps < 1:
-            raise LabError(f'{steps} steps to forecast: give at least 1')
+            raise LabError(f'{number_of(steps, "step")} to forecast: give at least 1')
         self.steps = steps
         self.end_id = end_id
         self.variables = variables

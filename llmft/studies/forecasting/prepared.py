@@ -263,9 +263,10 @@ def series_windows(folder,         # of a forecast_data run
                    keep_tail:bool=True,# whether the last, shorter window of a trajectory is kept
                    valid_trajectories:int=0,  # validation trajectories, 0 for all
                    loss_from:int=0,    # first step of a trajectory with a loss
-)->tuple:                          # (training windows, validation windows), both `Examples`
+)->tuple:                          # (training windows, validation windows, positions of each training trajectory)
     "Overlapping windows to train on, and windows to watch it by that do not overlap."
     train = series_documents(folder, 'train', tokenizer, precision, loss_from=loss_from)
     valid = series_documents(folder, 'valid', tokenizer, precision, valid_trajectories, loss_from)
     stride = max(1, length // 2)
-    return _with_loss(windows(train, length, stride, keep_tail)), _with_loss(windows(valid, length, length, True))
+    return (_with_loss(windows(train, length, stride, keep_tail)), _with_loss(windows(valid, length, length, True)),
+            train.slots)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...core import sha256_of
+from ...core import number_of, sha256_of
 from ...models.meter import machine_peaks, share_of_peak
 from ...runs.figures import bars
+from ...runs.numbers import show_number
 from ...runs.rivals import Measure, in_bullets, ranked, told
 from ...runs.tables import column, table
 from .budget import adapter_of
@@ -108,7 +109,8 @@ def curve_bars(outcome:TrainingOutcome,  # its errors before training and of eve
 ):                                       # a `Plot`
     "The same as bars."
     errors = {'before': outcome.before['mae'], **{f"step {row['step']}": row['mae'] for row in outcome.curve}}
-    note = f"n = {outcome.before['trajectories']} trajectories, {horizon} steps; lower is better"
+    count = number_of(outcome.before['trajectories'], 'trajectory')
+    note = f"n = {count}, {number_of(horizon, 'step')}; lower is better"
     title = 'Error of the forecasts while training'
     return bars(errors, title, 'mean absolute error, scaled units', 'before', note=note)
 
@@ -151,7 +153,7 @@ def _why_it_ended(params, outcome, progress):
     if outcome.planned < params.max_steps:
         return (f'It was planned for {outcome.planned:,} of {params.max_steps:,} steps because the budget of the study '
                 'holds no more')
-    return f'It took all of its {params.max_steps:,} steps'
+    return f'It took all of its {number_of(params.max_steps, "step")}'
 
 
 def training_verdict(params,                   # max_steps, valid_horizon
@@ -160,7 +162,8 @@ def training_verdict(params,                   # max_steps, valid_horizon
 )->str:
     "The result of a training run in words."
     trained = f"step {outcome.best['step']:,}"
-    measure = Measure(f'mean absolute error over {params.valid_horizon} steps', items='validation trajectories')
+    steps = number_of(params.valid_horizon, 'step')
+    measure = Measure(f'mean absolute error over {steps}', items='validation trajectories')
     known = {'untrained': outcome.errors['untrained'], trained: outcome.errors['best']}
     answer = 'No trajectory could be read both before and after training.'
     if len(known[trained]):
@@ -168,8 +171,9 @@ def training_verdict(params,                   # max_steps, valid_horizon
         horizon = judged_on(params.valid_horizon, outcome.following)
         answer = f'{told(ranked(known, measure), trained)} {choice} {horizon}'
 
-    cost = (f"{_why_it_ended(params, outcome, progress)}; {outcome.flops_study:.3g} operations by the study's rules, "
-            f'{progress.flops:.3g} by the hardware count.')
+    spent = show_number(outcome.flops_study)
+    cost = (f"{_why_it_ended(params, outcome, progress)}; {spent} operations by the study's rules, "
+            f'{show_number(progress.flops)} by the hardware count.')
     return in_bullets(answer, cost, 'Next: forecast_eval judges the adapter on the test split, beside forecasts that '
                                     'need no language model.')
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...core import LabError, nearest, purpose_rng
+from ...core import LabError, nearest, number_of, purpose_rng
 from ...data.dynamics import predator_prey, saturating_predator_prey
 from .sources import Series, check_system, known_systems, predator_prey_names
 
@@ -57,7 +57,7 @@ def _check_simulation(system, count, steps, step_time):
     "A `LabError` for what can not be solved."
     check_system(system)
     if count < 1 or steps < 2 or not 0 <= step_time < math.inf:
-        raise LabError(f'simulate: {count} trajectories of {steps} steps, {step_time} apart: '
+        raise LabError(f'simulate: {number_of(count, "trajectory")} of {steps} steps, {step_time} apart: '
                        'give at least 1, at least 2, and a time above 0 (0 for that of the system)')
 
 
@@ -94,7 +94,7 @@ def _check_scaling(scaling, alpha, context, train_rows, steps):
         raise LabError(f"scaling is '{scaling}'{nearest(scaling, scalings)}: choose from {', '.join(scalings)}")
     check_alpha(alpha)
     if scaling == 'context' and not 1 < context <= steps:
-        raise LabError(f'context is {context} and a trajectory has {steps} steps: give 2 to {steps}')
+        raise LabError(f'context is {context} and a trajectory has {number_of(steps, "step")}: give 2 to {steps}')
     if scaling == 'global' and train_rows is None:
         raise LabError('scaling global needs the rows of the training split')
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from ...core import find_path
@@ -42,6 +43,7 @@ class ForecastingData:
     valid_part: Split  # validation trajectories, whole: forecasts are judged by them
     train: Examples  # windows to train on
     valid: Examples  # windows that training is watched by
+    lengths: np.ndarray  # positions of each training trajectory before it is cut
 
 # %% ../../../nbs/studies/forecasting/06_setup.ipynb #7743f874
 def forecasting_data(params,  # model, data, decimals, max_length, keep_tail, num_eval_samples, loss_from
@@ -50,9 +52,9 @@ def forecasting_data(params,  # model, data, decimals, max_length, keep_tail, nu
     valid_part = read_split(params.data, 'valid')
     tokenizer = load_tokenizer(params.model)
     check_decimals(valid_part, params.decimals, params.data)
-    train, valid = series_windows(params.data, tokenizer, params.max_length, params.decimals, params.keep_tail,
-                                  params.num_eval_samples, params.loss_from)
-    return ForecastingData(tokenizer, valid_part, train, valid)
+    windows = series_windows(params.data, tokenizer, params.max_length, params.decimals, params.keep_tail,
+                             params.num_eval_samples, params.loss_from)
+    return ForecastingData(tokenizer, valid_part, *windows)
 
 # %% ../../../nbs/studies/forecasting/06_setup.ipynb #8baf1ca7
 def with_adapter(model,          # the base model

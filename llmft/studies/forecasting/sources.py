@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...core import LabError, choose, find_path, nearest
+from ...core import LabError, choose, find_path, nearest, number_of
 from ...data.tables import check_fields, read_rows, row_endings
 
 # %% ../../../nbs/studies/forecasting/00_sources.ipynb #ddaaacd1
@@ -258,7 +258,8 @@ def _check_lengths(pieces, where):
     first, values_TV = pieces[0]
     for name, other_TV in pieces:
         if len(other_TV) != len(values_TV):
-            raise LabError(f"{where}: series '{first}' has {len(values_TV)} steps and '{name}' has {len(other_TV)}: "
+            raise LabError(f"{where}: series '{first}' has {number_of(len(values_TV), 'step')} "
+                           f"and '{name}' has {len(other_TV)}: "
                            'set window to the steps of a window cut from each')
 
 

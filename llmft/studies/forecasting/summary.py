@@ -5,18 +5,21 @@
 # %% auto #0
 __all__ = ['notebooks', 'error_columns', 'seconds_per_hour', 'published_horizon', 'study_results', 'StudyRows', 'study_rows',
            'study_text', 'by_error', 'judged_by', 'search_table', 'context_table', 'final_table', 'rivals_of',
-           'evaluation_table', 'budget_table', 'operations_by_part', 'write_csv', 'summary_verdict', 'summary_metrics']
+           'evaluation_table', 'rival_table', 'budget_table', 'operations_by_part', 'write_csv', 'summary_verdict',
+           'summary_metrics']
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #febba816
 import csv
 import io
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
-from ...core import LabError, write_atomic
+from ...core import LabError, number_of, write_atomic
+from ...runs.numbers import is_number, show_number
 from ...runs.results import done_folders, read_result
 from ...runs.rivals import Measure, in_bullets, kept_scores, paired_scores, ranked, told
-from ...runs.tables import column, table
+from ...runs.tables import column, known_columns, table
 from .baselines import ceiling, informed, statistical, uninformed
 from .comparison import ceiling_words, compared, metric_name, without_equations
 from .published import published, published_search
@@ -98,7 +101,7 @@ def study_text(study:StudyRows,  # from `study_rows`
     search = len(study.part('search'))
     context = len(study.part('context'))
     final = len(study.trained) - search - context
-    return (f'{len(study)} runs: {search} of the search, {context} of the context study, {final} final; '
+    return (f'{number_of(len(study), "run")}: {search} of the search, {context} of the context study, {final} final; '
             f"data: {'; '.join(study.sources)}")
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #d988659d
@@ -113,7 +116,8 @@ def judged_by(search:list,  # rows of the search
     "On what the validation errors of the search were measured."
     if not search:
         return ''
-    return (f"n = {search[0]['valid_trajectories']} validation trajectories, {search[0]['valid_horizon']} steps; "
+    return (f"n = {number_of(search[0]['valid_trajectories'], 'validation trajectory')}, "
+            f"{number_of(search[0]['valid_horizon'], 'step')}; "
             'scaled units')
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #c10adf73
@@ -136,7 +140,7 @@ def search_table(search:list,  # rows of the search
     "The runs of the search, best first."
     if not search:
         return print('no runs of the search')
-    return table(by_error(search), _search_columns, judged_by(search))
+    return table(by_error(search), known_columns(search, _search_columns), judged_by(search))
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #e2dfba59
 _context_columns = (
@@ -154,7 +158,8 @@ def context_table(context:list,  # rows of the context study
     "The runs of the context study, shortest first."
     if not context:
         return print('no runs of the context study')
-    return table(sorted(context, key=lambda row: row['context_length']), _context_columns)
+    by_length = sorted(context, key=lambda row: row['context_length'])
+    return table(by_length, known_columns(context, _context_columns))
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #8947719a
 seconds_per_hour = 3600
@@ -219,19 +224,6 @@ _test_columns = (
 )
 
 
-def _rival_columns(tests):
-    "Columns for every rival that any evaluation knows: its mean and median error over all steps."
-    kinds = dict(mae='MAE, mean', mae_median='MAE, median')
-    known = dict.fromkeys((name, error) for row in tests for error in kinds for name in list(rivals_of(row, error))[1:])
-    return [column(f'{name} {error}', name, kinds[error]) for name, error in known]
-
-
-def _rival_errors(row):
-    "The errors of the rivals of an evaluation, by column."
-    return {f'{name} {error}': value
-            for error in ('mae', 'mae_median') for name, value in rivals_of(row, error).items()}
-
-
 def _published_test(row):
     "A published test error with its decimals and steps."
     return dict(row, precision=3 if 'p3' in row['run'] else 2, forecast_steps=published_horizon)
@@ -242,12 +234,33 @@ def evaluation_table(tests:list,  # runs of forecast_eval
     "Errors on the test split, with the published ones below."
     if not tests:
         return print('no evaluations')
-    ours = [dict(row, **_rival_errors(row), n=row['asked'], forecast_steps=row['horizon']) for row in tests]
-    return table([*ours, *map(_published_test, published['test'])], [*_test_columns, *_rival_columns(tests)])
+    ours = [dict(row, n=row['asked'], forecast_steps=row['horizon']) for row in tests]
+    return table([*ours, *map(_published_test, published['test'])], _test_columns)
+
+# %% ../../../nbs/studies/forecasting/13_summary.ipynb #1b42e8f7
+_rival_errors = dict(mae='MAE, mean', mae_median='MAE, median')
+
+
+def rival_table(tests:list,  # runs of forecast_eval
+):                           # a displayed table, or None
+    "The errors of the judged models and of every other forecast on the test split, a line each."
+    if not tests:
+        return None
+    rows = {}
+    columns = [column('forecast')]
+    for test in tests:
+        for error, unit in _rival_errors.items():
+            name = f"{test['run']} {error}"
+            columns.append(column(name, test['run'], unit, best='low'))
+            for forecast, value in rivals_of(test, error).items():
+                rows.setdefault(forecast, dict(forecast=forecast))[name] = value
+
+    return table(list(rows.values()), columns)
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #310665ba
 _budget_columns = (
-    column('run'),
+    column('part'),
+    column('runs'),
     column('steps'),
     column('tokens'),
     column('study', 'training', "operations, study's rules"),
@@ -258,15 +271,29 @@ _budget_columns = (
 )
 
 
-def budget_table(lines:list,  # from `statement`; [] without a ledger
-                 account,     # `Account`, or None
-):                            # a displayed table, or None
-    "What every run took from the account."
+def _by_part(lines, study):
+    "The lines of an account summed over the parts of a study; runs of no part are evaluations."
+    parts = {f"forecast_train/{row['run']}": row['part'] for row in study.trained}
+    sums = {}
+    for line in lines:
+        part = 'all' if line is lines[-1] else parts.get(line['run'], 'evaluations')
+        row = sums.setdefault(part, Counter(runs=0))
+        row.update({name: value for name, value in line.items() if is_number(value)}, runs=1)
+    sums['all']['runs'] = len(lines) - 1
+    return [dict(part=part, **row) for part, row in sums.items()]
+
+
+def budget_table(lines:list,       # from `statement`; [] without a ledger
+                 account,          # `Account`, or None
+                 study:StudyRows,  # from `study_rows`
+):                                 # a displayed table, or None
+    "What each part of a study took from the account."
     if not lines:
         return print('no ledger')
-    caption = (f'Budget: {account.budget:.4g} operations. Set aside and outside the sum: '
-               f"{sum(account.aside.values()):.4g}. Published: {published['flops']:.4e} of 1e17")
-    return table(lines, _budget_columns, caption)
+    aside = sum(account.aside.values())
+    caption = (f'Budget: {show_number(account.budget)} operations. Set aside and outside the sum: '
+               f"{show_number(aside)}. Published: {show_number(published['flops'])} of 100 P")
+    return table(_by_part(lines, study), _budget_columns, caption)
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #3b78fd6b
 def operations_by_part(study:StudyRows,  # from `study_rows`
@@ -343,7 +370,7 @@ def _budget_sentence(spent, max_flops):
     "What all training took, and whether the budget allowed it."
     if spent is None:
         return ''
-    sentence = f"All training together took {spent:.4g} operations by the study's rules"
+    sentence = f"All training together took {show_number(spent)} operations by the study's rules"
     if not max_flops:
         return f'{sentence}.'
     return f"{sentence}, {spent / max_flops:.2%} of the budget{'' if spent <= max_flops else ', MORE than it allows'}."

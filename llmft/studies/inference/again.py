@@ -21,7 +21,7 @@ def inference_again(folder,       # of a finished run of inference; nothing in i
     "The perplexity of the model on the held-out text; a `LabError` when something is not here."
     params = SimpleNamespace(**record['params'])
     corpus = load_corpus(params.text, params.text_config, params.text_field, valid_share=params.valid_share)
-    corpus.valid = corpus.valid[:params.num_texts or len(corpus.valid)]
+    corpus.valid = corpus.valid[:params.num_eval_samples or len(corpus.valid)]
     same_documents(dict(meta=dict(data=dict(valid=record['meta']['data'].get('text')))), 'valid', corpus.hashes())
 
     model = load_form(params.model, params.precision, params.compute, params.seed)

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['right_answers', 'memory_unit', 'compared_rows', 'baseline_of', 'same_terms', 'source_words', 'terms_table',
-           'time_table', 'token_table', 'batch_rows', 'batch_table', 'quality_table', 'measured_rows',
-           'divergence_table', 'flip_rows', 'flip_table', 'slower_though_smaller', 'comparison_verdict',
-           'comparison_metrics']
+           'time_table', 'token_table', 'batch_rows', 'batch_table', 'quality_table', 'measured_rows', 'flip_rows',
+           'flip_table', 'slower_though_smaller', 'comparison_verdict', 'comparison_metrics']
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #0e1972e9
 import math
@@ -89,7 +88,7 @@ def terms_table(rows:list,  # from `compared_rows`
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #dbfc71f8
 _time_columns = [column('run'), column('total_time', 'all questions', 's'),
-                 column('avg_latency', 'a query waits', 's', best='low', n='total_queries'),
+                 column('avg_latency', 'time per query', 's', best='low', n='total_queries'),
                  column('throughput_tokens_per_sec', 'new tokens', '1/s', best='high', n='total_tokens'),
                  column('throughput_queries_per_sec', 'queries', '1/s', best='high')]
 
@@ -141,7 +140,7 @@ def batch_table(rows:list,  # from `compared_rows`
     unit, _ = memory_unit(rows)
     return table(batch_rows(rows), [
         column('run'), column('batch'), column('tokens', 'new tokens', '1/s', best='high'),
-        column('ratio', 'times as many', 'as alone'), column('waits', 'a query waits', 's', best='low'),
+        column('ratio', 'times as many', 'as alone'), column('waits', 'time per query', 's', best='low'),
         column('memory', 'peak memory', unit, best='low')])
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #122eb593
@@ -163,24 +162,10 @@ def quality_table(rows:list,  # from `compared_rows`
     return table(rows, _quality_columns(unit))
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #da9caecb
-_divergence_columns = [
-    column('run'), column('kld', 'divergence', 'nats per token', best='low', n='quality_tokens', digits=4),
-    column('kld_se', '±', 'nats'), column('kld_median', 'median', 'nats'), column('kld_p99', '99 %', 'nats'),
-    column('kld_max', 'largest', 'nats'), column('same_top', 'same top token', 'share', best='high', digits=4),
-    column('same_top_se', '±', 'share'), column('log_perplexity_change', 'ln of the ratio of perplexities'),
-    column('log_perplexity_change_se', '±'), column('rms_change', 'change of probability', 'root mean square')]
-
-
 def measured_rows(rows:list,  # from `compared_rows`
 )->list:                      # those of them
     "The runs that measured how far they are from full precision."
     return [row for row in rows if row.get('kld') is not None]
-
-# %% ../../../nbs/studies/inference/04_comparison.ipynb #a1f279d4
-def divergence_table(rows:list,  # from `compared_rows`, at least one with a divergence
-):                               # a table for display
-    "Divergence from full precision, by all measures."
-    return table(measured_rows(rows), _divergence_columns)
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #89ae2235
 right_answers = 'right answers'  # under which runs keep which questions they answered rightly

@@ -16,7 +16,7 @@ reference_runs = {  # precision -> metrics, as reported
 
 # %% ../../../nbs/studies/inference/02_published.ipynb #8e790906
 _reference_columns = [
-    column('whose'), column('precision'), column('avg_latency', 'a query', 's'),
+    column('whose'), column('precision'), column('avg_latency', 'time per query', 's'),
     column('throughput_with_prompt_tokens_per_sec', 'tokens, prompt counted', '1/s', digits=4),
     column('throughput_tokens_per_sec', 'new tokens', '1/s'), column('peak_memory_gb', 'peak memory', 'GiB')]
 

@@ -76,7 +76,7 @@ def answer_batches(model,          # from `load_form`
 _speed_columns = [
     column('batch'), column('total_queries', 'queries'), column('total_tokens', 'new tokens'),
     column('throughput_tokens_per_sec', 'new tokens', '1/s', best='high'),
-    column('avg_latency', 'a query waits', 's', best='low'),
+    column('avg_latency', 'time per query', 's', best='low'),
     column('time_to_first_token', 'first token', 's, median'),
     column('time_per_output_token', 'later token', 's, median', n='decoding_steps'),
     column('time_per_output_token_p95', 'later token', 's, 95 %'),
@@ -135,19 +135,19 @@ def against_reference(model,      # from `load_form`
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #495ac7b7
 _divergence_columns = [
-    column('reference'), column('kld', 'divergence', 'nats per token', n='quality_tokens'),
-    column('kld_se', '±', 'nats'),
-    column('kld_median', 'median', 'nats'), column('kld_p99', '99 %', 'nats'), column('kld_max', 'largest', 'nats'),
-    column('same_top', 'same top token', 'share', digits=4), column('same_top_se', '±', 'share'),
-    column('log_perplexity_change', 'ln of the ratio of perplexities'), column('log_perplexity_change_se', '±'),
-    column('rms_change', 'change of probability', 'root mean square'), column('rms_change_se', '±')]
+    column('kld', 'divergence', 'nats per token', best='low', n='quality_tokens', digits=4),
+    column('kld_se', '±', 'nats'), column('kld_median', 'median', 'nats'), column('kld_p99', '99 %', 'nats'),
+    column('kld_max', 'largest', 'nats'), column('same_top', 'same top token', 'share', best='high', digits=4),
+    column('same_top_se', '±', 'share'), column('log_perplexity_change', 'ln of the ratio of perplexities'),
+    column('log_perplexity_change_se', '±'), column('rms_change', 'change of probability', 'root mean square'),
+    column('rms_change_se', '±')]
 
 
-def divergence_table(tokens,  # from `against_reference`
-                     params,  # model and reference
-):                            # a table for display
-    "How far a model is from full precision, by all measures, each with its standard error."
-    return table([dict(summary(tokens), reference=params.reference or params.model)], _divergence_columns)
+def divergence_table(rows:list,  # each with the numbers of `summary`
+                     name:str,   # key in the rows of what names them, such as run or reference
+):                               # a table for display
+    "How far models are from full precision, by all measures, each with its standard error."
+    return table(rows, [column(name), *_divergence_columns])
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #bfdbc7b4
 def keep_divergence(folder,    # of the run

@@ -14,7 +14,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from ...core import LabError, choose, purpose_rng
+from ...core import LabError, choose, number_of, purpose_rng
 from ...data.chats import Chat, asked_rows
 from ...data.tables import check_fields, read_splits
 from ...data.tokens import prompt_tokens
@@ -302,7 +302,7 @@ def score(texts:list,      # what was answered, one text a problem
 )->dict:                   # accuracy, answered, cut_off (shares), correct, questions (counts), right (bools)
     "How many of `texts` give the answer that the problem's own answer gives; a `LabError` when there is not one each."
     if len(texts) != len(problems):
-        raise LabError(f'{len(texts)} texts for {len(problems)} problems: give one each')
+        raise LabError(f'{number_of(len(texts), "text")} for {number_of(len(problems), "problem")}: give one each')
     given = [final_answer(text) for text in texts]
     right = [answer == reference_answer(problem) for answer, problem in zip(given, problems, strict=True)]
 
@@ -347,7 +347,7 @@ def read_problems(data:str,        # 'builtin:arithmetic', a file or folder of t
 
     problems = [_checked(row) for row in itertools.islice(_rows_of(data, config, split, notes), count or None)]
     if len(problems) < max(count, 1):
-        raise LabError(f'data {data} has {len(problems)} rows and {max(count, 1)} are asked for: '
+        raise LabError(f'data {data} has {number_of(len(problems), "row")} and {max(count, 1)} are asked for: '
                        'lower num_questions, or 0 for all')
     return problems
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from matplotlib import rc_context
 
-from ...core import write_atomic
+from ...core import number_of, write_atomic
 from ...data.tables import left_out
 from ...runs.figures import Plot, ink, muted, new_plot, palette, style
 from ...runs.numbers import byte_unit
@@ -36,7 +36,7 @@ def data_table(data:PdfData,    # of the run
             for side, files, chunks, notes in sides]
 
     return table(rows, ['side', 'files', 'chunks', 'bytes', column('too_long', f'chunks beyond {max_length}'),
-                        'examples', 'targets', 'targets_lost', *text_columns])
+                        'examples', 'targets', 'targets_lost', *text_columns(rows)])
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #e0d2fa7b
 most_files_shown = 20
@@ -67,7 +67,7 @@ def files_in_words(data:PdfData,  # of the run
     rest = used - most_files_shown
     further = f'; the {rest:,} further files that were used are in files.json' if rest > 0 else ''
     besides = left_out(data.corpus.notes.get('besides', {}))
-    return f'{files:,} files, {used:,} used, {files - used:,} skipped{further}\nbeside them {besides}'
+    return f'{number_of(files, "file")}, {used:,} used, {files - used:,} skipped{further}\nbeside them {besides}'
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #49dcce55
 _trial_columns = [column('trial'), column('batch', 'batch', 'rows'), column('fits'),
@@ -211,9 +211,9 @@ def report_values(recipe:Recipe,     # as the run trained
             'Gradient accumulation steps': recipe.gradient_accumulation,
             'Effective batch size': recipe.batch_size * recipe.gradient_accumulation, 'GPU': gpu,
             'Memory usage': f'{result.peak_bytes / 2**30:.2f} GiB at the peak of training',
-            'Training time': f'{progress.seconds / 60:.1f} min for {progress.step} steps',
+            'Training time': f'{progress.seconds / 60:.1f} min for {number_of(progress.step, "step")}',
             'Perplexity on test set': f"{after['perplexity']:.2f} (n = {after['targets']:,} tokens of "
-                                      f"{data.split['test_size']} files)",
+                                      f"{number_of(data.split['test_size'], 'file')})",
             'Interpretation': perplexity_band(after['perplexity'])}
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #5dab4da9
@@ -235,7 +235,7 @@ def conclude(params,        # lora_rank, quantisation, gradient_checkpointing, o
 
     return (f'With LoRA of rank {params.lora_rank}, {frozen}, gradient checkpointing {checkpointing} and '
             f'{params.optimiser}, {largest} rows of {params.max_length} positions fit {limit / 2**30:.2f} GiB '
-            f"({ended}). Training on {split['train_size']} files {direction} the perplexity of "
+            f"({ended}). Training on {number_of(split['train_size'], 'file')} {direction} the perplexity of "
             f"{split['test_size']} others from "
             f'{before:.1f} to {after:.1f} ({abs(change):.0%}).')
 

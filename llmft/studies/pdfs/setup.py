@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+
 from ...core import write_atomic
 from ...data.corpora import Corpus
 from ...data.pdfs import builtin_pdfs, pdf_corpus, read_pdfs
@@ -29,6 +31,7 @@ class PdfData:
     valid: Examples    # held-out examples
     train_notes: dict  # counts: documents, too long, examples, targets, targets lost
     valid_notes: dict  # the same for the held-out chunks
+    lengths: np.ndarray  # positions of each training chunk before it is cut
 
     @property
     def used(self):
@@ -48,9 +51,10 @@ def _write_files(path, files):
 
 
 def _examples(documents, tokenizer, folder, max_length):
-    "Documents as examples of at most `max_length` positions, with their counts; the tokens stay in `folder`."
-    examples, notes = cut(encode(documents.texts, tokenizer, folder, ends=documents.ends), max_length)
-    return examples, notes | text_notes(documents.texts, tokenizer)
+    "(examples of at most `max_length` positions, counts, lengths before the cut); the tokens stay in `folder`."
+    whole = encode(documents.texts, tokenizer, folder, ends=documents.ends)
+    examples, notes = cut(whole, max_length)
+    return examples, notes | text_notes(documents.texts, tokenizer), whole.slots
 
 
 def pdf_data(params,  # data, max_pages, min_characters, test_share, seed, chunk_characters, max_length, model,
@@ -68,9 +72,9 @@ def pdf_data(params,  # data, max_pages, min_characters, test_share, seed, chunk
     corpus.valid = corpus.valid[:params.num_eval_samples or len(corpus.valid)]
     _write_files(folder/'files.json', files)
 
-    train, train_notes = _examples(corpus.train, tokenizer, folder/'tokens'/'train', params.max_length)
-    valid, valid_notes = _examples(corpus.valid, tokenizer, folder/'tokens'/'valid', params.max_length)
-    return PdfData(tokenizer, files, split, corpus, train, valid, train_notes, valid_notes)
+    train, train_notes, lengths = _examples(corpus.train, tokenizer, folder/'tokens'/'train', params.max_length)
+    valid, valid_notes, _ = _examples(corpus.valid, tokenizer, folder/'tokens'/'valid', params.max_length)
+    return PdfData(tokenizer, files, split, corpus, train, valid, train_notes, valid_notes, lengths)
 
 # %% ../../../nbs/studies/pdfs/01_setup.ipynb #3b5530f7
 def pdf_method(params,  # precision, quantisation, lora_rank, lora_alpha, lora_dropout, lora_targets

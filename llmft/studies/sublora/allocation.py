@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from ...core import LabError
+from ...core import LabError, number_of
 
 # %% ../../../nbs/studies/sublora/03_allocation.ipynb #ee637253
 MEASURES = dict(
@@ -301,7 +301,8 @@ def _answer(tests):
         return f"shown for {'; '.join(shown)}.{rest}"
 
     seeds = min(test['n'] for test in tests)
-    return f'no evidence, {_measured_text(tests)} ({len(tests)} comparisons, n = {seeds} seeds each).'
+    counts = f'{number_of(len(tests), "comparison")}, n = {number_of(seeds, "seed")} each'
+    return f'no evidence, {_measured_text(tests)} ({counts}).'
 
 
 def answers(tests:list,  # from `hypotheses`

@@ -10,8 +10,9 @@ __all__ = ['coloured_groups', 'bits_per_kilobyte', 'dark_cell', 'colour_of', 'ma
 import matplotlib as mpl
 import numpy as np
 
-from ...core import LabError
-from ...runs.figures import Plot, bars, ground, ink, muted, palette, panels, style, type_scale
+from ...core import LabError, number_of
+from ...runs import figures
+from ...runs.figures import Plot, bars, ground, log_ticks, muted, palette, panels, style, type_scale
 from .allocation import MEASURES, gates_of
 
 # %% ../../../nbs/studies/sublora/04_figures.ipynb #717dac20
@@ -65,7 +66,7 @@ def _name_groups(plot, axes):
 
 def _seeds_note(groups):
     "How many seeds a mean is over, and what the bars are."
-    return f"mean over n = {min(group['n'] for group in groups)} seeds, bars: sample standard deviation"
+    return f"mean over n = {number_of(min(group['n'] for group in groups), 'seed')}, bars: sample standard deviation"
 
 
 @mpl.rc_context(style)
@@ -92,8 +93,7 @@ def _scale_sizes(axes, sizes):
         return
     axes.set_xscale('log')
     axes.set_xlabel('size, KB (log scale)')
-    axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f'{value:.3g}'))
-    axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    log_ticks(axes.xaxis)
 
 
 def _draw_by_size(axes, groups):
@@ -193,7 +193,7 @@ def _write_shares(axes, gamma_SL, reach):
     "The share of each cell as text in it, readable on its colour."
     for (row, column), share in np.ndenumerate(gamma_SL):
         axes.text(column, row, f'{share:.2f}', ha='center', va='center', fontsize=type_scale['small'],
-                  color=ground if abs(share - 0.5) > dark_cell * reach else ink)
+                  color=figures.on_deep if abs(share - 0.5) > dark_cell * reach else figures.on_pale)
 
 
 def _name_cells(axes, layers, seeds):
@@ -218,7 +218,7 @@ def gating_heatmap(rows:list,   # the runs' rows
     if not seeds:
         raise LabError(f'no learned run has d = {budget}: its gates cannot be drawn')
 
-    note = f'n = {len(seeds)} seeds; 0: all coordinates to A, 1: all to B, white: one half'
+    note = f'n = {number_of(len(seeds), "seed")}; 0: all coordinates to A, 1: all to B, white: one half'
     plot, axes = _single(f'Learned share of B, d = {budget:,}', note, 1.2 + 0.42 * len(seeds),
                          max(6.4, 0.62 * len(layers) + 2))
     reach = _reach(gamma_SL)

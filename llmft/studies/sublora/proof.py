@@ -109,7 +109,7 @@ def size_table(message:bytes,       # the coded vector and gates
 ):                                  # a displayed table
     "The size of a message, counted in five ways."
     rows = [dict(what=what, bits=bits) for what, bits in _sizes(message, counts, spec, configurations).items()]
-    return table(rows, ['what', column('bits', digits=6)])
+    return table(rows, ['what', column('bits', digits=4)])
 
 # %% ../../../nbs/studies/sublora/05_proof.ipynb #ffad5294
 _claim_columns = (column('claim'), column('risk', 'on the sample', digits=4), column('bound', digits=4),
@@ -240,9 +240,9 @@ def proof_verdict(proof:Proof,  # of one predictor
               f'{side} random guessing ({proof.guess:.3f}). {place} '
               f'This claim, together with {len(proof.claims) - 1} others, {proof.condition}.')
 
-    made_of = (f"It is {best['risk']:.3f} on m = {best['m']:,} training documents and "
-               f"{best['bound'] - best['risk']:.3f} for K = {best['bits']:,.0f} bits and n = {best['n']:,}. "
-               f'On {proof.held_out_documents:,} held-out documents it is {proof.held_out_bpd:.3f}.')
+    made_of = (f"That is {best['risk']:.3f} measured on m = {best['m']:,} training documents, plus "
+               f"{best['bound'] - best['risk']:.3f} that K = {best['bits']:,.0f} bits cost with n = {best['n']:,}. "
+               f'On {proof.held_out_documents:,} held-out documents the loss is {proof.held_out_bpd:.3f}.')
     return in_bullets(answer, made_of, f'{_tried_text(proof.configurations)} tried and paid for. Next: llmft verify '
                                        'checks the certificate, [certificate.llmft](certificate.llmft), from the file '
                                        'alone.')

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from ...bounds.betting import coverage
 from ...bounds.bounds import lowest_loss, smoothing_width
 from ...bounds.scoring import ALPHAS
+from ...core import number_of
 from ...runs.rivals import Measure, in_bullets, place_words, ranked, told
 from ...runs.tables import column, table, text_columns
 from .allocation import answers
@@ -35,7 +36,7 @@ def document_table(files:dict,  # train, val -> `TokenFile`
     "Documents and tokens of each side, how long the documents are, and what in them looks like a control token."
     rows = [_document_row(side, file, facts[side]) for side, file in files.items()]
     return table(rows, ['side', 'documents', 'tokens', column('length', 'mean length', 'tokens'), 'longest',
-                        text_columns[0]])
+                        *text_columns(rows)])
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #273b28d1
 @dataclass
@@ -120,9 +121,10 @@ def training_verdict(params,          # allocation_mode, b_ratio
     ratio = f' {params.b_ratio:g}' if params.allocation_mode == 'fixed' else ''
     measure = Measure('held-out loss', 'bits per token', items='documents', tolerance=0.01)
     bits = {'the trained model': losses.after, 'the untrained model': losses.before, 'random guessing': losses.guess}
+
     took = (f'{trained_numbers(subspace):,} trained numbers move {subspace.start.numel():,} parameters '
-            f'({params.allocation_mode}{ratio}) in {progress.step:,} steps ({progress.stopped}); held-out loss '
-            f'{losses.before:.3f} to {losses.after:.3f} bits per token, random guess {losses.guess:.3f} '
+            f'({params.allocation_mode}{ratio}) in {number_of(progress.step, "step")} ({progress.stopped}); '
+            f'held-out loss {losses.before:.3f} to {losses.after:.3f} bits per token, random guess {losses.guess:.3f} '
             f'(n = {losses.targets:,} tokens of {losses.documents:,} documents).')
     return in_bullets(place_words(ranked(bits, measure), 'the trained model'), took,
                       'Next: sublora_bounds turns it into a guarantee.')
@@ -134,7 +136,8 @@ def source_text(results:dict,  # name -> what `read_result` gives
     sources = {result['record']['meta']['data']['train']['sha256'] for result in results.values()}
     counts = {result['metrics']['documents'] for result in results.values()}
     same = 'the same in all of them' if len(sources) == 1 else 'NOT the same in all of them: do not compare'
-    return f"{len(results)} runs, n = {', '.join(f'{count:,}' for count in sorted(counts))} documents, {same}"
+    documents = ', '.join(f'{count:,}' for count in sorted(counts))
+    return f"{number_of(len(results), 'run')}, n = {documents} documents, {same}"
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #19bb4492
 _group_columns = (
