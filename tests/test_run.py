@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import datetime, timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from llmft.core import LabError, assets, read_json, write_atomic, write_json
 from llmft.runs import provenance
 from llmft.runs import run as run_module
 from llmft.runs.execute import execute_run
-from llmft.runs.locks import hold, is_held, release
+from llmft.runs.locks import hold, is_held, now, release
 from llmft.runs.provenance import fingerprint, library_hashes
 from llmft.runs.run import close_folder, list_runs, open_folder, read_run, reserve_bytes, start_run
 
@@ -155,6 +156,17 @@ def test_same_run_resumes_and_another_moves_it_aside(tmp_path):
     assert fresh['run']['resumed'] is None and len(list((folder.parent / '_previous').iterdir())) == 2
     close_folder(folder, 'done')
     assert [record['run']['id'] for record in list_runs(tmp_path / 'out')] == [fresh['run']['id']]
+
+
+def test_a_run_whose_beginning_takes_long_ends_no_later_than_now(tmp_path, monkeypatch):
+    "What reads the run begins after it: an end in the future would make a sweep run what is done once more."
+    monkeypatch.setattr(run_module, 'git_state', lambda: time.sleep(0.5) or dict(commit=None, dirty=None))
+    folder = tmp_path / 'outputs/act/one'
+    before = datetime.fromisoformat(now())
+    record = open_folder(folder, dict(name='one'))
+    closed = close_folder(folder, 'done')['run']
+    assert before <= datetime.fromisoformat(record['run']['started']) < before + timedelta(seconds=0.4)
+    assert closed['seconds'] >= 0.5 and datetime.fromisoformat(closed['ended']) <= datetime.fromisoformat(now())
 
 
 def test_a_broken_record_is_moved_aside_not_deleted(tmp_path):

@@ -163,9 +163,9 @@ def hold(folder) -> int:
 
 # %% ../../nbs/runs/02_locks.ipynb #8354865c
 def seconds_held(folder) -> float:
-    "Seconds, to a tenth, since this process took the lock of `folder`; `None` when it never did."
+    "Seconds since this process took the lock of `folder`; `None` when it never did."
     since = _held_since.get(str(Path(folder).absolute()))
-    return None if since is None else round(time.monotonic() - since, 1)
+    return None if since is None else time.monotonic() - since
 
 # %% ../../nbs/runs/02_locks.ipynb #43b81911
 def release(folder):

@@ -160,6 +160,7 @@ def _new_record(folder:Path,     # outputs/notebook/name
                 read:dict,       # from `inputs_of`
                 resumed:str,     # id of the run that resumes, or `None`
                 anew:str,        # why an earlier run does not count, or `None`
+                started:str,     # when its lock was taken, from `now`
 )->dict:                         # the content of run.json
     "The record of a run that begins now."
     program = Path(sys.argv[0]).name.replace('__main__.py', 'llmft')  # as `python -m llmft` names it
@@ -171,7 +172,7 @@ def _new_record(folder:Path,     # outputs/notebook/name
         notebook=folder.parent.name,
         name=folder.name,
         status='running',
-        started=now(),
+        started=started,
         ended=None,
         seconds=None,
         command=command,
@@ -233,6 +234,7 @@ def open_folder(folder,               # outputs/notebook/name
     read = inputs_of(params)
     with _one_line(folder):
         hold(folder)
+        started = now()  # the lock's clock runs from here: what follows may take seconds and is part of the run
         try:
             old = _record_in(folder)
             reason = what_differs(folder, old, params, identity, read) if old else ''
@@ -243,7 +245,8 @@ def open_folder(folder,               # outputs/notebook/name
                 return old
 
             resumed = old['run'].get('id') if same and not is_done else None
-            return _begin(folder, _new_record(folder, params, identity, read, resumed, reason or None), old)
+            record = _new_record(folder, params, identity, read, resumed, reason or None, started)
+            return _begin(folder, record, old)
         except BaseException:
             release(folder)
             raise
@@ -263,7 +266,8 @@ def ending(folder,       # of a run this process has open
     seconds = seconds_held(folder)
     started = datetime.fromisoformat(record['run']['started'])
     ended = max(datetime.fromisoformat(now()), started + timedelta(seconds=seconds or 0))
-    return dict(ended=ended.isoformat(timespec='milliseconds'), seconds=seconds)
+    tenths = None if seconds is None else round(seconds, 1)
+    return dict(ended=ended.isoformat(timespec='milliseconds'), seconds=tenths)
 
 # %% ../../nbs/runs/04_run.ipynb #a3ee6ff3
 def inputs_problem(record:dict,  # run.json of a run that is about to be done
