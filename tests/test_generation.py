@@ -199,6 +199,20 @@ def test_single_rows_of_16_bits_are_multiplied_without_onednn_and_nothing_else_i
         assert states[2:] == [True] and torch.backends.mkldnn.enabled
 
 
+@pytest.mark.parametrize('size', [0.0, 1e-3, 1.0, 1e4])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_norm_of_a_single_row_is_that_of_many(size, dtype):
+    "It errs by two units of the last place at most, next to the norm in 64 bits; a row of zeros stays one."
+    model = load_model('preset:llama-tiny', seed=1).to('cpu', dtype)
+    decoder = LeanDecoder(model, 4)
+    torch.manual_seed(0)
+    row, weight = (torch.randn(1, len(decoder.norm)) * size).to(dtype), torch.randn(len(decoder.norm)).to(dtype)
+    right = torch.nn.functional.rms_norm(row.double(), row.shape[1:], weight.double(), decoder.epsilon)
+    ours = decoder._normed(row, weight)
+    assert ours.dtype == dtype and ours.shape == row.shape
+    assert (ours - right).abs().max() <= 2 * torch.finfo(dtype).eps * right.abs().max()
+
+
 def written_out(model):
     "The same model with its eight-bit layers as ordinary ones that hold the same numbers."
     for name, module in list(model.named_modules()):

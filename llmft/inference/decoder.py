@@ -432,6 +432,7 @@ class LeanDecoder:
         self.norm = self.net.model.norm.weight
         self.epsilon = self.net.config.rms_norm_eps
         self.floor = self.norm.new_tensor(self.epsilon * len(self.norm)).sqrt()
+        self.zeros_W = torch.zeros_like(self.norm)
         self.own_products = _reads_as_it_lies(self.norm, rows)  # of single rows
         self.layers = [_layer_maps(layer, rows, packs) for layer in self.net.model.layers]
         self.head, self.last = _head_maps(self.net.get_output_embeddings(), self.norm, rows, packs, tokens)
@@ -514,9 +515,19 @@ def _written_out(self: LeanDecoder, ids_BT, new_slots, mask):
 @patch
 def _normed(self: LeanDecoder, stream_RW, weight):
     "Each row over its root mean square, times `weight`; over its length where there is none."
-    if weight is not None:
-        return rms_norm(stream_RW, stream_RW.shape[1:], weight, self.epsilon)
-    return stream_RW / torch.hypot(torch.linalg.vector_norm(stream_RW, dim=-1, keepdim=True), self.floor)
+    if weight is None:
+        return stream_RW / torch.hypot(torch.linalg.vector_norm(stream_RW, dim=-1, keepdim=True), self.floor)
+    if len(stream_RW) == 1 and stream_RW.is_cpu and stream_RW.dtype == weight.dtype == self.zeros_W.dtype:
+        return self._normed_alone(stream_RW, weight)
+    return rms_norm(stream_RW, stream_RW.shape[1:], weight, self.epsilon)
+
+
+@patch
+def _normed_alone(self: LeanDecoder, stream_1W, weight):
+    "The same for a single row on a processor: two operations, since its scale is a number of Python."
+    length = torch.linalg.vector_norm(stream_1W, dtype=torch.float32).item()
+    scale = (length**2 / len(weight) + self.epsilon) ** -0.5
+    return torch.addcmul(self.zeros_W, stream_1W, weight, value=scale)
 
 # %% ../../nbs/inference/01_decoder.ipynb #c9c7444a
 @patch
