@@ -112,8 +112,8 @@ def is_held(folder) -> bool:
         os.close(fd)
 
 # %% ../../nbs/runs/02_locks.ipynb #d11edea9
-_lock_attempts = 12
-_lock_pause_seconds = 0.05
+_lock_attempts = 120  # readers hold the lock for microseconds, a run for long: 0.6 s tell them apart
+_lock_pause_seconds = 0.005
 
 
 def _lock_patiently(fd: int) -> bool:
