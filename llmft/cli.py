@@ -28,6 +28,7 @@ from .runs.execute import execute_run, row_text
 from .runs.inputs import check_inputs
 from .runs.params import find_notebook, read_parameters, read_yaml, resolve_params, scales, shown
 from .runs.progress import Screen
+from .runs.report import where_it_begins
 from .runs.run import check_inside, list_runs, read_run
 from .runs.sweep_file import Point, errors_at, expand
 from .runs.sweeps import finished_record, point_result, result_text, run_stages, sweep_report
@@ -357,7 +358,8 @@ _JsonAtEnd = _flag('--json', 'End the output with one JSON object.')
 def _advise(results: list):
     "Say on stderr how to resume after an interruption, or why a run was refused."
     if status_of(results) == 'interrupted':
-        print('llmft: interrupted: the same command goes on from the last checkpoint', file=sys.stderr)
+        stopped = next((result for result in results if result['status'] == 'interrupted'), results[0])
+        print(f"llmft: interrupted: the same command {where_it_begins(find_path(stopped['folder']))}", file=sys.stderr)
     elif exit_status(results) == 2:
         print(f"llmft: {results[0]['error'].removeprefix('LabError: ')}", file=sys.stderr)
 
