@@ -15,6 +15,7 @@ from house import processor_seconds, write, write_experiment
 
 from llmft import __version__
 from llmft.cli import call, exit_status, text_table
+from llmft.runs.differences import differences_text
 from llmft.runs.run import read_run
 
 command = [sys.executable, '-c', 'from llmft.cli import main; main()']
@@ -161,6 +162,7 @@ def test_ctrl_c_is_130_and_the_record_says_so(project):
     assert (
         process.returncode == 130 and err.splitlines()[-1].startswith('llmft: interrupted') and 'Traceback' not in err
     )
+    assert err.splitlines()[-1].endswith('the same command begins anew, since no checkpoint was saved')
     assert (
         json.loads(out.splitlines()[-1])['status'] == 'interrupted'
         and json.loads(Path('outputs/act/one/run.json').read_text())['run']['status'] == 'interrupted'
@@ -329,6 +331,13 @@ def test_diff_names_what_was_changed_and_what_came_of_it(project, capsys):
     assert call(['diff', 'act/one', 'act/two', '--json']) == 0
     assert json.loads(capsys.readouterr().out)['params'] == dict(rate=[0.0002, 0.001], seed=[0, 2])
     assert call(['diff', 'act/one', 'act/tow']) == 2 and "did you mean 'act/two'" in capsys.readouterr().err
+
+
+def test_a_difference_shows_parameters_as_they_are_written():
+    runs = [dict(run='act/one', status='done', started='2026-08-01T10:00')] * 2
+    nothing = dict(metrics=[], scores=[], versions={}, data={})
+    text = differences_text(dict(runs=runs, params=dict(rate=(0.01, 0.003), targets=(['q', 'v'], None)), **nothing))
+    assert [line.split() for line in text.splitlines()[3:5]] == [['rate', '0.01', '0.003'], ['targets', 'q,', 'v', '–']]
 
 
 def test_open_shows_a_report_or_the_page_over_all_runs(project, capsys, monkeypatch):
