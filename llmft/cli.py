@@ -289,7 +289,7 @@ def _text(name: str, help: str, metavar: str = None):
 
 
 _files_help = 'Parameter files: configs, overlays (_*.yaml) or sweeps.'
-_Files = Annotated[list[str], typer.Argument(help=_files_help)]
+_Files = Annotated[list[str], typer.Argument(help=_files_help, metavar='PARAMS')]
 _Overrides = Annotated[list[str], typer.Option('-p', metavar='NAME=VALUE', help='Set a parameter; may be repeated.')]
 _JsonNotTable = _flag('--json', 'Print one JSON object instead of the table.')
 _JsonNotText = _flag('--json', 'Print one JSON object instead of text.')
@@ -318,6 +318,11 @@ def _print_version(is_asked: bool):
     if is_asked:
         print(f'llmft {__version__}')
         raise typer.Exit()
+
+
+def _command(name: str, *examples: str):
+    "The decorator of a command whose help ends with these calls."
+    return app.command(name, epilog='\n'.join(['\b', 'Examples:', *(f'  {line}' for line in examples)]))
 
 
 _Version = Annotated[bool, typer.Option('--version', help='Print the version.', callback=_print_version)]
@@ -364,7 +369,12 @@ def _advise(results: list):
         print(f"llmft: {results[0]['error'].removeprefix('LabError: ')}", file=sys.stderr)
 
 
-@app.command('run')
+@_command(
+    'run',
+    'llmft run params/finetune/lora.yaml --small',
+    'llmft run params/finetune/lora.yaml --small -p name=two -p lora_rank=2',
+    'llmft run params/sweeps/quickstart.yaml --workers 2',
+)
 def run_command(params:_Files,               # paths
                 small:_Small=False,          # use the small overlay
                 laptop:_Laptop=False,        # use the overlay for laptops
@@ -410,7 +420,7 @@ def _is_wrong(found: dict) -> bool:
     return any(row['status'] == 'wrong' for row in found['findings'])
 
 
-@app.command('gpu-check')
+@_command('gpu-check', 'llmft gpu-check', "llmft gpu-check -p 'only=[loss]'")
 def gpu_check_command(tiny:_Tiny=False,            # small shapes
                       override:_Overrides=(),      # texts of the form name=value
                       as_object:_JsonAtEnd=False,  # for scripts
@@ -454,7 +464,7 @@ def _print_object(**values):
 _Outputs = Annotated[str, typer.Option(help='Folder of all runs.')]
 
 
-@app.command('ls')
+@_command('ls', 'llmft ls', 'llmft ls --outputs outputs/gallery')
 def ls_command(outputs:_Outputs='outputs',     # folder
                as_object:_JsonNotTable=False,  # for scripts
 ):
@@ -489,7 +499,7 @@ def _page_of(run, outputs):
     return page
 
 
-@app.command('open')
+@_command('open', 'llmft open', 'llmft open finetune/lora')
 def open_command(run:_OptionalRun='',         # folder or name
                  outputs:_Outputs='outputs',  # folder
 ):
@@ -505,7 +515,7 @@ _First = Annotated[str, typer.Argument(help='A run: its folder, or notebook/name
 _Second = Annotated[str, typer.Argument(help='Another run.', metavar='B')]
 
 
-@app.command('diff')
+@_command('diff', 'llmft diff finetune/lora finetune/two')
 def diff_command(first:_First,                # folder or name
                  second:_Second,              # folder or name
                  outputs:_Outputs='outputs',  # folder
@@ -525,7 +535,11 @@ _Executed = Annotated[str, typer.Argument(help='The executed notebook, where the
                                           show_default=False)]
 
 
-@app.command('report')
+@_command(
+    'report',
+    'llmft report outputs/finetune/lora',
+    'llmft report outputs/finetune/lora out.ipynb',
+)
 def report_command(folder:_Folder,          # of a run
                    notebook:_Executed='',   # path
 ):
@@ -535,10 +549,10 @@ def report_command(folder:_Folder,          # of a run
     print(f'report: {shown(render_again(folder, notebook))}')
 
 # %% ../nbs/cli.ipynb #7f3b59dd
-_Notebook = Annotated[str, typer.Argument(help='Name or path of an experiment notebook.')]
+_Notebook = Annotated[str, typer.Argument(help='Name or path of an experiment notebook.', metavar='NOTEBOOK')]
 
 
-@app.command('params')
+@_command('params', 'llmft params finetune')
 def params_command(notebook:_Notebook,             # such as finetune
                    as_object:_JsonNotTable=False,  # for scripts
 ):
@@ -634,7 +648,11 @@ def _verify_run(folder, as_object):
     return dict(ok=0, altered=1, failed=2)[status]
 
 
-@app.command('verify')
+@_command(
+    'verify',
+    'llmft verify outputs/finetune/lora',
+    'llmft verify outputs/sublora_bounds/functions/certificate.llmft',
+)
 def verify_command(run:_Checked,                   # path
                    data:_Data='',                  # folder
                    as_object:_JsonNotTable=False,  # for scripts
@@ -647,10 +665,10 @@ def verify_command(run:_Checked,                   # path
     return _verify_run(run, as_object)
 
 # %% ../nbs/cli.ipynb #b4081cb3
-_Model = Annotated[str, typer.Argument(help='Name of a model that can be fetched, such as smollm2.')]
+_Model = Annotated[str, typer.Argument(help='Name of a model that can be fetched.', metavar='MODEL')]
 
 
-@app.command('fetch')
+@_command('fetch', 'llmft fetch smollm2')
 def fetch_command(name:_Model,                    # such as smollm2
                   as_object:_JsonNotTable=False,  # for scripts
 ):
@@ -668,10 +686,11 @@ def fetch_command(name:_Model,                    # such as smollm2
 
 # %% ../nbs/cli.ipynb #c29e9d12
 _Trained = Annotated[str, typer.Argument(help='Folder of a run or an adapter, or any model.', metavar='RUN')]
-_Prompt = Annotated[str, typer.Argument(help='What to ask; without it a conversation begins.', show_default=False)]
-_Tokens = Annotated[int, typer.Option('--tokens', help='Longest answer, tokens.')]
-_Temperature = Annotated[float, typer.Option('--temperature', help='Of the draws, above 0.')]
-_Seed = Annotated[int, typer.Option('--seed', help='Of the draws.')]
+_Prompt = Annotated[str, typer.Argument(help='What to ask; without it a conversation begins.', metavar='PROMPT',
+                                        show_default=False)]
+_Tokens = Annotated[int, typer.Option('--tokens', help='Most tokens of an answer.')]
+_Temperature = Annotated[float, typer.Option('--temperature', help='Temperature of the drawn answers, above 0.')]
+_Seed = Annotated[int, typer.Option('--seed', help='Seed of the drawn answers.')]
 
 
 def _talk(run: str, options: dict):
@@ -687,7 +706,7 @@ def _talk(run: str, options: dict):
         show('\n')
 
 
-@app.command('try')
+@_command('try', 'llmft try outputs/finetune/lora "The with statement"', 'llmft try smollm2')
 def try_command(run:_Trained,                   # a model
                 prompt:_Prompt='',              # text
                 tokens:_Tokens=128,             # most of an answer
@@ -720,7 +739,11 @@ def _made_text(made: dict) -> str:
             f"differs by more than {made['difference']:.2g} of the largest ({made['allowed']:g} is allowed)")
 
 
-@app.command('export')
+@_command(
+    'export',
+    'llmft export outputs/finetune/lora --to merged --as bf16',
+    'llmft export outputs/finetune/lora --to gguf',
+)
 def export_command(run:_Trained,                  # a model
                    form:_Form,                    # of the artefact
                    numbers:_Numbers='',           # format of the weights
@@ -766,8 +789,8 @@ def plan_row(point,     # a `Point`
 _Gpu = _text('--gpu', 'Plan for this GPU (h100, a100-40gb, rtx4090, t4, ...) instead of this machine.')
 _Rows = Annotated[int, typer.Option('--rows', help='Training rows, where neither the parameters nor local data say.')]
 _Table = _flag('--table', 'Ten models by eight cards: what fits, in how much memory, how fast.')
-_FilesOrNone = Annotated[list[str], typer.Argument(help=_files_help, show_default=False)]
-_Share = Annotated[float, typer.Option('--share', help="Share of the device's peak to reckon with.")]
+_FilesOrNone = Annotated[list[str], typer.Argument(help=_files_help, metavar='PARAMS', show_default=False)]
+_Share = Annotated[float, typer.Option('--share', help="Share of the device's peak speed that the plan assumes.")]
 
 
 def _points_to_plan(files: list, overrides, scale: str) -> list:
@@ -809,7 +832,7 @@ def _check_table_alone(params, *options):
         raise LabError('llmft plan --table stands alone: leave out the files and the other options')
 
 
-@app.command('plan')
+@_command('plan', 'llmft plan params/finetune/qlora.yaml --gpu rtx4090', 'llmft plan --table')
 def plan_command(params:_FilesOrNone=(),        # paths
                  gpu:_Gpu='',                   # name of a GPU
                  small:_Small=False,            # use the small overlay

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,10 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from house import processor_seconds, write, write_experiment
 
 from llmft import __version__
-from llmft.cli import call, exit_status, text_table
+from llmft.cli import app, call, exit_status, text_table
 from llmft.runs.differences import differences_text
 from llmft.runs.run import read_run
 
@@ -316,6 +318,19 @@ def test_the_help_has_examples_and_cuts_nothing_off_at_80_columns(project):
     names = {line.split()[0] for line in lines if re.match('  [a-z][a-z-]+  ', line)}
     wanted = 'run ls open diff report params verify fetch try export plan gpu-check'
     assert names == set(wanted.split())
+
+
+@pytest.mark.parametrize('name', typer.main.get_command(app).commands)
+def test_the_help_of_each_command_ends_with_calls_that_can_be_made(name):
+    environment = os.environ | dict(COLUMNS='80')
+    shown = subprocess.run([*command, name, '--help'], capture_output=True, text=True, env=environment).stdout
+    usage, _, rest = shown.partition('\nOptions:\n')
+    calls = [line.strip() for line in rest.partition('  Examples:\n')[2].splitlines()]
+    assert calls and max(map(len, shown.splitlines())) <= 80 and '...' not in calls[0]
+    assert not re.search(r'[{[][a-z]', usage.splitlines()[0]), 'arguments are in capitals'
+    for words in map(shlex.split, calls):
+        assert words[:2] == ['llmft', name]
+        typer.main.get_command(app).commands[name].make_context(name, words[2:])  # raises what the parser refuses
 
 
 # ---- after a run
