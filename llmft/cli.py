@@ -6,8 +6,8 @@
 __all__ = ['headline', 'app', 'text_table', 'show_table', 'is_sweep', 'jobs_of', 'check_jobs', 'is_single', 'run_here',
            'run_jobs', 'key_metrics', 'metrics_of', 'status_of', 'has_trained', 'exit_status', 'closing', 'as_json',
            'result_on_disk', 'scale_of', 'run_command', 'gpu_check_command', 'run_row', 'ls_command', 'open_command',
-           'diff_command', 'report_command', 'params_command', 'verify_command', 'fetch_command', 'try_command',
-           'export_command', 'plan_row', 'plan_command', 'call', 'main']
+           'named_run', 'diff_command', 'report_command', 'params_command', 'verify_command', 'fetch_command',
+           'try_command', 'export_command', 'plan_row', 'plan_command', 'call', 'main']
 
 # %% ../nbs/cli.ipynb #944647c5
 import json
@@ -510,6 +510,13 @@ def open_command(run:_OptionalRun='',         # folder or name
     print(f'report: {shown(page)}')
     webbrowser.open(Path(page).absolute().as_uri())
 
+# %% ../nbs/cli.ipynb #109a5da5
+def named_run(name:str,  # of a run, a file, a folder or a model
+)->str:                  # the folder of the run where there is one, else the name
+    "A run may be named as `llmft ls` names it."
+    folder = find_path('outputs') / name
+    return str(folder) if not find_path(name).exists() and (folder / 'run.json').is_file() else name
+
 # %% ../nbs/cli.ipynb #1a48015d
 _First = Annotated[str, typer.Argument(help='A run: its folder, or notebook/name.', metavar='A')]
 _Second = Annotated[str, typer.Argument(help='Another run.', metavar='B')]
@@ -530,7 +537,7 @@ def diff_command(first:_First,                # folder or name
     print(differences_text(found))
 
 # %% ../nbs/cli.ipynb #814e172d
-_Folder = Annotated[str, typer.Argument(help='Folder of a run.', metavar='FOLDER')]
+_Folder = Annotated[str, typer.Argument(help='A run: its folder, or notebook/name.', metavar='FOLDER')]
 _Executed = Annotated[str, typer.Argument(help='The executed notebook, where the folder has none.', metavar='NOTEBOOK',
                                           show_default=False)]
 
@@ -546,7 +553,7 @@ def report_command(folder:_Folder,          # of a run
     "Write the report of a run, from its executed notebook."
     from llmft.runs.differences import render_again
 
-    print(f'report: {shown(render_again(folder, notebook))}')
+    print(f'report: {shown(render_again(named_run(folder), notebook))}')
 
 # %% ../nbs/cli.ipynb #7f3b59dd
 _Notebook = Annotated[str, typer.Argument(help='Name or path of an experiment notebook.', metavar='NOTEBOOK')]
@@ -572,7 +579,7 @@ def _claim_row(name: str, claim: dict) -> dict:
     return dict(claim=name, claimed=f"{claim['claimed']:.3f}", recomputed=f"{claim['recomputed']:.6f}", holds=holds)
 
 
-_Checked = Annotated[str, typer.Argument(help='Folder of a run, or a certificate.', metavar='RUN')]
+_Checked = Annotated[str, typer.Argument(help='A run, or a certificate.', metavar='RUN')]
 _Data = _text('--data', 'Folder of the token files, when it is not where the certificate says.', 'PATH')
 
 
@@ -658,6 +665,7 @@ def verify_command(run:_Checked,                   # path
                    as_object:_JsonNotTable=False,  # for scripts
 ):
     "Check a run or a certificate: compute its numbers again."
+    run = named_run(run)
     if not find_path(run).is_dir():
         return _verify_certificate(run, data, as_object)
     if data:
@@ -685,7 +693,7 @@ def fetch_command(name:_Model,                    # such as smollm2
     print(f'{name} is in {place} under the licence {licence}: -p model={name} takes it')
 
 # %% ../nbs/cli.ipynb #c29e9d12
-_Trained = Annotated[str, typer.Argument(help='Folder of a run or an adapter, or any model.', metavar='RUN')]
+_Trained = Annotated[str, typer.Argument(help='A run, the folder of an adapter, or any model.', metavar='RUN')]
 _Prompt = Annotated[str, typer.Argument(help='What to ask; without it a conversation begins.', metavar='PROMPT',
                                         show_default=False)]
 _Tokens = Annotated[int, typer.Option('--tokens', help='Most tokens of an answer.')]
@@ -717,6 +725,7 @@ def try_command(run:_Trained,                   # a model
     "Ask a trained model and its base, or talk with it."
     from llmft.inference.asking import ask_both, side_by_side
 
+    run = named_run(run)
     options = dict(max_new_tokens=tokens, temperature=temperature, seed=seed)
     if not prompt:
         return _talk(run, options)
@@ -755,6 +764,7 @@ def export_command(run:_Trained,                  # a model
     "Write a trained model for other programs."
     from llmft.models.export import export_model, export_to_hub
 
+    run = named_run(run)
     if form == 'hub':
         made = export_to_hub(run, repo, numbers, public)
     else:

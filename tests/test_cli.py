@@ -79,7 +79,7 @@ def test_a_bad_file_is_one_line_and_exit_2_before_any_work(project, capsys, yaml
         (['run', 'params/act/one.yaml', '--small', '--laptop'], 'give one of the two'),
         (['run', 'params/act/one.yaml', '--laptop'], 'act has no values for --laptop (no params/act/_laptop.yaml): use --small'),
         (['plan', 'params/act/one.yaml', '--laptop'], 'no values for --laptop'),
-        (['run'], 'params'),
+        (['run'], 'PARAMS'),
         (['rnu'], "'run'"),
         (['params', 'atc'], "did you mean 'act'"),
     ],
@@ -382,3 +382,12 @@ def test_report_makes_the_page_again_and_hides_no_change(project, capsys):
     assert read_run('outputs/act/one')['run']['status'] == 'altered'
     (project / 'outputs/act/one/report.ipynb').unlink()
     assert call(['report', 'outputs/nowhere']) == 2
+
+
+def test_every_command_takes_a_run_by_the_name_that_ls_shows(project, capsys):
+    assert call(['run', 'params/act/one.yaml']) == 0
+    capsys.readouterr()
+    assert call(['report', 'act/one']) == 0 and call(['verify', 'act/one']) == 0
+    assert call(['try', 'act/one', 'a word']) == 2 and 'it trained no model' in capsys.readouterr().err
+    assert call(['export', 'act/one', '--to', 'merged']) == 2 and 'it trained no model' in capsys.readouterr().err
+    assert call(['try', 'act/tow', 'a word']) == 2 and "there is no model 'act/tow'" in capsys.readouterr().err
