@@ -147,6 +147,15 @@ def test_pages_of_studies_have_the_numbers_of_their_reports():
         assert form.format(metrics[name]) in text, f'{page}: {name} of {report} is {metrics[name]}'
 
 
+def test_thumbnails_of_the_gallery_say_what_they_show():
+    shown = subprocess.run([sys.executable, 'nbs/gallery.qmd.py'], cwd=root, capture_output=True, text=True).stdout
+    pictures = re.findall(r'<img src="(gallery/[^"]*)\.svg" alt="([^"]*)"', shown)
+    assert len(pictures) >= 25
+    for page, words in pictures:
+        report = (root / f'outputs/{page}/report.html').read_text(encoding='utf-8')
+        assert f'aria-label="{words}"' in report and len(words) > 10, f'{page}: {words}'
+
+
 def test_every_notebook_is_a_page(site, pages):
     sources = [*root.glob('nbs/**/*.ipynb'), *root.glob('nbs/**/*.qmd'), *root.glob('nbs/**/*.qmd.py')]
     reports = list(root.glob('outputs/gallery/*/*/report.html'))
