@@ -839,7 +839,7 @@ def _print_plan_table(as_object: bool):
 def _check_table_alone(params, *options):
     "A `LabError` when the table is asked for with something that it does not read."
     if params or any(options):
-        raise LabError('llmft plan --table stands alone: leave out the files and the other options')
+        raise LabError('llmft plan --table takes no files and no other options: leave them out')
 
 
 @_command('plan', 'llmft plan params/finetune/qlora.yaml --gpu rtx4090', 'llmft plan --table')

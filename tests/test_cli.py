@@ -49,7 +49,7 @@ def project(tmp_path, monkeypatch):
         ('seed: 1_000', 'params/act/x.yaml:1: seed:'),
         ('seed: 08', 'params/act/x.yaml:1: seed:'),
         ('action: no\nseed: yes', 'params/act/x.yaml:2: seed:'),
-        ('rate: 1\nrate: 2', 'params/act/x.yaml:2: rate stands twice'),
+        ('rate: 1\nrate: 2', 'params/act/x.yaml:2: rate is given twice'),
         ('raet: 1', "did you mean 'rate'"),
         ('rate: [1', 'params/act/x.yaml:'),
     ],

@@ -424,6 +424,7 @@ def _walk(run):
             if loss is None:
                 _end_of_budget(run)
                 break
+
             bar.update()
             bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
             _tell(run, loss)
