@@ -163,6 +163,22 @@ def test_commands_of_runs_in_another_folder_name_it():
     commands = next_commands(there, None, {})
     assert commands['Vary it'].startswith("llmft run nbs/experiments/finetune.ipynb -p 'outputs=/data/my runs' -p name=")
     assert commands['Compare it'].endswith(" --outputs '/data/my runs'")
+    assert commands['Check it'] == "llmft verify '/data/my runs/finetune/first'"
+
+
+def test_summaries_have_three_commands_too():
+    for command, repeated in (
+        ('llmft run params/sweeps/quickstart.yaml --fresh', 'llmft run params/sweeps/quickstart.yaml --fresh'),
+        ('llmft gpu-check', 'llmft gpu-check'),
+        ('papermill', """llmft run nbs/experiments/compare.ipynb -p 'runs=["a"]' -p name=all --fresh"""),
+    ):
+        made = dict(run, notebook='compare', name='all', command=command)
+        commands = next_commands(record | dict(params=dict(runs=['a']), run=made), None, dict(runs=['a']))
+        assert commands == {
+            'Check it': 'llmft verify outputs/compare/all',
+            'Repeat it': repeated,
+            'See all runs': 'llmft open',
+        }
 
 
 @pytest.mark.parametrize('name', ['second', 'third'])

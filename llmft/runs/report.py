@@ -645,29 +645,42 @@ def _variation(params):
     return ('seed', params['seed'] + 1) if isinstance(params.get('seed'), int) else None
 
 
+def _varied(record, variation, changed, where):
+    "Run it again with another value, and compare the two runs."
+    name = str(record['run']['name'])
+    label = f"{record['run']['notebook']}/{name}"
+    others = {each: value for each, value in changed.items() if each != variation[0]}
+    again = f"{run_command_of(record, others)} {_assignment('name', f'{name}-2')} {_assignment(*variation)}"
+    return {'Vary it': again, 'Compare it': f"llmft diff {shlex.quote(label)} {shlex.quote(f'{label}-2')}{where}"}
+
+
+def _repeated(record, changed, where):
+    "Run it again, and see all runs: for a run that has no rate and no seed, such as a summary."
+    again = str(record['run'].get('command') or '').replace(' --fresh', '')
+    if not again.startswith('llmft '):
+        again = f"{run_command_of(record, changed)} {_assignment('name', str(record['run']['name']))}"
+    fresh = ' --fresh' if again.startswith('llmft run ') else ''
+    return {'Repeat it': f'{again}{fresh}', 'See all runs': f'llmft open{where}'}
+
+
 def next_commands(record:dict,   # run.json
                   folder,        # of the run
                   changed:dict,  # from `changed_values`
 )->dict:                         # what for -> a command line
-    "The next steps for a finished run: try what it trained, vary it, compare it with the variation."
+    "Three next steps for a finished run: try or check it, vary or repeat it, compare it with the others."
     run = record['run']
-    name = str(run['name'])
-    label = f"{run['notebook']}/{name}"
     outputs = str(record['params'].get('outputs', 'outputs'))
-    elsewhere = {} if outputs == 'outputs' else dict(outputs=outputs)
-    commands = {}
-    if folder and any((Path(folder) / weights).is_dir() for weights in ('adapter', 'model', 'merged')):
-        place = Path(outputs) / str(run['notebook']) / name
-        commands['Try it'] = f'llmft try {shlex.quote(str(place))} "your prompt"'
+    place = shlex.quote(str(Path(outputs) / str(run['notebook']) / str(run['name'])))
+    has_weights = folder and any((Path(folder) / weights).is_dir() for weights in ('adapter', 'model', 'merged'))
+    first = {'Try it': f'llmft try {place} "your prompt"'} if has_weights else {'Check it': f'llmft verify {place}'}
 
+    where = ''
+    if outputs != 'outputs':
+        where = f' --outputs {shlex.quote(outputs)}'
+        changed = changed | dict(outputs=outputs)
     variation = _variation(record['params'])
-    if variation:
-        others = {each: value for each, value in changed.items() if each != variation[0]}
-        command = run_command_of(record, others | elsewhere)
-        commands['Vary it'] = f"{command} {_assignment('name', f'{name}-2')} {_assignment(*variation)}"
-        compared = f"llmft diff {shlex.quote(label)} {shlex.quote(f'{label}-2')}"
-        commands['Compare it'] = f'{compared} --outputs {shlex.quote(outputs)}' if elsewhere else compared
-    return commands
+    rest = _varied(record, variation, changed, where) if variation else _repeated(record, changed, where)
+    return first | rest
 
 # %% ../../nbs/runs/08_report.ipynb #5efeec9e
 def _breakable(line):
