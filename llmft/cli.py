@@ -6,8 +6,8 @@
 __all__ = ['headline', 'app', 'text_table', 'show_table', 'is_sweep', 'jobs_of', 'check_jobs', 'is_single', 'run_here',
            'run_jobs', 'key_metrics', 'metrics_of', 'status_of', 'has_trained', 'exit_status', 'closing', 'as_json',
            'result_on_disk', 'scale_of', 'run_command', 'gpu_check_command', 'run_row', 'ls_command', 'open_command',
-           'diff_command', 'report_command', 'params_command', 'verify_command', 'fetch_command', 'try_command',
-           'export_command', 'plan_row', 'plan_command', 'call', 'main']
+           'named_run', 'diff_command', 'report_command', 'params_command', 'verify_command', 'fetch_command',
+           'try_command', 'export_command', 'plan_row', 'plan_command', 'call', 'main']
 
 # %% ../nbs/cli.ipynb #944647c5
 import json
@@ -28,6 +28,7 @@ from .runs.execute import execute_run, row_text
 from .runs.inputs import check_inputs
 from .runs.params import find_notebook, read_parameters, read_yaml, resolve_params, scales, shown
 from .runs.progress import Screen
+from .runs.report import where_it_begins
 from .runs.run import check_inside, list_runs, read_run
 from .runs.sweep_file import Point, errors_at, expand
 from .runs.sweeps import finished_record, point_result, result_text, run_stages, sweep_report
@@ -288,7 +289,7 @@ def _text(name: str, help: str, metavar: str = None):
 
 
 _files_help = 'Parameter files: configs, overlays (_*.yaml) or sweeps.'
-_Files = Annotated[list[str], typer.Argument(help=_files_help)]
+_Files = Annotated[list[str], typer.Argument(help=_files_help, metavar='PARAMS')]
 _Overrides = Annotated[list[str], typer.Option('-p', metavar='NAME=VALUE', help='Set a parameter; may be repeated.')]
 _JsonNotTable = _flag('--json', 'Print one JSON object instead of the table.')
 _JsonNotText = _flag('--json', 'Print one JSON object instead of text.')
@@ -317,6 +318,11 @@ def _print_version(is_asked: bool):
     if is_asked:
         print(f'llmft {__version__}')
         raise typer.Exit()
+
+
+def _command(name: str, *examples: str):
+    "The decorator of a command whose help ends with these calls."
+    return app.command(name, epilog='\n'.join(['\b', 'Examples:', *(f'  {line}' for line in examples)]))
 
 
 _Version = Annotated[bool, typer.Option('--version', help='Print the version.', callback=_print_version)]
@@ -357,12 +363,18 @@ _JsonAtEnd = _flag('--json', 'End the output with one JSON object.')
 def _advise(results: list):
     "Say on stderr how to resume after an interruption, or why a run was refused."
     if status_of(results) == 'interrupted':
-        print('llmft: interrupted: the same command goes on from the last checkpoint', file=sys.stderr)
+        stopped = next((result for result in results if result['status'] == 'interrupted'), results[0])
+        print(f"llmft: interrupted: the same command {where_it_begins(find_path(stopped['folder']))}", file=sys.stderr)
     elif exit_status(results) == 2:
         print(f"llmft: {results[0]['error'].removeprefix('LabError: ')}", file=sys.stderr)
 
 
-@app.command('run')
+@_command(
+    'run',
+    'llmft run params/finetune/lora.yaml --small',
+    'llmft run params/finetune/lora.yaml --small -p name=two -p lora_rank=2',
+    'llmft run params/sweeps/quickstart.yaml --workers 2',
+)
 def run_command(params:_Files,               # paths
                 small:_Small=False,          # use the small overlay
                 laptop:_Laptop=False,        # use the overlay for laptops
@@ -408,7 +420,7 @@ def _is_wrong(found: dict) -> bool:
     return any(row['status'] == 'wrong' for row in found['findings'])
 
 
-@app.command('gpu-check')
+@_command('gpu-check', 'llmft gpu-check', "llmft gpu-check -p 'only=[loss]'")
 def gpu_check_command(tiny:_Tiny=False,            # small shapes
                       override:_Overrides=(),      # texts of the form name=value
                       as_object:_JsonAtEnd=False,  # for scripts
@@ -452,7 +464,7 @@ def _print_object(**values):
 _Outputs = Annotated[str, typer.Option(help='Folder of all runs.')]
 
 
-@app.command('ls')
+@_command('ls', 'llmft ls', 'llmft ls --outputs outputs/gallery')
 def ls_command(outputs:_Outputs='outputs',     # folder
                as_object:_JsonNotTable=False,  # for scripts
 ):
@@ -487,7 +499,7 @@ def _page_of(run, outputs):
     return page
 
 
-@app.command('open')
+@_command('open', 'llmft open', 'llmft open finetune/lora')
 def open_command(run:_OptionalRun='',         # folder or name
                  outputs:_Outputs='outputs',  # folder
 ):
@@ -498,12 +510,19 @@ def open_command(run:_OptionalRun='',         # folder or name
     print(f'report: {shown(page)}')
     webbrowser.open(Path(page).absolute().as_uri())
 
+# %% ../nbs/cli.ipynb #109a5da5
+def named_run(name:str,  # of a run, a file, a folder or a model
+)->str:                  # the folder of the run where there is one, else the name
+    "A run may be named as `llmft ls` names it."
+    folder = find_path('outputs') / name
+    return str(folder) if not find_path(name).exists() and (folder / 'run.json').is_file() else name
+
 # %% ../nbs/cli.ipynb #1a48015d
 _First = Annotated[str, typer.Argument(help='A run: its folder, or notebook/name.', metavar='A')]
 _Second = Annotated[str, typer.Argument(help='Another run.', metavar='B')]
 
 
-@app.command('diff')
+@_command('diff', 'llmft diff finetune/lora finetune/two')
 def diff_command(first:_First,                # folder or name
                  second:_Second,              # folder or name
                  outputs:_Outputs='outputs',  # folder
@@ -518,25 +537,29 @@ def diff_command(first:_First,                # folder or name
     print(differences_text(found))
 
 # %% ../nbs/cli.ipynb #814e172d
-_Folder = Annotated[str, typer.Argument(help='Folder of a run.', metavar='FOLDER')]
+_Folder = Annotated[str, typer.Argument(help='A run: its folder, or notebook/name.', metavar='FOLDER')]
 _Executed = Annotated[str, typer.Argument(help='The executed notebook, where the folder has none.', metavar='NOTEBOOK',
                                           show_default=False)]
 
 
-@app.command('report')
+@_command(
+    'report',
+    'llmft report outputs/finetune/lora',
+    'llmft report outputs/finetune/lora out.ipynb',
+)
 def report_command(folder:_Folder,          # of a run
                    notebook:_Executed='',   # path
 ):
     "Write the report of a run, from its executed notebook."
     from llmft.runs.differences import render_again
 
-    print(f'report: {shown(render_again(folder, notebook))}')
+    print(f'report: {shown(render_again(named_run(folder), notebook))}')
 
 # %% ../nbs/cli.ipynb #7f3b59dd
-_Notebook = Annotated[str, typer.Argument(help='Name or path of an experiment notebook.')]
+_Notebook = Annotated[str, typer.Argument(help='Name or path of an experiment notebook.', metavar='NOTEBOOK')]
 
 
-@app.command('params')
+@_command('params', 'llmft params finetune')
 def params_command(notebook:_Notebook,             # such as finetune
                    as_object:_JsonNotTable=False,  # for scripts
 ):
@@ -556,7 +579,7 @@ def _claim_row(name: str, claim: dict) -> dict:
     return dict(claim=name, claimed=f"{claim['claimed']:.3f}", recomputed=f"{claim['recomputed']:.6f}", holds=holds)
 
 
-_Checked = Annotated[str, typer.Argument(help='Folder of a run, or a certificate.', metavar='RUN')]
+_Checked = Annotated[str, typer.Argument(help='A run, or a certificate.', metavar='RUN')]
 _Data = _text('--data', 'Folder of the token files, when it is not where the certificate says.', 'PATH')
 
 
@@ -632,12 +655,17 @@ def _verify_run(folder, as_object):
     return dict(ok=0, altered=1, failed=2)[status]
 
 
-@app.command('verify')
+@_command(
+    'verify',
+    'llmft verify outputs/finetune/lora',
+    'llmft verify outputs/sublora_bounds/functions/certificate.llmft',
+)
 def verify_command(run:_Checked,                   # path
                    data:_Data='',                  # folder
                    as_object:_JsonNotTable=False,  # for scripts
 ):
     "Check a run or a certificate: compute its numbers again."
+    run = named_run(run)
     if not find_path(run).is_dir():
         return _verify_certificate(run, data, as_object)
     if data:
@@ -645,10 +673,10 @@ def verify_command(run:_Checked,                   # path
     return _verify_run(run, as_object)
 
 # %% ../nbs/cli.ipynb #b4081cb3
-_Model = Annotated[str, typer.Argument(help='Name of a model that can be fetched, such as smollm2.')]
+_Model = Annotated[str, typer.Argument(help='Name of a model that can be fetched.', metavar='MODEL')]
 
 
-@app.command('fetch')
+@_command('fetch', 'llmft fetch smollm2')
 def fetch_command(name:_Model,                    # such as smollm2
                   as_object:_JsonNotTable=False,  # for scripts
 ):
@@ -665,11 +693,12 @@ def fetch_command(name:_Model,                    # such as smollm2
     print(f'{name} is in {place} under the licence {licence}: -p model={name} takes it')
 
 # %% ../nbs/cli.ipynb #c29e9d12
-_Trained = Annotated[str, typer.Argument(help='Folder of a run or an adapter, or any model.', metavar='RUN')]
-_Prompt = Annotated[str, typer.Argument(help='What to ask; without it a conversation begins.', show_default=False)]
-_Tokens = Annotated[int, typer.Option('--tokens', help='Longest answer, tokens.')]
-_Temperature = Annotated[float, typer.Option('--temperature', help='Of the draws, above 0.')]
-_Seed = Annotated[int, typer.Option('--seed', help='Of the draws.')]
+_Trained = Annotated[str, typer.Argument(help='A run, the folder of an adapter, or any model.', metavar='RUN')]
+_Prompt = Annotated[str, typer.Argument(help='What to ask; without it a conversation begins.', metavar='PROMPT',
+                                        show_default=False)]
+_Tokens = Annotated[int, typer.Option('--tokens', help='Most tokens of an answer.')]
+_Temperature = Annotated[float, typer.Option('--temperature', help='Temperature of the drawn answers, above 0.')]
+_Seed = Annotated[int, typer.Option('--seed', help='Seed of the drawn answers.')]
 
 
 def _talk(run: str, options: dict):
@@ -685,7 +714,7 @@ def _talk(run: str, options: dict):
         show('\n')
 
 
-@app.command('try')
+@_command('try', 'llmft try outputs/finetune/lora "The with statement"', 'llmft try smollm2')
 def try_command(run:_Trained,                   # a model
                 prompt:_Prompt='',              # text
                 tokens:_Tokens=128,             # most of an answer
@@ -696,6 +725,7 @@ def try_command(run:_Trained,                   # a model
     "Ask a trained model and its base, or talk with it."
     from llmft.inference.asking import ask_both, side_by_side
 
+    run = named_run(run)
     options = dict(max_new_tokens=tokens, temperature=temperature, seed=seed)
     if not prompt:
         return _talk(run, options)
@@ -718,7 +748,11 @@ def _made_text(made: dict) -> str:
             f"differs by more than {made['difference']:.2g} of the largest ({made['allowed']:g} is allowed)")
 
 
-@app.command('export')
+@_command(
+    'export',
+    'llmft export outputs/finetune/lora --to merged --as bf16',
+    'llmft export outputs/finetune/lora --to gguf',
+)
 def export_command(run:_Trained,                  # a model
                    form:_Form,                    # of the artefact
                    numbers:_Numbers='',           # format of the weights
@@ -730,6 +764,7 @@ def export_command(run:_Trained,                  # a model
     "Write a trained model for other programs."
     from llmft.models.export import export_model, export_to_hub
 
+    run = named_run(run)
     if form == 'hub':
         made = export_to_hub(run, repo, numbers, public)
     else:
@@ -764,8 +799,8 @@ def plan_row(point,     # a `Point`
 _Gpu = _text('--gpu', 'Plan for this GPU (h100, a100-40gb, rtx4090, t4, ...) instead of this machine.')
 _Rows = Annotated[int, typer.Option('--rows', help='Training rows, where neither the parameters nor local data say.')]
 _Table = _flag('--table', 'Ten models by eight cards: what fits, in how much memory, how fast.')
-_FilesOrNone = Annotated[list[str], typer.Argument(help=_files_help, show_default=False)]
-_Share = Annotated[float, typer.Option('--share', help="Share of the device's peak to reckon with.")]
+_FilesOrNone = Annotated[list[str], typer.Argument(help=_files_help, metavar='PARAMS', show_default=False)]
+_Share = Annotated[float, typer.Option('--share', help="Share of the device's peak speed that the plan assumes.")]
 
 
 def _points_to_plan(files: list, overrides, scale: str) -> list:
@@ -804,10 +839,10 @@ def _print_plan_table(as_object: bool):
 def _check_table_alone(params, *options):
     "A `LabError` when the table is asked for with something that it does not read."
     if params or any(options):
-        raise LabError('llmft plan --table stands alone: leave out the files and the other options')
+        raise LabError('llmft plan --table takes no files and no other options: leave them out')
 
 
-@app.command('plan')
+@_command('plan', 'llmft plan params/finetune/qlora.yaml --gpu rtx4090', 'llmft plan --table')
 def plan_command(params:_FilesOrNone=(),        # paths
                  gpu:_Gpu='',                   # name of a GPU
                  small:_Small=False,            # use the small overlay

@@ -31,6 +31,14 @@ sections = {
 }
 
 
+def picture_of(report, page):
+    "The figure that tools/docs.py saves for a report, with the words that it has there; '' where there is none."
+    drawing = re.search('<svg role="img"[^>]*aria-label="([^"]*)"', report)
+    pixels = re.search('<img(?=[^>]*src="data:image/png;base64,)[^>]*alt="([^"]*)"', report)
+    found = drawing or pixels
+    return f'<img src="{page}.{"svg" if drawing else "png"}" alt="{found[1]}" loading="lazy">' if found else ''
+
+
 def card(folder):
     "A link to a report: its richest figure, its title, its verdict, how long it took and when."
     run = json.loads((folder / 'run.json').read_text(encoding='utf-8'))['run']
@@ -41,12 +49,8 @@ def card(folder):
     verdict = '<br>'.join(html.escape(line.removeprefix('- ')) for line in words.splitlines())
     facts = f"{run['notebook']}/{run['name']} · {duration(run['seconds'])} · {run['started'][:10].replace('-', '&#8209;')}"
 
-    picture = ''
-    if 'src="data:image/png;base64,' in report or '<svg role="img"' in report:
-        kind = 'svg' if '<svg role="img"' in report else 'png'  # as tools/docs.py saves it
-        picture = f'<img src="{page}.{kind}" alt="a figure of {html.escape(run["name"])}" loading="lazy">'
     return (
-        f'<a class="card" href="{page}.html">{picture}<b>{title}</b>'
+        f'<a class="card" href="{page}.html">{picture_of(report, page)}<b>{title}</b>'
         f'<span class="verdict">{verdict}</span><span>{facts}</span></a>'
     )
 

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 from house import processor_seconds, write, write_experiment
 
 from llmft import __version__
-from llmft.cli import call, exit_status, text_table
+from llmft.cli import app, call, exit_status, text_table
+from llmft.runs.differences import differences_text
 from llmft.runs.run import read_run
 
 command = [sys.executable, '-c', 'from llmft.cli import main; main()']
@@ -46,7 +49,7 @@ def project(tmp_path, monkeypatch):
         ('seed: 1_000', 'params/act/x.yaml:1: seed:'),
         ('seed: 08', 'params/act/x.yaml:1: seed:'),
         ('action: no\nseed: yes', 'params/act/x.yaml:2: seed:'),
-        ('rate: 1\nrate: 2', 'params/act/x.yaml:2: rate stands twice'),
+        ('rate: 1\nrate: 2', 'params/act/x.yaml:2: rate is given twice'),
         ('raet: 1', "did you mean 'rate'"),
         ('rate: [1', 'params/act/x.yaml:'),
     ],
@@ -76,7 +79,7 @@ def test_a_bad_file_is_one_line_and_exit_2_before_any_work(project, capsys, yaml
         (['run', 'params/act/one.yaml', '--small', '--laptop'], 'give one of the two'),
         (['run', 'params/act/one.yaml', '--laptop'], 'act has no values for --laptop (no params/act/_laptop.yaml): use --small'),
         (['plan', 'params/act/one.yaml', '--laptop'], 'no values for --laptop'),
-        (['run'], 'params'),
+        (['run'], 'PARAMS'),
         (['rnu'], "'run'"),
         (['params', 'atc'], "did you mean 'act'"),
     ],
@@ -161,6 +164,7 @@ def test_ctrl_c_is_130_and_the_record_says_so(project):
     assert (
         process.returncode == 130 and err.splitlines()[-1].startswith('llmft: interrupted') and 'Traceback' not in err
     )
+    assert err.splitlines()[-1].endswith('the same command begins anew, since no checkpoint was saved')
     assert (
         json.loads(out.splitlines()[-1])['status'] == 'interrupted'
         and json.loads(Path('outputs/act/one/run.json').read_text())['run']['status'] == 'interrupted'
@@ -316,6 +320,19 @@ def test_the_help_has_examples_and_cuts_nothing_off_at_80_columns(project):
     assert names == set(wanted.split())
 
 
+@pytest.mark.parametrize('name', typer.main.get_command(app).commands)
+def test_the_help_of_each_command_ends_with_calls_that_can_be_made(name):
+    environment = os.environ | dict(COLUMNS='80')
+    shown = subprocess.run([*command, name, '--help'], capture_output=True, text=True, env=environment).stdout
+    usage, _, rest = shown.partition('\nOptions:\n')
+    calls = [line.strip() for line in rest.partition('  Examples:\n')[2].splitlines()]
+    assert calls and max(map(len, shown.splitlines())) <= 80 and '...' not in calls[0]
+    assert not re.search(r'[{[][a-z]', usage.splitlines()[0]), 'arguments are in capitals'
+    for words in map(shlex.split, calls):
+        assert words[:2] == ['llmft', name]
+        typer.main.get_command(app).commands[name].make_context(name, words[2:])  # raises what the parser refuses
+
+
 # ---- after a run
 
 
@@ -329,6 +346,13 @@ def test_diff_names_what_was_changed_and_what_came_of_it(project, capsys):
     assert call(['diff', 'act/one', 'act/two', '--json']) == 0
     assert json.loads(capsys.readouterr().out)['params'] == dict(rate=[0.0002, 0.001], seed=[0, 2])
     assert call(['diff', 'act/one', 'act/tow']) == 2 and "did you mean 'act/two'" in capsys.readouterr().err
+
+
+def test_a_difference_shows_parameters_as_they_are_written():
+    runs = [dict(run='act/one', status='done', started='2026-08-01T10:00')] * 2
+    nothing = dict(metrics=[], scores=[], versions={}, data={})
+    text = differences_text(dict(runs=runs, params=dict(rate=(0.01, 0.003), targets=(['q', 'v'], None)), **nothing))
+    assert [line.split() for line in text.splitlines()[3:5]] == [['rate', '0.01', '0.003'], ['targets', 'q,', 'v', '–']]
 
 
 def test_open_shows_a_report_or_the_page_over_all_runs(project, capsys, monkeypatch):
@@ -358,3 +382,12 @@ def test_report_makes_the_page_again_and_hides_no_change(project, capsys):
     assert read_run('outputs/act/one')['run']['status'] == 'altered'
     (project / 'outputs/act/one/report.ipynb').unlink()
     assert call(['report', 'outputs/nowhere']) == 2
+
+
+def test_every_command_takes_a_run_by_the_name_that_ls_shows(project, capsys):
+    assert call(['run', 'params/act/one.yaml']) == 0
+    capsys.readouterr()
+    assert call(['report', 'act/one']) == 0 and call(['verify', 'act/one']) == 0
+    assert call(['try', 'act/one', 'a word']) == 2 and 'it trained no model' in capsys.readouterr().err
+    assert call(['export', 'act/one', '--to', 'merged']) == 2 and 'it trained no model' in capsys.readouterr().err
+    assert call(['try', 'act/tow', 'a word']) == 2 and "there is no model 'act/tow'" in capsys.readouterr().err

@@ -94,7 +94,7 @@ def test_a_killed_worker_process_loses_nothing_and_does_nothing_twice(project, t
         and read_run('outputs/act/p-1')['run']['resumed']
     )
     assert Counter(line for line in heard if 'done in' in line.partition('] ')[2]).total() == 3 and any(
-        'goes on after its worker died' in line for line in heard
+        'continues after its worker died' in line for line in heard
     )
 
 

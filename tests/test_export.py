@@ -148,6 +148,13 @@ def test_other_architectures_and_tokenizers_are_refused_by_one_line(tmp_path):
         word_cut(tokenizer)
 
 
+def test_an_export_is_one_line_without_bars(run, tmp_path, capfd):
+    capfd.readouterr()
+    assert call(['export', run[0], '--to', 'merged', '--out', str(tmp_path / 'out')]) == 0
+    out, err = capfd.readouterr()
+    assert len(out.splitlines()) == 1 and 'no logit' in out and err == ''
+
+
 def test_what_stands_there_stays(run, tmp_path, capsys):
     place = tmp_path / 'out'
     place.mkdir()

@@ -265,6 +265,22 @@ def wrong_parameters(path):
         yield 'every experiment has `name` and `outputs: str = "outputs"`'
 
 
+# words for which there is a plainer one: continue, cover, is given, next to, compared with
+unplain = re.compile(
+    r'\b(whoever|somebody|go(?:es)? on|going on|lays? over|stands? (?:twice|alone|beside|before|after|in|at|where))\b'
+)
+
+
+def test_words_are_plain():
+    written = [(path, cell) for path in notebooks for cell in cells(path) if cell['cell_type'] == 'markdown']
+    texts = [(place(path), source(cell)) for path, cell in written]
+    texts += [(str(path.relative_to(root)), path.read_text()) for path in root.glob('nbs/**/*.qmd*')]
+    texts += [(str(path.relative_to(root)), path.read_text()) for path in root.glob('llmft/**/*.py')]
+    wrong = [f'{where}: {word}' for where, text in texts for word in unplain.findall(text)]
+    assert_kept(wrong, len(texts), 1500)
+    assert unplain.findall('whoever stands in front goes on') == ['whoever', 'stands in', 'goes on']
+
+
 def test_parameters_are_literals_with_comments():
     wrong = [f'{place(path)}: {message}' for path in experiments for message in wrong_parameters(path)]
     assert_kept(wrong, len(experiments), 20)

@@ -16,7 +16,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from llmft.runs.figures import bars, frontier, loss_curves, memory_bars, on_deep, on_pale
 from llmft.runs.overview import write_overview
 from llmft.runs.pictures import inline_svg, take_picture, tones
-from llmft.runs.report import render_report, write_reports
+from llmft.runs.report import next_commands, render_report, write_reports
 from llmft.runs.tables import column, table
 
 log = [dict(step=step, loss=3 - step / 40, epoch=step / 30) for step in range(1, 61)]
@@ -156,6 +156,29 @@ def test_three_commands_under_a_verdict(folder):
         'llmft run params/finetune/lora.yaml --small -p name=first-2 -p learning_rate=0.0015',
         'llmft diff finetune/first finetune/first-2',
     ]
+
+
+def test_commands_of_runs_in_another_folder_name_it():
+    there = record | dict(params=dict(learning_rate=3e-3, outputs='/data/my runs'), run=run | dict(command='papermill'))
+    commands = next_commands(there, None, {})
+    assert commands['Vary it'].startswith("llmft run nbs/experiments/finetune.ipynb -p 'outputs=/data/my runs' -p name=")
+    assert commands['Compare it'].endswith(" --outputs '/data/my runs'")
+    assert commands['Check it'] == "llmft verify '/data/my runs/finetune/first'"
+
+
+def test_summaries_have_three_commands_too():
+    for command, repeated in (
+        ('llmft run params/sweeps/quickstart.yaml --fresh', 'llmft run params/sweeps/quickstart.yaml --fresh'),
+        ('llmft gpu-check', 'llmft gpu-check'),
+        ('papermill', """llmft run nbs/experiments/compare.ipynb -p 'runs=["a"]' -p name=all --fresh"""),
+    ):
+        made = dict(run, notebook='compare', name='all', command=command)
+        commands = next_commands(record | dict(params=dict(runs=['a']), run=made), None, dict(runs=['a']))
+        assert commands == {
+            'Check it': 'llmft verify outputs/compare/all',
+            'Repeat it': repeated,
+            'See all runs': 'llmft open',
+        }
 
 
 @pytest.mark.parametrize('name', ['second', 'third'])

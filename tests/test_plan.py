@@ -1,6 +1,7 @@
 """A plan against the study's figures and against what runs do: parameters, steps, tokens, operations, memory."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from llmft.cli import call
 from llmft.core import LabError, project_root
 from llmft.data.batches import Plan, micro_batches
+from llmft.data.sources import fetched
 from llmft.data.tokens import Examples
 from llmft.models.adapters import add_lora
 from llmft.models.cost import memory_breakdown
@@ -393,3 +395,17 @@ def test_full_fine_tuning_keeps_weights_that_its_rate_can_move(capsys):
         make_plan(params_of('finetune/full.yaml', *held_in_bf16), gpu='h100')
     make_plan(params_of('finetune/full.yaml', *held_in_bf16, 'learning_rate=1e-4'), gpu='h100')
     make_plan(params_of('finetune/lora.yaml', *held_in_bf16, 'learning_rate=1e-5'), gpu='h100')
+
+
+@pytest.mark.parametrize('scale, gpu', [('', 'h100'), ('laptop', '')])
+def test_memory_that_the_first_pages_name_is_what_the_plan_says(scale, gpu):
+    if scale == 'laptop' and fetched('smollm2') is None:
+        pytest.skip('SmolLM2 is not on this machine: llmft fetch smollm2')
+    files = [str(root / f'params/finetune/{method}.yaml') for method in ('full', 'lora', 'qlora')]
+    plans = [make_plan(resolve_params([file], [], scale)[1], gpu=gpu) for file in files]
+    sizes = [f"{plan['memory']['total'] / 2**30:.3g}" for plan in plans]
+    row = r'\| {} GiB \| {} GiB[^|]*\| {} GiB \|'.format(*sizes)
+    assert re.search(row, (root / 'nbs/guides/get-started.qmd').read_text()), sizes
+    for page in ('README.md', 'nbs/index.ipynb'):
+        text = (root / page).read_text()
+        assert all(size in text for size in sizes), f'{page}: {sizes}'

@@ -99,7 +99,7 @@ stage = 'name: s\nstages:\n  - notebook: act\n'
         ('name: s\n', 1, 'a sweep needs stages'),
         ('name: s\nstages: []\n', 2, 'a sweep needs stages'),
         ('name: s\nstagse: []\n', 2, "did you mean 'stages'"),
-        ('name: s\nname: t\nstages: []\n', 2, 'name stands twice'),
+        ('name: s\nname: t\nstages: []\n', 2, 'name is given twice'),
         ('name: s\nstages: 3\n', 2, 'stages must be a list'),
         ('name: s\nstages: [3]\n', 2, 'a stage must be'),
         ('name: s\nstages:\n  - notebok: act\n', 3, "did you mean 'notebook'"),
@@ -120,7 +120,7 @@ stage = 'name: s\nstages:\n  - notebook: act\n'
         (stage + '    matrix: {seed: 1}\n', 4, 'seed must be a list'),
         (stage + '    matrix: {seed: []}\n', 4, 'seed must be a list'),
         (stage + '    points:\n      - {seed: 1}\n      - {rate: fast}\n', 6, "rate: 'fast' is not a number"),
-        (stage + '    points: [{seed: 1}]\n    matrix: {seed: [1]}\n', 4, 'stands in points and in matrix'),
+        (stage + '    points: [{seed: 1}]\n    matrix: {seed: [1]}\n', 4, 'is in points and in matrix'),
         (
             stage + '    name: s-{sede}\n    matrix: {seed: [1]}\n',
             4,

@@ -76,6 +76,14 @@ def test_killed_and_resumed_is_the_same_run(straight, tmp_path, point):
     assert_same_run(straight, tmp_path)
 
 
+@pytest.mark.parametrize('point, newest', [('Ctrl-C', 12), ('Ctrl-C twice', 10)])
+def test_ctrl_c_saves_the_step_it_came_in_and_a_second_one_does_not_wait(straight, tmp_path, point, newest):
+    assert training_runs.run(tmp_path, point) == 1  # ended by KeyboardInterrupt
+    assert final(tmp_path)[0] == f'step-{newest:06d}'
+    assert training_runs.run(tmp_path) == 0
+    assert_same_run(straight, tmp_path)
+
+
 def test_the_log_has_every_step_once(straight):
     steps = [row['step'] for row in log_of(straight) if 'loss' in row]
     assert steps == list(range(1, training_runs.STEPS + 1))

@@ -463,6 +463,13 @@ def test_a_four_bit_run_is_measured_against_the_whole_base():
     assert 'lowered' in said and 'that is +10%' in said and 'loses to the base without quantisation' in said
 
 
+def test_a_run_that_made_the_model_worse_does_not_go_on_to_comparisons():
+    good, bad = judged(True), judged(False)
+    worse = finetuning.finetuning_verdict('lora', dict(total=5000), fitted, good, bad)
+    assert worse.endswith('Next: divide learning_rate by three, since the held-out loss rose.')
+    assert 'compare methods' in finetuning.finetuning_verdict('lora', dict(total=5000), fitted, bad, good)
+
+
 def test_few_documents_say_so():
     few = [
         dict(judged(wins), document_losses=hard_N[:3] + far[wins], document_targets=[9] * 3) for wins in (True, False)

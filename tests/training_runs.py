@@ -74,10 +74,16 @@ def kill_at(point):
 
         training.evaluate_loss = evaluate_loss
     steps = {'inside an epoch': 17, 'at the end of an epoch': 20, 'in the first step': 1}
+    presses = {'Ctrl-C': 1, 'Ctrl-C twice': 2}.get(point, 0)
+    if presses:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_log(entry):
         if entry['step'] == steps.get(point) and 'loss' in entry:
             die()
+        if entry['step'] == 12 and 'loss' in entry:
+            for _ in range(presses):
+                signal.raise_signal(signal.SIGINT)
 
     return on_log
 

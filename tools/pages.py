@@ -127,9 +127,14 @@ def code_cell(cell, place, words):
 # ---- pages
 
 
+records = ('reference/findings', 'reference/changelog')  # long pages of every word, written day by day
+
+
 def search_weight(page):
-    "How much a page counts in the search: guides come before the API of the library."
+    "How much a page counts in the search: guides come first, the library's API and what was written down last."
     folder = page.partition('/')[0] if '/' in page else ''
+    if page.startswith(records):
+        return 0.5
     return weights.get(folder, 0.5 if folder else 1.0)
 
 

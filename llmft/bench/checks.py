@@ -771,7 +771,7 @@ checks = dict(
     processes=Check('DDP, FSDP2 and ZeRO on one rank', _check_processes, 180),
     running_out=Check('running out of memory, and what that leaves', _check_running_out, 60),
     head=Check('the loss head in chunks of 32 MiB to 1 GiB', _check_head, 60),
-    training=Check('five parameter files: speed, and memory beside the plan', _check_training, 240),
+    training=Check('five parameter files: speed, and memory compared with the plan', _check_training, 240),
     decoding=Check('decoding plain and compiled', _check_decoding, 120),
     peers=Check('the same training by other programs', _check_peers, 150),
 )

@@ -26,7 +26,7 @@ def _without_repeats(pairs):
     "An object whose names are all different."
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError('a name stands twice in one object')
+        raise ValueError('a name is given twice in one object')
     return found
 
 

@@ -93,6 +93,14 @@ def _tokenizer_place(name):
     return _tokenizer_of(find_model(name)) if known else (name, {})
 
 
+def _why_no_tokenizer(name, place, reason):
+    "What is missing: a tokenizer in a folder that is there, or the model itself."
+    if isinstance(place, Path):
+        return f"no tokenizer in '{name}' ({reason}): give a folder that holds tokenizer.json, or use --small"
+    return (f"there is no model '{name}': it is no folder here, and neither cache nor hub has its tokenizer "
+            f"({reason}): check the name and the network, or use --small")
+
+
 def load_tokenizer(name:str,  # of a model, as `find_model` knows it, or a folder that holds a tokenizer alone
 ):                            # a fast tokenizer with an end-of-text and a padding token
     "The tokenizer of a model. `LabError` when there is none, or it has no end-of-text token."
@@ -108,8 +116,7 @@ def load_tokenizer(name:str,  # of a model, as `find_model` knows it, or a folde
     except LabError:
         raise
     except Exception as error:
-        raise LabError(f"no tokenizer for '{name}' ({type(error).__name__}): give a folder that holds tokenizer.json, "
-                       "a hub name in the cache or reachable, or use --small") from None
+        raise LabError(_why_no_tokenizer(name, place, type(error).__name__)) from None
 
     if tokenizer.eos_token_id is None:
         raise LabError(f"the tokenizer of '{name}' has no end-of-text token: "

@@ -20,7 +20,7 @@ import torch
 from ..core import LabError, choose, nearest
 
 # before peft: it silences what bitsandbytes logs
-from .load import causal_model, load_model, output_head, precisions, seeded
+from .load import causal_model, load_model, output_head, precisions, quiet_bars, seeded
 from .lora_products import multiply_as_read
 
 # isort: split
@@ -193,7 +193,8 @@ def _replacing(folder):
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f'.{folder.name}.', suffix='.partial') as place:
-        yield Path(place) / 'new'
+        with quiet_bars():
+            yield Path(place) / 'new'
         if folder.exists():
             os.rename(folder, f'{place}/old')
         os.rename(f'{place}/new', folder)

@@ -23,7 +23,7 @@ from ..core import LabError, choose, find_path, hub_answers, read_json, require
 from ..data.sources import Source, base_of, find_model
 from ..data.tokens import load_tokenizer
 from .gguf_writing import family_of, modelfile_text, packings, word_cut, write_gguf
-from .load import load_model, model_config, precisions
+from .load import load_model, model_config, precisions, quiet_bars
 from .merging import check_equal, load_adapter, logits_of, merge_in_place, tolerances
 from .methods import Method
 
@@ -179,7 +179,8 @@ def _copy_card(source, new):
 
 def _write_merged(new, model, tokenizer, numbers, source):
     "A folder as `save_pretrained` writes it."
-    model.to(precisions[numbers].dtype).save_pretrained(new)
+    with quiet_bars():
+        model.to(precisions[numbers].dtype).save_pretrained(new)
     tokenizer.save_pretrained(new)
     _copy_card(source, new)
 

@@ -7,7 +7,8 @@ __all__ = ['presets', 'hub_presets', 'logit_changes', 'plain_heads', 'precisions
            'model_says', 'DocumentLengths', 'shared_heads', 'documents_attention', 'causal_model', 'ChangedHead',
            'output_head', 'check_fits', 'hidden_states', 'largest_difference', 'rounding', 'check_rows',
            'logits_per_row', 'Precision', 'Quantisation', 'Attention', 'check_attention', 'check_model_settings',
-           'disable_cpu_repacking', 'mend_cpu_dequantising', 'quantised_share', 'seeded', 'placed', 'load_model']
+           'disable_cpu_repacking', 'mend_cpu_dequantising', 'quantised_share', 'seeded', 'placed', 'quiet_bars',
+           'load_model']
 
 # %% ../../nbs/models/01_load.ipynb #eb016ce8
 import contextlib
@@ -735,9 +736,9 @@ def placed(model):
     raise LabError(f'the weights take {size:.3g} GiB and do not fit the GPU of {memory:.3g} GiB: use quantisation nf4, '
                    'precision bf16 or a smaller model, or hide the GPU (CUDA_VISIBLE_DEVICES= ) to use the processor')
 
-# %% ../../nbs/models/01_load.ipynb #3bd8e80e
+# %% ../../nbs/models/01_load.ipynb #31e0da14
 @contextlib.contextmanager
-def _quiet():
+def quiet_bars():
     "transformers' progress bars are off in the block."
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -747,7 +748,7 @@ def _quiet():
         if shown:
             transformers_logging.enable_progress_bar()
 
-
+# %% ../../nbs/models/01_load.ipynb #3bd8e80e
 def _pretrained(place, options):
     "The weights in a folder, or of a hub name; a `LabError` when there are none or some are missing."
     options = options | dict(output_loading_info=True)
@@ -837,7 +838,7 @@ def load_model(name:str,                   # what `llmft.data.sources.sources` l
     if quantisation == 'nf4':
         mend_cpu_dequantising()
 
-    with _quiet(), seeded(seed, 'weights'):
+    with quiet_bars(), seeded(seed, 'weights'):
         model = _weights(_found(name), options)
     _mark_tables(model)
     model = placed(model) if quantisation == 'none' else disable_cpu_repacking(model)

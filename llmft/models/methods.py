@@ -23,8 +23,8 @@ class Kind:
 
 methods = dict(
     full=Kind('all weights are trained'),
-    lora=Kind('low-rank factors are trained beside frozen weights', True),
-    qlora=Kind('low-rank factors are trained beside frozen, quantised weights', True, ('bitsandbytes',)))
+    lora=Kind('low-rank factors are trained, the weights are frozen', True),
+    qlora=Kind('low-rank factors are trained, the weights are frozen and quantised', True, ('bitsandbytes',)))
 
 # %% ../../nbs/models/02_methods.ipynb #fec98043
 def _kind_of(params):

@@ -40,6 +40,11 @@ def _base_text(params, hashed):
     return f"`{_cell(params['model'])}` (random weights, or weights that lie in no file here)."
 
 
+def _verdict_text(verdict):
+    "What the run concluded, its bullets kept, without the beginning of a tag."
+    return (verdict or 'The run gave no verdict.').strip().replace('<', '&lt;')
+
+
 def _data_rows(record):
     "(part, documents or rows, hash) of the data of a run."
     parts = record['meta'].get('data') or {}
@@ -121,7 +126,7 @@ def card_text(folder,         # of the weights: adapter, model or merged
                          **{card_hash: base_hash or None})
     body = _body.format(
         title=_cell(f"{record['run']['notebook']}/{record['run']['name']}"),
-        verdict=_cell(record['run'].get('verdict') or 'The run gave no verdict.'),
+        verdict=_verdict_text(record['run'].get('verdict')),
         base=_base_text(params, base_hash),
         data=card_table(('part', 'n', 'SHA-256'), _data_rows(record)),
         recipe=card_table(('parameter', 'value'), _recipe_rows(params)),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..core import LabError, find_path, nearest, read_json
 from .identity import is_sealed, read_record, seal_record, written
-from .numbers import is_number, show_number
+from .numbers import is_number, short_value, show_number
 from .report import write_reports
 from .rivals import confidence, kept_scores, paired_difference
 from .run import list_runs, read_run, save_record
@@ -109,10 +109,13 @@ def compare_runs(first,   # folder of a run
 
 # %% ../../nbs/runs/24_differences.ipynb #650cff17
 def _text(value):
-    "A value for a reader."
-    if is_number(value) or value is None:
-        return show_number(value, 4)
-    return ', '.join(map(str, value)) if isinstance(value, list) else str(value)
+    "A result for a reader."
+    return show_number(value, 4) if is_number(value) or value is None else short_value(value)
+
+
+def _chosen(value):
+    "A parameter as it is written; a dash where a run does not have it."
+    return show_number(None) if value is None else short_value(value)
 
 
 def _columns(rows):
@@ -146,7 +149,7 @@ def differences_text(found:dict, # from `compare_runs`
     lines = [f"{mark}: {run['run']}, {run['status']}, {run['started'][:16]}"
              for mark, run in zip('AB', found['runs'], strict=True)]
     same = 'the same in both'
-    params = [(name, _text(x), _text(y)) for name, (x, y) in found['params'].items()]
+    params = [(name, _chosen(x), _chosen(y)) for name, (x, y) in found['params'].items()]
     lines += _section('parameters (A, B)', params, same)
     metrics = [(row['metric'], _text(row['first']), _text(row['second']), _times(row['ratio']))
                for row in found['metrics']]

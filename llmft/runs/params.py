@@ -293,7 +293,7 @@ def parse_parameters(source:str,  # text of the parameters cell
         place = f'{where} line {node.lineno}'
         parameter = _declaration(node, source, comments, place)
         if first := parameters.get(parameter.name):
-            raise LabError(f'{place}: {parameter.name} stands twice, first in line {first.line}: keep one')
+            raise LabError(f'{place}: {parameter.name} is given twice, first in line {first.line}: keep one')
         parameters[parameter.name] = parameter
     return list(parameters.values())
 
@@ -400,7 +400,7 @@ def _check_keys(loader, node):
         place = f'{loader.name}:{_line_of(key)}'
         _check_text_key(key, place)
         if key.value in lines:
-            raise LabError(f'{place}: {key.value} stands twice, first in line {lines[key.value]}: keep one')
+            raise LabError(f'{place}: {key.value} is given twice, first in line {lines[key.value]}: keep one')
         lines[key.value] = _line_of(key)
 
 

@@ -7,9 +7,9 @@ __all__ = ['text_limit', 'html_limit', 'policy', 'live_seconds', 'live_page', 'c
            'last_state', 'math_html', 'data_uri', 'slug', 'in_box', 'code_html', 'markdown_html', 'duration', 'folded',
            'text_box', 'safe_html', 'widget_text', 'rich_html', 'output_html', 'parameters_html', 'changed_values',
            'chips_html', 'cell_html', 'shown_cells', 'take_lead', 'in_sections', 'split_pending', 'section_html',
-           'when', 'run_command_of', 'next_commands', 'commands_html', 'notice_html', 'logged_rows', 'logged_figure',
-           'header_html', 'plain', 'footer_html', 'split_title', 'render_report', 'write_reports', 'write_live',
-           'warm_up']
+           'when', 'run_command_of', 'next_commands', 'commands_html', 'where_it_begins', 'notice_html', 'logged_rows',
+           'logged_figure', 'header_html', 'plain', 'footer_html', 'split_title', 'render_report', 'write_reports',
+           'write_live', 'warm_up']
 
 # %% ../../nbs/runs/08_report.ipynb #7d6ff13f
 import base64
@@ -645,26 +645,42 @@ def _variation(params):
     return ('seed', params['seed'] + 1) if isinstance(params.get('seed'), int) else None
 
 
+def _varied(record, variation, changed, where):
+    "Run it again with another value, and compare the two runs."
+    name = str(record['run']['name'])
+    label = f"{record['run']['notebook']}/{name}"
+    others = {each: value for each, value in changed.items() if each != variation[0]}
+    again = f"{run_command_of(record, others)} {_assignment('name', f'{name}-2')} {_assignment(*variation)}"
+    return {'Vary it': again, 'Compare it': f"llmft diff {shlex.quote(label)} {shlex.quote(f'{label}-2')}{where}"}
+
+
+def _repeated(record, changed, where):
+    "Run it again, and see all runs: for a run that has no rate and no seed, such as a summary."
+    again = str(record['run'].get('command') or '').replace(' --fresh', '')
+    if not again.startswith('llmft '):
+        again = f"{run_command_of(record, changed)} {_assignment('name', str(record['run']['name']))}"
+    fresh = ' --fresh' if again.startswith('llmft run ') else ''
+    return {'Repeat it': f'{again}{fresh}', 'See all runs': f'llmft open{where}'}
+
+
 def next_commands(record:dict,   # run.json
                   folder,        # of the run
                   changed:dict,  # from `changed_values`
 )->dict:                         # what for -> a command line
-    "The next steps for a finished run: try what it trained, vary it, compare it with the variation."
+    "Three next steps for a finished run: try or check it, vary or repeat it, compare it with the others."
     run = record['run']
-    name = str(run['name'])
-    label = f"{run['notebook']}/{name}"
-    commands = {}
-    if folder and any((Path(folder) / weights).is_dir() for weights in ('adapter', 'model', 'merged')):
-        place = Path(str(record['params'].get('outputs', 'outputs'))) / str(run['notebook']) / name
-        commands['Try it'] = f'llmft try {shlex.quote(str(place))} "your prompt"'
+    outputs = str(record['params'].get('outputs', 'outputs'))
+    place = shlex.quote(str(Path(outputs) / str(run['notebook']) / str(run['name'])))
+    has_weights = folder and any((Path(folder) / weights).is_dir() for weights in ('adapter', 'model', 'merged'))
+    first = {'Try it': f'llmft try {place} "your prompt"'} if has_weights else {'Check it': f'llmft verify {place}'}
 
+    where = ''
+    if outputs != 'outputs':
+        where = f' --outputs {shlex.quote(outputs)}'
+        changed = changed | dict(outputs=outputs)
     variation = _variation(record['params'])
-    if variation:
-        others = {each: value for each, value in changed.items() if each != variation[0]}
-        command = run_command_of(record, others)
-        again = f"{command} {_assignment('name', f'{name}-2')} {_assignment(*variation)}"
-        commands |= {'Vary it': again, 'Compare it': f"llmft diff {shlex.quote(label)} {shlex.quote(f'{label}-2')}"}
-    return commands
+    rest = _varied(record, variation, changed, where) if variation else _repeated(record, changed, where)
+    return first | rest
 
 # %% ../../nbs/runs/08_report.ipynb #5efeec9e
 def _breakable(line):
@@ -679,15 +695,20 @@ def commands_html(commands:dict,  # from `next_commands`
     rows = [f'<dt>{escape(words)}</dt><dd><code>{_breakable(line)}</code></dd>' for words, line in commands.items()]
     return f"""<dl class="next">{''.join(rows)}</dl>""" if rows else ''
 
+# %% ../../nbs/runs/08_report.ipynb #1b343ea5
+def where_it_begins(folder,  # of a run that broke off, or `None`
+)->str:                      # what the same command does
+    "Whether a run that is given again continues or begins anew."
+    saved = folder is not None and any((Path(folder) / 'checkpoints').glob('step-*'))
+    return 'continues from the last checkpoint' if saved else 'begins anew, since no checkpoint was saved'
+
 # %% ../../nbs/runs/08_report.ipynb #b44be9f0
 def _how_to_continue(run, folder):
     "How to resume an interrupted or failed run, HTML."
     command = str(run.get('command') or '')
     again = f'<code>{escape(command)}</code>' if command.startswith('llmft run') else 'run the notebook again'
-    saved = folder is not None and any((Path(folder) / 'checkpoints').glob('*'))
-    where = 'It continues from the last checkpoint' if saved else 'It begins anew, since nothing was saved'
     first = 'Continue: ' if run['status'] == 'interrupted' else 'Remove the cause, then continue: '
-    return f'<p>{first}{again}. {where}.</p>'
+    return f'<p>{first}{again}. It {where_it_begins(folder)}.</p>'
 
 
 def notice_html(run:dict,     # the section `run` of run.json
@@ -699,7 +720,7 @@ def notice_html(run:dict,     # the section `run` of run.json
     if run['status'] == 'running':
         rows = [row for row in logged_rows(folder) if 'loss' in row]
         so_far = f': {progress_text(rows[-1], run.get("params"))}' if rows else ''
-        as_of = f'As of {datetime.now():%H:%M:%S}, this run goes on{so_far}. The page loads itself anew.'
+        as_of = f'As of {datetime.now():%H:%M:%S}, this run is in progress{so_far}. The page reloads itself.'
         return f'<div class="trouble"><p>{escape(as_of)}</p></div>'
     cell = f' in <a href="#broken">cell {escape(str(run["cell"]))}</a>' if run.get('cell') else ''
     status = 'Interrupted' if run['status'] == 'interrupted' else 'Failed'

@@ -251,7 +251,7 @@ def _check_row(row, matrix, place):
         raise LabError(f'{place}a point must be `name: value` pairs, not {row!r:.40}')
     if both := set(row) & set(matrix):
         name = min(both)
-        raise LabError(f'{place_of(row, name)}{name} stands in points and in matrix: keep one')
+        raise LabError(f'{place_of(row, name)}{name} is in points and in matrix: keep one')
 
 
 def _point_rows(stage, matrix):

@@ -115,7 +115,7 @@ def run_point(notebook:str,      # path of the notebook
         done = record is not None and record['run']['status'] == 'done'
         resumed = _is_later_attempt(record, since)
         if resumed and not done:
-            say('goes on after its worker died')
+            say('continues after its worker died')
         with gpu_slots(params.get('nproc', 1)) as gpus:
             environment = (threads or {}) | gpus
             fresh = not resumed and (fresh or done)

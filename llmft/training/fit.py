@@ -6,8 +6,11 @@
 __all__ = ['WARMUP_TIMED', 'train_step', 'book_step', 'evaluate', 'watched_step', 'FitResult', 'fit']
 
 # %% ../../nbs/training/08_fit.ipynb #d5319362
+import contextlib
 import math
 import os
+import signal
+import threading
 import time
 from dataclasses import dataclass
 
@@ -386,18 +389,49 @@ def _bar(run):
     return tqdm(total=run.steps, initial=run.progress.step, unit='step', disable=hidden)
 
 
+def _can_hold(run) -> bool:
+    "Whether an interrupt may wait for the end of a step: several processes could not agree on the step."
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    return in_main_thread and run.group.world == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@contextlib.contextmanager
+def _held_interrupts(run):
+    "Within this context the first Ctrl-C sets the event that is given, and the second one interrupts at once."
+    asked = threading.Event()
+
+    def remember(number, frame):
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    if not _can_hold(run):
+        yield asked
+        return
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def _walk(run):
-    "Train `run` to its end."
+    "Train `run` to its end; an interrupt saves the step that it came in."
     bar = _bar(run)
-    while not run.progress.stopped:
-        loss = _next_step(run)
-        if loss is None:
-            _end_of_budget(run)
-            break
-        bar.update()
-        bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
-        _tell(run, loss)
-        _after_step(run)
+    with _held_interrupts(run) as interrupted:
+        while not run.progress.stopped:
+            loss = _next_step(run)
+            if loss is None:
+                _end_of_budget(run)
+                break
+
+            bar.update()
+            bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
+            _tell(run, loss)
+            _after_step(run)
+            if interrupted.is_set():
+                save(run)
+                raise KeyboardInterrupt
     bar.close()
 
 # %% ../../nbs/training/08_fit.ipynb #8d84f7a5

@@ -31,7 +31,7 @@ def usage_of(name, options):
 
 
 def value_of(option):
-    "What stands for an option's value."
+    "The name of an option's value."
     if getattr(option, 'is_flag', False):
         return ''
     return option.metavar or ('NUMBER' if isinstance(option.default, (int, float)) else 'TEXT')
@@ -40,16 +40,23 @@ def value_of(option):
 def row(option):
     "An option as a row of the table."
     words = option.name.upper() if is_argument(option) else f'{", ".join(option.opts)} {value_of(option)}'.strip()
-    shown = isinstance(option.default, (str, int, float)) and option.default not in ('', False, True)
+    shown = type(option.default) in (str, int, float) and option.default != ''
     default = code_span(str(option.default)) if shown else ''
     return f'| {code_span(words)} | {default} | {plain_text(getattr(option, "help", ""))} |'
+
+
+def examples_of(command):
+    "The calls that end the help of a command."
+    return [line.strip() for line in command.epilog.splitlines() if line.startswith('  ')]
 
 
 print("""Finished runs are skipped; `--fresh` repeats them. The exit status is 0 when all runs are done, 1 when a run failed, 2 for a usage error, and 130 after Ctrl-C.
 With `--json` the last line of the output is one JSON object, `{"status": ..., "runs": [...]}`, for scripts.
 """)
+
 for name, command in typer.main.get_command(app).commands.items():
     options = [option for option in command.params if option.name != 'help']
     print(f'## llmft {name}\n\n{command.help}\n\n```text\n{usage_of(name, options)}\n```\n')
+    print('```sh\n' + '\n'.join(examples_of(command)) + '\n```\n')
     print('| option | default | meaning |\n| --- | --- | --- |')
     print('\n'.join(map(row, options)) + '\n')

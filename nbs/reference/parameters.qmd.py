@@ -2,7 +2,7 @@
 ---
 title: Parameters
 description: Every parameter of every experiment notebook, read from its parameters cell while this page was built.
-tags: [parameter, option, learning rate, max_length, batch size, lora_rank, seed, YAML]
+tags: [parameter, option, learning rate, max_length, batch size, lora_rank, seed, gradient_checkpointing, YAML]
 ---
 """
 import itertools

@@ -435,9 +435,9 @@ def _check_markers(template):
     for marker, marked in (('{input}', 'problem'), ('{solution}', 'answer')):
         if template.count(marker) != 1:
             raise LabError(f'the template has {template.count(marker)} times {marker}, and needs it once: '
-                           f'it marks where the {marked} stands')
+                           f'it marks the place of the {marked}')
     if template.index('{solution}') < template.index('{input}'):
-        raise LabError('in the template {solution} stands before {input}: the model would answer before it has read')
+        raise LabError('in the template {solution} comes before {input}: the model would answer before it has read')
 
 
 def check_template(template:str,  # text with {input} and {solution}, or 'chat'

@@ -149,6 +149,13 @@ def _against_unquantised(base, after):
     return f"; against the base without quantisation ({base['perplexity']:.1f}) that is {change:+.0%}"
 
 
+def _next_run(before, after):
+    "What to run next; after a training that made the model worse, the same with a lower rate."
+    if after['loss'] > before['loss']:
+        return 'divide learning_rate by three, since the held-out loss rose'
+    return 'compare methods on the same documents (params/sweeps/finetune_matrix.yaml)'
+
+
 def finetuning_verdict(method:str,        # full, lora or qlora
                        size:dict,         # from `model_size`
                        result:FitResult,  # from `launch`
@@ -164,8 +171,8 @@ def finetuning_verdict(method:str,        # full, lora or qlora
     progress = result.progress
     answer = f'{_perplexity_change(method, before, after)}{_against_unquantised(base, after)}.'
     took = (f"It trained {result.trainable:,} of {size['total']:,} parameters for {number_of(progress.step, 'step')} "
-            f"({progress.stopped}); n = {after['targets']:,} held-out tokens of {after['documents']} documents. Next: "
-            'compare methods on the same documents (params/sweeps/finetune_matrix.yaml).')
+            f"({progress.stopped}); n = {after['targets']:,} held-out tokens of {after['documents']} documents. "
+            f'Next: {_next_run(before, after)}.')
     return in_bullets(answer, f'{told(rank_judged(rivals), method)} {forgot}', took)
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #6c81b2ed

@@ -47,7 +47,7 @@ def split_table(splits:dict,  # name -> `Split`
 ):                            # a displayed table
     "Number and size of the texts of each split, and the range of the numbers in them."
     rows = [_split_row(split, part) for split, part in splits.items()]
-    return table(rows, caption='Scaled values, as they stand in the text')
+    return table(rows, caption='Scaled values, as written in the text')
 
 # %% ../../../nbs/studies/forecasting/11_report.ipynb #0022644d
 def _lost(split, original_NTV):
@@ -174,7 +174,7 @@ def training_verdict(params,                   # max_steps, valid_horizon
     spent = show_number(outcome.flops_study)
     cost = (f"{_why_it_ended(params, outcome, progress)}; {spent} operations by the study's rules, "
             f'{show_number(progress.flops)} by the hardware count.')
-    return in_bullets(answer, cost, 'Next: forecast_eval judges the adapter on the test split, beside forecasts that '
+    return in_bullets(answer, cost, 'Next: forecast_eval compares the adapter on the test split with forecasts that '
                                     'need no language model.')
 
 # %% ../../../nbs/studies/forecasting/11_report.ipynb #067bdeb6

@@ -128,7 +128,7 @@ def against_reference(model,      # from `load_form`
         return compare_tokens(model, model, tokenizer, documents, params.max_length)
 
     if size['total'] * _full_bytes > memory_limit():
-        print('not compared with full precision: its weights do not fit beside these')
+        print('not compared with full precision: the memory does not hold both')
         return None
     reference = load_form(params.reference or params.model, 'fp32', seed=params.seed)
     return compare_tokens(model, reference, tokenizer, documents, params.max_length)
