@@ -534,9 +534,10 @@ def test_tables_and_commands_are_whole(browser, address, width):
             assert not page.evaluate(torn_names), f'{path}: names are torn'
             assert not page.evaluate(cut_boxes), f'{path}: content is cut'
             assert not page.evaluate(torn_options), f'{path}: an option is torn'
-        page.goto(address + 'guides/use-it.html')
-        flags_of_page = page.eval_on_selector_all('.flag', 'all => all.map(each => each.textContent)')
-        assert flags_of_page.count('--to gguf') >= 2, 'an option stays with its value'
+        for path, option in (('guides/use-it.html', '--to gguf'), ('guides/colab.html', '-p precision=fp16')):
+            page.goto(address + path)
+            whole = page.eval_on_selector_all('.flag', 'all => all.map(each => each.textContent)')
+            assert option in whole, f'{path}: an option is not kept with its value'
 
 
 def test_opened_as_a_file_it_shows_and_searches(browser, site):

@@ -12,7 +12,7 @@ inline_code = re.compile(r'(?<!<pre>)(?<!</span>)<code>(?:[^<]|<wbr>)*</code>')
 shell_code = re.compile(r'<div class="language-(?:ba)?sh\b.*?</pre>', flags=re.DOTALL)
 shell_option = re.compile(
     r'(?<=<span class="w"> </span>)(-p|--[\w-]+)'
-    r'(<span class="w"> </span>(?=[\w"./\']|<span class="[sm])(?:(?!<span class="w">)[^\n])+?)?'
+    r'(<span class="w"> </span>(?=[\w"./\']|<span class="(?!c1|o))(?:(?!<span class="w">)[^\n])+?)?'
     r'(?=<span class="w">|\n|</code>)'
 )
 longest_option = 30  # characters that stay in one piece, less than a line of a phone
