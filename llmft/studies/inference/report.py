@@ -139,7 +139,7 @@ _divergence_columns = [
     column('kld', 'divergence', 'nats per token', best='low', n='quality_tokens', digits=4),
     column('kld_se', '±', 'nats'), column('kld_median', 'median', 'nats'), column('kld_p99', '99 %', 'nats'),
     column('kld_max', 'largest', 'nats'), column('same_top', 'same top token', 'share', best='high', digits=4),
-    column('same_top_se', '±', 'share'), column('log_perplexity_change', 'ln of the ratio of perplexities'),
+    column('same_top_se', '±', 'share'), column('log_perplexity_change', 'perplexity ratio', 'ln'),
     column('log_perplexity_change_se', '±'), column('rms_change', 'change of probability', 'root mean square'),
     column('rms_change_se', '±')]
 
