@@ -160,6 +160,20 @@ def test_labels_of_a_frontier_do_not_overlap(points):
     )
 
 
+def test_labels_of_a_frontier_stand_beside_its_steps():
+    names = dict(a=(4.75, 36.4), b=(7.55, 35.9), c=(8.34, 34.1), d=(11.9, 34.12), e=(11.3, 34.09), f=(16.7, 34.1))
+    plot = figures.frontier(names, 'memory, MiB', 'perplexity')
+    plot.draw_without_rendering()
+    (steps,) = [line for line in plot.axes[0].lines if len(line.get_xdata()) > 1]
+    corners = plot.axes[0].transData.transform(steps.get_xydata())
+    assert len(corners) == 7  # four points of the frontier, joined by three corners
+    texts = [text for text in plot.axes[0].texts if text.get_text() in names]
+    for text in texts:
+        box = mpl.text.Text.get_window_extent(text)
+        assert not mpl.path.Path(corners).intersects_bbox(box, filled=False), f'{text.get_text()} is on the line'
+    assert len(texts) == 6
+
+
 def test_crowded_labels_of_a_frontier_do_not_overlap():
     "Thirteen methods of a real study, some of them almost on one spot: no label covers a label or a point."
     times = [37.77, 233.16, 316.09, 270.72, 313.94, 343.09, 411.29, 375.45, 379.33, 351.12, 503.26, 358.34, 495.78]

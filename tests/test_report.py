@@ -14,7 +14,16 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from llmft.core import LabError
 from llmft.runs import tables
 from llmft.runs.execute import execute_run
-from llmft.runs.report import ansi_html, clean_html, last_state, markdown_html, math_html, render_report, safe_html
+from llmft.runs.report import (
+    ansi_html,
+    clean_html,
+    last_state,
+    markdown_html,
+    math_html,
+    render_report,
+    safe_html,
+    when,
+)
 from llmft.runs.results import read_result
 
 here = Path(__file__).parent / 'notebooks'
@@ -140,6 +149,22 @@ def test_errors():
 
 def test_carriage_returns():
     assert last_state('1%\r2%\r\n3%\r4%') == '2%\n4%'
+
+
+def test_what_went_to_stderr_is_one_fold_behind_the_printed_lines():
+    lines = [('stdout', 'first'), ('stderr', 'a warning'), ('stdout', 'second'), ('stderr', 'another')]
+    notebook = new_notebook(
+        cells=[new_code_cell('x', outputs=[new_output('stream', name=name, text=f'{text}\n') for name, text in lines])]
+    )
+    page = render_report(notebook, record)
+    assert page.count('on stderr') == 1 and '2 lines on stderr' in page
+    assert page.index('first\nsecond') < page.index('a warning\nanother')
+    assert [output.text for output in notebook.cells[0].outputs] == [f'{text}\n' for _, text in lines]
+
+
+def test_a_time_says_of_which_zone_it_is():
+    assert when('2026-08-01T10:00:00+00:00') == '1 August 2026, 10:00 UTC'
+    assert when('2026-08-01T10:00:00+02:00') == '1 August 2026, 10:00 UTC+02:00'
 
 
 def test_huge_outputs_stay_small():

@@ -95,7 +95,7 @@ def test_few_items_may_be_clear_and_many_may_tie():
     many_N = rng.normal(3, 1, few_items)
     noisy_N = many_N + rng.normal(0, 1, few_items)
     tie = ranked(dict(a=many_N, b=noisy_N), loss)
-    assert ' tie in loss' in place_words(tie) and len(tie.tied) == 2
+    assert ' tie: ' in place_words(tie) and len(tie.tied) == 2
 
 
 def test_the_same_scores_tie():
@@ -128,7 +128,7 @@ def test_all_that_cannot_be_told_from_the_best_are_named():
 
 def test_single_measurements_rank_beyond_their_tolerance_only():
     speed = Measure('throughput', 'tokens/s', lower=False, tolerance=0.02)
-    assert place_words(ranked(dict(fp32=652.2, fp16=651.0), speed)).startswith('fp32 and fp16 tie in throughput')
+    assert place_words(ranked(dict(fp32=652.2, fp16=651.0), speed)).startswith('In throughput, fp32 and fp16 tie: ')
     assert 'for fp16, the strongest rival' in place_words(ranked(dict(fp32=652.2, fp16=600.0), speed))
     assert ranked(dict(a=np.ones(3), b=5.0), loss).differences['b'].items == 0  # one number cannot be paired
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import http.server
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -83,6 +84,7 @@ class Page(HTMLParser):
         self.twice = set()  # ids of several elements
         self.links = []
         self.resources = []
+        self.levels = []  # of the headings
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -90,6 +92,8 @@ class Page(HTMLParser):
         named = attributes.get('id')
         self.twice |= {named} & self.ids
         self.ids |= {attributes[name] for name in ('id', 'name') if attributes.get(name)}
+        if re.fullmatch('h[1-6]', tag):
+            self.levels.append(int(tag[1]))
         source = attributes.get('src')
         target = attributes.get('href')
         if tag == 'a' and target:
@@ -193,10 +197,41 @@ def test_no_link_and_no_anchor_is_broken(site, pages):
 
 
 def test_an_anchor_names_one_place(pages):
-    "A heading and a parameter of one name would have one anchor, and a link to it would lead to the first."
-    experiments = {path: page for path, page in pages.items() if path.startswith('experiments/')}
-    twice = [f'{path}: {sorted(page.twice)}' for path, page in experiments.items() if page.twice]
+    "A heading and a parameter of one name, or Flips and flips, would have one anchor: links lead to the first."
+    twice = [f'{path}: {sorted(page.twice)}' for path, page in pages.items() if page.twice]
     assert not twice, twice
+    assert {'Flips', 'flips'} <= pages['runs/rivals.html'].ids
+    assert {'#Flips', '#flips'} <= set(pages['runs/rivals.html'].links)
+
+
+def test_headings_of_a_page_are_in_order(pages):
+    "One title, and no heading more than one level below the one before it."
+    wrong = []
+    for path, page in pages.items():
+        jumps = [pair for pair in itertools.pairwise([0, *page.levels]) if pair[1] > pair[0] + 1]
+        if jumps or page.levels.count(1) != 1:
+            wrong.append(f'{path}: {jumps}, {page.levels.count(1)} titles')
+    assert len(pages) > 200 and not wrong, wrong
+
+
+def test_docstrings_are_no_markdown(site):
+    text = (site['folder'] / 'data/dynamics.html').read_text(encoding='utf-8')
+    assert 'a - b*y and d*x - g' in text, 'asterisks of a formula became emphasis'
+    text = (site['folder'] / 'data/token_files.html').read_text(encoding='utf-8')
+    assert 'outputs/tokens/&lt;data&gt;' in text, 'a placeholder became a tag'
+
+
+def test_captions_of_studies_name_what_their_figures_show(site):
+    "The figure is that of the report, and another one may have taken its place since the caption was written."
+    looked = 0
+    for path in site['folder'].glob('studies/*/index.html'):
+        text = path.read_text(encoding='utf-8')
+        for picture, caption in re.findall(r'<figure class="figure"><img src="(.*?svg)".*?<figcaption>(.*?) <a', text):
+            looked += 1
+            drawing = (path.parent / picture).read_text(encoding='utf-8')
+            title = re.search('aria-label="([^".]*)', drawing)[1]
+            assert title.partition(',')[0].lower() in caption.lower(), f'{path}: {title} is called {caption}'
+    assert looked >= 3
 
 
 def test_words_that_are_also_names_are_no_links(site):
@@ -476,19 +511,27 @@ torn_names = r'''() => [...document.querySelectorAll('td code')].flatMap(code =>
   return torn;
 })'''
 # Boxes of wide tables and of commands whose content is cut at the right.
-cut_boxes = '''() => [...document.querySelectorAll('.scroll.rows, .language-sh code, .language-bash code')].filter(
+cut_boxes = '''() => [...document.querySelectorAll('.scroll, .signature code, .language-yaml code, ' +
+  '.language-sh code, .language-bash code')].filter(
   each => each.scrollWidth > each.clientWidth + 8).map(each => each.textContent.slice(0, 60))'''
 # Options with their values that are on more than one line.
 torn_options = """() => [...document.querySelectorAll('.flag')].filter(
   each => new Set([...each.getClientRects()].map(box => Math.round(box.top))).size > 1).map(each => each.textContent)"""
 tables_and_commands = (
     'index.html',
+    'concepts/one-run.html',
+    'data/tables.html',
+    'guides/colab.html',
+    'guides/cookbook.html',
     'guides/faq.html',
     'guides/one-gpu.html',
     'guides/papermill.html',
+    'guides/use-it.html',
     'reference/hardware.html',
     'reference/models.html',
     'reference/run-folder.html',
+    'reference/yaml.html',
+    'runs/tables.html',
     'studies/index.html',
 )
 
@@ -501,6 +544,10 @@ def test_tables_and_commands_are_whole(browser, address, width):
             assert not page.evaluate(torn_names), f'{path}: names are torn'
             assert not page.evaluate(cut_boxes), f'{path}: content is cut'
             assert not page.evaluate(torn_options), f'{path}: an option is torn'
+        for path, option in (('guides/use-it.html', '--to gguf'), ('guides/colab.html', '-p precision=fp16')):
+            page.goto(address + path)
+            whole = page.eval_on_selector_all('.flag', 'all => all.map(each => each.textContent)')
+            assert option in whole, f'{path}: an option is not kept with its value'
 
 
 def test_opened_as_a_file_it_shows_and_searches(browser, site):

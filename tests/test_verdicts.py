@@ -327,7 +327,7 @@ def test_the_verdict_names_llama_cpp_where_it_wins():
     facts = dict(beside={'smollm2': turns}, llama_cpp='int4_fast', short={'smollm2': 'smollm2'})
     alone = [dict(model='smollm2', precision='fp32', step=1.0)]
     said = verdict_of_cell('bench_inference', rows=[], alone=alone, forms=['fp32'], targets=unmet, **facts)
-    assert 'ours loses to llama.cpp, the strongest rival, in throughput of smollm2 in int4_fast' in said
+    assert 'In throughput of smollm2 in int4_fast, batch 1, ours loses to llama.cpp, the strongest rival' in said
 
 
 def test_every_experiment_is_here():
@@ -340,15 +340,16 @@ def test_the_verdict_names_the_rival_that_wins(notebook, best):
     lines = verdict.split('\n')
     assert 1 < len(lines) <= 3 and all(line.startswith('- ') for line in lines), verdict
     name = re.escape(best)
-    won = rf'(?i:{name}) has the (best|largest)|loses to (?i:{name}), the strongest rival'
+    won = rf'(?i:{name}) is best: |share of the time goes to (?i:{name}): |loses to (?i:{name}), the strongest rival'
     undecided = rf'Too few \w+ to say whether .*{name}'
     assert re.search(f'{won}|{undecided}', verdict), verdict
     assert 'Next: ' in lines[-1], verdict
+    assert not re.search(r'(^- |[.!?] )[a-z]', verdict, re.MULTILINE), f'a sentence begins in lower case: {verdict}'
 
 
 def test_a_run_before_training_that_wins_is_named():
-    assert 'full before training has the best held-out perplexity' in compare('full before training')
-    assert 'half before training has the best held-out perplexity' in pdf_compare('half before training')
+    assert 'In held-out perplexity, full before training is best' in compare('full before training')
+    assert 'In held-out perplexity, half before training is best' in pdf_compare('half before training')
 
 
 measured_by = {  # metric with _error or _ratio, by experiment -> what in the verdict stands for it
@@ -412,9 +413,9 @@ def test_scores_that_look_the_same_tie_however_sure_the_difference():
     measure = Measure('held-out perplexity', items='documents', log=True)
     near = ranked(dict(fp16=first_N, fp32=first_N + 1e-6), measure)
     assert near.differences['fp32'].clear and near.tied == ['fp16', 'fp32']
-    assert place_words(near).startswith('fp16 and fp32 tie in held-out perplexity')
+    assert place_words(near).startswith('In held-out perplexity, fp16 and fp32 tie: ')
     far = ranked(dict(fp16=first_N, nf4=first_N + 0.1), measure)
-    assert place_words(far).startswith('fp16 has the best')
+    assert place_words(far).startswith('In held-out perplexity, fp16 is best: ')
 
 
 def test_a_baseline_that_nobody_thought_of_is_named_by_the_summary():
@@ -445,7 +446,7 @@ def test_two_contexts_that_are_close_tie():
         for n, mae in ((512, 1.45), (768, 1.47))
     ]
     said = summary.summary_verdict(summary.StudyRows(rows, [], []), None, 0.0)
-    assert 'tie in validation MAE' in said and 'has the best' not in said
+    assert 'In validation MAE, ' in said and ' tie: ' in said and 'is best' not in said
 
 
 def test_a_final_run_that_departs_from_the_winner_says_so():

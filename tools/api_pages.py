@@ -5,6 +5,7 @@ import functools
 import html
 import io
 import json
+import re
 import tokenize
 from dataclasses import dataclass
 
@@ -198,6 +199,24 @@ def experiment_parameters(
 # ---- one entry
 
 
+def prose(text, page):
+    "What a docstring or a comment says, as Markdown: signs outside of code are no emphasis and no HTML."
+    pieces = re.split(r'(`[^`]*`)', text)
+    pieces[::2] = [piece.replace('*', r'\*').replace('->', '→').replace('<', '&lt;') for piece in pieces[::2]]
+    return linked(''.join(pieces), page)
+
+
+def same_in_small(module, name):
+    "Whether another name of the module differs from `name` by capitals only: Flips and flips."
+    names = {getattr(node, 'name', '') for node in module_source(module).body} - {name}
+    return name.lower() in {each.lower() for each in names}
+
+
+def anchor(module, name):
+    "The id of an entry, in small letters as nbdev links to it, unless that of another one is the same."
+    return name if same_in_small(module, name) else name.lower()
+
+
 def returns_note(node, rows, notes):
     "The comment on what a function returns: the last one of its head that belongs to no parameter."
     taken = {row.line for row in rows}
@@ -210,13 +229,13 @@ def entry_table(node, rows, notes, page):
     "The parameters and the result of a function as a table, or '' where nothing explains them."
     lines = []
     for row in rows:
-        meaning = cell_text(linked(notes.get(row.line, ''), page))
+        meaning = cell_text(prose(notes.get(row.line, ''), page))
         lines.append(f'| {code_span(row.name)} | {code_span(row.type)} | {code_span(row.default)} | {meaning} |')
 
     returns = getattr(node, 'returns', None)
     note = returns_note(node, rows, notes)
     if note or (returns is not None and rows):
-        lines.append(f'| *returns* | {code_span(type_text(returns))} | | {cell_text(linked(note, page))} |')
+        lines.append(f'| *returns* | {code_span(type_text(returns))} | | {cell_text(prose(note, page))} |')
 
     documented = note or any(notes.get(row.line) for row in rows)
     return parameters_box('| parameter | type | default | meaning |', lines) if lines and documented else ''
@@ -255,11 +274,11 @@ def api_entry(
     heading = name.replace('_', r'\_')
     address = f'{repository}/blob/{branch}/llmft/{module}.py#L{node.lineno}'
     parts = [
-        f'{"#" * level} {heading} {{ #{name.lower()} .api }}',
+        f'{"#" * level} {heading} {{ #{anchor(module, name)} .api }}',
         f'<a class="source" data-search-exclude href="{address}">source</a>',
         f'```python {{ .signature }}\n{signature(node, name, rows)}\n```',
-        linked(ast.get_docstring(node) or '', page),
+        prose(ast.get_docstring(node) or '', page),
         entry_table(node, rows, module_source(module).notes, page),
     ]
-    parts += [api_entry(module, f'{name}.{method}', page, level=4) for method in methods(node)]
+    parts += [api_entry(module, f'{name}.{method}', page, level + 1) for method in methods(node)]
     return '\n\n'.join(part for part in parts if part)

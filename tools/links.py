@@ -114,11 +114,14 @@ def resolved(
     "`text` with nbdev's links to names of the library, addresses of the published site, as links between pages."
 
     def local(match):
-        target = f'{match[1]}.md'
-        name = match[2] or ''
+        words, address, name = match.groups()
+        target = f'{address}.md'
         if target not in anchors:
             raise SystemExit(f'{page} links to {match[0]}, and there is no page {target}')
-        return relative(target, page) + (f'#{name}' if name in anchors[target] else '')
+        written = (words or '').strip('[`](')
+        exact = written if written.lower() == name else name  # Flips, where flips is there as well
+        anchor = next((each for each in (exact, name) if each in anchors[target]), '')
+        return (words or '') + relative(target, page) + (anchor and f'#{anchor}')
 
     text = without_chance_links(text, page)
-    return re.sub(re.escape(docs_address) + r'([\w./-]+?)\.html(?:#([\w.]+))?', local, text)
+    return re.sub(r'(\[`[\w.]+`\]\()?' + re.escape(docs_address) + r'([\w./-]+?)\.html(?:#([\w.]+))?', local, text)

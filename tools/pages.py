@@ -74,6 +74,11 @@ def save_images(text, place):
     return re.sub(r'src="data:image/([\w+]+);base64,([^"]+)"', save, text)
 
 
+def is_text(cell):
+    "Whether a cell is Markdown."
+    return cell.cell_type == 'markdown'
+
+
 def is_widget(output):
     "Whether an output is a widget, such as a progress bar, which shows nothing without its kernel."
     return 'application/vnd.jupyter.widget-view+json' in output.get('data', {})
@@ -85,9 +90,10 @@ def is_worth_showing(output):
 
 
 def outputs_of(cell, place, words):
-    "What a cell displayed, as HTML; `words` say what its figures show, anchors within the page are taken out."
+    "What a cell displayed, as HTML; `words` say what its figures show; its anchors and headings are not the page's."
     shown = ''.join(output_html(output, {}) for output in cell.outputs if is_worth_showing(output))
     shown = re.sub(r' (?:href|id)="#?[^":]*"', '', shown)
+    shown = re.sub(r'<h[1-6]\b', '<div class="heading"', re.sub(r'</h[1-6]>', '</div>', shown))
     shown = shown.replace('<img alt="figure"', f'<img alt="{html.escape(words)}"')
     shown = shown.replace('<table>', '<table class="plain">')  # Material boxes tables without a class
     shown = re.sub('<pre>(?=[^<]*[─━│┃])', '<pre class="drawn">', shown)
@@ -101,17 +107,22 @@ def words_around(cells, number):
     caption = cells[number + 1].source if number + 1 < len(cells) else ''
     if caption.startswith('*What to see: '):
         return re.sub(r'[*`$]', '', caption.partition('\n')[0])
-    above = [cell.source for cell in cells[:number] if cell.cell_type == 'markdown']
+    above = [cell.source for cell in cells[:number] if is_text(cell)]
     headings = re.findall(r'^#+ (.*)$', '\n'.join(above), flags=re.MULTILINE)
     return f'Figure: {re.sub(r"[*`$]", "", headings[-1])}' if headings else 'Figure of the cell above'
 
 
-def code_cell(cell, place, words):
+def entry_level(cells):
+    "The level of the heading of a function below these cells: below the last section, or below the title."
+    return 3 if any(re.search('^## ', cell.source, re.MULTILINE) for cell in cells if is_text(cell)) else 2
+
+
+def code_cell(cell, place, words, level):
     "A code cell as Markdown: the documentation it stands for, or its source and what it displayed."
     source = code_of(cell)
     documented = re.match(r'show_doc\(([\w.]+)', source)
     if documented:
-        return api_entry(place.module, documented[1], place.page)
+        return api_entry(place.module, documented[1], place.page, level)
     if 'parameters' in cell.metadata.get('tags', []):
         return experiment_parameters(source)
     if source.startswith('try: import google.colab'):
@@ -178,10 +189,10 @@ def notebook_page(notebook, place):
     if place.page != home:
         parts = [buttons(place.source), with_links(opening(root / 'nbs' / place.source), place.page)]
     for number, cell in enumerate(cells):
-        if cell.cell_type == 'markdown':
+        if is_text(cell):
             parts.append(with_links(cell.source, place.page))
         elif cell.cell_type == 'code':
-            parts.append(code_cell(cell, place, words_around(cells, number)))
+            parts.append(code_cell(cell, place, words_around(cells, number), entry_level(cells[:number])))
     return as_page(front, parts, place.page)
 
 

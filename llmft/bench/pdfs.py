@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..core import require
 from ..data.pdfs import builtin_pdfs
+from ..runs.numbers import show_number
 from ..runs.rivals import Measure, ranked
 from ..runs.tables import column, table
 from .turns import ratios, run_python
@@ -104,7 +105,7 @@ def missing_words(turns:dict,  # library -> results of `reading_time`, one per r
     said = []
     for library, lost in missing_text(turns).items():
         files = f" and all of {', '.join(lost['without'])}" if lost['without'] else ''
-        said.append(f"{library} lacks {lost['share']:.2%} of the characters{files}")
+        said.append(f"{library} lacks {show_number(100 * lost['share'])}% of the characters{files}")
     count = len(next(iter(turns.values()))[0]['characters'])
     return f"Of what either library found in {count} PDFs, {'; '.join(said)}."
 
@@ -132,7 +133,7 @@ def rank_readers(turns:dict,  # library -> results of `reading_time`, one per ro
     "Both libraries by what a character takes, paired by rounds, and by how many they found."
     time = Measure('time to read 100,000 characters of PDFs', 's', items='rounds')
     found = Measure('number of characters read', lower=False, tolerance=0)
-    return [ranked(seconds_per_text(turns), time),
+    return [ranked(seconds_per_text(turns), time, median=True),
             ranked({library: _all_characters(results) for library, results in turns.items()}, found)]
 
 # %% ../../nbs/bench/08_pdfs.ipynb #7871971c

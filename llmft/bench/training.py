@@ -417,7 +417,8 @@ def rank_trainers(compared:dict,  # from `compare`
     loss = Measure(f'held-out loss at the end{ending}', 'nats', tolerance=1e-4, digits=5)
     rounds = {name: facts['round_seconds'] for name, facts in compared.items()}
     logs = {name: seconds and [math.log(second) for second in seconds] for name, seconds in rounds.items()}
-    return [ranked(logs, duration), ranked({name: facts['valid_loss'] for name, facts in compared.items()}, loss)]
+    losses = {name: facts['valid_loss'] for name, facts in compared.items()}
+    return [ranked(logs, duration, median=True), ranked(losses, loss)]
 
 # %% ../../nbs/bench/03_training.ipynb #b8b4b4a1
 def time_basis(ranking,      # by time, from `rank_trainers`

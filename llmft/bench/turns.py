@@ -146,7 +146,7 @@ def _named(targets, status):
     if status == 'not measured':
         words = [target.what for target in chosen]
     else:
-        words = [f'{target.what} {target.measured:.3g} (wanted {target.wanted})' for target in chosen]
+        words = [f'{target.what} ({target.measured:.3g}, wanted {target.wanted})' for target in chosen]
     return f"; {status}: {', '.join(words)}" if words else ''
 
 
@@ -154,7 +154,7 @@ def targets_verdict(targets:list,  # of `Target`
 )->str:                            # without a full stop
     "How many targets are met, and which are missed or were not measured."
     count = sum(target.met == 'met' for target in targets)
-    named = ''.join(_named(targets, status) for status in ('missed', 'met', 'not measured'))
+    named = ''.join(_named(targets, status) for status in ('missed', 'not measured'))
     return f'{count} of {len(targets)} targets are met{named}'
 
 # %% ../../nbs/bench/01_turns.ipynb #629b6aa6

@@ -11,6 +11,7 @@ __all__ = ['palette', 'ink', 'muted', 'faint', 'ground', 'on_pale', 'on_deep', '
 # %% ../../nbs/runs/06_figures.ipynb #ccae0173
 import io
 import math
+from itertools import pairwise
 
 import matplotlib as mpl
 import numpy as np
@@ -610,15 +611,22 @@ def _crowding(spots, radius):
     return {name: sum(math.hypot(*(spot - other)) < radius for other in spots.values()) for name, spot in spots.items()}
 
 
+def _boxes_along(axes, line):
+    "The boxes that the straight pieces of a line take, pixels."
+    ends = axes.transData.transform(line) if len(line) else []
+    return [Bbox([np.minimum(*pair) - 1, np.maximum(*pair) + 1]) for pair in pairwise(ends)]
+
+
 def place_labels(axes,    # axes whose limits are final
                  points,  # name -> (x, y) in data units
+                 line=(), # (x, y) of the corners of a line along the axes, data units
 ):                        # name -> its annotation
-    "Label every point of a scatter so that no label covers a point or another label, as far as there is room."
+    "Label every point of a scatter so that no label covers a point, the line or another label, where there is room."
     axes.figure.draw_without_rendering()
     scale = axes.figure.dpi / 72
     frame = axes.get_window_extent()
     spots = {name: axes.transData.transform(point) for name, point in points.items()}
-    taken = [_square_around(spot, scale) for spot in spots.values()]
+    taken = [*(_square_around(spot, scale) for spot in spots.values()), *_boxes_along(axes, line)]
     labels = {name: _add_label(axes, name, point) for name, point in points.items()}
 
     crowding = _crowding(spots, 60 * scale)
@@ -631,17 +639,18 @@ def place_labels(axes,    # axes whose limits are final
     return labels
 
 # %% ../../nbs/runs/06_figures.ipynb #3f066a8b
-def _join_best(axes, points, best, better):
-    "The steps that join the points of the frontier."
-    xs, ys = zip(*(points[name] for name in best), strict=True)
-    where = 'post' if better[0] == 'low' else 'pre'
-    axes.step(xs, ys, where=where, color=palette[0], linewidth=1.2, alpha=0.5, zorder=1)
+def _steps_between(points, best, better):
+    "The corners of the steps that join the points of the frontier."
+    ends = [points[name] for name in best]
+    corners = ends[:1]
+    for (x, y), (next_x, next_y) in pairwise(ends):
+        corners += [(next_x, y) if better[0] == 'low' else (x, next_y), (next_x, next_y)]
+    return corners
 
 
-def _draw_points(axes, points, best, better):
+def _draw_points(axes, points, best, steps):
     "Points, filled where they are on the frontier, and the steps that join those."
-    if len(best) > 1:
-        _join_best(axes, points, best, better)
+    axes.plot(*zip(*steps, strict=True), color=palette[0], linewidth=1.2, alpha=0.5, zorder=1)
     for name, point in points.items():
         fill = palette[0] if name in best else ground
         (mark,) = axes.plot(*point, 'o', markersize=8, color=palette[0], markerfacecolor=fill, markeredgewidth=1.5,
@@ -671,10 +680,11 @@ def frontier(points:dict,            # name -> (x, y); a pair with an unknown ha
     unknown = [name for name in points if name not in shown]
 
     plot, axes = new_plot(title, _frontier_note(note, better, unknown), height=4.4)
-    _draw_points(axes, shown, best, better)
+    steps = _steps_between(shown, best, better)
+    _draw_points(axes, shown, best, steps)
     axes.set(xlabel=x, ylabel=y)
     axes.margins(x=0.16, y=0.12)
-    place_labels(axes, shown)
+    place_labels(axes, shown, steps)
     _fit_note(axes)
     return plot
 

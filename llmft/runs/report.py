@@ -27,7 +27,7 @@ from .numbers import is_number, short_number, short_value, show_number
 from .params import parse_parameters
 from .pictures import inline_svg
 from .progress import progress_text
-from .verdict import stamp_verdict
+from .verdict import join_streams, stamp_verdict
 
 # %% ../../nbs/runs/08_report.ipynb #fbee62c0
 _math_tags = set('annotation math menclose merror mfrac mi mmultiscripts mn mo mover mpadded mphantom mprescripts '
@@ -514,6 +514,11 @@ def _without_repeats(output, run):
     return None if is_verdict else output
 
 
+def _warnings_last(outputs):
+    "Outputs with what went to stderr behind the others, so that printed lines stay together."
+    return join_streams(sorted(outputs, key=lambda output: output.get('name') == 'stderr'))
+
+
 def shown_cells(notebook,    # executed
                 run:dict,    # the section `run` of run.json
 )->list:                     # copies of cells
@@ -522,7 +527,8 @@ def shown_cells(notebook,    # executed
     cells = [cell for cell in cells if cell.cell_type != 'code' or 'import google.colab' not in cell.source]
     for cell in cells:
         if cell.cell_type == 'code':
-            cell['outputs'] = list(filter(None, (_without_repeats(output, run) for output in cell.outputs)))
+            kept = filter(None, (_without_repeats(output, run) for output in cell.outputs))
+            cell['outputs'] = _warnings_last(kept)
     return cells
 
 # %% ../../nbs/runs/08_report.ipynb #8a539f22
@@ -614,7 +620,7 @@ def section_html(section:list,   # cells
 def when(text,  # an ISO time, or None
 )->str:
     "A time as people write it."
-    return datetime.fromisoformat(text).strftime('%-d %B %Y, %H:%M') if text else 'unknown'
+    return datetime.fromisoformat(text).strftime('%-d %B %Y, %H:%M %Z') if text else 'unknown'
 
 # %% ../../nbs/runs/08_report.ipynb #c32194d0
 def _assignment(name, value):

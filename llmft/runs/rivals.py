@@ -120,12 +120,16 @@ class Measure:
     percent: bool = False  # scores are shares
     digits: int = 3  # significant digits shown
 
-    def number(self, value) -> str:
-        "One score, as a reader sees it."
+    def bare(self, value) -> str:
+        "One score without its unit."
         if self.percent:
             return f'{value:.1%}'
         value = float(math.exp(value) if self.log else value)
-        return f'{show_number(int(value) if value.is_integer() else value, self.digits)} {self.unit}'.strip()
+        return show_number(int(value) if value.is_integer() else value, self.digits)
+
+    def number(self, value) -> str:
+        "One score, as a reader sees it."
+        return f'{self.bare(value)} {self.unit}'.strip()
 
     def gap(self, difference: Difference) -> str:
         "A difference with its interval, in words."
@@ -221,25 +225,19 @@ def _is_undecided(difference):
 
 def _place(ranking, own, other):
     "How `own` compares with its strongest opponent."
-    number = ranking.measure.number
-    name = ranking.measure.name
+    measure = ranking.measure
     if other is None:
-        return f'{own} has a {name} of {number(ranking.values[own])}; there is no rival.'
+        return f'The {measure.name} of {own} is {measure.number(ranking.values[own])}; there is no rival.'
 
-    both = f'{number(ranking.values[own])} against {number(ranking.values[other])}'
+    both = f'{measure.bare(ranking.values[own])} against {measure.number(ranking.values[other])}'
     differs = ranking.differs(other if own == ranking.best else own)
     if differs and own == ranking.best:
-        return f'{own} has the best {name}: {both} for {other}, the strongest rival.'
+        return f'In {measure.name}, {own} is best: {both} for {other}, the strongest rival.'
     if differs:
-        return f'{own} loses to {other}, the strongest rival, in {name}: {both}.'
+        return f'In {measure.name}, {own} loses to {other}, the strongest rival: {both}.'
     if _is_undecided(_relation(ranking, own)):
-        return f'Too few {ranking.measure.items} to say whether {own} or {other} has the better {name}: {both}.'
-    return f'{own} and {other} tie in {name}: {both}.'
-
-
-def _as_sentence(words):
-    "`words` with a capital where they begin with an article; a method's name stays as it is written."
-    return words[0].upper() + words[1:] if words.startswith(('the ', 'a ')) else words
+        return f'Too few {measure.items} to say whether {own} or {other} has the better {measure.name}: {both}.'
+    return f'In {measure.name}, {own} and {other} tie: {both}.'
 
 
 def place_words(ranking:Ranking, # from `ranked`
@@ -249,7 +247,7 @@ def place_words(ranking:Ranking, # from `ranked`
     own = own or ranking.best
     if own not in ranking.values:
         raise LabError(f'the {ranking.measure.name} of {own} is unknown: there is nothing to say about it')
-    return _as_sentence(_place(ranking, own, ranking.rival_of(own)))
+    return _place(ranking, own, ranking.rival_of(own))
 
 # %% ../../nbs/runs/18_rivals.ipynb #d129e062
 def certainty_words(ranking:Ranking, # from `ranked`

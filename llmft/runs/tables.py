@@ -7,6 +7,7 @@ __all__ = ['table_style', 'most_across', 'column', 'best_rows', 'table', 'known_
            'asked_and_done_table', 'text_columns', 'evaluation_table']
 
 # %% ../../nbs/runs/07_tables.ipynb #a3f44395
+import re
 from html import escape
 
 from ..core import Html, LabError, assets, nearest
@@ -69,12 +70,17 @@ def _label(column):
     return escape(column['title'] + unit)
 
 
+def _breakable(text):
+    "HTML whose long names may break after the signs within them, and not in the middle of a word."
+    return re.sub(r'[^\s<>]{31,}', lambda name: re.sub(r'([_/:.])(?=\w)', r'\1<wbr>', name[0]), text)
+
+
 def _cell(row, column, is_best):
     "The value of one row and, where the column names it, the number of samples behind it."
     value = row.get(column['key'])
     if column['scale'] != 1 and is_number(value):
         value = float(value) / column['scale']
-    text = escape(show_number(value, column['digits']))
+    text = _breakable(escape(show_number(value, column['digits'])))
     unknown = ' unknown' * (text == '–')  # a card of a narrow screen leaves it out
     css = _css(f"{column['kind']}{unknown}".strip())
     if is_best:

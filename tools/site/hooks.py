@@ -11,7 +11,8 @@ bare_table = re.compile(r'<table>.*?</table>', flags=re.DOTALL)
 inline_code = re.compile(r'(?<!<pre>)(?<!</span>)<code>(?:[^<]|<wbr>)*</code>')
 shell_code = re.compile(r'<div class="language-(?:ba)?sh\b.*?</pre>', flags=re.DOTALL)
 shell_option = re.compile(
-    r'(?<=<span class="w"> </span>)(?:(-p)(<span class="w"> </span>(?:(?!<span class="w">)[^\n])+?)|--[\w-]+)'
+    r'(?<=<span class="w"> </span>)(-p|--[\w-]+)'
+    r'(<span class="w"> </span>(?=[\w"./\']|<span class="(?!c1|o))(?:(?!<span class="w">)[^\n])+?)?'
     r'(?=<span class="w">|\n|</code>)'
 )
 longest_option = 30  # characters that stay in one piece, less than a line of a phone
@@ -76,12 +77,12 @@ def whole(option):
 
 
 def with_whole_flags(code):
-    "Code in a line whose options, such as --small and -p seed=1, stay in one piece."
-    return re.sub(r'(?<![^\s>])(--?[A-Za-z][\w-]*)((?<=-p) (?:[^\s<]|<wbr>)+)?', whole, code[0])
+    "Code in a line whose options, such as --small, --to gguf and -p seed=1, stay in one piece."
+    return re.sub(r'(?<![^\s>])(--?[A-Za-z][\w-]*)( (?!-)(?:[^\s<]|<wbr>)+)?', whole, code[0])
 
 
 def with_whole_options(block):
-    "A block of shell commands whose options, such as --small and -p seed=1, stay in one piece."
+    "A block of shell commands whose options, such as --small, --to gguf and -p seed=1, stay in one piece."
     return shell_option.sub(whole, block[0])
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from ...core import number_of
 from ...data.tables import left_out
 from ...runs.rivals import Measure, in_bullets, rank_judged, ranked, told
-from ...runs.tables import column, table, text_columns
+from ...runs.tables import column, known_columns, table, text_columns
 from ...training.checkpoints import checkpoints
 from ...training.fit import FitResult
 from ...training.step import example_losses, mean_loss
@@ -154,13 +154,13 @@ _checkpoint_columns = [
     column('step'), column('valid_loss', 'validation loss', 'nats/token', best='low', digits=5),
     column('pass@1', 'pass@1', 'share of problems', best='high', n='problems'),
     column('pass@1_error', 'standard error'), column('cut_off', 'cut off', 'share of answers'),
-    column('together', 'tests in its own process', 'answers'), column('chosen')]
+    column('together', "tests in the program's process", 'answers'), column('chosen')]
 
 
 def checkpoint_table(rows:list,  # from `checkpoint_rows`
 ):                               # a table for display
     "The checkpoints, the best of each column in bold."
-    return table(rows, _checkpoint_columns)
+    return table(rows, known_columns(rows, _checkpoint_columns))
 
 # %% ../../../nbs/studies/code/06_report.ipynb #e694ee64
 def answer_rows(attempts:list,  # of `Attempt`

@@ -9,7 +9,7 @@ __all__ = ['least_percent_shown', 'step_table', 'operation_table', 'kind_bars', 
 # %% ../../../nbs/studies/finetuning/05_profile.ipynb #c9b1e13b
 from ...core import number_of
 from ...runs.figures import Plot, bars
-from ...runs.rivals import Measure, in_bullets, place_words, ranked
+from ...runs.rivals import in_bullets
 from ...runs.tables import column, table
 from ...training.profiling import Profile, shares
 
@@ -83,8 +83,10 @@ def part_bars(operations:list,  # from `operations`
 
 # %% ../../../nbs/studies/finetuning/05_profile.ipynb #ea171e16
 def _largest(name, found):
-    "Which of several shares of the time is largest."
-    return place_words(ranked(found, Measure(f'share of the time by {name}', lower=False, percent=True)))
+    "Which of several shares of the time is largest, and which comes next."
+    (first, most), *others = sorted(found.items(), key=lambda share: -share[1])
+    following = f', then {others[0][1]:.1%} to {others[0][0]}' if others else ''
+    return f'By {name}, the largest share of the time goes to {first}: {most:.1%}{following}.'
 
 
 def profile_verdict(operations:list,  # from `operations`
@@ -95,14 +97,14 @@ def profile_verdict(operations:list,  # from `operations`
     kinds, phases, parts = (shares(operations, what) for what in ('kind', 'phase', 'part'))
     adapter = f" The adapter took {parts.get('adapter', 0):.0%}." if method != 'full' else ''
     quantised = f" Quantised weights took {kinds.get('quantised weights', 0):.0%}." if method == 'qlora' else ''
-    passes = ', '.join(f'{name} {share:.0%}' for name, share in phases.items())
+    passes = ', '.join(f'{name} {share:.1%}' for name, share in phases.items())
     largest = f"{_largest('kind of work', kinds)} {_largest('part of the model', parts)}"
 
     return in_bullets(
-        f'{largest.replace("has the best", "has the largest")}{adapter}{quantised}',
-        f'Passes: {passes}. The chunked loss computes its gradient within the forward pass. n = {profile.steps} '
-        f'{method} steps, {1e3 * profile.seconds:,.0f} ms each under the profiler, '
-        f'{1e3 * profile.plain_seconds:,.0f} ms without.',
+        f'{largest}{adapter}{quantised}',
+        f'Passes: {passes}. The chunked loss computes its gradient within the forward pass. A step '
+        f'with {method} took {1e3 * profile.seconds:,.0f} ms under the profiler, {1e3 * profile.plain_seconds:,.0f} ms '
+        f'without (n = {number_of(profile.steps, "step")}).',
         'Next: shorten the largest kind of work (mixed_precision, attention) and profile again.')
 
 # %% ../../../nbs/studies/finetuning/05_profile.ipynb #fa33bfc6

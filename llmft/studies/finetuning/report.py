@@ -137,8 +137,8 @@ def _perplexity_change(name, old, new):
     "From which perplexity a model came and where it went."
     change = 1 - new['perplexity'] / old['perplexity']
     direction = 'lowered' if change > 0 else 'raised'
-    return (f"{name} {direction} the held-out perplexity from {old['perplexity']:.1f} to {new['perplexity']:.1f} "
-            f'({abs(change):.0%})')
+    return (f"Training by {name} {direction} the held-out perplexity from {old['perplexity']:.1f} to "
+            f"{new['perplexity']:.1f} ({abs(change):.0%})")
 
 
 def _against_unquantised(base, after):

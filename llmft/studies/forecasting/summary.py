@@ -348,7 +348,8 @@ def _trained_words(study):
     lengths = [row for row in study.part('context') if row['valid_mae'] is not None]
     words = [_judged_words([*searched, *lengths])]
     if searched:
-        words.append(f'Search of {len(searched)} runs: {told(_rank_trained(searched, study, _settings_words))}')
+        best = told(_rank_trained(searched, study, _settings_words))
+        words.append(f'The search had {number_of(len(searched), "run")}. {best}')
     if lengths:
         words.append(told(_rank_trained(lengths, study, lambda row: f"a context of {row['context_length']} tokens")))
     return ' '.join([*words, 'One seed each.']) if searched or lengths else ''
@@ -376,15 +377,18 @@ def _budget_sentence(spent, max_flops):
     return f"{sentence}, {spent / max_flops:.2%} of the budget{'' if spent <= max_flops else ', MORE than it allows'}."
 
 
-def _test_words(row, study):
-    "How the judged model of an evaluation compares with its strongest rival by each error; '' where none is known."
-    own = _own_name(row)
+def _rankings(row, study):
+    "The judged model of an evaluation and its rivals by each error that is known of it."
     folder = study.folders.get(f"forecast_eval/{row['run']}", '')
-    words = []
     for error, name in _judged_errors.items():
         scores = without_equations(kept_scores(folder, error).get('scores') or rivals_of(row, error))
-        if scores.get(own) is not None:
-            words.append(told(ranked(scores, Measure(name, items='trajectories'), median=error != 'mae'), own))
+        if scores.get(_own_name(row)) is not None:
+            yield ranked(scores, Measure(name, items='trajectories'), median=error != 'mae')
+
+
+def _test_words(row, study):
+    "How the judged model of an evaluation compares with its strongest rival by each error; '' where none is known."
+    words = [told(ranking, _own_name(row)) for ranking in _rankings(row, study)]
     words.append(ceiling_words(*(rivals_of(row, error).get(ceiling) for error in ('mae', 'mae_median'))))
 
     untrained = row.get('untrained_mae_median')
@@ -393,12 +397,32 @@ def _test_words(row, study):
     return ' '.join(words)
 
 
+def _in_short(ranking, own):
+    "The error of the judged model and that of its strongest rival."
+    other = ranking.rival_of(own)
+    against = f' against {ranking.measure.number(ranking.values[other])} of {other}' if other else ''
+    return f'{ranking.measure.name} {ranking.measure.number(ranking.values[own])}{against}'
+
+
+def _others_words(rows, study):
+    "What the further evaluations found, a few words for each."
+    short = {row['run']: [_in_short(each, _own_name(row)) for each in _rankings(row, study)] for row in rows}
+    said = [f"{run} ({', '.join(errors)})" for run, errors in short.items() if errors]
+    return f"Also judged: {'; '.join(said)}." if said else ''
+
+
+def _from_best(tests):
+    "Evaluations in the order of their median errors, those without one last."
+    return sorted(tests, key=lambda row: row['mae_median'] if is_number(row.get('mae_median')) else math.inf)
+
+
 def summary_verdict(study:StudyRows,  # from `study_rows`
                     spent,            # operations by the account, None without one
                     max_flops:float,  # operations that all runs may take together, 0 for no limit
 )->str:                               # Markdown
-    "How the tested models compare with their strongest rivals, what the search showed, and what it cost."
-    tested = ' '.join(_test_words(row, study) for row in study.tests)
+    "How the best tested model compares with its strongest rivals, what the search showed, and what it cost."
+    tests = _from_best(study.tests)
+    tested = ' '.join([*(_test_words(row, study) for row in tests[:1]), _others_words(tests[1:], study)])
     following = 'repeat the final run with other seeds' if study.tests else 'judge the final run (forecast_eval)'
     cost = f'{_departures(study)} {_budget_sentence(spent, max_flops)} Next: {following}.'
     lines = (tested, _trained_words(study), cost)

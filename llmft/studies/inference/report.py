@@ -14,6 +14,7 @@ from ...inference.latency import answer_all, rates
 from ...inference.quality import compare_tokens, summary
 from ...models.meter import machine_peaks, resident_bytes
 from ...models.precisions import bytes_a_step, held_share, load_form
+from ...runs.numbers import show_number
 from ...runs.rivals import Measure, in_bullets, keep_scores, place_words, ranked
 from ...runs.tables import column, table
 from ...training.largest_batch import memory_limit
@@ -77,9 +78,9 @@ _speed_columns = [
     column('batch'), column('total_queries', 'queries'), column('total_tokens', 'new tokens'),
     column('throughput_tokens_per_sec', 'new tokens', '1/s', best='high'),
     column('avg_latency', 'time per query', 's', best='low'),
-    column('time_to_first_token', 'first token', 's, median'),
-    column('time_per_output_token', 'later token', 's, median', n='decoding_steps'),
-    column('time_per_output_token_p95', 'later token', 's, 95 %'),
+    column('time_to_first_token', 'first token, median', 's'),
+    column('time_per_output_token', 'later token, median', 's', n='decoding_steps'),
+    column('time_per_output_token_p95', 'later token, 95 %', 's'),
     column('bandwidth_share', 'weights read', 'share of copy rate'), column('memory', 'peak memory', 'MiB')]
 
 
@@ -138,7 +139,7 @@ _divergence_columns = [
     column('kld', 'divergence', 'nats per token', best='low', n='quality_tokens', digits=4),
     column('kld_se', '±', 'nats'), column('kld_median', 'median', 'nats'), column('kld_p99', '99 %', 'nats'),
     column('kld_max', 'largest', 'nats'), column('same_top', 'same top token', 'share', best='high', digits=4),
-    column('same_top_se', '±', 'share'), column('log_perplexity_change', 'ln of the ratio of perplexities'),
+    column('same_top_se', '±', 'share'), column('log_perplexity_change', 'perplexity ratio', 'ln'),
     column('log_perplexity_change_se', '±'), column('rms_change', 'change of probability', 'root mean square'),
     column('rms_change_se', '±')]
 
@@ -199,9 +200,9 @@ def inference_metrics(params,        # precision, compute, max_new_tokens
     return metrics
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #eec6d7d6
-def _plus_minus(value, error, digits='.3g'):
+def _plus_minus(value, error):
     "A mean with its standard error."
-    return f'{value:{digits}}' if error is None else f'{value:{digits}} ± {error:.1g}'
+    return show_number(value) if error is None else f'{show_number(value)} ± {show_number(error, 1)}'
 
 
 def _quality_words(quality):
@@ -226,8 +227,8 @@ def inference_verdict(precision:str,  # of the weights
     peak = max(answer['peak_bytes'] for answer in answers.values()) / 2**30
 
     return in_bullets(
-        f"{precision}: {marks['correct']} of {marks['questions']} answers right, "
-        f"{marks['cut_off']:.0%} cut off at the limit on their tokens, perplexity {judged['perplexity']:.1f} "
-        f"(n = {judged['targets']:,} tokens). {_quality_words(quality)}",
+        f"With {precision} weights {marks['correct']} of {marks['questions']} answers are right and "
+        f"{marks['cut_off']:.0%} are cut off at the limit on their tokens; the perplexity is "
+        f"{judged['perplexity']:.1f} (n = {judged['targets']:,} tokens). {_quality_words(quality)}",
         f'{fastest} {peak:.3f} GiB at most. Each batch size was timed once: less than 5% apart counts as a tie.',
         'Next: compare precisions on the same questions (params/sweeps/inference.yaml).')

@@ -67,7 +67,7 @@ def files_in_words(data:PdfData,  # of the run
     rest = used - most_files_shown
     further = f'; the {rest:,} further files that were used are in files.json' if rest > 0 else ''
     besides = left_out(data.corpus.notes.get('besides', {}))
-    return f'{number_of(files, "file")}, {used:,} used, {files - used:,} skipped{further}\nbeside them {besides}'
+    return f'{number_of(files, "file")}, {used:,} used, {files - used:,} skipped{further}\nother files {besides}'
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #49dcce55
 _trial_columns = [column('trial'), column('batch', 'batch', 'rows'), column('fits'),
