@@ -277,7 +277,7 @@ def test_a_run_that_goes_on_has_a_page_which_ends_with_it(tmp_path, monkeypatch)
     monkeypatch.setattr(execute_module, 'write_live', write)
     record, folder = execute('logs', tmp_path, params=dict(steps=40))
     assert record['run']['status'] == 'done' and not (folder / 'live.html').exists()
-    assert seen and 'http-equiv="refresh"' in seen[-1] and 'this run goes on: step ' in seen[-1]
+    assert seen and 'http-equiv="refresh"' in seen[-1] and 'this run is in progress: step ' in seen[-1]
     assert 'aria-label="Loss so far' in seen[-1] and 'refresh' not in (folder / 'report.html').read_text()
 
 

@@ -73,7 +73,7 @@ class Session:
     def __init__(self, folder,               # the run's folder
                  lock:int,                   # file descriptor of its lock, or `None`
                  on_line,                    # gets each line of progress
-                 grace_seconds:float=30,     # from an interrupt until the kernel is killed
+                 grace_seconds:float=120,    # from an interrupt until the kernel is killed: a step ends and is saved
                  environment:dict=None,      # what to add to the kernel's environment
                  params:dict=None,           # of the run, for the number of steps
                  row_seconds:float=10,       # between two lines of progress
