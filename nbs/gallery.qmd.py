@@ -31,12 +31,14 @@ sections = {
 }
 
 
-def picture_of(report, page):
-    "The figure that tools/docs.py saves for a report, with the words that it has there; '' where there is none."
+def picture_of(report, page, title):
+    "The figure that tools/docs.py saves for a report, with its words there or the title; '' where there is none."
     drawing = re.search('<svg role="img"[^>]*aria-label="([^"]*)"', report)
-    pixels = re.search('<img(?=[^>]*src="data:image/png;base64,)[^>]*alt="([^"]*)"', report)
-    found = drawing or pixels
-    return f'<img src="{page}.{"svg" if drawing else "png"}" alt="{found[1]}" loading="lazy">' if found else ''
+    pixels = 'src="data:image/png;base64,' in report
+    if not (drawing or pixels):
+        return ''
+    words = drawing[1] if drawing else f'a figure of: {title}'  # pixels are of reports that have no words for them
+    return f'<img src="{page}.{"svg" if drawing else "png"}" alt="{words}" loading="lazy">'
 
 
 def card(folder):
@@ -50,7 +52,7 @@ def card(folder):
     facts = f"{run['notebook']}/{run['name']} · {duration(run['seconds'])} · {run['started'][:10].replace('-', '&#8209;')}"
 
     return (
-        f'<a class="card" href="{page}.html">{picture_of(report, page)}<b>{title}</b>'
+        f'<a class="card" href="{page}.html">{picture_of(report, page, title)}<b>{title}</b>'
         f'<span class="verdict">{verdict}</span><span>{facts}</span></a>'
     )
 
