@@ -386,6 +386,20 @@ def test_predicted_memory_of_dora_is_within_15_percent_of_the_measured(again, dr
     assert abs(predicted['total'] / done.peak_bytes - 1) < 0.15, predicted
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='the count of tensors is for the CPU')
+@pytest.mark.parametrize('mixed', ['no', 'bf16'])
+@pytest.mark.parametrize('dropout', [0.0, 0.1])
+@pytest.mark.parametrize('quantisation', ['nf4', 'int8'])
+def test_predicted_memory_of_quantised_layers_is_near_the_measured(quantisation, dropout, mixed, tmp_path):
+    net = add_lora(load_model('base', quantisation=quantisation), 8, 16.0, dropout, ['q_proj', 'v_proj'], 0)
+    full = np.random.default_rng(0).integers(200, 257, 12).tolist()
+    recipe = Recipe(batch_size=4, max_length=256, max_steps=3, mixed_precision=mixed)
+    done = fit(net, examples(full), None, tmp_path, recipe)
+    step = dict(tokens=done.watched['slots'], longest=done.watched['longest'], optimiser=optimisers['adamw'])
+    predicted = memory_breakdown(net.config, Method.of(net), mixed=mixed == 'bf16', device='cpu', **step)
+    assert abs(predicted['total'] / done.peak_bytes - 1) < 0.08, predicted
+
+
 def test_full_fine_tuning_keeps_weights_that_its_rate_can_move(capsys):
     memory = make_plan(params_of('finetune/full.yaml'), gpu='h100')['memory']
     assert memory['weights'] == memory['gradients'] == memory['optimiser'] / 2 == 4 * 3_212_749_824

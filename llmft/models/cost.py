@@ -485,11 +485,21 @@ def _trained_products_keep(shape, step, word):
     return word * (2 * shape.width * (1 + shape.gated) + shape.mlp + shape.query * step.joins(word))
 
 
+def _adapter_word(step, word, method):
+    "Bytes of a number in an adapter's products: PEFT computes DoRA in fp32."
+    return 4 if method.dora and not step.mixed else word
+
+
+def _copies_inputs(shape, step, word, method):
+    "Whether an adapter keeps a copy of what it reads, and not the input itself."
+    casts = step.mixed and (method.dora or not step.fuses_norms(shape))
+    return method.dropout > 0 or casts or _adapter_word(step, word, method) > word
+
+
 def _adapters_keep(shape, step, word, method, adapted, first):
     "Bytes per token of what the adapters of one layer keep."
-    inner = 4 if method.dora and not step.mixed else word  # PEFT computes DoRA in fp32
-    casts = step.mixed and (method.dora or not step.fuses_norms(shape))
-    copies_input = method.dropout > 0 or casts or inner > word
+    inner = _adapter_word(step, word, method)
+    copies_input = _copies_inputs(shape, step, word, method)
     mask = step.mask(4 if step.mixed else inner)
     kept_places = set() if step.joins(word) else {'attention out'}
     total = 0
@@ -502,6 +512,31 @@ def _adapters_keep(shape, step, word, method, adapted, first):
             total += mask * linear.inputs
         kept_places.add(linear.place)
     return total
+
+
+def _eight_bits_keep(shape, step, word, method, adapted, first):
+    "Bytes per token of inputs: bitsandbytes keeps those of all its products in eight bits."
+    normed = 4 if step.mixed and not step.fuses_norms(shape) else word  # autocast leaves the norms in fp32
+    words = {'attention in': normed * (not first), 'attention out': word * step.joins(word), 'mlp in': normed}
+    inputs = {linear.place: linear.inputs for linear in shape.linears}
+    kept = set() if _copies_inputs(shape, step, word, method) else {
+        linear.place for linear in shape.linears if linear.name in adapted}
+    return sum(words.get(place, word) * size for place, size in inputs.items() if place not in kept)
+
+
+def _four_bits_keep(shape, step, word):
+    "Bytes per token by which an MLP in four bits grows under autocast: its products answer in the format of the norm."
+    in_fp32 = step.mixed and not step.fuses_norms(shape)
+    return (4 - word) * in_fp32 * shape.mlp * (3 if shape.gated else 4)
+
+
+def _quantised_products_keep(shape, step, word, method, adapted, first):
+    "Bytes per token that quantised layers keep beyond plain ones."
+    if method.quantisation == 'none' or not shape.quantisable:
+        return 0
+    if method.quantisation == 'int8':
+        return _eight_bits_keep(shape, step, word, method, adapted, first)
+    return _four_bits_keep(shape, step, word)
 
 
 def _factors_keep(shape, step, word, method, adapted):
@@ -551,6 +586,7 @@ def layer_activation_bytes(config,          # a transformers config
     adapted = _adapted_names(config, method)
     per_token += _adapters_keep(shape, step, word, method, adapted, first)
     per_token += _lengths_keep(shape, step, word, method, adapted)
+    per_token += _quantised_products_keep(shape, step, word, method, adapted, first)
     matrices = _matrices_kept(shape, step, word, method, adapted, first)
     return step.tokens * per_token + matrices + _factors_keep(shape, step, word, method, adapted)
 
