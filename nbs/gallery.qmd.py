@@ -16,7 +16,7 @@ root = get_config().config_path
 sections = {
     'First runs': ['compare/quickstart', 'finetune/quickstart-full', 'finetune/quickstart-lora', 'finetune/quickstart-qlora'],
     'A real model on a laptop': [
-        'finetune', 'forecast_train/final', 'forecast_eval/final', 'sublora_bounds/smollm2', 'instruct/smollm2-mbpp',
+        'compare/smollm2', 'finetune', 'forecast_train/final', 'forecast_eval/final', 'sublora_bounds/smollm2', 'instruct/smollm2-mbpp',
         'inference/smollm2-fp32', 'inference/smollm2-int8', 'inference/smollm2-nf4', 'pdf_finetune/smollm2'
     ],
     'Memory-efficient fine-tuning': ['compare', 'inference_compare', 'profile'],
