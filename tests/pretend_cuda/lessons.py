@@ -28,11 +28,13 @@ def run(name):
     "Run one lesson in this process and end it; the exit status says whether it went well."
     from nbdev.test import nbdev_test
 
+    status = 0
     try:
         nbdev_test.__wrapped__(path=str(nbs / f'{name}.ipynb'), flags='gpu', n_workers=0, do_print=True)
-        os._exit(0)
     except SystemExit:
-        os._exit(1)
+        status = 1
+    sys.stdout.flush()  # the end that follows leaves what is buffered behind
+    os._exit(status)
 
 
 def main(names):
