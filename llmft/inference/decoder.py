@@ -191,8 +191,7 @@ def _merged_weight(module):
 
 def _merged_map(modules):
     "One product with the matrices of `modules`, adapters merged, one below the other."
-    weights = [_merged_weight(module) for module in modules]
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights).detach()
+    weight = _one_tensor([_merged_weight(module) for module in modules], 0).detach()
     return functools.partial(linear, weight=weight, bias=_joined_bias([_base(module) for module in modules]))
 
 

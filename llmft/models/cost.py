@@ -456,6 +456,10 @@ class StepShape:
         "Whether a norm is one kernel, which keeps what it reads, and gives all products one input of their format."
         return self.device == 'cuda' and shape.gated
 
+    def normed(self, shape, word):
+        "Bytes of a number that a norm gives to products: without one kernel autocast leaves it in fp32."
+        return 4 if self.mixed and not self.fuses_norms(shape) else word
+
     def word(self, method):
         "Bytes of a number that goes through a product."
         return 2 if self.mixed else word_bytes[method.precision]
@@ -516,7 +520,7 @@ def _adapters_keep(shape, step, word, method, adapted, first):
 
 def _eight_bits_keep(shape, step, word, method, adapted, first):
     "Bytes per token of inputs: bitsandbytes keeps those of all its products in eight bits."
-    normed = 4 if step.mixed and not step.fuses_norms(shape) else word  # autocast leaves the norms in fp32
+    normed = step.normed(shape, word)
     words = {'attention in': normed * (not first), 'attention out': word * step.joins(word), 'mlp in': normed}
     inputs = {linear.place: linear.inputs for linear in shape.linears}
     kept = set() if _copies_inputs(shape, step, word, method) else {
@@ -526,8 +530,7 @@ def _eight_bits_keep(shape, step, word, method, adapted, first):
 
 def _four_bits_keep(shape, step, word):
     "Bytes per token by which an MLP in four bits grows under autocast: its products answer in the format of the norm."
-    in_fp32 = step.mixed and not step.fuses_norms(shape)
-    return (4 - word) * in_fp32 * shape.mlp * (3 if shape.gated else 4)
+    return (step.normed(shape, word) - word) * shape.mlp * (3 if shape.gated else 4)
 
 
 def _quantised_products_keep(shape, step, word, method, adapted, first):
