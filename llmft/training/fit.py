@@ -369,7 +369,7 @@ def _tell(run, loss):
 
 
 def _after_step(run):
-    "Evaluate and save when it is time; mark the run as finished after its last step."
+    "Evaluate and save when it is time, and mark the run as finished after its last step; whether it was saved."
     progress = run.progress
     if progress.step >= run.steps:
         progress.stopped = 'finished'
@@ -377,8 +377,10 @@ def _after_step(run):
     eval_every = run.recipe.eval_every or run.plan.steps_per_epoch
     evaluation_due = run.valid is not None and (progress.step % eval_every == 0 or progress.stopped)
     better = evaluation_due and evaluate(run)
-    if better or progress.step % run.recipe.save_every == 0 or progress.stopped:
+    saving_due = bool(better or progress.step % run.recipe.save_every == 0 or progress.stopped)
+    if saving_due:
         save(run)
+    return saving_due
 
 
 def _bar(run):
@@ -428,9 +430,10 @@ def _walk(run):
             bar.update()
             bar.set_postfix(loss=f'{loss:.3f}', refresh=False)
             _tell(run, loss)
-            _after_step(run)
+            saved = _after_step(run)
             if interrupted.is_set():
-                save(run)
+                if not saved:
+                    save(run)
                 raise KeyboardInterrupt
     bar.close()
 
