@@ -1,12 +1,15 @@
 "The runner: fixture notebooks that end in every way, and what run.json, the notebook and the report say afterwards."
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -16,9 +19,9 @@ from llmft.core import LabError
 from llmft.runs import execute as execute_module
 from llmft.runs import figures, provenance
 from llmft.runs import report as report_module
-from llmft.runs.execute import execute_run
+from llmft.runs.execute import RunLog, execute_run
 from llmft.runs.locks import is_held
-from llmft.runs.progress import Passing
+from llmft.runs.progress import Passing, Screen
 from llmft.runs.report import write_live
 from llmft.runs.run import read_run
 
@@ -264,6 +267,53 @@ def test_rows_of_the_log_reach_the_terminal(tmp_path):
     shown = [line for line in lines if isinstance(line, Passing)]
     steps = ['step 1  loss 3.00', 'step 2  loss 1.50', 'step 3  loss 1.00']
     assert lines[0] == '--- Train' and 1 <= len(shown) <= 2 and set(shown) <= set(steps)
+
+
+def in_two_threads(*actions):
+    "Run the actions at the same time, each in its own thread."
+    threads = [threading.Thread(target=action) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+class SlowTerminal(io.StringIO):
+    "A terminal that takes a moment for each piece of text, so that another thread gets its turn in between."
+
+    def write(self, text):
+        time.sleep(0.0005)
+        return super().write(text)
+
+
+def test_progress_never_shares_a_line_with_what_a_cell_prints():
+    terminal = SlowTerminal()
+    screen = Screen(terminal, in_terminal=True)
+    in_two_threads(
+        lambda: [screen.show(Passing(f'{step}/100  loss 2.50')) for step in range(100)],
+        lambda: [screen.show(f'printed {number}') for number in range(100)],
+    )
+    lines = [line.rsplit('\r', 1)[-1] for line in terminal.getvalue().split('\n')]
+    assert [line for line in lines if 'printed' in line] == [f'  printed {number}' for number in range(100)]
+
+
+def test_a_row_is_kept_once_although_two_threads_read_the_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(RunLog, 'follow', lambda self: None)
+    log = RunLog(SimpleNamespace(folder=tmp_path, on_line=print, row_seconds=1000, params={}))
+    log.next_row = float('inf')
+    new_bytes = log._new_bytes
+
+    def slowly():
+        data = new_bytes()
+        log.offset -= len(data)
+        time.sleep(0.05)
+        log.offset += len(data)
+        return data
+
+    monkeypatch.setattr(log, '_new_bytes', slowly)
+    (tmp_path / 'log.jsonl').write_text(''.join(f'{{"step": {step}, "loss": 2.5}}\n' for step in range(100)))
+    in_two_threads(log.new_rows, log.new_rows)
+    assert (tmp_path / 'train.log').read_text().splitlines() == [f'step {step}  loss 2.5' for step in range(100)]
 
 
 def test_a_run_that_goes_on_has_a_page_which_ends_with_it(tmp_path, monkeypatch):

@@ -216,6 +216,7 @@ class RunLog:
         self.next_row = 0  # time from which the terminal gets a row again
         self.next_live = time.monotonic() + live_seconds  # time of the next page of what was logged so far
         self.entered = self.heard = time.monotonic()  # when the section began, and when the terminal got its last line
+        self.reading = threading.Lock()  # rows are read by the follower, and where a section begins or the run ends
         self.ended = threading.Event()
         self.follower = threading.Thread(target=self.follow, daemon=True)
         self.follower.start()
@@ -270,8 +271,9 @@ def new_rows(self: RunLog):
     "Put the whole rows that log.jsonl gained into train.log; progress goes to the terminal when its time has come."
     if not self.rows.exists():
         return
-    rows = _rows_of(self._new_bytes())
-    self.keep(map(row_text, rows))
+    with self.reading:
+        rows = _rows_of(self._new_bytes())
+        self.keep(map(row_text, rows))
     steps = [row for row in rows if 'step' in row and 'loss' in row]
     if steps and time.monotonic() >= self.next_row:
         self.pass_on(Passing(progress_text(steps[-1], self.session.params)))

@@ -9,6 +9,7 @@ __all__ = ['pipe_seconds', 'screen_seconds', 'total_steps', 'clock', 'progress_t
 import math
 import shutil
 import sys
+import threading
 
 from .numbers import is_number, show_number
 
@@ -76,6 +77,7 @@ class Screen:
         self.stream = stream or sys.stdout
         self.in_terminal = self.stream.isatty() if in_terminal is None else in_terminal
         self.bar = None
+        self.turn = threading.Lock()  # the line of progress comes from another thread than what a cell prints
 
     @property
     def seconds(self):
@@ -86,13 +88,13 @@ class Screen:
              indent:str='  ',# before it
     ):
         "Show a line."
-        if not isinstance(line, Passing):
-            self.clear()
-            print(f'{indent}{line}', file=self.stream, flush=True)
-        elif self.in_terminal:
-            self.replace(f'{indent}{line}')
-        else:
-            print(f'{indent}{line}', file=self.stream, flush=True)
+        text = f'{indent}{line}'
+        with self.turn:
+            if self.in_terminal and isinstance(line, Passing):
+                self.replace(text)
+            else:
+                self.clear()
+                print(text, file=self.stream, flush=True)
 
     def replace(self, text):
         "Write over the line of progress."
