@@ -368,6 +368,18 @@ def test_a_ledger_is_told_of_every_step_and_ends_the_run(tmp_path):
     assert result.log[-1]['step'] == 3 and 'valid_loss' in result.log[-1]
 
 
+def test_ctrl_c_at_the_end_of_a_budget_is_obeyed(tmp_path):
+    class Interrupted(Purse):
+        def allows(self, flops, step, lengths):
+            if len(self.booked) == self.steps:
+                signal.raise_signal(signal.SIGINT)
+            return super().allows(flops, step, lengths)
+
+    with pytest.raises(KeyboardInterrupt):
+        train_here(tmp_path, ledger=Interrupted(3))
+    assert final(tmp_path)[0] == 'step-000003'
+
+
 def test_a_parameter_may_have_a_rate_and_a_decay_of_its_own():
     still, moving, decayed = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
     still.learning_rate_ratio, decayed.decayed = 0.0, True

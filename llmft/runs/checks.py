@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..core import LabError, check_regular, find_path, number_of, read_json
 from ..training.ledger import line_hash, read_line
-from .identity import altered, changed_inputs, declared_inputs, inputs_of, read_record
+from .identity import altered, changed_inputs, declared_inputs, inputs_of, read_record, runs_named
 from .params import check_name, find_notebook, read_parameters
 from .provenance import fingerprint
 
@@ -97,7 +97,14 @@ def _gone_text(before, after):
     return f'{next(iter(before), "it")} is not here'
 
 
-def _input_check(name, before, params):
+def _run_again(name, params, ended):
+    "The first run that one parameter names and that began after the time `ended`; `None` where there is none."
+    for folder in runs_named(name, params) if ended else ():
+        if read_record(folder)['run'].get('started', '') > ended:
+            return folder
+
+
+def _input_check(name, before, params, ended):
     "Whether the input that one parameter names is still what the run read."
     value = params.get(name)
     try:
@@ -111,6 +118,8 @@ def _input_check(name, before, params):
     if _is_gone(before, after):
         return Check(name, unknown, _gone_text(before, after))
     problem = changed_inputs({name: before}, {name: after})
+    if problem and (again := _run_again(name, params, ended)):
+        return Check(name, unknown, f'{again.parent.name}/{again.name} was run again since')
     return Check(name, contradicted, problem) if problem else Check(name, ok, f'{value!s:.80} is what the run read')
 
 
@@ -121,7 +130,8 @@ def input_checks(record:dict,  # run.json
     named = [name for name in declared_inputs if record.get('params', {}).get(name) and not (read or {}).get(name)]
     if read is None and named:
         return [Check('inputs', unknown, 'run.json of an earlier version does not say what was read')]
-    return [_input_check(name, before, record['params']) for name, before in (read or {}).items() if before]
+    ended = record.get('run', {}).get('ended')
+    return [_input_check(name, before, record['params'], ended) for name, before in (read or {}).items() if before]
 
 # %% ../../nbs/runs/25_checks.ipynb #636dbaf5
 def code_check(record:dict,  # run.json

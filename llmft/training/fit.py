@@ -434,7 +434,9 @@ def _walk(run):
             if interrupted.is_set():
                 if not saved:
                     save(run)
-                raise KeyboardInterrupt
+                break
+        if interrupted.is_set():
+            raise KeyboardInterrupt
     bar.close()
 
 # %% ../../nbs/training/08_fit.ipynb #8d84f7a5
