@@ -6,8 +6,8 @@
 __all__ = ['headline', 'app', 'text_table', 'show_table', 'is_sweep', 'jobs_of', 'check_jobs', 'is_single', 'run_here',
            'run_jobs', 'key_metrics', 'metrics_of', 'status_of', 'has_trained', 'exit_status', 'closing', 'as_json',
            'result_on_disk', 'scale_of', 'run_command', 'gpu_check_command', 'run_row', 'ls_command', 'open_command',
-           'named_run', 'diff_command', 'report_command', 'params_command', 'verify_command', 'fetch_command',
-           'try_command', 'export_command', 'plan_row', 'plan_command', 'call', 'main']
+           'diff_command', 'report_command', 'params_command', 'verify_command', 'fetch_command', 'try_command',
+           'export_command', 'plan_row', 'plan_command', 'call', 'main']
 
 # %% ../nbs/cli.ipynb #944647c5
 import json
@@ -29,7 +29,7 @@ from .runs.inputs import check_inputs
 from .runs.params import find_notebook, read_parameters, read_yaml, resolve_params, scales, shown
 from .runs.progress import Screen
 from .runs.report import where_it_begins
-from .runs.run import check_inside, list_runs, read_run
+from .runs.run import check_inside, find_run, list_runs, read_run
 from .runs.sweep_file import Point, errors_at, expand
 from .runs.sweeps import finished_record, point_result, result_text, run_stages, sweep_report
 from .runs.workers import cluster_settings
@@ -486,7 +486,6 @@ _OptionalRun = Annotated[str, typer.Argument(help='A run; without it the page ov
 
 def _page_of(run, outputs):
     "The page of a run, or the one over all runs, written anew."
-    from llmft.runs.differences import find_run
     from llmft.runs.overview import write_overview
 
     if not run:
@@ -510,13 +509,6 @@ def open_command(run:_OptionalRun='',         # folder or name
     print(f'report: {shown(page)}')
     webbrowser.open(Path(page).absolute().as_uri())
 
-# %% ../nbs/cli.ipynb #109a5da5
-def named_run(name:str,  # of a run, a file, a folder or a model
-)->str:                  # the folder of the run where there is one, else the name
-    "A run may be named as `llmft ls` names it."
-    folder = find_path('outputs') / name
-    return str(folder) if not find_path(name).exists() and (folder / 'run.json').is_file() else name
-
 # %% ../nbs/cli.ipynb #1a48015d
 _First = Annotated[str, typer.Argument(help='A run: its folder, or notebook/name.', metavar='A')]
 _Second = Annotated[str, typer.Argument(help='Another run.', metavar='B')]
@@ -529,7 +521,7 @@ def diff_command(first:_First,                # folder or name
                  as_object:_JsonNotText=False,  # for scripts
 ):
     "Compare two runs: parameters, results, versions, data."
-    from llmft.runs.differences import compare_runs, differences_text, find_run
+    from llmft.runs.differences import compare_runs, differences_text
 
     found = compare_runs(find_run(first, outputs), find_run(second, outputs))
     if as_object:
@@ -553,7 +545,7 @@ def report_command(folder:_Folder,          # of a run
     "Write the report of a run, from its executed notebook."
     from llmft.runs.differences import render_again
 
-    print(f'report: {shown(render_again(named_run(folder), notebook))}')
+    print(f'report: {shown(render_again(find_run(folder), notebook))}')
 
 # %% ../nbs/cli.ipynb #7f3b59dd
 _Notebook = Annotated[str, typer.Argument(help='Name or path of an experiment notebook.', metavar='NOTEBOOK')]
@@ -665,7 +657,7 @@ def verify_command(run:_Checked,                   # path
                    as_object:_JsonNotTable=False,  # for scripts
 ):
     "Check a run or a certificate: compute its numbers again."
-    run = named_run(run)
+    run = str(find_run(run, or_other=True))
     if not find_path(run).is_dir():
         return _verify_certificate(run, data, as_object)
     if data:
@@ -725,7 +717,7 @@ def try_command(run:_Trained,                   # a model
     "Ask a trained model and its base, or talk with it."
     from llmft.inference.asking import ask_both, side_by_side
 
-    run = named_run(run)
+    run = str(find_run(run, or_other=True))
     options = dict(max_new_tokens=tokens, temperature=temperature, seed=seed)
     if not prompt:
         return _talk(run, options)
@@ -764,7 +756,7 @@ def export_command(run:_Trained,                  # a model
     "Write a trained model for other programs."
     from llmft.models.export import export_model, export_to_hub
 
-    run = named_run(run)
+    run = str(find_run(run, or_other=True))
     if form == 'hub':
         made = export_to_hub(run, repo, numbers, public)
     else:

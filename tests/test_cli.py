@@ -17,7 +17,9 @@ from house import processor_seconds, write, write_experiment
 
 from llmft import __version__
 from llmft.cli import app, call, exit_status, text_table
+from llmft.core import write_json
 from llmft.runs.differences import differences_text
+from llmft.runs.identity import read_record, seal_record
 from llmft.runs.run import read_run
 
 command = [sys.executable, '-c', 'from llmft.cli import main; main()']
@@ -348,8 +350,22 @@ def test_diff_names_what_was_changed_and_what_came_of_it(project, capsys):
     assert call(['diff', 'act/one', 'act/tow']) == 2 and "did you mean 'act/two'" in capsys.readouterr().err
 
 
+def test_diff_begins_with_the_verdicts(project, capsys):
+    assert call(['run', 'params/act/one.yaml', 'params/act/two.yaml']) == 0
+    for name, verdict in (('one', '- Low **wins**. Next: more seeds.\n- More.'), ('two', '')):
+        folder = project / 'outputs/act' / name
+        record = read_record(folder)
+        record['run']['verdict'] = verdict
+        write_json(folder / 'run.json', seal_record(folder, record))
+    capsys.readouterr()
+    assert call(['diff', 'act/one', 'act/two']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith('A: act/one, done') and lines[1] == '   Low wins.'
+    assert lines[2].startswith('B: act/two, done') and lines[3] == 'parameters (A, B):'
+
+
 def test_a_difference_shows_parameters_as_they_are_written():
-    runs = [dict(run='act/one', status='done', started='2026-08-01T10:00')] * 2
+    runs = [dict(run='act/one', status='done', started='2026-08-01T10:00', verdict='')] * 2
     nothing = dict(metrics=[], scores=[], versions={}, data={})
     text = differences_text(dict(runs=runs, params=dict(rate=(0.01, 0.003), targets=(['q', 'v'], None)), **nothing))
     assert [line.split() for line in text.splitlines()[3:5]] == [['rate', '0.01', '0.003'], ['targets', 'q,', 'v', '–']]

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import subprocess
 import sys
 
@@ -254,13 +255,15 @@ def test_colours_stay_apart(matrix):
 
 
 def test_nothing_is_left_open():
-    text = (
-        "import sys, json; from llmft.runs import figures; "
-        "p = figures.bars(dict(a=1, b=2), 'Time', 's'); p._repr_png_(); "
-        "assert 'matplotlib.pyplot' not in sys.modules; "
-        "import gc, weakref; w = weakref.ref(p); del p; gc.collect(); assert w() is None"
+    program = (
+        'import gc, json, sys, weakref; from llmft.runs import figures; '
+        "picture = figures.bars(dict(a=1, b=2), 'Time', 's'); pixels = picture._repr_png_(); "
+        'kept = weakref.ref(picture); del picture; gc.collect(); '
+        "print(json.dumps(dict(drawn=bool(pixels), kept=kept() is not None, pyplot='matplotlib.pyplot' in sys.modules)))"
     )
-    subprocess.run([sys.executable, '-c', text], check=True, timeout=60)
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == dict(drawn=True, kept=False, pyplot=False)
 
 
 def test_tables_escape_mark_the_best_and_do_not_invent():

@@ -73,23 +73,29 @@ def test_readers_never_turn_a_run_away(tmp_path):
     hold(tmp_path / 'x')
     release(tmp_path / 'x')
     stop = threading.Event()
+    answers, turned_away = [], []
 
     def ask():
         while not stop.is_set():
-            is_held(tmp_path / 'x')
+            answers.append(is_held(tmp_path / 'x'))
 
-    readers = [threading.Thread(target=ask) for _ in range(2)]
+    readers = [threading.Thread(target=ask) for _ in range(4)]
     for reader in readers:
         reader.start()
     try:
-        for _ in range(20):
-            hold(tmp_path / 'x')
+        for _ in range(100):
+            try:
+                hold(tmp_path / 'x')
+            except LabError as error:
+                turned_away.append(str(error))
             release(tmp_path / 'x')
-            time.sleep(0.005)
+            time.sleep(0.001)
     finally:
         stop.set()
         for reader in readers:
             reader.join()
+    assert len(answers) > 400, 'the readers hardly asked'
+    assert turned_away == []
 
 
 def test_of_many_that_start_at_once_one_runs(tmp_path):

@@ -58,7 +58,7 @@ if __name__ == '__main__':
         print(json.dumps({str(path.relative_to(folder)): count for path, count in zip(paths, found)}))
 """)
 
-
+# %% ../../nbs/bench/08_pdfs.ipynb #a23b7454
 def reading_time(library:str,  # ours | pypdf
                  folder,       # of PDFs
 )->dict:                       # seconds of a fresh process; characters: file -> number it found
