@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 from llmft.core import LabError
 from llmft.runs import figures, tables
+from llmft.runs.numbers import show_column, show_metric, show_number
 
 GiB = 2**30
 log = [dict(step=step, loss=3 - step / 40) for step in range(1, 61)]
@@ -264,6 +266,48 @@ def test_nothing_is_left_open():
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout) == dict(drawn=True, kept=False, pyplot=False)
+
+
+numbers = st.floats(allow_nan=True, allow_infinity=True) | st.integers(-(10**20), 10**20) | st.none()
+
+
+@given(st.lists(numbers, min_size=1, max_size=6), st.integers(2, 6))
+def test_no_number_has_a_prefix_without_a_unit(values, digits):
+    texts = [*map(lambda value: show_number(value, digits), values), *show_column(values, digits)]
+    assert not [text for text in texts if re.search(r'[a-zA-Zµ]', text)]
+
+
+@pytest.mark.parametrize('name, unit', [('flops', 'TFLOP'), ('flops_per_sec', 'TFLOP/s'), ('copy_bytes_per_sec', 'TB/s')])
+def test_counts_have_the_unit_that_their_name_means(name, unit):
+    assert show_metric(name, 1.917e12) == f'1.92 {unit}'
+    if name == 'flops':
+        shown = tables.table([dict(flops=1.917e12), dict(flops=9e9)], [tables.column('flops', 'training', 'FLOP')])
+        assert '<small>TFLOP</small>' in shown and '1.92' in shown and ' T<' not in shown
+        assert 'TFLOP' in figures.bars(dict(a=1.917e12), 'Training', 'FLOP').figure.axes[0].get_xlabel()
+
+
+@given(st.lists(st.floats(1e-4, 1e4), min_size=2, max_size=6))
+def test_fractions_of_a_column_follow_one_rule(values):
+    texts = show_column(values)
+    assert len({len(text.partition('.')[2]) for text in texts if '.' in text}) <= 1, 'the points are not in line'
+    digits = [len(text.strip().replace('.', '').replace(',', '').lstrip('0')) for text in texts]
+    if min(digits) < 3:
+        assert all(float(f'{value:.1e}') == value for value in values), 'some fractions lost their zeros, others not'
+
+
+@pytest.mark.parametrize(
+    'values, texts',
+    [
+        ([0.02, 0.003], ['0.02', '0.003']),
+        ([0.0213, 0.003], ['0.0213', '0.00300']),
+        ([0.02, 0.5], ['0.0200', '0.500']),
+        ([1.5, 1.25, None], ['1.50', '1.25', '–']),
+    ],
+)
+def test_zeros_at_the_end_are_the_same_within_a_column(values, texts):
+    assert [text.strip() for text in show_column(values)] == texts
+    shown = tables.table([dict(x=value) for value in values])
+    assert [cell.strip() for cell in re.findall(r'<td[^>]*>([^<]*)</td>', shown)] == texts
 
 
 def test_tables_escape_mark_the_best_and_do_not_invent():

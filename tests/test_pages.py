@@ -210,7 +210,7 @@ def test_memory_bars_do_not_contradict_themselves():
 
 def test_numbers_of_the_page_have_three_digits_and_prefixes(folder):
     page = (folder / pages[0]).read_text()
-    assert '<td class="number">415.00 G</td>' in page and 'e+11' not in page
+    assert '<td class="number">415.00 GFLOP</td>' in page and 'e+11' not in page
 
 
 def test_tables_are_whole(folder):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..core import LabError, find_path, read_json
 from .identity import is_sealed, read_record, seal_record, written
-from .numbers import is_number, short_value, show_number
+from .numbers import is_number, short_value, show_metric, show_number
 from .overview import first_sentence
 from .report import write_reports
 from .rivals import confidence, kept_scores, paired_difference
@@ -104,9 +104,9 @@ def compare_runs(first,   # folder of a run
     )
 
 # %% ../../nbs/runs/24_differences.ipynb #650cff17
-def _text(value):
-    "A result for a reader."
-    return show_number(value, 4) if is_number(value) or value is None else short_value(value)
+def _text(value, name=''):
+    "A result for a reader, with the unit that its name means."
+    return show_metric(name, value, 4) if is_number(value) or value is None else short_value(value)
 
 
 def _chosen(value):
@@ -152,7 +152,7 @@ def differences_text(found:dict, # from `compare_runs`
     same = 'the same in both'
     params = [(name, _chosen(x), _chosen(y)) for name, (x, y) in found['params'].items()]
     lines += _section('parameters (A, B)', params, same)
-    metrics = [(row['metric'], _text(row['first']), _text(row['second']), _times(row['ratio']))
+    metrics = [(row['metric'], *(_text(row[side], row['metric']) for side in ('first', 'second')), _times(row['ratio']))
                for row in found['metrics']]
     lines += _section('metrics (A, B, B over A)', metrics, same)
 

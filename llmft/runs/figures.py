@@ -22,7 +22,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from ..core import LabError, nearest, number_of
-from .numbers import byte_unit, is_number, memory_error, show_number
+from .numbers import byte_unit, common_unit, is_number, memory_error, show_number
 from .pictures import describe, most_told, tell
 
 # %% ../../nbs/runs/06_figures.ipynb #0f684554
@@ -505,6 +505,8 @@ def bars(values:dict,         # name -> number, or None when unknown
 )->Plot:
     "One bar per value with its ratio to the baseline; a `LabError` for no known value or an unknown baseline."
     _check_bars(values, title, baseline)
+    unit, scale = common_unit(values.values(), unit)
+    values = {name: value / scale if is_number(value) else value for name, value in values.items()}
     ratios = f'× = ratio to {baseline}' if len(values) > 1 and _can_divide(values.get(baseline)) else ''
     plot, axes = new_plot(title, _joined([note, ratios]), height=1.25 + 0.34 * len(values))
 

@@ -23,7 +23,7 @@ from html import escape, unescape
 from pathlib import Path
 
 from ..core import LabError, assets, number_of, read_json, write_atomic
-from .numbers import is_number, short_number, short_value, show_number
+from .numbers import is_number, short_number, short_value, show_metric
 from .params import parse_parameters
 from .pictures import inline_svg
 from .progress import progress_text
@@ -800,17 +800,18 @@ def header_html(title:str,      # HTML
     return f'<header>{heading}{_facts_html(record)}{notice_html(run, folder)}{more}{navigation}</header>'
 
 # %% ../../nbs/runs/08_report.ipynb #d1f85304
-def plain(value,  # of run.json
-)->str:           # HTML
+def plain(value,       # of run.json
+          name:str='', # under which it is there; it may mean a unit
+)->str:                # HTML
     "A value of run.json as text: lists and mappings in one line, large numbers with commas."
     if isinstance(value, dict):
-        return ' · '.join(f'{escape(str(name))} {plain(part)}' for name, part in value.items()) or 'none'
+        return ' · '.join(f'{escape(str(key))} {plain(part, str(key))}' for key, part in value.items()) or 'none'
     if isinstance(value, list):
         return ', '.join(map(plain, value)) or 'none'
     if value is None:
         return 'unknown'
     if isinstance(value, float):
-        return show_number(value, 5)
+        return show_metric(name, value, 5)
     is_large = isinstance(value, int) and not isinstance(value, bool) and abs(value) > 9999
     return f'{value:,}' if is_large else escape(str(value))
 
@@ -852,7 +853,7 @@ def _provenance(record):
 
 def _numbers_html(title, values):
     "A folded table of numbers; '' when there are none."
-    rows = [f'<tr><th scope="row">{escape(name)}</th><td class="number">{plain(value)}</td></tr>'
+    rows = [f'<tr><th scope="row">{escape(name)}</th><td class="number">{plain(value, name)}</td></tr>'
             for name, value in values.items()]
     caption = f'<caption class="unseen">{title}</caption>'
     table = in_box(f"<table>{caption}<tbody>{''.join(rows)}</tbody></table>")

@@ -12,7 +12,7 @@ from html import escape
 
 from ..core import Html, LabError, assets, nearest
 from .figures import require_values
-from .numbers import byte_unit, common_unit, is_number, memory_error, show_number
+from .numbers import byte_unit, common_unit, is_number, memory_error, show_column, show_number
 
 # %% ../../nbs/runs/07_tables.ipynb #e6f4b149
 def column(key:str,         # key in the rows
@@ -75,13 +75,18 @@ def _breakable(text):
     return re.sub(r'[^\s<>]{31,}', lambda name: re.sub(r'([_/:.])(?=\w)', r'\1<wbr>', name[0]), text)
 
 
-def _cell(row, column, is_best):
+def _texts(rows, column):
+    "The values of a column as text, in its unit."
+    values = [row.get(column['key']) for row in rows]
+    if column['scale'] != 1:
+        values = [float(value) / column['scale'] if is_number(value) else value for value in values]
+    return show_column(values, column['digits'])
+
+
+def _cell(row, column, text, is_best):
     "The value of one row and, where the column names it, the number of samples behind it."
-    value = row.get(column['key'])
-    if column['scale'] != 1 and is_number(value):
-        value = float(value) / column['scale']
-    text = _breakable(escape(show_number(value, column['digits'])))
     unknown = ' unknown' * (text == '–')  # a card of a narrow screen leaves it out
+    text = _breakable(escape(text))
     css = _css(f"{column['kind']}{unknown}".strip())
     if is_best:
         text = f'<b>{text}</b>'
@@ -127,7 +132,8 @@ def _described(rows, column):
 def _column_cells(rows, column):
     "The header of a column and its cells, one per row."
     best = best_rows([row.get(column['key']) for row in rows], column['best'])
-    cells = [_cell(row, column, index in best) for index, row in enumerate(rows)]
+    texts = _texts(rows, column)
+    cells = [_cell(row, column, texts[index], index in best) for index, row in enumerate(rows)]
     return _header(column), cells
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...core import LabError, find_path, read_json, short_hash, write_json
 from ...runs.identity import read_record
-from ...runs.numbers import show_number
+from ...runs.numbers import with_unit
 from ...runs.params import check_name
 from ...runs.run import check_inside, update_record
 from ...training.ledger import Account, Ledger, study_step
@@ -112,7 +112,7 @@ def budget_text(possible:int,   # from `affordable_steps`
     rank, targets = adapter_of(model)
     flops = study_step(model.config, [params.max_length] * params.batch_size, rank, targets, params.head)
     budget = f'holds {possible:,}' if params.max_flops else 'has no limit'
-    return (f"a full step takes {show_number(flops)} operations by the study's rules; {params.max_steps:,} steps "
+    return (f"a full step takes {with_unit(flops, 'FLOP')} by the study's rules; {params.max_steps:,} steps "
             f'are wanted, the budget {budget}: {planned:,} are planned')
 
 # %% ../../../nbs/studies/forecasting/07_budget.ipynb #22114038

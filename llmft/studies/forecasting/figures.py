@@ -14,7 +14,7 @@ import numpy as np
 from ...core import number_of
 from ...runs import figures
 from ...runs.figures import Plot, ink, log_ticks, muted, palette, panels, require_values, style, type_scale
-from ...runs.numbers import is_number, show_number
+from ...runs.numbers import common_unit, is_number, show_number
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #70d14124
 panel_style = style | {'axes.titlesize': type_scale['text']}
@@ -446,5 +446,7 @@ def context_figure(rows:list,  # dicts with context_length, valid_mae, flops_stu
     by_length = sorted(rows, key=lambda row: row['context_length'])
     plot, axes = panels(1, 2, 'Length of training windows', note, 2.8)
     _draw_by_context(axes[0, 0], by_length, 'valid_mae', 'validation MAE, scaled units', palette[0])
-    _draw_by_context(axes[0, 1], by_length, 'flops_study', "operations, the study's rules", palette[1])
+    unit, scale = common_unit([row['flops_study'] for row in by_length], 'FLOP')
+    scaled = [row | dict(flops=row['flops_study'] and row['flops_study'] / scale) for row in by_length]
+    _draw_by_context(axes[0, 1], scaled, 'flops', f"training by the study's rules, {unit}", palette[1])
     return plot

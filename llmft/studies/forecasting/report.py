@@ -14,7 +14,7 @@ import numpy as np
 from ...core import number_of, sha256_of
 from ...models.meter import machine_peaks, share_of_peak
 from ...runs.figures import bars
-from ...runs.numbers import show_number
+from ...runs.numbers import with_unit
 from ...runs.rivals import Measure, in_bullets, ranked, told
 from ...runs.tables import column, table
 from .budget import adapter_of
@@ -126,12 +126,12 @@ def reached_share(flops_per_sec,  # achieved in training; None when unknown
 # %% ../../../nbs/studies/forecasting/11_report.ipynb #cfab8ad1
 _cost_columns = (
     column('steps'),
-    column('flops_study', 'operations', "study's rules"),
-    column('flops', 'operations', 'hardware count'),
+    column('flops_study', "training, study's rules", 'FLOP'),
+    column('flops', 'training, hardware count', 'FLOP'),
     column('total_time_seconds', 'training', 's'),
     column('tokens_per_sec', 'real tokens', '1/s'),
     column('share_of_peak', 'of the peak', 'share'),
-    column('spent', 'whole study so far', "study's rules"),
+    column('spent', "study so far, its rules", 'FLOP'),
     column('share', 'of the budget', 'share'),
 )
 
@@ -171,9 +171,9 @@ def training_verdict(params,                   # max_steps, valid_horizon
         horizon = judged_on(params.valid_horizon, outcome.following)
         answer = f'{told(ranked(known, measure), trained)} {choice} {horizon}'
 
-    spent = show_number(outcome.flops_study)
-    cost = (f"{_why_it_ended(params, outcome, progress)}; {spent} operations by the study's rules, "
-            f'{show_number(progress.flops)} by the hardware count.')
+    spent = with_unit(outcome.flops_study, 'FLOP')
+    cost = (f"{_why_it_ended(params, outcome, progress)}; {spent} by the study's rules, "
+            f"{with_unit(progress.flops, 'FLOP')} by the hardware count.")
     return in_bullets(answer, cost, 'Next: forecast_eval compares the adapter on the test split with forecasts that '
                                     'need no language model.')
 

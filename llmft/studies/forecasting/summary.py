@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ...core import LabError, number_of, write_atomic
-from ...runs.numbers import is_number, show_number
+from ...runs.numbers import is_number, with_unit
 from ...runs.results import done_folders, read_result
 from ...runs.rivals import Measure, in_bullets, kept_scores, paired_scores, ranked, told
 from ...runs.tables import column, known_columns, table
@@ -131,7 +131,7 @@ _search_columns = (
     *error_columns,
     column('published', 'published', 'MAE'),
     column('best_step'),
-    column('flops_study', 'operations', "study's rules"),
+    column('flops_study', "training, study's rules", 'FLOP'),
 )
 
 
@@ -149,7 +149,7 @@ _context_columns = (
     error_columns[0],
     column('published', 'published', 'MAE'),
     column('steps'),
-    column('flops_study', 'operations', "study's rules", best='low'),
+    column('flops_study', "training, study's rules", 'FLOP', best='low'),
 )
 
 
@@ -263,10 +263,10 @@ _budget_columns = (
     column('runs'),
     column('steps'),
     column('tokens'),
-    column('study', 'training', "operations, study's rules"),
+    column('study', "training, study's rules", 'FLOP'),
     column('share', 'of the budget', 'share', digits=4),
-    column('hardware', 'training', 'operations, hardware'),
-    column('forecasts', 'forecasts', "operations, study's rules"),
+    column('hardware', 'training, hardware count', 'FLOP'),
+    column('forecasts', "forecasts, study's rules", 'FLOP'),
     column('open', 'steps cut off'),
 )
 
@@ -291,8 +291,9 @@ def budget_table(lines:list,       # from `statement`; [] without a ledger
     if not lines:
         return print('no ledger')
     aside = sum(account.aside.values())
-    caption = (f'Budget: {show_number(account.budget)} operations. Set aside and outside the sum: '
-               f"{show_number(aside)}. Published: {show_number(published['flops'])} of 100 P")
+    of_budget = dict(Budget=account.budget, Published=published['flops'])
+    budget, paper = (f"{name}: {with_unit(value, 'FLOP')}" for name, value in of_budget.items())
+    caption = f"{budget}. Set aside and outside the sum: {with_unit(aside, 'FLOP')}. {paper} of 100 PFLOP"
     return table(_by_part(lines, study), _budget_columns, caption)
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #3b78fd6b
@@ -371,7 +372,7 @@ def _budget_sentence(spent, max_flops):
     "What all training took, and whether the budget allowed it."
     if spent is None:
         return ''
-    sentence = f"All training together took {show_number(spent)} operations by the study's rules"
+    sentence = f"All training together took {with_unit(spent, 'FLOP')} by the study's rules"
     if not max_flops:
         return f'{sentence}.'
     return f"{sentence}, {spent / max_flops:.2%} of the budget{'' if spent <= max_flops else ', MORE than it allows'}."
