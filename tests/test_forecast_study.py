@@ -172,7 +172,7 @@ def test_the_page_sums_up(study):
     record, metrics, folder = study['page']
     assert metrics['flops_study'] == 5 * step and metrics['share_of_budget'] == pytest.approx(5 / 5.5)
     assert f'{5 / 5.5:.2%} of the budget' in record['run']['verdict']
-    assert record['run']['verdict'].count('Judged on 2 of the 10 steps') == 1
+    assert 'Judged on 2 of the 10 steps' in (folder / 'report.html').read_text()
     budget = list(csv.DictReader((folder / 'budget.csv').open()))
     assert sum(float(row['study']) for row in budget[:-1]) == float(budget[-1]['study']) == 5 * step
     assert len(list(csv.DictReader((folder / 'search.csv').open()))) == 1

@@ -281,6 +281,14 @@ def test_words_are_plain():
     assert unplain.findall('whoever stands in front goes on') == ['whoever', 'stands in', 'goes on']
 
 
+def test_titles_say_what_is_compared():
+    "A title that ends in 'beside the study' or 'side by side' leaves open what is asked of the two."
+    written = [(path, cell) for path in notebooks for cell in cells(path) if cell['cell_type'] == 'markdown']
+    titles = [(place(path), line) for path, cell in written for line in re.findall('^[#>].*', source(cell), re.MULTILINE)]
+    wrong = [f'{where}: {line}' for where, line in titles if re.search(r'(?i)\b(beside|side by side)\b', line)]
+    assert_kept(wrong, len(titles), 1000)
+
+
 def test_parameters_are_literals_with_comments():
     wrong = [f'{place(path)}: {message}' for path in experiments for message in wrong_parameters(path)]
     assert_kept(wrong, len(experiments), 20)

@@ -366,5 +366,7 @@ def test_findings_have_a_status_and_a_command():
         title, body = finding.split('\n', 1)
         assert re.search(r'^Status: (kept|failed|superseded)\b', body, re.MULTILINE), f'{title}: a status is missing'
         assert re.search(r'^Command: \S', body, re.MULTILINE), f'{title}: the command is missing'
+    prose = [part for part in re.split(r'\n\s*\n|\n(?=- )', text) if not part.startswith('|')]
+    assert not [part[:60] for part in prose if len(part.split()) > 120], 'a paragraph of more than 120 words'
     lost = [name for name in re.findall(r'\bparams/[\w/]+\.yaml', text) if not (root / name).exists()]
     assert not lost, f'LOG.md names files that are not there: {lost}'

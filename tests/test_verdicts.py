@@ -12,7 +12,7 @@ from house import experiments, root
 
 from llmft.bench.training import rank_trainers, time_basis
 from llmft.bench.turns import Target, contest_verdict
-from llmft.runs.rivals import Measure, place_words, ranked
+from llmft.runs.rivals import Measure, certainty_words, place_words, ranked
 from llmft.studies.code import report as code
 from llmft.studies.code.pass_at_k import Attempt
 from llmft.studies.finetuning import comparison as finetune_runs
@@ -347,6 +347,33 @@ def test_the_verdict_names_the_rival_that_wins(notebook, best):
     assert not re.search(r'(^- |[.!?] )[a-z]', verdict, re.MULTILINE), f'a sentence begins in lower case: {verdict}'
 
 
+most_words = dict(compare=110, forecast_eval=110, instruct=125, bench=140, bench_instruct=120, bench_bounds=110)  # of many measures
+
+
+@pytest.mark.parametrize('notebook, best', [(notebook, names[0]) for notebook, names in rivals.items()])
+def test_a_verdict_is_short(notebook, best):
+    verdict = verdicts[notebook](best)
+    assert len(verdict.split()) <= most_words.get(notebook, 100), verdict
+
+
+def test_a_long_study_has_a_short_verdict():
+    shared = dict(valid_trajectories=6, precision=2, notebook='forecast_train', learning_rate=0.01, lora_rank=4)
+    runs = [dict(shared, run=f'r{n}', part='search', valid_mae=1 + n / 100) for n in range(18)]
+    runs += [dict(shared, run=f'c{n}', part='context', context_length=n, valid_mae=2 + n / 1e4) for n in (128, 512)]
+    rows = [forecast_row('seasonal') | dict(run=name, mae=1.0, seasonal_mae=0.5) for name in ('final', 'first', 'second')]
+    study = summary.StudyRows(runs, rows, [])
+    said = summary.summary_verdict(study, 8e12, 1e13)
+    assert len(said.split()) <= 100 and said.count('loses to seasonal, the strongest rival') == 1, said
+    details = summary.summary_details(study)
+    assert details.count('loses to seasonal, the strongest rival') == 3 and 'Also judged: ' in details
+
+
+def test_of_many_ties_a_few_are_named():
+    measure = Measure('held-out perplexity', items='documents', log=True)
+    many = ranked({f'r{n}': np.linspace(3, 4, 40) + n / 1e7 for n in range(15)}, measure)
+    assert 'either: r2, r3 and 11 more.' in certainty_words(many)
+
+
 def test_a_run_before_training_that_wins_is_named():
     assert 'In held-out perplexity, full before training is best' in compare('full before training')
     assert 'In held-out perplexity, half before training is best' in pdf_compare('half before training')
@@ -421,7 +448,7 @@ def test_scores_that_look_the_same_tie_however_sure_the_difference():
 def test_a_baseline_that_nobody_thought_of_is_named_by_the_summary():
     row = forecast_row('nobody') | dict(oracle_error_at_10=0.01, oracle_mae_median=0.01)
     said = summary.summary_verdict(summary.StudyRows([], [row], []), None, 0.0)
-    assert said.count('loses to oracle, the strongest rival') == 2
+    assert 'loses to oracle, the strongest rival' in said and '10 steps ahead 2 against 0.0100 of oracle' in said
     assert (
         'oracle'
         in summary.rival_table(
@@ -446,6 +473,8 @@ def test_two_contexts_that_are_close_tie():
         for n, mae in ((512, 1.45), (768, 1.47))
     ]
     said = summary.summary_verdict(summary.StudyRows(rows, [], []), None, 0.0)
+    assert 'Lowest validation MAE of 2 context lengths: a context of 512 tokens; 1 tie with it.' in said
+    said = summary.summary_details(summary.StudyRows(rows, [], []))
     assert 'In validation MAE, ' in said and ' tie: ' in said and 'is best' not in said
 
 
@@ -453,7 +482,7 @@ def test_a_final_run_that_departs_from_the_winner_says_so():
     shared = dict(valid_trajectories=6, precision=2, notebook='forecast_train')
     search = dict(shared, run='s', part='search', learning_rate=0.01, lora_rank=4, valid_mae=1.0)
     final = dict(shared, run='f', part='final', learning_rate=0.004, lora_rank=8, valid_mae=0.9)
-    said = summary.summary_verdict(summary.StudyRows([search, final], [], []), None, 0.0)
+    said = summary.summary_details(summary.StudyRows([search, final], [], []))
     assert 'learning rate 0.004, not 0.01' in said and 'rank 8, not 4' in said
 
 

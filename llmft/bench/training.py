@@ -427,8 +427,7 @@ def time_basis(ranking,      # by time, from `rank_trainers`
 )->str:
     "How sure the ratio to the strongest peer is, and on how many rounds and tokens it rests."
     own = 'ours' if 'ours' in ranking.values else ''
-    return (f'{certainty_words(ranking, own)} Times are read off straight lines between the ends of steps; '
-            f'n = {number_of(rounds, "round")} of {tokens:,} tokens.')
+    return f'{certainty_words(ranking, own)} Timed over n = {number_of(rounds, "round")} of {tokens:,} tokens.'
 
 # %% ../../nbs/bench/03_training.ipynb #b6294c9b
 def training_table(rows:list,    # a row per trainer: its name as `trainer`, and its facts from `compare`

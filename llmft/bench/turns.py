@@ -166,8 +166,8 @@ def contest_verdict(rankings:list, # of `Ranking`, one per measure; all contende
     "Who is best by each measure, which targets are met, and on what that rests."
     places = [place_words(ranking, own if own in ranking.values else '') for ranking in rankings]
     met = f'{targets_verdict(targets)}.' if targets else ''
-    return in_bullets(' '.join(places), met, f'{basis} Medians less than 5% apart count as a tie unless a measure says '
-                                             'otherwise. Next: more rounds on a quiet machine.')
+    return in_bullets(' '.join(places), met, f'{basis} Less than 5% apart is a tie unless a measure says otherwise. '
+                                             'Next: more rounds on a quiet machine.')
 
 # %% ../../nbs/bench/01_turns.ipynb #35196d03
 def machine_table(peaks:dict,  # from `machine_peaks`

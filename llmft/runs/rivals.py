@@ -261,15 +261,24 @@ def certainty_words(ranking:Ranking, # from `ranked`
         difference = _relation(ranking, own)
         sentences.append(f'{_ground_words(measure, difference)}.')
         also = [name for name in ranking.tied[1:] if name not in (own, ranking.rival_of(own))]
-        sentences += [f"Not clearly worse than the best either: {', '.join(also)}."] if also else []
+        sentences += [f'Not clearly worse than the best either: {_few_names(also)}.'] if also else []
     sentences += [f"Unknown: {', '.join(ranking.unknown)}."] if ranking.unknown else []
     return ' '.join(sentences)
+
+
+_most_named = 3  # rivals that a sentence lists; a table has all of them
+
+
+def _few_names(names):
+    "The first of many names, and how many more there are."
+    more = len(names) - _most_named + 1
+    return ', '.join(names) if len(names) <= _most_named else f"{', '.join(names[:-more])} and {more} more"
 
 
 def _ground_words(measure, difference):
     "What the difference of two rivals rests on."
     if not difference.items:
-        return f'Single measurements of {measure.name}: differences below {measure.tolerance:.0%} count as a tie'
+        return f'Measured once: less than {measure.tolerance:.0%} apart is a tie'
     if difference.items == 1:
         return f'n = 1 of the {measure.items}: no interval'
     return f'{measure.gap(difference)}, n = {difference.items:,} {measure.items}'

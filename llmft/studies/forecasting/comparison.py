@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['judged_step', 'shown_steps', 'shown_characters', 'Comparison', 'compare_forecasts', 'error_table', 'spread_table',
            'step_table', 'variable_table', 'speed_table', 'compared', 'trajectory_errors', 'without_equations',
-           'rank_forecasts', 'ceiling_words', 'comparison_verdict', 'example_text', 'metric_name', 'comparison_metrics',
-           'keep_errors', 'keep_steps', 'save_forecasts', 'forecast_rows']
+           'rank_forecasts', 'ceiling_words', 'comparison_verdict', 'comparison_details', 'example_text', 'metric_name',
+           'comparison_metrics', 'keep_errors', 'keep_steps', 'save_forecasts', 'forecast_rows']
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #aacc7235
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ...core import LabError, number_of, write_json
-from ...runs.rivals import Measure, in_bullets, keep_scores, ranked, told
+from ...runs.rivals import Measure, in_bullets, keep_scores, place_words, ranked, told
 from ...runs.tables import column, table
 from .baselines import baselines, ceiling, informed
 from .metrics import point_forecast, scaled_scores, score_forecast, step_scores
@@ -280,7 +280,7 @@ def _wins(ranking, judged):
 def _answer(judged, *rankings):
     "Whether the judged model beats all rivals by every one of the rankings."
     verb = 'beats' if all(_wins(ranking, judged) for ranking in rankings) else 'does not beat'
-    return f'The {judged} model {verb} every rival that is not given the equations, in the mean and in the median.'
+    return f'The {judged} model {verb} every rival that is not given the equations.'
 
 
 def _unreadable(comparison, judged):
@@ -302,12 +302,22 @@ def comparison_verdict(comparison:Comparison,  # of one evaluation
     means = rank_forecasts(comparison, median=False)
     medians = rank_forecasts(comparison)
     answer = f'{_answer(judged, means, medians)} {told(means, judged)} {_unreadable(comparison, judged)}'
-    ahead = told(rank_forecasts(comparison, judged_step), judged) if horizon >= judged_step else ''
-    median_words = f'{told(medians, judged)} {_against_untrained(comparison, judged)} {ahead}'
-    following = (f'Next: {means.rival_of(judged)} is what the model has to beat; train longer or on more trajectories '
-                 '(forecast_train), and judge it on the same ones.')
+    ahead = place_words(rank_forecasts(comparison, judged_step), judged) if horizon >= judged_step else ''
+    median_words = f'{place_words(medians, judged)} {ahead}'
+    following = f'Next: train longer or on more trajectories (forecast_train) until it beats {means.rival_of(judged)}.'
     best = comparison.rows.get(ceiling, {})
     return in_bullets(answer, median_words, f"{ceiling_words(best.get('mae'), best.get('mae_median'))} {following}")
+
+# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #44df28cf
+def comparison_details(comparison:Comparison,  # of one evaluation
+                       judged:str,             # name of the model that is judged
+)->str:                                        # Markdown, '' where nothing could be read
+    "The comparisons behind the verdict with their intervals."
+    if comparison.rows[judged]['mae_median'] is None:
+        return ''
+    steps = (0, judged_step) if comparison.future_NHV.shape[1] >= judged_step else (0,)
+    lines = [told(rank_forecasts(comparison, step), judged) for step in steps]
+    return '\n'.join(f'- {line}' for line in [*lines, _against_untrained(comparison, judged)] if line)
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #3f0d3c40
 shown_characters = 160

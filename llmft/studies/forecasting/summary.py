@@ -6,7 +6,7 @@
 __all__ = ['notebooks', 'error_columns', 'seconds_per_hour', 'published_horizon', 'study_results', 'StudyRows', 'study_rows',
            'study_text', 'by_error', 'judged_by', 'search_table', 'context_table', 'final_table', 'rivals_of',
            'evaluation_table', 'rival_table', 'budget_table', 'operations_by_part', 'write_csv', 'summary_verdict',
-           'summary_metrics']
+           'summary_details', 'summary_metrics']
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #febba816
 import csv
@@ -352,8 +352,24 @@ def _trained_words(study):
         best = told(_rank_trained(searched, study, _settings_words))
         words.append(f'The search had {number_of(len(searched), "run")}. {best}')
     if lengths:
-        words.append(told(_rank_trained(lengths, study, lambda row: f"a context of {row['context_length']} tokens")))
+        words.append(told(_rank_trained(lengths, study, _context_label)))
     return ' '.join([*words, 'One seed each.']) if searched or lengths else ''
+
+
+def _lowest_words(rows, what, study, label):
+    "Which training run has the lowest error, and how many tie with it; '' without runs."
+    known = [row for row in rows if row['valid_mae'] is not None]
+    if not known:
+        return ''
+    ranking = _rank_trained(known, study, label)
+    best = next(row for row in known if ranking.best.startswith(f"{row['run']} ("))
+    tied = f'; {len(ranking.tied) - 1} tie with it' if ranking.tied[1:] else ''
+    return f'Lowest validation MAE of {number_of(len(known), what)}: {label(best)}{tied}.'
+
+
+def _context_label(row):
+    "What a run of the context study tried."
+    return f"a context of {row['context_length']} tokens"
 
 
 def _departures(study):
@@ -368,11 +384,12 @@ def _departures(study):
         sentences += [f"The final run {final['run']} departs from the winner: {'; '.join(other)}."] if other else []
     return ' '.join(sentences)
 
+
 def _budget_sentence(spent, max_flops):
     "What all training took, and whether the budget allowed it."
     if spent is None:
         return ''
-    sentence = f"All training together took {with_unit(spent, 'FLOP')} by the study's rules"
+    sentence = f"All training took {with_unit(spent, 'FLOP')} by the study's rules"
     if not max_flops:
         return f'{sentence}.'
     return f"{sentence}, {spent / max_flops:.2%} of the budget{'' if spent <= max_flops else ', MORE than it allows'}."
@@ -388,10 +405,18 @@ def _rankings(row, study):
 
 
 def _test_words(row, study):
-    "How the judged model of an evaluation compares with its strongest rival by each error; '' where none is known."
-    words = [told(ranking, _own_name(row)) for ranking in _rankings(row, study)]
-    words.append(ceiling_words(*(rivals_of(row, error).get(ceiling) for error in ('mae', 'mae_median'))))
+    "How the judged model of an evaluation compares with its strongest rivals, and the ceiling; '' where none is known."
+    own = _own_name(row)
+    contests = sorted(_rankings(row, study), key=lambda each: each.rival_of(own) is None)
+    first, *others = contests or [None]
+    words = [told(first, own)] if first else []
+    words += [f"Further: {', '.join(_in_short(each, own) for each in others)}."] if others else []
+    return ' '.join([*words, ceiling_words(*(rivals_of(row, error).get(ceiling) for error in ('mae', 'mae_median')))])
 
+
+def _test_details(row, study):
+    "The place of the judged model by each error with its interval, and its gain over the untrained one."
+    words = [told(ranking, _own_name(row)) for ranking in _rankings(row, study)]
     untrained = row.get('untrained_mae_median')
     if untrained and row.get('mae_median'):
         words.append(f"It is {compared(untrained, row['mae_median'])} untrained ({untrained:.3f}).")
@@ -422,12 +447,21 @@ def summary_verdict(study:StudyRows,  # from `study_rows`
                     max_flops:float,  # operations that all runs may take together, 0 for no limit
 )->str:                               # Markdown
     "How the best tested model compares with its strongest rivals, what the search showed, and what it cost."
-    tests = _from_best(study.tests)
-    tested = ' '.join([*(_test_words(row, study) for row in tests[:1]), _others_words(tests[1:], study)])
+    tested = ' '.join(_test_words(row, study) for row in _from_best(study.tests)[:1])
+    trained = (_lowest_words(study.part('search'), 'searched run', study, _settings_words),
+               _lowest_words(study.part('context'), 'context length', study, _context_label))
     following = 'repeat the final run with other seeds' if study.tests else 'judge the final run (forecast_eval)'
-    cost = f'{_departures(study)} {_budget_sentence(spent, max_flops)} Next: {following}.'
-    lines = (tested, _trained_words(study), cost)
+    lines = (tested, ' '.join(trained), f'{_budget_sentence(spent, max_flops)} Next: {following}.')
     return in_bullets(*lines) if study.tests or study.trained else 'No runs, nothing to conclude.'
+
+# %% ../../../nbs/studies/forecasting/13_summary.ipynb #fabfec42
+def summary_details(study:StudyRows,  # from `study_rows`
+)->str:                               # Markdown, '' without runs
+    "All comparisons behind the verdict with their intervals."
+    tests = _from_best(study.tests)
+    tested = [*(_test_details(row, study) for row in tests[:1]), _others_words(tests[1:], study)]
+    lines = [*tested, _trained_words(study), _departures(study)]
+    return '\n'.join(f'- {line}' for line in lines if line)
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #2aa259ed
 def _run_errors(row):

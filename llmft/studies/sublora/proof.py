@@ -233,12 +233,10 @@ def proof_verdict(proof:Proof,  # of one predictor
 )->str:
     "What was proved, in words."
     best = proof.best
-    side = 'below' if best['bound'] < proof.guess else 'NOT below'
     bounds = {'the claim': best['bound'], 'random guessing': proof.guess}
-    place = place_words(ranked(bounds, Measure('bound', 'bits per token', tolerance=0)), 'the claim')
-    answer = (f"On documents of the same source the smoothed loss is at most {best['bound']:.3f} bits per token, "
-              f'{side} random guessing ({proof.guess:.3f}). {place} '
-              f'This claim, together with {len(proof.claims) - 1} others, {proof.condition}.')
+    measure = Measure('bound on the loss of documents of this source', 'bits per token', tolerance=0, digits=5)
+    place = place_words(ranked(bounds, measure), 'the claim')
+    answer = f'{place} This claim, together with {len(proof.claims) - 1} others, {proof.condition}.'
 
     made_of = (f"That is {best['risk']:.3f} measured on m = {best['m']:,} training documents, plus "
                f"{best['bound'] - best['risk']:.3f} that K = {best['bits']:,.0f} bits cost with n = {best['n']:,}. "

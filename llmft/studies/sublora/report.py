@@ -256,6 +256,11 @@ def analysis_verdict(metrics:dict,  # from `analysis_metrics`
     guessed = (f"{metrics['non_vacuous']} of {runs} runs have a bound below random guessing "
                f"({metrics['random_guess_bits']:.3f} bits per token); the lowest is that of {metrics['best']}, "
                f"{metrics['best_bound']:.3f} ({metrics['best_empirical_bpd']:.3f} on the sample).")
-    held = (f"In {metrics['above_held_out']} of {runs} the bound lies above the loss on held-out documents, as it must "
-            'in all but a few. Next: more seeds, where the differences are small.')
-    return in_bullets(f'{guessed} {best}', ' '.join(answers(tests)), held)
+
+    said = answers(tests)
+    unshown = [line.partition(':')[0].lower() for line in said if ': no evidence' in line]
+    shown = [line for line in said if ': no evidence' not in line]
+    nothing = f"No evidence that {'; '.join(unshown)}: see the table of hypotheses." if unshown else ''
+    held = (f"In {metrics['above_held_out']} of {runs} the bound lies above the loss on held-out documents. "
+            'Next: more seeds, where the differences are small.')
+    return in_bullets(f'{guessed} {best}', ' '.join([*shown, nothing]), held)
