@@ -97,7 +97,9 @@ def is_drawn(text):
 def outputs_of(cell, place, words):
     "What a cell displayed, as HTML; `words` say what its figures show; its anchors and headings are not the page's."
     shown = ''.join(output_html(output, {}) for output in cell.outputs if is_worth_showing(output))
-    shown = re.sub(r' (?:href|id)="#?[^":]*"', '', shown)
+    drawings = re.split(r'(?s)(<svg\b.*?</svg>)', shown)  # HTML, drawing, HTML, ...
+    drawings[::2] = [re.sub(r' (?:href|id)="#?[^":]*"', '', piece) for piece in drawings[::2]]
+    shown = ''.join(drawings)  # the parts of a drawing need each other
     shown = re.sub(r'<h[1-6]\b', '<div class="heading"', re.sub(r'</h[1-6]>', '</div>', shown))
     shown = shown.replace('<img alt="figure"', f'<img alt="{html.escape(words)}"')
     shown = shown.replace('<table>', '<table class="plain">')  # Material boxes tables without a class

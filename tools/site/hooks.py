@@ -18,7 +18,7 @@ shell_option = re.compile(
 longest_option = 30  # characters that stay in one piece, less than a line of a phone
 long_path = 16  # characters of text beyond which a path may break after its slashes
 unit = re.compile(r'(?<=\d) (?=(?:%|GiB|MiB|GB|MB|KB|kB|ms|s|min|h)(?![\w]))|(?<=\bn =) (?=\d)')
-not_prose = re.compile(r'(<(pre|code|math|svg)\b.*?</\2>|<[^>]*>)', flags=re.DOTALL)
+not_prose = re.compile(r'(<(pre|code|math|svg|script|style)\b.*?</\2>|<[^>]*>)', flags=re.DOTALL)
 most_roomy = 6  # columns of a table beyond which its cells are narrow
 output = re.compile(r'(<div class="output".*?<!-- output --></div>)', flags=re.DOTALL)
 
@@ -113,8 +113,7 @@ def on_post_page(output, **_):
     "The whole page, after the search has read it: the name of the search box, and where code may break."
     output = output.replace('role="dialog">', 'role="dialog" aria-label="Search">')
     output = re.sub(r'(?s)<td\b.*?</td>', breakable, output)
-    head, start, body = output.partition('<article')
-    output = head + start + breakable_prose(body)
+    output = re.sub(r'(?s)<article\b.*?</article>', lambda article: breakable_prose(article[0]), output)
     output = shell_code.sub(with_whole_options, output)
     return inline_code.sub(with_whole_flags, output)
 
