@@ -7,14 +7,15 @@ import io
 import json
 import re
 import tokenize
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from links import branch, linked, repository, root
 
 from llmft.runs.params import parse_parameters
 
 longest_default = 60  # characters
-longest_signature = 92  # columns on one line
+records = 'dataclass', 'NamedTuple'  # what makes a class of its fields
+longest_signature = 84  # columns on one line, as many as a page of 1280 pixels has
 functions = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -119,10 +120,31 @@ def as_parameter(arg, default=None, stars=''):
     return Parameter(stars + arg.arg, type_text(arg.annotation), default_text(default), arg.end_lineno)
 
 
-def parameters(node):
-    "The parameters of a function, or of the calls that make a class."
+def noted_type(node):
+    "The type of `Annotated[type, ...]`, or None for another expression."
+    noted = isinstance(node, ast.Subscript) and ast.unparse(node.value) == 'Annotated'
+    return ast.unparse(node.slice.elts[0]) if noted else None
+
+
+def private_types(statements):
+    "Name -> type of the private names of a module for types with notes: `_Rows = Annotated[int, ...]` is `int`."
+    types = {}
+
+    def found(node):
+        return types.get(ast.unparse(node.func)) if isinstance(node, ast.Call) else noted_type(node)
+
+    for one in statements:
+        if isinstance(one, functions) and isinstance(one.body[-1], ast.Return):
+            types[one.name] = found(one.body[-1].value)  # of what a function makes
+        elif isinstance(one, ast.Assign):
+            types[ast.unparse(one.targets[0])] = found(one.value)
+    return {name: kind for name, kind in types.items() if kind and name.startswith('_')}
+
+
+def parameters(node, statements=()):
+    "The parameters of a function, or of the calls that make a class; `statements` are those of its module."
     if isinstance(node, ast.ClassDef):
-        return class_parameters(node)
+        return class_parameters(node, statements)
 
     spec = node.args
     positional = [*spec.posonlyargs, *spec.args]
@@ -136,15 +158,19 @@ def parameters(node):
     return [row for row in rows if row.name not in ('self', 'cls')]
 
 
-def class_parameters(node):
-    "The public fields of a dataclass, or the parameters of a class's `__init__`."
-    if any('dataclass' in ast.unparse(decorator) for decorator in node.decorator_list):
+def class_parameters(node, statements):
+    "The public fields of a record, or the parameters of the `__init__` of a class or of its base in the module."
+    if any(kind in ast.unparse(one) for kind in records for one in (*node.decorator_list, *node.bases)):
         fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and not one.target.id.startswith('_')]
         return [
             Parameter(one.target.id, type_text(one.annotation), default_text(one.value), one.end_lineno)
             for one in fields
         ]
     start = next((one for one in node.body if isinstance(one, functions) and one.name == '__init__'), None)
+    bases = [ast.unparse(base) for base in node.bases]
+    base = next((one for one in statements if isinstance(one, ast.ClassDef) and one.name in bases), None)
+    if start is None and base is not None:
+        return class_parameters(base, statements)
     return parameters(start) if start else []
 
 
@@ -248,7 +274,9 @@ def parameter_text(row):
 
 
 def signature(node, name, rows):
-    "The signature as code, one parameter per line where it is long."
+    "The signature as code, one parameter per line where it is long; of a class made as its base is, the base."
+    if isinstance(node, ast.ClassDef) and node.bases and not rows:
+        return f'class {name}({", ".join(map(ast.unparse, node.bases))})'
     shown = [parameter_text(row) for row in rows]
     returns = getattr(node, 'returns', None)
     result = f' -> {ast.unparse(returns)}' if returns is not None else ''
@@ -270,7 +298,9 @@ def api_entry(
     if node is None:
         raise SystemExit(f'{page}: llmft/{module}.py does not define {name}')
 
-    rows = parameters(node)
+    statements = module_source(module).body
+    types = private_types(statements)
+    rows = [replace(row, type=types.get(row.type, row.type)) for row in parameters(node, statements)]
     heading = name.replace('_', r'\_')
     address = f'{repository}/blob/{branch}/llmft/{module}.py#L{node.lineno}'
     parts = [

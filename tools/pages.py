@@ -89,14 +89,21 @@ def is_worth_showing(output):
     return not is_widget(output) and output.get('name') != 'stderr'
 
 
+def is_drawn(text):
+    "Whether lines of a text belong below each other: frames, or columns that blanks keep apart in several lines."
+    return bool(re.search('[─━│┃]', text)) or len(re.findall(r'^.*\S {3,}\S', text, flags=re.MULTILINE)) > 2
+
+
 def outputs_of(cell, place, words):
     "What a cell displayed, as HTML; `words` say what its figures show; its anchors and headings are not the page's."
     shown = ''.join(output_html(output, {}) for output in cell.outputs if is_worth_showing(output))
-    shown = re.sub(r' (?:href|id)="#?[^":]*"', '', shown)
+    drawings = re.split(r'(?s)(<svg\b.*?</svg>)', shown)  # HTML, drawing, HTML, ...
+    drawings[::2] = [re.sub(r' (?:href|id)="#?[^":]*"', '', piece) for piece in drawings[::2]]
+    shown = ''.join(drawings)  # the parts of a drawing need each other
     shown = re.sub(r'<h[1-6]\b', '<div class="heading"', re.sub(r'</h[1-6]>', '</div>', shown))
     shown = shown.replace('<img alt="figure"', f'<img alt="{html.escape(words)}"')
     shown = shown.replace('<table>', '<table class="plain">')  # Material boxes tables without a class
-    shown = re.sub('<pre>(?=[^<]*[─━│┃])', '<pre class="drawn">', shown)
+    shown = re.sub('<pre>([^<]*)', lambda pre: f'<pre class="drawn">{pre[1]}' if is_drawn(pre[1]) else pre[0], shown)
     if not shown:
         return ''
     return f'<div class="output" data-search-exclude>{save_images(shown, place)}<!-- output --></div>'
@@ -178,6 +185,15 @@ def buttons(source):
     )
 
 
+def reports_of(source):
+    "A sentence with the reports of the gallery that an experiment wrote: its page has the code without the results."
+    reports = sorted(root.glob(f'outputs/gallery/{Path(source).stem}/*/report.html'))
+    if not source.startswith('experiments/') or not reports:
+        return ''
+    links = [f'<a href="../gallery/{path.parts[-3]}/{path.parts[-2]}.html">{path.parts[-2]}</a>' for path in reports]
+    return f'<p class="reports">The results are in its reports: {", ".join(links)}.</p>'
+
+
 def notebook_page(notebook, place):
     "A processed notebook as (title, Markdown); its images are written beside the page."
     cells = list(notebook.cells)
@@ -187,7 +203,8 @@ def notebook_page(notebook, place):
 
     parts = []
     if place.page != home:
-        parts = [buttons(place.source), with_links(opening(root / 'nbs' / place.source), place.page)]
+        promise = with_links(opening(root / 'nbs' / place.source), place.page)
+        parts = [buttons(place.source), promise, reports_of(place.source)]
     for number, cell in enumerate(cells):
         if is_text(cell):
             parts.append(with_links(cell.source, place.page))

@@ -16,6 +16,9 @@ shell_option = re.compile(
     r'(?=<span class="w">|\n|</code>)'
 )
 longest_option = 30  # characters that stay in one piece, less than a line of a phone
+long_path = 16  # characters of text beyond which a path may break after its slashes
+unit = re.compile(r'(?<=\d) (?=(?:%|GiB|MiB|GB|MB|KB|kB|ms|s|min|h)(?![\w]))|(?<=\bn =) (?=\d)')
+not_prose = re.compile(r'(<(pre|code|math|svg|script|style)\b.*?</\2>|<[^>]*>)', flags=re.DOTALL)
 most_roomy = 6  # columns of a table beyond which its cells are narrow
 output = re.compile(r'(<div class="output".*?<!-- output --></div>)', flags=re.DOTALL)
 
@@ -69,6 +72,25 @@ def breakable(cell):
     )
 
 
+def breakable_path(word):
+    "A long path that may break after its slashes."
+    return word[0].replace('/', '/<wbr>') if len(word[0]) > long_path else word[0]
+
+
+def breakable_text(page, unit_sign):
+    "Text whose long paths break after a slash; `unit_sign` is between a number and its unit."
+    pieces = not_prose.split(page)  # text, element or tag, name of the element, text, ...
+    pieces[::3] = [re.sub(r'[^\s/]+/\S+', breakable_path, unit.sub(unit_sign, piece)) for piece in pieces[::3]]
+    pieces[2::3] = [''] * len(pieces[2::3])
+    return ''.join(pieces)
+
+
+def breakable_prose(page):
+    "A page whose long paths break after a slash, and whose numbers keep their units; cells of tables are too narrow."
+    parts = re.split(r'(?s)(<table\b.*?</table>)', page)  # text, table, text, ...
+    return ''.join(breakable_text(part, ' ' if number % 2 else '\u00a0') for number, part in enumerate(parts))
+
+
 def whole(option):
     "An option in one piece with its value, or without it where that is long."
     if len(re.sub(r'<.*?>', '', option[0])) <= longest_option or not option[1]:
@@ -77,8 +99,9 @@ def whole(option):
 
 
 def with_whole_flags(code):
-    "Code in a line whose options, such as --small, --to gguf and -p seed=1, stay in one piece."
-    return re.sub(r'(?<![^\s>])(--?[A-Za-z][\w-]*)( (?!-)(?:[^\s<]|<wbr>)+)?', whole, code[0])
+    "Code in a line whose options, such as --small and -p seed=1, and words, such as gpu-check, stay in one piece."
+    code = re.sub(r'(?<![^\s>])(--?[A-Za-z][\w-]*)( (?!-)(?:[^\s<]|<wbr>)+)?', whole, code[0])
+    return re.sub(r'(?<![\w/.=<"-])[\w.]{1,12}-\w{1,12}(?![\w/.=">-])', r'<span class="flag">\g<0></span>', code)
 
 
 def with_whole_options(block):
@@ -90,6 +113,7 @@ def on_post_page(output, **_):
     "The whole page, after the search has read it: the name of the search box, and where code may break."
     output = output.replace('role="dialog">', 'role="dialog" aria-label="Search">')
     output = re.sub(r'(?s)<td\b.*?</td>', breakable, output)
+    output = re.sub(r'(?s)<article\b.*?</article>', lambda article: breakable_prose(article[0]), output)
     output = shell_code.sub(with_whole_options, output)
     return inline_code.sub(with_whole_flags, output)
 

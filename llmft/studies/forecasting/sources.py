@@ -282,7 +282,7 @@ def _windows_of(values_TV, window, stride):
 
 def stack(pieces,     # one (name, values (T, V)) per series
           window:int, # steps of a window; 0 takes whole series
-          stride:int, # steps from one window to the next; 0 is a window
+          stride:int, # steps from one window to the next; 0 takes a whole window
           where:str,  # the table, for errors
 )->tuple:             # (values_NTV, starts_N, lengths_N); the last two are None for whole series
     "Series or their windows as one array; a `LabError` for other lengths. Those with a missing value are left out."
@@ -457,7 +457,7 @@ def load_series(source,              # HDF5 file, table (file or folder), or dat
                 missing:str='refuse',# refuse | previous | drop
                 uneven:str='refuse', # refuse | resample
                 window:int=0,        # steps of a window cut from each series; 0 takes whole series
-                stride:int=0,        # steps from one window to the next; 0 is a window
+                stride:int=0,        # steps from one window to the next; 0 takes a whole window
                 **reading,           # id_field, time_field, value_fields, columns of `read_table`
 )->Series:
     "Trajectories from a file or table; a `LabError` of one line for what can not be forecast."

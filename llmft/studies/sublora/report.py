@@ -178,8 +178,8 @@ def play_coverage(results:dict,  # name -> what `read_result` gives
                   alpha:float,   # smoothing weight of the best run
                   guess:float,   # bits per token of random guessing
                   games:int,     # 0 for none
-                  documents:int, # n of a game
-                  samples:int,   # m of a game
+                  documents:int, # n, documents drawn per game
+                  samples:int,   # m, documents scored per game
                   delta:float,   # probability that a bound of a game may fail with
 ):                               # what `coverage` gives, or None when it can not be played
     "How often the bound of the run that looks best lies above its true risk."
