@@ -19,6 +19,8 @@ from llmft.training.launch import launch, training_settings
 
 shared = dict(lora_dropout=0.0, max_steps=2, batch_size=4, gradient_accumulation=1, log_every=1, eval_every=0, seed=7)
 
+slow = dict(learning_rate=8e-4)  # Muon makes the rounding of the smallest gradients as large as the largest
+
 
 def pdf_params(params, folder):
     "The parameters of the PDF study once its notebook has extracted and tokenised the files."
@@ -40,7 +42,7 @@ def as_they_are(params, folder):
 
 experiments = dict(
     finetune=('finetune/lora', finetuning, as_they_are, dict(num_samples=24, num_eval_samples=4, max_length=64)),
-    pretrain=('pretrain/base', pretraining, as_they_are, dict(num_samples=12, num_eval_samples=2, max_length=64)),
+    pretrain=('pretrain/base', pretraining, as_they_are, dict(num_samples=12, num_eval_samples=2, max_length=64, **slow)),
     instruct=('instruct/diverse', instruct, as_they_are, dict(num_samples=24, max_length=128)),
     pdf_finetune=('pdf_finetune/all', pdfs.pdf_finetuning, pdf_params, dict(max_pages=2, max_length=64)),
     forecast_train=('forecast_train/final', forecasting.build, forecasting.with_data, dict(data='', max_length=128)),
