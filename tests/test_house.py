@@ -340,6 +340,50 @@ def test_hidden_parameters_are_seen():
     assert not hidden_parameters(parameters, ['from a import b as ranked\nx = rank', 'f(rank=rank)'])
 
 
+def assigned_names(tree):
+    "Names to which the statements of `tree` give a value; those within functions and comprehensions are their own."
+    waiting, own = list(tree.body), (ast.FunctionDef, ast.ClassDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        if not isinstance(node, (*own, ast.GeneratorExp)):
+            waiting += ast.iter_child_nodes(node)
+
+
+def module_names(tree):
+    "The names that a module of the code `tree` has by imports and definitions, without methods added by `patch`."
+    for node in tree.body:
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield from defined_names(node)
+        elif not any('patch' in ast.unparse(decorator) for decorator in node.decorator_list):
+            yield node.name
+
+
+def taken_names(exports, lesson):
+    "Names that the code of `exports` imports or defines and to which a lesson gives another value."
+    bound = {name for text in exports for name in module_names(ast.parse(text))}
+    return sorted(bound & set(assigned_names(ast.parse(lesson))))
+
+
+def test_lessons_take_no_name_of_their_module():
+    "A notebook runs its export cells itself: what a lesson calls by a name of theirs, they then call too."
+    wrong, looked = [], 0
+    for path in library:
+        exports = [plain(body(cell)) for cell in code(path) if directives(cell) & exporting]
+        for cell in code(path, 'lesson'):
+            taken = taken_names(exports, plain(body(cell)))
+            wrong += [f'{place(path)}: a lesson gives another value to {name}' for name in taken]
+            looked += 1
+    assert_kept(wrong, looked, 1000)
+
+
+def test_taken_names_are_seen():
+    exports = ['from a import b', 'def f(c):\n    d = c', '@patch\ndef e(self: A): pass']
+    assert [taken_names(exports, text) for text in ('b = [1]', 'for b in c: pass', 'x, f = y')] == [['b'], ['b'], ['f']]
+    assert not taken_names(exports, '[b for b in c]\nf(b=2)\ndef g(): b = 1\nc = d = e = 1')
+
+
 def test_experiments_leave_the_work_to_the_library():
     wrong, looked = [], 0
     for path in experiments:
