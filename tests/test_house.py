@@ -171,6 +171,16 @@ def test_lessons_outweigh_exports():
     assert_kept(wrong, len(library), 50)
 
 
+def test_no_notebook_keeps_widgets():
+    "A progress bar of a run that is over tells nothing, and its state is hundreds of lines of the file."
+    wrong = [
+        f'{place(path)}: remove the outputs of kind widget-view and the widgets in the metadata'
+        for path in notebooks
+        if 'jupyter.widget-' in path.read_text()
+    ]
+    assert_kept(wrong, len(notebooks), 100)
+
+
 def test_every_public_name_appears_in_a_lesson():
     wrong, looked = [], 0
     for path in library:
