@@ -176,7 +176,7 @@ def test_no_notebook_keeps_widgets():
     wrong = [
         f'{place(path)}: remove the outputs of kind widget-view and the widgets in the metadata'
         for path in notebooks
-        if 'jupyter.widget-' in path.read_text()
+        if re.search(r'^ *"(widgets|application/vnd\.jupyter\.widget-view\+json)": ', path.read_text(), re.MULTILINE)
     ]
     assert_kept(wrong, len(notebooks), 100)
 
