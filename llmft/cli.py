@@ -29,7 +29,7 @@ from .runs.inputs import check_inputs
 from .runs.params import find_notebook, read_parameters, read_yaml, resolve_params, scales, shown
 from .runs.progress import Screen
 from .runs.report import where_it_begins
-from .runs.run import check_inside, find_run, list_runs, read_run
+from .runs.run import check_inside, find_run, list_runs, read_run, run_or_other
 from .runs.sweep_file import Point, errors_at, expand
 from .runs.sweeps import finished_record, point_result, result_text, run_stages, sweep_report
 from .runs.workers import cluster_settings
@@ -657,7 +657,7 @@ def verify_command(run:_Checked,                   # path
                    as_object:_JsonNotTable=False,  # for scripts
 ):
     "Check a run or a certificate: compute its numbers again."
-    run = str(find_run(run, or_other=True))
+    run = run_or_other(run)
     if not find_path(run).is_dir():
         return _verify_certificate(run, data, as_object)
     if data:
@@ -717,7 +717,7 @@ def try_command(run:_Trained,                   # a model
     "Ask a trained model and its base, or talk with it."
     from llmft.inference.asking import ask_both, side_by_side
 
-    run = str(find_run(run, or_other=True))
+    run = run_or_other(run)
     options = dict(max_new_tokens=tokens, temperature=temperature, seed=seed)
     if not prompt:
         return _talk(run, options)
@@ -756,7 +756,7 @@ def export_command(run:_Trained,                  # a model
     "Write a trained model for other programs."
     from llmft.models.export import export_model, export_to_hub
 
-    run = str(find_run(run, or_other=True))
+    run = run_or_other(run)
     if form == 'hub':
         made = export_to_hub(run, repo, numbers, public)
     else:

@@ -165,10 +165,15 @@ def _place_of(source, kind, outputs):
     return name, outputs / name
 
 
+def _run_of(source, path):
+    "The folder of the run that `source` at `path` is or lies in, or `None`."
+    return _run_around(path) if source and path.exists() else None
+
+
 def _one_input(source, kind, outputs, fresh):
     "Name -> hash of what one value of a parameter names."
     name, path = _place_of(source, kind, outputs)
-    run = _run_around(path) if source and path.exists() else None
+    run = _run_of(source, path)
     if run:
         return _run_hashes(name, path, run, kind, fresh)
     if name != source or (kind == 'runs' and not path.exists()):
@@ -225,9 +230,10 @@ def runs_named(name:str,    # of a parameter that names inputs
 )->list:                    # folders
     "The runs that one parameter names or that its files lie in."
     value = params[name]
-    sources = value if isinstance(value, list) else [value]
-    places = [_place_of(str(source), declared_inputs[name], _outputs_of(params))[1] for source in sources]
-    return [run for path in places if path.exists() and (run := _run_around(path))]
+    outputs = _outputs_of(params)
+    runs = [_run_of(source, _place_of(source, declared_inputs[name], outputs)[1])
+            for source in (value if isinstance(value, list) else [value])]
+    return [run for run in runs if run]
 
 # %% ../../nbs/runs/15_identity.ipynb #7a740a50
 def _differing(before, after):

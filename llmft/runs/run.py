@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['reserve_bytes', 'save_record', 'merge', 'update_record', 'run_folder', 'check_inside', 'set_aside', 'remove_partials',
            'without_secret', 'open_folder', 'why_anew', 'ending', 'inputs_problem', 'close_folder', 'read_run',
-           'list_runs', 'find_run', 'began_after', 'declared_types', 'injected_names', 'declared_parameters',
-           'check_namespace', 'check_model_params', 'say_model', 'Run', 'write_own_report', 'end_unmanaged',
-           'watch_cells', 'start_run']
+           'list_runs', 'find_run', 'run_or_other', 'began_after', 'declared_types', 'injected_names',
+           'declared_parameters', 'check_namespace', 'check_model_params', 'say_model', 'Run', 'write_own_report',
+           'end_unmanaged', 'watch_cells', 'start_run']
 
 # %% ../../nbs/runs/04_run.ipynb #2efab354
 import ast
@@ -401,21 +401,27 @@ def list_runs(outputs='outputs') -> list:
     return sorted(records, key=lambda record: record['run']['started'])
 
 # %% ../../nbs/runs/04_run.ipynb #ed323fb7
-def find_run(name:str,               # a folder, or notebook/name; with `or_other` also any path or the name of a model
+def _run_at(name, outputs):
+    "The folder of the run of that name, `None` where there is none."
+    places = find_path(name), find_path(outputs) / name
+    return next((place for place in places if (place / 'run.json').is_file()), None)
+
+
+def find_run(name:str,               # a folder, or notebook/name
              outputs:str='outputs',  # folder of all runs
-             or_other:bool=False,    # give back what names no run, where it would be an error
-)->Path:                             # a folder with a run.json; with `or_other` maybe `name`
+)->Path:                             # a folder with a run.json
     "The folder of a run; a `LabError` with the nearest name where there is none."
-    here = find_path(name)
-    if or_other and here.exists():
-        return name
-    for place in (here, find_path(outputs) / name):
-        if (place / 'run.json').is_file():
-            return place
-    if or_other:
-        return name
+    if place := _run_at(name, outputs):
+        return place
     known = [f"{record['run']['notebook']}/{record['run']['name']}" for record in list_runs(outputs)]
     raise LabError(f'there is no run {name}{nearest(name, known)}: `llmft ls` lists them')
+
+# %% ../../nbs/runs/04_run.ipynb #e3766e57
+def run_or_other(name:str,               # a folder, notebook/name, any path, or the name of a model
+                 outputs:str='outputs',  # folder of all runs
+)->str:                                  # the folder of the run where `name` means one, else `name`
+    "What a command that also takes files and models works on."
+    return name if find_path(name).exists() else str(_run_at(name, outputs) or name)
 
 # %% ../../nbs/runs/04_run.ipynb #745cd24a
 def began_after(record:dict, # of a run

@@ -323,10 +323,15 @@ def write_csv(path,       # where to write the table
     write_atomic(path, text.getvalue())
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #66a6ff6b
+def _trained_name(row, label):
+    "A training run by its name and what it tried."
+    return f"{row['run']} ({label(row)})"
+
+
 def _rank_trained(rows, study, label):
     "Training runs by their validation error, paired where all kept the errors of the same trajectories."
     measure = Measure('validation MAE', items='trajectories')
-    names = {row['run']: f"{row['run']} ({label(row)})" for row in rows}
+    names = {row['run']: _trained_name(row, label) for row in rows}
     folders = {names[row['run']]: study.folders.get(f"forecast_train/{row['run']}", '') for row in rows}
     scores, _ = paired_scores(folders, 'valid_mae', 'best')
     return ranked(scores or {names[row['run']]: row['valid_mae'] for row in rows}, measure)
@@ -362,7 +367,7 @@ def _lowest_words(rows, what, study, label):
     if not known:
         return ''
     ranking = _rank_trained(known, study, label)
-    best = next(row for row in known if ranking.best.startswith(f"{row['run']} ("))
+    best = next(row for row in known if _trained_name(row, label) == ranking.best)
     tied = f'; {len(ranking.tied) - 1} tie with it' if ranking.tied[1:] else ''
     return f'Lowest validation MAE of {number_of(len(known), what)}: {label(best)}{tied}.'
 

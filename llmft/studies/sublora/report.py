@@ -257,10 +257,10 @@ def analysis_verdict(metrics:dict,  # from `analysis_metrics`
                f"({metrics['random_guess_bits']:.3f} bits per token); the lowest is that of {metrics['best']}, "
                f"{metrics['best_bound']:.3f} ({metrics['best_empirical_bpd']:.3f} on the sample).")
 
-    said = answers(tests)
-    unshown = [line.partition(':')[0].lower() for line in said if ': no evidence' in line]
-    shown = [line for line in said if ': no evidence' not in line]
+    shown = {test['hypothesis'] for test in tests if test['shown']}
+    said = answers([test for test in tests if test['hypothesis'] in shown])
+    unshown = dict.fromkeys(test['hypothesis'] for test in tests if test['hypothesis'] not in shown)
     nothing = f"No evidence that {'; '.join(unshown)}: see the table of hypotheses." if unshown else ''
     held = (f"In {metrics['above_held_out']} of {runs} the bound lies above the loss on held-out documents. "
             'Next: more seeds, where the differences are small.')
-    return in_bullets(f'{guessed} {best}', ' '.join([*shown, nothing]), held)
+    return in_bullets(f'{guessed} {best}', ' '.join([*said, nothing]), held)
