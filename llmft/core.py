@@ -16,9 +16,11 @@ import json
 import logging
 import os
 import random
+import re
 import sys
 import tempfile
 import time
+from html import unescape
 from pathlib import Path
 
 # %% ../nbs/core.ipynb #2d7e8946
@@ -288,9 +290,21 @@ def usable_cores() -> int:
     "Processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
+# %% ../nbs/core.ipynb #a99954be
+def _words_of(html):
+    "The text of a piece of HTML: a line per row of a table, a bar between cells."
+    text = re.sub('<style>.*?</style>', '', html, flags=re.DOTALL)
+    text = re.sub(r'</t[dh]>(?!</tr>)', ' | ', text).replace('<small>', ', ')
+    text = re.sub('</(tr|div|p|caption)>', '\n', text)
+    text = unescape(re.sub('<[^>]*>', '', text))
+    return re.sub(r'\n{2,}', '\n', text).strip()
+
 # %% ../nbs/core.ipynb #3eec978f
 class Html(str):
-    "A piece of HTML that displays itself in a notebook."
+    "A piece of HTML that displays itself in a notebook, and as plain words in a terminal."
 
     def _repr_html_(self):
         return str(self)
+
+    def _repr_pretty_(self, printer, cycle):
+        printer.text(_words_of(self))

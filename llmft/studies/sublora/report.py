@@ -253,7 +253,7 @@ def analysis_verdict(metrics:dict,  # from `analysis_metrics`
     "Which allocation has the lowest bound, what the hypotheses showed, and whether the bounds held."
     runs = metrics['runs']
     best = told(rank_allocations(groups, metrics['random_guess_bits']))
-    guessed = (f"{metrics['non_vacuous']} of {runs} runs have a bound below random guessing "
+    guessed = (f"{metrics['non_vacuous']} of {number_of(runs, 'bound')} lay below random guessing "
                f"({metrics['random_guess_bits']:.3f} bits per token); the lowest is that of {metrics['best']}, "
                f"{metrics['best_bound']:.3f} ({metrics['best_empirical_bpd']:.3f} on the sample).")
 
@@ -261,6 +261,6 @@ def analysis_verdict(metrics:dict,  # from `analysis_metrics`
     said = answers([test for test in tests if test['hypothesis'] in shown])
     unshown = dict.fromkeys(test['hypothesis'] for test in tests if test['hypothesis'] not in shown)
     nothing = f"No evidence that {'; '.join(unshown)}: see the table of hypotheses." if unshown else ''
-    held = (f"In {metrics['above_held_out']} of {runs} the bound lies above the loss on held-out documents. "
+    held = (f"{metrics['above_held_out']} of {number_of(runs, 'bound')} lay above the loss on held-out documents. "
             'Next: more seeds, where the differences are small.')
     return in_bullets(f'{guessed} {best}', ' '.join([*said, nothing]), held)
