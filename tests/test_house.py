@@ -284,12 +284,12 @@ unplain = re.compile(
 
 
 def prose():
-    "(place, Markdown) of every text that people read: cells of the notebooks, pages, the log."
+    "(place, Markdown) of every text that people read: cells of the notebooks, pages, the log and what changed."
     for path in notebooks:
         for cell in cells(path):
             if cell['cell_type'] == 'markdown':
                 yield place(path), source(cell)
-    for path in [*root.glob('nbs/**/*.qmd'), root / 'LOG.md']:
+    for path in [*root.glob('nbs/**/*.qmd'), root / 'LOG.md', root / 'CHANGELOG.md']:
         yield str(path.relative_to(root)), path.read_text(encoding='utf-8')
 
 
