@@ -290,7 +290,7 @@ def usable_cores() -> int:
     "Processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
-# %% ../nbs/core.ipynb #a99954be
+# %% ../nbs/core.ipynb #3eec978f
 def _words_of(html):
     "The text of a piece of HTML: a line per row of a table, a bar between cells."
     text = re.sub('<style>.*?</style>', '', html, flags=re.DOTALL)
@@ -299,7 +299,7 @@ def _words_of(html):
     text = unescape(re.sub('<[^>]*>', '', text))
     return re.sub(r'\n{2,}', '\n', text).strip()
 
-# %% ../nbs/core.ipynb #3eec978f
+
 class Html(str):
     "A piece of HTML that displays itself in a notebook, and as plain words in a terminal."
 

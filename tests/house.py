@@ -92,6 +92,17 @@ def prose_words(path):
     return sum(len(re.findall(r'\w+', text)) for text in texts)
 
 
+def sentences(text):
+    "The sentences of a Markdown text without its blocks of code and formulas, tables, headings and HTML; : and ; end one."
+    blocks = r'\A---\n.*?^---$|^\s*```.*?^\s*```|\$\$.*?\$\$|</?\w[^>]*>'
+    text = re.sub(blocks, '\n\n', text, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r'`[^`]*`|\$[^$]*\$|(?<=\])\([^)]*\)', 'x', text)
+    for paragraph in re.split(r'\n\s*\n|\n(?=\s*(?:[-*>|#]|\d+\.)\s)', text):
+        if not paragraph.lstrip().startswith(('|', '#', ':::')):
+            body = re.sub(r'^\s*(?:[-*>]|\d+\.)\s+', '', paragraph).strip()
+            yield from filter(None, re.split(r'(?<=[.!?:;])[*_")]*\s+', body))
+
+
 # ---- which notebooks
 
 

@@ -110,7 +110,7 @@ def test_a_long_note_leaves_the_bars_their_room_and_is_whole():
 def test_a_single_bar_has_no_ratio_and_an_exact_prediction_no_sign():
     assert len(figures.bars(dict(alone=3.0), 'Speed', 'tokens/s', 'alone').axes[0].texts) == 1
     texts = figures.memory_bars(dict(a=dict(weights=GiB)), dict(a=1.001 * GiB)).axes[0].texts
-    assert any(text.get_text().endswith('(prediction 0 %)') for text in texts)
+    assert any(text.get_text().endswith('(prediction 0%)') for text in texts)
 
 
 def test_only_runs_that_were_measured_have_a_measured_line():

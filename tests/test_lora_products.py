@@ -63,7 +63,7 @@ def test_beside_fp32_not_a_bit_changes(quantisation):
 @pytest.mark.parametrize('precision', halves)
 @pytest.mark.parametrize('quantisation', ['none', 'nf4'])
 def test_gradients_are_the_former_ones_up_to_the_rounding_of_16_bits(quantisation, precision):
-    "Without dropout, whose draws differ between formats; the loss to 0.1 %, the gradient to 2 % of its length."
+    "Without dropout, whose draws differ between formats; the loss to 0.1%, the gradient to 2% of its length."
     theirs, ours = pair(precision, quantisation, dropout=0.0)
     expected, found = gradients(theirs), gradients(ours)
     assert found.dtype == torch.float32 and 0 < (found - expected).norm() < 0.02 * expected.norm()
@@ -84,7 +84,7 @@ def trained(model, steps=30):
 
 
 def test_a_training_takes_the_former_path():
-    "Thirty steps, which learn: each loss within 1 % of that with products in fp32."
+    "Thirty steps, which learn: each loss within 1% of that with products in fp32."
     expected, found = (trained(model) for model in pair('bf16', dropout=0.0))
     assert expected[-1] < 0.8 * expected[0]
     assert ((found - expected).abs() < 0.01 * expected).all(), (found / expected - 1).abs().max()

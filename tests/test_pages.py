@@ -202,7 +202,7 @@ def test_figures_say_what_they_show(folder):
 def test_memory_bars_do_not_contradict_themselves():
     (axes,) = memory_bars(dict(lora=breakdown), dict(lora=4 * GiB)).axes
     words = [text.get_text() for text in axes.texts]
-    assert 'peak 5.00, parts 7.00' in words and 'measured 4.00 (prediction +25 %)' in words
+    assert 'peak 5.00, parts 7.00' in words and 'measured 4.00 (prediction +25%)' in words
     assert any('black line: peak' in word for word in words)
     lines = [path.vertices[0][0] for each in axes.collections for path in each.get_paths()]
     assert lines and set(lines) == {5.0}  # the line stands at the peak

@@ -481,7 +481,7 @@ def test_signatures_say_how_a_class_is_made_and_options_have_plain_types(site):
 def test_prose_keeps_numbers_with_units_and_words_whole(site):
     text = (site['folder'] / 'models/cost.html').read_text(encoding='utf-8')
     assert '<code>llmft <span class="flag">gpu-check</span></code>' in text
-    assert '32\u00a0MiB' in text and 'within 5\u00a0%' in text
+    assert '32\u00a0MiB' in text and 'within 5%' in text
     text = (site['folder'] / 'experiments/forecast_summary.html').read_text(encoding='utf-8')
     assert 'outputs/<wbr>forecast_summary/<wbr>&lt;name&gt;' in text
 

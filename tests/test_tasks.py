@@ -358,7 +358,7 @@ def test_a_main_guard_does_not_run():
     'answer',
     [
         '<think>\n```python\ndef add(a, b): return a + b\n```\nis it?',
-        'I can not do that.',
+        'I cannot do that.',
         '```bash\nls\n```',
         'def add(a, b): return a + b\n\nimport os\nos._exit(0)',
         'try:\n    def add(a, b): return a\nexcept: pass\nassert False',

@@ -432,7 +432,7 @@ def _check_same_claims(claims, again):
 def verify(path,       # a certificate
            data=None,  # folder of the token files; by default the one the certificate names
 )->dict:               # name of a claim -> claimed, recomputed, holds, differs
-    "Rebuild, score again and recompute every claim of a certificate; a `LabError` when it can not be checked."
+    "Rebuild, score again and recompute every claim of a certificate; a `LabError` when it cannot be checked."
     header, message = read_certificate(path)
     folder = check_data(header['data'], data or header['data']['folder'])
     model, _ = decoded_model(header, message)

@@ -694,7 +694,7 @@ def frontier(points:dict,            # name -> (x, y); a pair with an unknown ha
 def _signed_percent(share):
     "A share in whole per cent with its sign; zero has none."
     whole = round(100 * share)
-    return f'{whole:+d} %'.replace('-', '−') if whole else '0 %'
+    return f'{whole:+d}%'.replace('-', '−') if whole else '0%'
 
 
 def _peak_text(peak, predicted, size):
@@ -811,10 +811,10 @@ def memory_bars(predicted:dict,      # name -> {part: bytes}, or None when unkno
 def _length_note(lengths, limit, over):
     "How many rows there are, how long they are, and how many are beyond the limit."
     most = int(np.quantile(lengths, 0.95, method='higher'))
-    note = f'n = {len(lengths):,} · median {np.median(lengths):,g} · 95 % at most {most:,}'
+    note = f'n = {len(lengths):,} · median {np.median(lengths):,g} · 95% at most {most:,}'
     if not limit:
         return note
-    beyond = f'{over:,} longer ({100 * over / len(lengths):.1f} %)' if over else 'none longer'
+    beyond = f'{over:,} longer ({100 * over / len(lengths):.1f}%)' if over else 'none longer'
     return f'{note} · limit {limit:,}: {beyond}'
 
 

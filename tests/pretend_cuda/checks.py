@@ -241,7 +241,7 @@ def test_kernels_do_not_grow_with_the_documents(mode):
 @newer_only
 @pytest.mark.parametrize('mode', ['lora_half', 'lora_mixed'])
 def test_losses_of_one_call_are_those_of_each_document(monkeypatch, mode):
-    "The loss to 0.1 %, its gradient to 2 % of its length."
+    "The loss to 0.1%, its gradient to 2% of its length."
     model = trained(mode).eval()
     lengths = [11, 30, 2, 1, 20]
     mixed = torch.autocast('cuda', torch.bfloat16, enabled=modes[mode][1] == 'bf16')

@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests:. python -m pretend_cuda.prices params/finetune/lora.yaml --lengths 512x4 --gpu h100
 
-A product takes 75 % of the GPU's peak, traffic 85 % of its bandwidth, a kernel 2.5 microseconds at least. The optimiser
+A product takes 75% of the GPU's peak, traffic 85% of its bandwidth, a kernel 2.5 microseconds at least. The optimiser
 and the processor are not counted, so the share of the peak is an upper bound.
 """
 

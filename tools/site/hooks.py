@@ -17,7 +17,7 @@ shell_option = re.compile(
 )
 longest_option = 30  # characters that stay in one piece, less than a line of a phone
 long_path = 16  # characters of text beyond which a path may break after its slashes
-unit = re.compile(r'(?<=\d) (?=(?:%|GiB|MiB|GB|MB|KB|kB|ms|s|min|h)(?![\w]))|(?<=\bn =) (?=\d)')
+unit = re.compile(r'(?<=\d) (?=(?:GiB|MiB|GB|MB|KB|kB|ms|s|min|h)(?![\w]))|(?<=\bn =) (?=\d)')
 not_prose = re.compile(r'(<(pre|code|math|svg|script|style)\b.*?</\2>|<[^>]*>)', flags=re.DOTALL)
 most_roomy = 6  # columns of a table beyond which its cells are narrow
 output = re.compile(r'(<div class="output".*?<!-- output --></div>)', flags=re.DOTALL)

@@ -171,7 +171,7 @@ def comparison_verdict(results:dict,  # from `by_short_name`
     seeds = seed_ranking(results)
     quality = told(seeds or rank_trained(rows, {name: result['folder'] for name, result in results.items()}))
     if not same_held_out(results):
-        quality = 'The runs were judged on different documents, so the perplexities can not be compared.'
+        quality = 'The runs were judged on different documents, so the perplexities cannot be compared.'
     foreseen = prediction_verdict({row['run']: row for row in rows})
     following = '' if seeds else 'Next: repeat the first two with other seeds (seeds: [1, 2, 3] in the sweep).'
     return in_bullets(f'{quality} {_unequal_rates(rows)}', _cost_words(rows, seeds), f'{foreseen} {following}')

@@ -77,7 +77,7 @@ def _encode_block(rounded_NTV, precision):
 def encode(rounded_NTV, # from `round_series`
            precision=2, # decimals
 )->list:                # one text per trajectory
-    "Trajectories as text: `12.30,4.56;11.98,4.71` and so on; a `LabError` for decimals that can not be written."
+    "Trajectories as text: `12.30,4.56;11.98,4.71` and so on; a `LabError` for decimals that cannot be written."
     check_precision(precision)
     rounded_NTV = np.asarray(rounded_NTV)
     texts = []
@@ -88,7 +88,7 @@ def encode(rounded_NTV, # from `round_series`
 # %% ../../../nbs/studies/forecasting/02_codec.ipynb #b0ac2bcf
 @dataclass
 class Decoded:
-    "What texts hold, and which parts can not be read."
+    "What texts hold, and which parts cannot be read."
 
     values_NTV: np.ndarray  # float64; NaN where a step is malformed or missing
     malformed_N: np.ndarray  # steps of each text that are malformed or missing

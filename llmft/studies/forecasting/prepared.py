@@ -86,7 +86,7 @@ def prepare_series(folder,               # receives texts, factors and metadata
                    system:str='auto',    # equations that simulate, or that the file was made with; auto where unknown
                    **origin,             # of `simulate`, or of `load_series`
 ):                                       # (Series, rows of each split, factors, metadata)
-    "From a file or a simulation to what a study reads; a `LabError` for anything that can not be used."
+    "From a file or a simulation to what a study reads; a `LabError` for anything that cannot be used."
     check_precision(precision)
     check_alpha(alpha)
     simulated = isinstance(path, str) and not path
@@ -130,18 +130,18 @@ def _read_metadata(folder):
 
 
 def _numbers_of(texts, metadata, folder, split):
-    "The numbers in the texts of a split; a `LabError` names the first line that can not be read."
+    "The numbers in the texts of a split; a `LabError` names the first line that cannot be read."
     decoded = decode(texts, *(metadata[name] for name in ('steps', 'variables', 'precision', 'signed')))
     if decoded.malformed_N.any():
         line = int(np.argmax(decoded.malformed_N > 0)) + 1
-        raise LabError(f'{folder}: line {line} of the {split} texts can not be read: prepare the data again')
+        raise LabError(f'{folder}: line {line} of the {split} texts cannot be read: prepare the data again')
     return decoded.values_NTV
 
 
 def read_split(folder,  # of a forecast_data run
                split,   # train | valid | test
 )->Split:
-    "One split that `write_series` left; a `LabError` when the folder holds none or a line can not be read."
+    "One split that `write_series` left; a `LabError` when the folder holds none or a line cannot be read."
     folder = find_path(folder)
     metadata = _read_metadata(folder)
     texts = _read_texts(folder, split)

@@ -54,7 +54,7 @@ systems = dict(zip(known_systems, (System(_simulate_saturating, 200 / 99), Syste
 
 # %% ../../../nbs/studies/forecasting/01_series.ipynb #2ecc8227
 def _check_simulation(system, count, steps, step_time):
-    "A `LabError` for what can not be solved."
+    "A `LabError` for what cannot be solved."
     check_system(system)
     if count < 1 or steps < 2 or not 0 <= step_time < math.inf:
         raise LabError(f'simulate: {number_of(count, "trajectory")} of {steps} steps, {step_time} apart: '
@@ -89,7 +89,7 @@ def check_alpha(alpha:float,  # what the 99th percentile becomes
 
 # %% ../../../nbs/studies/forecasting/01_series.ipynb #543fafff
 def _check_scaling(scaling, alpha, context, train_rows, steps):
-    "A `LabError` for a scaling that can not be computed."
+    "A `LabError` for a scaling that cannot be computed."
     if scaling not in scalings:
         raise LabError(f"scaling is '{scaling}'{nearest(scaling, scalings)}: choose from {', '.join(scalings)}")
     check_alpha(alpha)
@@ -111,7 +111,7 @@ def _own_tops(values_NTV):
 
 
 def _in_range(factors):
-    "Factors as float32; 1 for a percentile of 0, and none that float32 can not hold."
+    "Factors as float32; 1 for a percentile of 0, and none that float32 cannot hold."
     usable = np.isfinite(factors) & (factors > np.finfo(np.float32).tiny) & (factors < np.finfo(np.float32).max)
     return np.where(usable, factors, 1).astype(np.float32)
 

@@ -101,7 +101,7 @@ def time_table(rows:list,  # from `compared_rows`
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #08b2c566
 _token_columns = [column('run'), column('time_to_first_token', 'first token, median', 's', best='low'),
                   column('time_per_output_token', 'later token, median', 's', best='low', n='decoding_steps'),
-                  column('time_per_output_token_p95', 'later token, 95 %', 's', best='low'),
+                  column('time_per_output_token_p95', 'later token, 95%', 's', best='low'),
                   column('bandwidth_share', 'weights read', 'share of copy rate', best='high')]
 
 

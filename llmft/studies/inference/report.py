@@ -80,7 +80,7 @@ _speed_columns = [
     column('avg_latency', 'time per query', 's', best='low'),
     column('time_to_first_token', 'first token, median', 's'),
     column('time_per_output_token', 'later token, median', 's', n='decoding_steps'),
-    column('time_per_output_token_p95', 'later token, 95 %', 's'),
+    column('time_per_output_token_p95', 'later token, 95%', 's'),
     column('bandwidth_share', 'weights read', 'share of copy rate'), column('memory', 'peak memory', 'MiB')]
 
 
@@ -137,7 +137,7 @@ def against_reference(model,      # from `load_form`
 # %% ../../../nbs/studies/inference/03_report.ipynb #495ac7b7
 _divergence_columns = [
     column('kld', 'divergence', 'nats per token', best='low', n='quality_tokens', digits=4),
-    column('kld_se', '±', 'nats'), column('kld_median', 'median', 'nats'), column('kld_p99', '99 %', 'nats'),
+    column('kld_se', '±', 'nats'), column('kld_median', 'median', 'nats'), column('kld_p99', '99%', 'nats'),
     column('kld_max', 'largest', 'nats'), column('same_top', 'same top token', 'share', best='high', digits=4),
     column('same_top_se', '±', 'share'), column('log_perplexity_change', 'perplexity ratio', 'ln'),
     column('log_perplexity_change_se', '±'), column('rms_change', 'change of probability', 'root mean square'),

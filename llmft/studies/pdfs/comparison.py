@@ -71,7 +71,7 @@ def comparison_verdict(rows:list,  # from `compared_rows`
     fastest = ranked({row['run']: row['seconds_per_step'] for row in rows}, Measure('time of a step', 's'))
     quality = told(rank_trained(rows, {row['run']: row['folder'] for row in rows}, 'chunks'))
     if not same_held_out(rows):
-        quality = 'The runs were judged on different chunks, so the perplexities can not be compared.'
+        quality = 'The runs were judged on different chunks, so the perplexities cannot be compared.'
     return in_bullets(f'{place_words(widest)} {place_words(fastest)}', quality,
                       'One run and one seed each: times less than 5% apart count as a tie. Next: repeat the first two '
                       'with other seeds (-p seed=1).')

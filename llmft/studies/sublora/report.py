@@ -181,7 +181,7 @@ def play_coverage(results:dict,  # name -> what `read_result` gives
                   documents:int, # n, documents drawn per game
                   samples:int,   # m, documents scored per game
                   delta:float,   # probability that a bound of a game may fail with
-):                               # what `coverage` gives, or None when it can not be played
+):                               # what `coverage` gives, or None when it cannot be played
     "How often the bound of the run that looks best lies above its true risk."
     scored = _held_out_bits(results)
     comparable = len(scored) == len(results) and len({len(bits) for bits in scored}) == 1
