@@ -42,17 +42,19 @@ def picture_of(report, page, title):
 
 
 def card(folder):
-    "A link to a report: its richest figure, its title, its verdict, how long it took and when."
+    "A link to a report: its richest figure, its title and name, its verdict, how long it took and when."
     run = json.loads((folder / 'run.json').read_text(encoding='utf-8'))['run']
     report = (folder / 'report.html').read_text(encoding='utf-8')
     page = f'gallery/{folder.parent.name}/{folder.name}'
     title = re.search('<h1[^>]*>(.*?)</h1>', report)[1]
     words = re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', run.get('verdict') or '')  # its links lead into the folder of the run
     verdict = '<br>'.join(html.escape(line.removeprefix('- ')) for line in words.splitlines())
-    facts = f"{run['notebook']}/{run['name']} · {duration(run['seconds'])} · {run['started'][:10].replace('-', '&#8209;')}"
+    verdict = verdict.replace('n = ', 'n&nbsp;=&nbsp;')
+    facts = f"{duration(run['seconds'])} · {run['started'][:10].replace('-', '&#8209;')}"
 
     return (
         f'<a class="card" href="{page}.html">{picture_of(report, page, title)}<b>{title}</b>'
+        f'<span class="name">{run["notebook"]}/{run["name"]}</span>'
         f'<span class="verdict">{verdict}</span><span>{facts}</span></a>'
     )
 

@@ -31,6 +31,7 @@ from llmft.data.tokens import (
 )
 from llmft.inference import generation
 from llmft.inference.generation import complete, end_tokens, written_text
+from llmft.runs.report import clean_html
 from llmft.studies.code import pass_at_k
 from llmft.studies.code.tasks import Task, encode_tasks, prompt_rows
 from llmft.studies.inference.word_problems import ask
@@ -412,6 +413,7 @@ def test_the_first_and_the_last_tokens_are_shown():
     shown = show_tokens(examples, 0, tokenizer, 20)
     assert shown.index('f</span>') < shown.index('more tokens') < shown.index('&lt;|im_end|&gt;')
     assert shown.count('outline') == 1  # the end; what the text spells has no frame
+    assert clean_html(shown).count('outline') == 1  # pages and reports keep it
 
 
 def test_places_in_a_problem_are_not_filled():

@@ -31,7 +31,7 @@ run = dict(
     ended='2026-08-01T10:00:05+00:00',
     seconds=5.0,
     command='llmft run params/finetune/lora.yaml --small',
-    verdict='- lora lowered the perplexity from 34.2 to 26.2.\n- It took 5 s.',
+    verdict='- LoRA lowered the perplexity from 34.2 to 26.2.\n- It took 5 s.',
 )
 record = dict(
     run=run,
@@ -469,7 +469,7 @@ def test_the_keyboard_reaches_the_content_first(browser, folder):
 def test_the_page_over_all_runs_says_what_there_is(folder):
     page = (folder / 'index.html').read_text()
     assert page.count('<tr>') == 4 and page.count('aria-label="loss from') == 3
-    for words in ('lora lowered the perplexity from 34.2 to 26.2.', 'badge done', 'badge interrupted', 'badge failed'):
+    for words in ('LoRA lowered the perplexity from 34.2 to 26.2.', 'badge done', 'badge interrupted', 'badge failed'):
         assert words in page, words
     assert page.count('class="chip">seed') == 3 and 'class="chip">method' not in page
     assert 'It took 5 s' not in page and 'href="finetune/first/report.html"' in page

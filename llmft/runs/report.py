@@ -42,7 +42,7 @@ _attributes = {
     'details': {'open'}, 'ol': {'start'}, 'td': {'align', 'colspan', 'data-label', 'rowspan'},
     'th': {'align', 'colspan', 'rowspan', 'scope'}} | {tag: _math_attributes for tag in _math_tags}
 _styles = set('background background-color border-radius color font-family font-style font-weight line-height '
-              'margin margin-left margin-right max-width opacity overflow-x padding text-align text-decoration '
+              'margin margin-left margin-right max-width opacity outline overflow-x padding text-align text-decoration '
               'vertical-align white-space '
               'width'.split())
 _image_data = re.compile(r'data:image/(?:png|jpeg|gif|webp|svg\+xml);base64,[A-Za-z0-9+/]+={0,2}')
@@ -369,7 +369,8 @@ def rich_html(data:dict,     # type -> content
         text = widget_text(widget['model_id'], widgets) or data.get('text/plain', '')
         return f'<p class="progress">{escape(text)}</p>'
     if 'text/html' in data:
-        return f'<div>{safe_html(data["text/html"])}</div>'
+        drawing = inline_svg(data['text/html']) if data['text/html'].startswith('<svg') else ''
+        return f'<div>{drawing or safe_html(data["text/html"])}</div>'
     if any(kind in data for kind in _image_kinds):
         return _first_image(data, details)
 

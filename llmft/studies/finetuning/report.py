@@ -133,11 +133,14 @@ def finetuning_metrics(params,            # the run's parameters
     return result.metrics() | _quality(before, after) | settings | counts | _cost_metrics(cost)
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #ec8ec96b
+_titles = dict(full='full fine-tuning', lora='LoRA', qlora='QLoRA')
+
+
 def _perplexity_change(name, old, new):
     "From which perplexity a model came and where it went."
     change = 1 - new['perplexity'] / old['perplexity']
     direction = 'lowered' if change > 0 else 'raised'
-    return (f"Training by {name} {direction} the held-out perplexity from {old['perplexity']:.1f} to "
+    return (f"{name[0].upper()}{name[1:]} {direction} the held-out perplexity from {old['perplexity']:.1f} to "
             f"{new['perplexity']:.1f} ({abs(change):.0%})")
 
 
@@ -165,15 +168,16 @@ def finetuning_verdict(method:str,        # full, lora or qlora
                        forgot:str='',     # from `forgetting_words`
 )->str:                                   # Markdown
     "What the run gained over its strongest rival, how sure that is, and what it took."
-    rivals = {method: after, 'the model before training': before}
+    name = _titles[method]
+    rivals = {name: after, 'the model before training': before}
     rivals |= {'the base without quantisation': base} if base else {}
 
     progress = result.progress
-    answer = f'{_perplexity_change(method, before, after)}{_against_unquantised(base, after)}.'
+    answer = f'{_perplexity_change(name, before, after)}{_against_unquantised(base, after)}.'
     took = (f"It trained {result.trainable:,} of {size['total']:,} parameters for {number_of(progress.step, 'step')} "
             f"({progress.stopped}); n = {after['targets']:,} held-out tokens of {after['documents']} documents. "
             f'Next: {_next_run(before, after)}.')
-    return in_bullets(answer, f'{told(rank_judged(rivals), method)} {forgot}', took)
+    return in_bullets(answer, f'{told(rank_judged(rivals), name)} {forgot}', took)
 
 # %% ../../../nbs/studies/finetuning/03_report.ipynb #6c81b2ed
 def pretraining_metrics(result:FitResult,  # from `launch`
