@@ -152,7 +152,7 @@ def test_the_evaluation_has_all_rows_and_pictures(study):
         and metrics['untrained_mae_median'] > 0
         and metrics['true_equations_refitted_mae'] < metrics['last_value_mae']
     )
-    assert all(name in page for name in ('seasonal', 'linear autoregression', 'published: LoRA, p2', 'original units'))
+    assert all(name in page for name in ('seasonal', 'linear autoregression', 'published: LoRA, 2 decimals', 'original units'))
     assert all(name in page for name in ('context parroting', 'Lotka-Volterra refitted', 'The ceiling, ', 'MASE', 'WQL'))
     by_step = json.loads((folder / 'by_step.json').read_text())
     assert all(len(curves['mean_H']) == 10 for curves in by_step.values()) and 'fine-tuned' in by_step

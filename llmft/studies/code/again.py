@@ -20,7 +20,7 @@ _names = dict(valid='eval_loss', test='test_loss')  # split -> metric
 def instruct_again(folder,       # of a finished run of instruct
                    record:dict,  # its run.json
 )->dict:                         # metric -> (value, tolerance)
-    "Losses of the tuned model on validation and test rows; a `LabError` when something is not here."
+    "Losses of the tuned model on validation and test rows; a `LabError` when a file is missing."
     params = SimpleNamespace(**record['params'])
     adapter = check_there(folder, 'adapter')
     model = load_adapter(instruct_base(params), adapter)

@@ -35,7 +35,7 @@ def _tuned(params, folder):
 def finetuning_again(folder,       # of a finished run of finetune
                      record:dict,  # its run.json
 )->dict:                           # metric -> (value, tolerance)
-    "Loss and perplexity of the tuned model on the held-out documents; a `LabError` when something is not here."
+    "Loss and perplexity of the tuned model on the held-out documents; a `LabError` when a file is missing."
     params = SimpleNamespace(**record['params'])
     model = _tuned(params, folder)
     corpus = load_corpus(params.data, params.data_config, params.text_field, params.num_samples, params.valid_share,
@@ -52,7 +52,7 @@ def finetuning_again(folder,       # of a finished run of finetune
 def pretraining_again(folder,       # of a finished run of pretrain
                       record:dict,  # its run.json
 )->dict:                            # metric -> (value, tolerance)
-    "Loss and perplexity of the exported model on the held-out documents; a `LabError` when something is not here."
+    "Loss and perplexity of the exported model on the held-out documents; a `LabError` when a file is missing."
     params = SimpleNamespace(**record['params'])
     place = str(find_path(params.export_to) if params.export_to else check_there(folder, 'model'))
     corpus = load_corpus(params.data, params.data_config, params.text_field, params.num_samples, params.valid_share)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['by_short_name', 'run_metrics', 'held_out_hashes', 'same_held_out', 'terms_table', 'quality_table', 'costs_table',
-           'shared_rows', 'reference_table', 'matrix_of', 'first_samples', 'seed_ranking', 'best_run',
+           'shared_rows', 'reference_table', 'matrix_of', 'first_samples', 'samples_table', 'seed_ranking', 'best_run',
            'comparison_verdict', 'comparison_metrics']
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #73b3225c
@@ -42,13 +42,23 @@ def same_held_out(results:dict,  # from `by_short_name`
     return len(set(held_out_hashes(results).values())) == 1
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #215976f5
+def _epochs(metrics):
+    "Passes over the examples that were made: fewer than asked for where max_steps cut the run."
+    per_epoch = metrics.get('steps_per_epoch')
+    return metrics['steps'] / per_epoch if per_epoch else metrics['num_epochs']
+
+
+_terms_columns = ['run', 'model', 'data', column('held_out', 'held-out documents', 'hash'), 'rows', 'epochs', 'steps',
+                  'learning_rate', 'batch', 'commit']
+
+
 def _terms(name, result):
     "What one run was trained on and judged on."
     record = result['record']
     metrics = result['metrics']
     return dict(
         run=name, model=record['params']['model'], data=record['params']['data'],
-        held_out=record['meta']['data']['valid']['sha256'], rows=metrics['num_samples'], epochs=metrics['num_epochs'],
+        held_out=record['meta']['data']['valid']['sha256'], rows=metrics['num_samples'], epochs=_epochs(metrics),
         steps=metrics['steps'], learning_rate=metrics['learning_rate'], batch=metrics['batch_size'],
         commit=(record['meta']['git']['commit'] or '')[:10])
 
@@ -56,7 +66,7 @@ def _terms(name, result):
 def terms_table(results:dict,  # from `by_short_name`
 ):                             # a table for display
     "What each run was trained on and judged on."
-    return table([_terms(name, result) for name, result in results.items()])
+    return table([_terms(name, result) for name, result in results.items()], _terms_columns)
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #703c9ba5
 _quality_columns = [column('run'), column('perplexity_before', 'perplexity', 'before'),
@@ -122,14 +132,33 @@ def matrix_of(results:dict,  # from `by_short_name`
     return {matrix_key(result['record']['params']): result['metrics'] for result in results.values()}
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #65942e99
+def _cut_off(text):
+    "A continuation, with a mark where generation ended within a sentence."
+    return text if text.rstrip().endswith(('.', '!', '?', '"')) else f'{text}…'
+
+
 def first_samples(results:dict,  # from `by_short_name`
 )->list:                         # run, prompt, before, after
-    "The first prompt, continued by each model before and after training; older runs kept none."
-    rows = []
+    "The first prompt, continued by each model before and after training; equal ones once, older runs kept none."
+    runs = {}
     for name, result in results.items():
         for sample in (result['record']['train'].get('samples') or [])[:1]:
-            rows.append(dict(run=name, prompt=sample['prompt'], before=sample['before'], after=sample['after']))
-    return rows
+            texts = (sample['prompt'], _cut_off(sample['before']), _cut_off(sample['after']))
+            runs.setdefault(texts, []).append(name)
+    return [dict(run=', '.join(names), prompt=prompt, before=before, after=after)
+            for (prompt, before, after), names in runs.items()]
+
+# %% ../../../nbs/studies/finetuning/04_comparison.ipynb #125acb3c
+def samples_table(results:dict,  # from `by_short_name`
+):                               # a table for display, or None
+    "The first prompt and what the models make of it; runs that continue it alike share a line."
+    rows = first_samples(results)
+    if not rows:
+        return print('no run kept samples')
+    prompts = list(dict.fromkeys(row['prompt'] for row in rows))
+    same = len(prompts) == 1
+    return table(rows, ['run', *([] if same else ['prompt']), 'before', 'after'],
+                 f'Continuations of "{prompts[0]}"' if same else '')
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #59ab4041
 def seed_ranking(results:dict,  # from `by_short_name`

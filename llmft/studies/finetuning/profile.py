@@ -65,7 +65,7 @@ def part_percents(operations:list,  # from `operations`
     whole = sum(operation['seconds'] for operation in operations)
 
     def label(part, phase):
-        return part if part == phase else f'{part}, {phase}'
+        return part if part == 'optimiser' else f'{part}, {phase}'
 
     percents = {label(part, phase): 0 for part in shares(operations, 'part')
                 for phase in ('forward', 'backward', 'optimiser')}
@@ -82,9 +82,13 @@ def part_bars(operations:list,  # from `operations`
     return bars(percents, 'Time of a step by part of the model', '% of self time', note=_clock(profile))
 
 # %% ../../../nbs/studies/finetuning/05_profile.ipynb #ea171e16
+_in_sentence = {'element by element': 'element-by-element operations', 'loss': 'the loss', 'optimiser': 'the optimiser'}
+
+
 def _largest(name, found):
     "Which of several shares of the time is largest, and which comes next."
-    (first, most), *others = sorted(found.items(), key=lambda share: -share[1])
+    (first, most), *others = sorted(((_in_sentence.get(each, each), share) for each, share in found.items()),
+                                    key=lambda share: -share[1])
     following = f', then {others[0][1]:.1%} to {others[0][0]}' if others else ''
     return f'By {name}, the largest share of the time goes to {first}: {most:.1%}{following}.'
 

@@ -89,11 +89,12 @@ def beside_reference(runs:dict,  # row of the matrix -> metrics of our run
         their_seconds, their_memory = matrix_reference.get(row_key, _unknown)
         note = reference_notes.get(row_key, '' if row_key in matrix_reference else 'not in the reference')
 
-        rows.append(dict(row=row_name(row_key), note=note)
-                    | _with_ratio('seconds', seconds, base_seconds)
-                    | _with_ratio('reference_seconds', their_seconds, their_base_seconds)
-                    | _with_ratio('memory', memory, base_memory)
-                    | _with_ratio('reference_memory', their_memory, their_base_memory))
+        row = (dict(row=row_name(row_key), note=note)
+               | _with_ratio('seconds', seconds, base_seconds)
+               | _with_ratio('reference_seconds', their_seconds, their_base_seconds)
+               | _with_ratio('memory', memory, base_memory)
+               | _with_ratio('reference_memory', their_memory, their_base_memory))
+        rows.append(row | (dict(reference_seconds_ratio='invalid') if 'time invalid' in note else {}))
     return rows
 
 # %% ../../../nbs/studies/finetuning/02_published.ipynb #2dfe48b8

@@ -149,7 +149,8 @@ def _against_unquantised(base, after):
     if not base:
         return ''
     change = after['perplexity'] / base['perplexity'] - 1
-    return f"; against the base without quantisation ({base['perplexity']:.1f}) that is {change:+.0%}"
+    direction = 'above' if change > 0 else 'below'
+    return f", {abs(change):.0%} {direction} the base without quantisation ({base['perplexity']:.1f})"
 
 
 def _next_run(before, after):

@@ -25,7 +25,7 @@ _of_draws = .05  # tolerance of an error of forecasts: on another machine single
 def forecast_train_again(folder,       # of a finished run of forecast_train
                          record:dict,  # its run.json
 )->dict:                               # metric -> (value, tolerance)
-    "The error of the kept adapter on the validation trajectories; a `LabError` when something is not here."
+    "The error of the kept adapter on the validation trajectories; a `LabError` when a file is missing."
     adapter = check_there(folder, 'adapter')
     with tempfile.TemporaryDirectory() as place:
         params = with_data(SimpleNamespace(**record['params']), place)
@@ -43,7 +43,7 @@ def _settings(params, count):
 def forecast_eval_again(folder,       # of a finished run of forecast_eval
                         record:dict,  # its run.json
 )->dict:                              # metric -> (value, tolerance)
-    "The error of the judged model on its split; a `LabError` when something is not here."
+    "The error of the judged model on its split; a `LabError` when a file is missing."
     with tempfile.TemporaryDirectory() as place:
         params = with_data(SimpleNamespace(**record['params']), place)
         part = read_split(params.data, params.split)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ...core import LabError, number_of, write_json
+from ...runs.numbers import show_number
 from ...runs.rivals import Measure, in_bullets, keep_scores, place_words, ranked, told
 from ...runs.tables import column, table
 from .baselines import baselines, ceiling, informed
@@ -126,16 +127,16 @@ def error_table(comparison:Comparison,  # of one evaluation
     "Errors of the point forecasts in scaled units, with the published ones."
     horizon = comparison.future_NHV.shape[1]
     rows = [dict(run=name, **row, at_ten=comparison.at_ten[name]) for name, row in comparison.rows.items()]
-    caption = ('Scaled units. Published: Qwen2.5-0.5B, n = 150, 50 steps, scale from all steps, regex repair; '
-               f'here {number_of(horizon, "step")}, scaling {scaling}, no repair')
+    caption = ('Scaled units. The published rows are of Qwen2.5-0.5B over 50 steps; they scale by all steps and repair the '
+               f'text. Ours are over {number_of(horizon, "step")}, with scaling {scaling} and no repair.')
     return table(rows + published['test'], _error_columns, caption)
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #e5aec3b4
 _spread_columns = (
     column('run', 'forecast'),
-    column('crps', 'CRPS', 'mean', best='low', n='samples'),
-    column('crps_median', 'CRPS', 'median', best='low'),
-    column('wql', 'WQL', 'quantiles 0.1 to 0.9', best='low'),
+    column('crps', 'CRPS', 'mean', n='samples'),
+    column('crps_median', 'CRPS', 'median'),
+    column('wql', 'WQL', 'quantiles 0.1 to 0.9'),
     column('coverage_80', 'in the band', 'share, 0.8 wanted'),
     column('band_width', 'width of the band', 'scaled units'),
     column('nll_per_value', 'NLL', 'nats/value', best='low'),
@@ -167,10 +168,10 @@ def step_table(comparison:Comparison,  # of one evaluation
     "Mean and median error, the share inside the band, and the likelihood of the truth, at some steps ahead."
     steps = [step for step in shown_steps if step <= comparison.future_NHV.shape[1]]
     rows = [_step_row(name, curves, steps) for name, curves in comparison.ahead.items()]
-    errors = [column(f'{kind}_{step}', f'{step} ahead', f'{kind} error')
-              for step in steps for kind in ('mean', 'median')]
-    inside = [column(f'coverage_{step}', f'{step} ahead', 'share in the band') for step in steps]
-    likely = [column(f'nll_{step}', f'{step} ahead', 'NLL, nats/value') for step in steps]
+    ahead = {step: f"{number_of(step, 'step')} ahead" for step in steps}
+    errors = [column(f'{kind}_{step}', ahead[step], f'{kind} error') for step in steps for kind in ('mean', 'median')]
+    inside = [column(f'coverage_{step}', ahead[step], 'share in the band') for step in steps]
+    likely = [column(f'nll_{step}', ahead[step], 'NLL, nats/value') for step in steps]
     columns = [column('run', 'forecast'), *errors, *inside, *likely]
     return table(rows, columns, 'Scaled units, mean of the variables')
 
@@ -214,7 +215,7 @@ def compared(before:float,  # an error
              after:float,   # the same after training
 )->str:
     "How one error compares with another, in words to be followed by the earlier error."
-    return f'{before / after:.1f} times better than' if after <= before else f'{after / before:.1f} times worse than'
+    return f'{before / after:.1f} times lower than' if after <= before else f'{after / before:.1f} times higher than'
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #12d31db8
 def _shown(error):
@@ -268,7 +269,7 @@ def _against_untrained(comparison, judged):
     untrained = comparison.rows.get('untrained', {}).get('mae_median')
     if judged == 'untrained' or not (own and untrained):
         return ''
-    return f'It is {compared(untrained, own)} untrained ({_shown(untrained)}).'
+    return f'Its median MAE is {compared(untrained, own)} untrained ({show_number(untrained)}).'
 
 
 def _wins(ranking, judged):
@@ -330,8 +331,11 @@ def example_text(made,         # `Forecast`
     count, samples = made.samples_NSHV.shape[:2]
     text = made.texts[0][0]
     ending = '…' if len(text) > shown_characters else ''
-    return (f'{made.malformed_steps} of {count * samples * horizon:,} steps could not be read. '
-            f'The first forecast as written:\n{text[:shown_characters]}{ending}')
+    steps = count * samples * horizon
+    read = f'{made.malformed_steps:,} of {steps:,} steps could not be read.'
+    if not made.malformed_steps:
+        read = f'All {steps:,} steps could be read.'
+    return f'{read} The first forecast as written:\n{text[:shown_characters]}{ending}'
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #882618d8
 _untrained_scores = ('mae', 'mae_median', 'mse', 'success_rate')

@@ -237,7 +237,7 @@ def series_documents(folder,     # of a forecast_data run
                      trajectories:int=0, # the first so many; 0 is all
                      loss_from:int=0,    # first step with a loss
 )->Examples:                     # one per trajectory
-    "The trajectories of a split as tokens, from the token files where these were made of its texts."
+    "The trajectories of a split as tokens, from the token files where they hold the texts of the split."
     folder = find_path(folder)
     serialisation = probe(tokenizer, precision, _read_metadata(folder)['signed'])
     texts = _read_texts(folder, split)
@@ -264,7 +264,7 @@ def series_windows(folder,         # of a forecast_data run
                    valid_trajectories:int=0,  # validation trajectories, 0 for all
                    loss_from:int=0,    # first step of a trajectory with a loss
 )->tuple:                          # (training windows, validation windows, positions of each training trajectory)
-    "Overlapping windows to train on, and windows to watch it by that do not overlap."
+    "Training windows, which overlap by half, and validation windows, which do not overlap."
     train = series_documents(folder, 'train', tokenizer, precision, loss_from=loss_from)
     valid = series_documents(folder, 'valid', tokenizer, precision, valid_trajectories, loss_from)
     stride = max(1, length // 2)

@@ -21,9 +21,9 @@ published = dict(
     context={128: 0.620, 512: 0.561, 768: 0.598},  # tokens -> validation error
     final=dict(valid_mae=0.2185, step=4500),
     test=[
-        dict(run='published: untrained, p2', mae=357.2, mae_median=3.80, trajectories=150),
-        dict(run='published: untrained, p3', mae=3805.9, mae_median=4.38, trajectories=150),
-        dict(run='published: LoRA, p2', mae=0.974, mae_median=0.849, mse=2.743, trajectories=150),
+        dict(run='published: untrained, 2 decimals', mae=357.2, mae_median=3.80, trajectories=150),
+        dict(run='published: untrained, 3 decimals', mae=3805.9, mae_median=4.38, trajectories=150),
+        dict(run='published: LoRA, 2 decimals', mae=0.974, mae_median=0.849, mse=2.743, trajectories=150),
     ],
     flops=1.0303e17,  # of all training, of a budget of 1e17
     hours=dict(search=4.5, context=1.0, final=0.83),

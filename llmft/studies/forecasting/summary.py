@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ...core import LabError, number_of, write_atomic
-from ...runs.numbers import is_number, with_unit
+from ...runs.numbers import is_number, show_number, with_unit
 from ...runs.results import done_folders, read_result
 from ...runs.rivals import Measure, in_bullets, kept_scores, paired_scores, ranked, told
 from ...runs.tables import column, known_columns, table
@@ -187,8 +187,8 @@ def final_table(final:list,  # final runs
         return print('no final run')
     ours = [dict(row, hours=row['total_time_seconds'] / seconds_per_hour) for row in final]
     hours = published['hours']
-    caption = (f"The published search took {hours['search']:g} hours and the context study {hours['context']:g}, "
-               'on one A100')
+    caption = (f"Training of the published studies, hours on one A100: search {hours['search']:g}, "
+               f"context study {hours['context']:g}")
     return table([*ours, _published_final()], _final_columns, caption)
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #310e3261
@@ -226,7 +226,7 @@ _test_columns = (
 
 def _published_test(row):
     "A published test error with its decimals and steps."
-    return dict(row, precision=3 if 'p3' in row['run'] else 2, forecast_steps=published_horizon)
+    return dict(row, precision=3 if '3 decimals' in row['run'] else 2, forecast_steps=published_horizon)
 
 
 def evaluation_table(tests:list,  # runs of forecast_eval
@@ -251,7 +251,7 @@ def rival_table(tests:list,  # runs of forecast_eval
     for test in tests:
         for error, unit in _rival_errors.items():
             name = f"{test['run']} {error}"
-            columns.append(column(name, test['run'], unit, best='low'))
+            columns.append(column(name, test['run'], unit))
             for forecast, value in rivals_of(test, error).items():
                 rows.setdefault(forecast, dict(forecast=forecast))[name] = value
 
@@ -424,7 +424,7 @@ def _test_details(row, study):
     words = [told(ranking, _own_name(row)) for ranking in _rankings(row, study)]
     untrained = row.get('untrained_mae_median')
     if untrained and row.get('mae_median'):
-        words.append(f"It is {compared(untrained, row['mae_median'])} untrained ({untrained:.3f}).")
+        words.append(f"Its median MAE is {compared(untrained, row['mae_median'])} untrained ({show_number(untrained)}).")
     return ' '.join(words)
 
 

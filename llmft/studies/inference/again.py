@@ -18,7 +18,7 @@ from ...training.step import judge
 def inference_again(folder,       # of a finished run of inference; nothing in it is read
                     record:dict,  # its run.json
 )->dict:                          # metric -> (value, tolerance)
-    "The perplexity of the model on the held-out text; a `LabError` when something is not here."
+    "The perplexity of the model on the held-out text; a `LabError` when a file is missing."
     params = SimpleNamespace(**record['params'])
     corpus = load_corpus(params.text, params.text_config, params.text_field, valid_share=params.valid_share)
     corpus.valid = corpus.valid[:params.num_eval_samples or len(corpus.valid)]

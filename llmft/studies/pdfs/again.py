@@ -18,7 +18,7 @@ from .setup import pdf_base, pdf_data
 def pdf_again(folder,       # of a finished run of pdf_finetune
               record:dict,  # its run.json
 )->dict:                    # metric -> (value, tolerance)
-    "Loss and perplexity of the tuned model on the held-out files; a `LabError` when something is not here."
+    "Loss and perplexity of the tuned model on the held-out files; a `LabError` when a file is missing."
     params = SimpleNamespace(**record['params'])
     adapter = check_there(folder, 'adapter')
     model = load_adapter(pdf_base(params), adapter)

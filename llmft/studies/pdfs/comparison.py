@@ -37,7 +37,8 @@ def settings_table(rows:list,  # from `compared_rows`
     "In what the runs differ."
     return table(rows, ['run', 'quantisation', 'precision', 'optimiser',
                         column('gradient_checkpointing', 'checkpointing'), column('lora_rank', 'rank'),
-                        column('lora_alpha', 'alpha'), 'held_out'])
+                        column('lora_alpha', 'alpha'),
+                        column('held_out', 'held-out chunks', 'hash')])
 
 # %% ../../../nbs/studies/pdfs/04_comparison.ipynb #d87f758c
 _comparison_columns = [

@@ -14,7 +14,8 @@ reference_run = dict(study='reference', files='747 / 83', chunks='12,634 / 2,901
 
 # %% ../../../nbs/studies/pdfs/02_published.ipynb #e0dd3936
 _reference_columns = [
-    'study', column('files', 'files', 'train / test'), column('chunks', 'chunks', 'train / test'),
+    'study', column('files', 'files', 'training / held out'),
+    column('chunks', 'chunks', 'training / held out'),
     column('largest', 'largest batch', 'rows'), column('minutes', 'training', 'min'),
     column('loss', 'held-out loss', 'nats/token'), 'perplexity', 'device']
 

@@ -20,7 +20,7 @@ from ...data.tables import left_out
 from ...runs.figures import Plot, ink, muted, new_plot, palette, style
 from ...runs.numbers import byte_unit
 from ...runs.rivals import in_bullets, rank_judged, told
-from ...runs.tables import column, evaluation_table, table, text_columns
+from ...runs.tables import column, evaluation_table, known_columns, table, text_columns
 from ...training.fit import FitResult
 from ...training.recipe import Recipe
 from .setup import PdfData
@@ -40,23 +40,24 @@ def data_table(data:PdfData,    # of the run
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #e0d2fa7b
 most_files_shown = 20
-_file_columns = ['file', 'bytes', 'pages', column('read', 'pages read'), 'characters', column('used', 'used for'),
-                 column('why', 'why not')]
+_file_columns = [column('file'), column('bytes'), column('pages'), column('read', 'pages read'), column('characters'),
+                 column('used', 'used for'), column('why', 'why not')]
+_side_names = dict(train='training', test='held out')
 
 
 def _file_row(file, used_for):
     "The outcome of one file; `used_for` is its split."
     return dict(file=file.name, bytes=file.bytes, pages=file.pages, read=file.read, characters=file.characters,
-                used=used_for, why=file.skipped)
+                used=used_for, why=file.skipped or None)
 
 
 def file_table(data:PdfData,  # of the run
 ):                            # a table for display
     "The outcome of the files: all that were skipped, and the first of those that were used."
-    used_for = {name: side for side in ('train', 'test') for name in data.split[f'{side}_files']}
+    used_for = {name: words for side, words in _side_names.items() for name in data.split[f'{side}_files']}
     skipped = [file for file in data.files if file.skipped]
-    return table([_file_row(file, used_for.get(file.name, 'no'))
-                  for file in skipped + data.used[:most_files_shown]], _file_columns)
+    rows = [_file_row(file, used_for.get(file.name)) for file in skipped + data.used[:most_files_shown]]
+    return table(rows, known_columns(rows, _file_columns))
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #586b7ca8
 def files_in_words(data:PdfData,  # of the run
@@ -83,9 +84,10 @@ def _mib(count):
 def trial_table(trials:list,  # of `Trial`, in the order they were made
 ):                            # a table for display
     "What each trial of the search was predicted to take and what it took."
-    return table([dict(trial=number, batch=trial.batch, fits=trial.fits, predicted=_mib(trial.predicted_bytes),
-                       measured=_mib(trial.peak_bytes), seconds=trial.seconds, why=trial.why)
-                  for number, trial in enumerate(trials, 1)], _trial_columns)
+    rows = [dict(trial=number, batch=trial.batch, fits=trial.fits, predicted=_mib(trial.predicted_bytes),
+                 measured=_mib(trial.peak_bytes), seconds=trial.seconds, why=trial.why or None)
+            for number, trial in enumerate(trials, 1)]
+    return table(rows, known_columns(rows, _trial_columns))
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #ef837eb0
 def _draw_trial(axes, place, trial, limit, size):
@@ -121,7 +123,8 @@ def trial_bars(trials:list,  # with batch, fits, peak_bytes and predicted_bytes,
     return plot
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #0a9a5ef5
-_bands = {10: 'very good', 50: 'decent', 100: 'fair', 1000: 'poor'}  # highest perplexity -> what it is called
+_bands = {10: 'very good (up to 10)', 50: 'decent (10 to 50)', 100: 'fair (50 to 100)',
+          1000: 'poor (100 to 1,000)'}  # highest perplexity -> what it is called
 
 
 def perplexity_band(perplexity: float) -> str:
@@ -129,7 +132,7 @@ def perplexity_band(perplexity: float) -> str:
     for highest, words in _bands.items():
         if perplexity <= highest:
             return words
-    return 'no better than random'
+    return 'no better than random (above 1,000)'
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #195063da
 def before_and_after(before:dict,  # from `judge`, before training
@@ -207,7 +210,7 @@ def report_values(recipe:Recipe,     # as the run trained
     if machine['kind'] != 'cuda':
         gpu = f"none ({machine['device']}, {machine['threads']} threads)"
 
-    return {'Per device batch size': f'{recipe.batch_size} (the largest that fits: {largest})',
+    return {'Per device batch size': f'{recipe.batch_size} (the largest tried that fits: {largest})',
             'Gradient accumulation steps': recipe.gradient_accumulation,
             'Effective batch size': recipe.batch_size * recipe.gradient_accumulation, 'GPU': gpu,
             'Memory usage': f'{result.peak_bytes / 2**30:.2f} GiB at the peak of training',
@@ -236,7 +239,7 @@ def conclude(params,        # lora_rank, quantisation, gradient_checkpointing, o
     return (f'With LoRA of rank {params.lora_rank}, {frozen}, gradient checkpointing {checkpointing} and '
             f'{params.optimiser}, {largest} rows of {params.max_length} positions fit {limit / 2**30:.2f} GiB '
             f"({ended}). Training on {number_of(split['train_size'], 'file')} {direction} the perplexity of "
-            f"{split['test_size']} others from "
+            f"{number_of(split['test_size'], 'other file')} from "
             f'{before:.1f} to {after:.1f} ({abs(change):.0%}).')
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #88743323

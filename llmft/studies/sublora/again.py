@@ -22,7 +22,7 @@ from .proof import read_trained, rebuild
 def training_again(folder,       # of a finished run of sublora_train
                    record:dict,  # its run.json
 )->dict:                         # metric -> (value, tolerance)
-    "The loss of the trained vector on held-out documents, bits per token; a `LabError` when something is not here."
+    "The loss of the trained vector on held-out documents, bits per token; a `LabError` when a file is missing."
     check_there(folder, 'spec.json')
     check_there(folder, 'best_ckpt.safetensors')
     trained = read_trained(folder)
@@ -50,7 +50,7 @@ def _held_out_bpd(header, message, tokens, params):
 def bounds_again(folder,       # of a finished run of sublora_bounds
                  record:dict,  # its run.json
 )->dict:                       # metric -> (value, tolerance)
-    "The claims of a run's certificate and the held-out loss; a `LabError` when something is not here."
+    "The claims of a run's certificate and the held-out loss; a `LabError` when a file is missing."
     path = check_there(folder, 'certificate.llmft')
     header, message = read_certificate(path)
     tokens = check_data(header['data'], header['data']['folder'])
