@@ -238,6 +238,8 @@ def test_words_that_are_also_names_are_no_links(site):
     text = (site['folder'] / 'guides/data-formats.html').read_text(encoding='utf-8')
     assert '<code>text</code>' in text and '<code>text</code></a>' not in text, 'a field, not the function'
     assert '<a href="../experiments/instruct.html"><code>instruct</code></a>' in text, 'an experiment, not the function'
+    text = (site['folder'] / 'inference/latency.html').read_text(encoding='utf-8')
+    assert '<code>generate</code> of transformers' in text, 'a function of another library'
 
 
 def test_outputs_are_for_readers(site, pages):
@@ -432,7 +434,10 @@ python_blocks = '''() => [...document.querySelectorAll('.language-python:not(.si
 @pytest.mark.parametrize('width', [390, 1280])
 def test_figures_can_be_read_and_scrolled(browser, address, pages, width):
     "Letters are 9 points in figures of 6.4 inches: at 540 px of their 640 they are 10 px high."
-    paths = [path for path in pages if path.startswith('concepts/')] + ['studies/sublora/index.html', 'runs/figures.html']
+    paths = [path for path in pages if path.startswith('concepts/')] + [
+        'studies/sublora/index.html',
+        'runs/figures.html',
+    ]
     looked = 0
     with tab(browser, [address], viewport=dict(width=width, height=844)) as (page, _):
         for path in paths:
@@ -461,7 +466,7 @@ def test_python_on_a_phone_is_small_and_scrolls_by_keyboard(browser, address):
 
 def test_experiments_lead_to_their_reports(site):
     text = (site['folder'] / 'experiments/profile.html').read_text(encoding='utf-8')
-    assert '<p class="reports">The results are in its reports: <a href="../gallery/profile/qlora.html">qlora</a>.' in text
+    assert '<p class="reports">Its report: <a href="../gallery/profile/qlora.html">qlora</a>.' in text
     assert 'class="reports"' not in (site['folder'] / 'runs/report.html').read_text(encoding='utf-8')
 
 
@@ -471,16 +476,72 @@ def test_signatures_say_how_a_class_is_made_and_options_have_plain_types(site):
         blocks = re.findall(r'(?s)<div class="language-python signature.*?</pre>', text)
         return [' '.join(re.sub('<[^>]*>', '', block).split()) for block in blocks]
 
-    assert 'ShardedGroup(accelerator: Accelerator, processes: Processes = None)' in signatures('training/strategies.html'), 'as its base is made'
+    assert 'ShardedGroup(accelerator: Accelerator, processes: Processes = None)' in signatures(
+        'training/strategies.html'
+    ), 'as its base is made'
     assert 'class Stopped(Exception)' in signatures('runs/execute.html')
     assert not [line for line in signatures('cli.html') if re.search(r': _[A-Z]', line)]
     block = next(line for line in signatures('bench/training.html') if line.startswith('Block('))
     assert 'tokens: list' in block, 'a named tuple has fields'
 
 
+def test_properties_and_made_defaults_read_as_fields(site):
+    text = (site['folder'] / 'training/strategies.html').read_text(encoding='utf-8')
+    words = re.sub('<[^>]*>', '', text)
+    assert 'Processes.hosts: int' in words and 'Processes.hosts(' not in words
+    words = re.sub('<[^>]*>', '', (site['folder'] / 'data/batches.html').read_text(encoding='utf-8'))
+    assert 'MicroBatch.to(device) -&gt; MicroBatch' in words, 'no quotes around a class'
+    words = re.sub('<[^>]*>', '', (site['folder'] / 'data/corpora.html').read_text(encoding='utf-8'))
+    assert 'notes: dict = {}' in words and 'dict = dict' not in words
+
+
+def test_no_two_pages_of_the_library_have_one_title(site, pages):
+    titles = {}
+    for path in pages:
+        if not path.startswith(('gallery/', 'experiments/')):
+            text = (site['folder'] / path).read_text(encoding='utf-8')
+            titles.setdefault(re.search('<title>(.*?)</title>', text)[1], []).append(path)
+    assert not {title: paths for title, paths in titles.items() if len(paths) > 1}
+    text = (site['folder'] / 'studies/pdfs/published.html').read_text(encoding='utf-8')
+    assert 'aria-label="Previous: PDFs: setup"' in text and 'aria-label="Next: PDFs: report"' in text
+
+
+def test_pictures_have_their_size_before_they_come(site, pages):
+    looked = 0
+    for path in pages:
+        text = (site['folder'] / path).read_text(encoding='utf-8')
+        figures = re.findall(r'<img [^>]*src="[^"]*(?:figures|gallery)/[^"]*"[^>]*>', text)
+        looked += len(figures)
+        bare = [each for each in figures if not re.search(r' width="\d+" height="\d+"', each) and 'lazy' not in each]
+        assert not bare, f'{path}: {bare[0][:200]}'
+    assert looked > 60
+
+
+def test_functions_in_formulas_keep_their_distance():
+    sys.path.insert(0, str(root / 'tools/site'))
+    from hooks import formula, with_mathml
+
+    def shown(tex):
+        text = with_mathml(formula.search(f'<span class="arithmatex">\\({tex}\\)</span>'))
+        return re.sub('<[^>]*>', '', re.sub('<mspace[^>]*>', '_', text))
+
+    assert shown(r'K \ln 2') == 'K_ln_2' and shown(r'2\log_2 L') == '2_log2_L'
+    assert shown(r'-\ln(K)') == '−ln(K)', 'no space before a bracket or after a sign'
+
+
+def test_boxes_that_go_on_show_it(browser, address):
+    with tab(browser, [address], viewport=phone) as (page, _):
+        page.goto(address + 'concepts/packing.html')
+        page.wait_for_selector('.figure[data-more]')
+        box = page.locator('.figure[data-more]').first
+        box.evaluate('box => box.scrollLeft = box.scrollWidth')
+        page.wait_for_timeout(200)
+        assert page.locator('.figure').first.get_attribute('data-more') is None, 'the end is not faded'
+
+
 def test_prose_keeps_numbers_with_units_and_words_whole(site):
     text = (site['folder'] / 'models/cost.html').read_text(encoding='utf-8')
-    assert '<code>llmft <span class="flag">gpu-check</span></code>' in text
+    assert '<code class="flag">llmft gpu-check</code>' in text
     assert '32\u00a0MiB' in text and 'within 5%' in text
     text = (site['folder'] / 'experiments/forecast_summary.html').read_text(encoding='utf-8')
     assert 'outputs/<wbr>forecast_summary/<wbr>&lt;name&gt;' in text
@@ -569,7 +630,9 @@ def test_formulas_have_a_font_that_stretches(browser, address):
         page.goto(address + 'bounds/bounds.html')
         page.evaluate('() => document.fonts.ready')
         assert page.evaluate('() => document.fonts.check("16px Formulas") && document.querySelectorAll("math").length')
-        root_height = page.evaluate('() => Math.max(...[...document.querySelectorAll("msqrt")].map(e => e.clientHeight))')
+        root_height = page.evaluate(
+            '() => Math.max(...[...document.querySelectorAll("msqrt")].map(e => e.clientHeight))'
+        )
         assert root_height > 30, 'no radical is taller than a line: the fraction below it is taller'
         assert not trouble, trouble
 

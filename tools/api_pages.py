@@ -1,6 +1,7 @@
 """What a page says about a function, a class or an experiment's parameters, read from the source without running it."""
 
 import ast
+import copy
 import functools
 import html
 import io
@@ -17,6 +18,7 @@ longest_default = 60  # characters
 records = 'dataclass', 'NamedTuple'  # what makes a class of its fields
 longest_signature = 84  # columns on one line, as many as a page of 1280 pixels has
 functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+empty = dict(dict='{}', list='[]', set='set()', tuple='()')  # what these make when they are called
 
 
 # ---- the source of a module
@@ -99,18 +101,43 @@ class Parameter:
     line: int  # where it ends, and where its comment stands
 
 
+class Unquoted(ast.NodeTransformer):
+    "Turns names in quotes, which mean classes defined further down, into names."
+
+    def visit_Subscript(self, node):
+        return node if ast.unparse(node.value) == 'Literal' else self.generic_visit(node)
+
+    def visit_Constant(self, node):
+        return ast.parse(node.value, mode='eval').body if isinstance(node.value, str) else node
+
+
 def type_text(node):
-    return ast.unparse(node) if node is not None else ''
+    "An annotation as a reader wants to see it."
+    return ast.unparse(Unquoted().visit(copy.deepcopy(node))) if node is not None else ''
+
+
+def is_property(node):
+    "Whether a method is read as a field: `run.status`."
+    decorators = [ast.unparse(one).rpartition('.')[2] for one in getattr(node, 'decorator_list', [])]
+    return bool({'property', 'cached_property'} & set(decorators))
+
+
+def made_by(factory):
+    "What a factory of defaults makes: {} for dict."
+    if isinstance(factory, ast.Lambda):
+        return ast.unparse(factory.body)
+    name = ast.unparse(factory)
+    return empty.get(name, f'{name}()')
 
 
 def default_text(node):
     "A default as a reader wants to see it: of a command-line option the value it has when it is not given."
     if isinstance(node, ast.Call) and ast.unparse(node.func).startswith('typer.') and node.args:
         node = node.args[0]
+    text = ast.unparse(node) if node is not None else ''
     if isinstance(node, ast.Call) and ast.unparse(node.func) == 'field':
-        node = next((word.value for word in node.keywords if word.arg == 'default_factory'), node)
-
-    text = type_text(node)
+        given = {word.arg: word.value for word in node.keywords}
+        text = made_by(given['default_factory']) if 'default_factory' in given else type_text(given.get('default'))
     if text == '...':
         return ''
     return text if len(text) <= longest_default else text[: longest_default - 3] + '...'
@@ -123,7 +150,7 @@ def as_parameter(arg, default=None, stars=''):
 def noted_type(node):
     "The type of `Annotated[type, ...]`, or None for another expression."
     noted = isinstance(node, ast.Subscript) and ast.unparse(node.value) == 'Annotated'
-    return ast.unparse(node.slice.elts[0]) if noted else None
+    return type_text(node.slice.elts[0]) if noted else None
 
 
 def private_types(statements):
@@ -201,17 +228,19 @@ def parameter_row(
     anchors,  # ids that lead to the row
     default=None,  # what the column says instead of the parameter's own default
 ):
-    "A parameter as a row of five columns."
+    "A parameter as a row of four columns; its range ends its meaning."
     spans = ''.join(f'<span id="{anchor}"></span>' for anchor in anchors)
     shown = default or code_span(json.dumps(parameter.default, ensure_ascii=False))
     meaning = cell_text(html.escape(parameter.help, quote=False))
+    if parameter.range:
+        meaning += f' <span class="range">{parameter.range}</span>'
     name = f'{spans}{code_span(parameter.name)}'
-    return f'| {name} | {code_span(parameter.type)} | {shown} | {parameter.range} | {meaning} |'
+    return f'| {name} | {code_span(parameter.type)} | {shown} | {meaning} |'
 
 
 def parameter_table(rows):
     "Rows of `parameter_row` as a table."
-    return parameters_box('| parameter | type | default | range | meaning, unit |', rows)
+    return parameters_box('| parameter | type | default | meaning, unit, range |', rows)
 
 
 def experiment_parameters(
@@ -260,7 +289,7 @@ def entry_table(node, rows, notes, page):
 
     returns = getattr(node, 'returns', None)
     note = returns_note(node, rows, notes)
-    if note or (returns is not None and rows):
+    if note:
         lines.append(f'| *returns* | {code_span(type_text(returns))} | | {cell_text(prose(note, page))} |')
 
     documented = note or any(notes.get(row.line) for row in rows)
@@ -275,11 +304,13 @@ def parameter_text(row):
 
 def signature(node, name, rows):
     "The signature as code, one parameter per line where it is long; of a class made as its base is, the base."
+    if is_property(node):
+        return f'{name}: {type_text(node.returns)}' if node.returns is not None else name
     if isinstance(node, ast.ClassDef) and node.bases and not rows:
         return f'class {name}({", ".join(map(ast.unparse, node.bases))})'
     shown = [parameter_text(row) for row in rows]
     returns = getattr(node, 'returns', None)
-    result = f' -> {ast.unparse(returns)}' if returns is not None else ''
+    result = f' -> {type_text(returns)}' if returns is not None else ''
 
     line = f'{name}({", ".join(shown)}){result}'
     if len(line) <= longest_signature:

@@ -4,7 +4,6 @@ nbdev_docs would build it with Quarto, and tries to install a missing one with a
 called here."""
 
 import argparse
-import base64
 import functools
 import html
 import http.server
@@ -102,14 +101,10 @@ way_back = '<p class="home"><a href="../../gallery.html">Gallery of llmft</a></p
 
 
 def save_thumbnail(text, target):
-    "Put the figure under the verdict of a report beside its copy; of an older report the richest one."
-    drawing = re.search(r'(?s)<svg role="img".*?</svg>', text)
-    figures = re.findall(r'src="data:image/png;base64,([^"]+)', text)
-    if drawing:
-        whole = drawing[0].replace('<svg', '<svg xmlns="http://www.w3.org/2000/svg"', 1)
-        target.with_suffix('.svg').write_text(whole, encoding='utf-8')
-    elif figures:
-        target.with_suffix('.png').write_bytes(base64.b64decode(max(figures, key=len)))
+    "Put the main figure of a report beside its copy."
+    ending, image = pages.main_figure(text)
+    if image:
+        target.with_suffix(f'.{ending}').write_bytes(image)
 
 
 def render(processed, target):

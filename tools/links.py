@@ -23,8 +23,9 @@ fence = re.compile(r'(^ *(`{3,}|~{3,}).*?^ *\2 *$)', flags=re.MULTILINE | re.DOT
 # Names of the library that pages mostly write for something else: a field, a parameter, a status, an experiment.
 also_words = set(
     'altered build chat compare condition count coverage fill forecast growth instruct measured needs ratio score '
-    'spread statement summary text verify'.split()
+    'spread statement summary table text verify'.split()
 )
+of_transformers = re.compile(r"(transformers'? )\[`generate`\]\([^)]*\)|\[`generate`\]\([^)]*\)(?=\s+of transformers)")
 in_colab = re.compile(r'\[Open in Colab\]\(https://colab[^)]*\)')  # a page has a button for it
 
 
@@ -123,5 +124,5 @@ def resolved(
         anchor = next((each for each in (exact, name) if each in anchors[target]), '')
         return (words or '') + relative(target, page) + (anchor and f'#{anchor}')
 
-    text = without_chance_links(text, page)
+    text = of_transformers.sub(r'\1`generate`', without_chance_links(text, page))
     return re.sub(r'(\[`[\w.]+`\]\()?' + re.escape(docs_address) + r'([\w./-]+?)\.html(?:#([\w.]+))?', local, text)

@@ -5,9 +5,12 @@ A page is made in this order: nbdev drops what is hidden and links names (docs.p
 and parameters, links.py makes links lead to pages, and sidebar.py puts the pages in order."""
 
 import base64
+import functools
 import html
 import json
 import re
+import struct
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from links import branch, linked, page_name, repository, resolved, root, with_li
 from nbdev.processors import FilterDefaults
 
 from llmft.runs.report import output_html
+from llmft.runs.verdict import join_streams
 
 colab = 'https://colab.research.google.com/github/'
 home = 'index.md'
@@ -59,6 +63,20 @@ def code_of(cell):
     return re.sub(r'^#\s*\|.*\n?', '', cell.source, flags=re.MULTILINE).strip('\n')
 
 
+def size_of(
+    image,  # the bytes of a PNG or an SVG file
+    shown=None,  # the width it is shown at, if not its own
+):
+    "The width and height of a picture as attributes of its element, so that the page does not jump when it comes."
+    if image[:8] == b'\x89PNG\r\n\x1a\n':
+        width, height = struct.unpack('>II', image[16:24])
+        return f' width="{shown or width}" height="{round(height * (shown or width) / width)}"'
+    head = re.search(rb'<svg\b[^>]*>', image)
+    sides = re.search(rb'\bwidth="([\d.]+)pt" height="([\d.]+)pt"', head[0]) if head else None
+    width, height = (round(float(side) * 4 / 3) for side in sides.groups()) if sides else ('', '')  # 72 pt are 96 px
+    return f' width="{width}" height="{height}"' if sides else ''
+
+
 def save_images(text, place):
     "HTML whose embedded images were written to files beside the page."
     figures = place.folder / 'figures'
@@ -68,10 +86,11 @@ def save_images(text, place):
         place.images += 1
         file = f'{Path(place.page).stem}-{place.images}.{kind}'
         figures.mkdir(parents=True, exist_ok=True)
-        (figures / file).write_bytes(base64.b64decode(match[2]))
-        return f'src="figures/{file}" loading="lazy"'
+        image = base64.b64decode(match[2])
+        (figures / file).write_bytes(image)
+        return f'src="figures/{file}"{size_of(image, int(match[3] or 0))}'
 
-    return re.sub(r'src="data:image/([\w+]+);base64,([^"]+)"', save, text)
+    return re.sub(r'src="data:image/([\w+]+);base64,([^"]+)"(?: width="(\d+)")?', save, text)
 
 
 def is_text(cell):
@@ -96,7 +115,10 @@ def is_drawn(text):
 
 def outputs_of(cell, place, words):
     "What a cell displayed, as HTML; `words` say what its figures show; its anchors and headings are not the page's."
-    shown = ''.join(output_html(output, {}) for output in cell.outputs if is_worth_showing(output))
+    outputs = join_streams([output for output in cell.outputs if is_worth_showing(output)])
+    shown = ''.join(output_html(output, {}) for output in outputs)
+    shown = re.sub(r'/tmp/tmp\w{8}(?!\w)', '…', shown)
+    shown = re.sub('\u2007+(?![^<]*>)', r'<span class="pad">\g<0></span>', shown)  # a phone needs no columns of digits
     drawings = re.split(r'(?s)(<svg\b.*?</svg>)', shown)  # HTML, drawing, HTML, ...
     drawings[::2] = [re.sub(r' (?:href|id)="#?[^":]*"', '', piece) for piece in drawings[::2]]
     shown = ''.join(drawings)  # the parts of a drawing need each other
@@ -156,17 +178,48 @@ def search_weight(page):
     return weights.get(folder, 0.5 if folder else 1.0)
 
 
+@functools.cache
+def section_names():
+    "Folder of the library -> the section of the sidebar that takes its pages: studies/pdfs is PDFs."
+
+    def found(contents):
+        for one in contents:
+            if isinstance(one, dict) and isinstance(one['contents'], str):
+                yield Path(one['contents']).parent.as_posix(), one['section']
+            elif isinstance(one, dict):
+                yield from found(one['contents'])
+
+    contents = yaml.safe_load((root / 'nbs/sidebar.yml').read_text(encoding='utf-8'))
+    return dict(found(contents['website']['sidebar']['contents']))
+
+
+@functools.cache
+def module_counts():
+    "Name of a module -> how many folders have one of this name."
+    return Counter(Path(page_name(path.name)).stem for path in (root / 'nbs').rglob('[0-9]*_*.ipynb'))
+
+
+def full_title(title, page):
+    "The title of a page away from the sidebar, where a name such as setup needs its section: PDFs: setup."
+    folder = Path(page).parent.as_posix()
+    several = module_counts()[Path(page).stem] > 1
+    module = folder in section_names() and title == Path(page).stem
+    named = module and (several or folder.startswith(('studies/', 'bench')))
+    return f'{section_names()[folder]}: {title}' if named else title
+
+
 def as_page(front, parts, page):
     "(title, Markdown) of a page with its title, its promise and its parts; `tags` are words people search for."
     title = front.get('title', '')
+    full = full_title(title, page)
     promise = front.get('description') or ''
-    kept = dict(title=title, description=promise, search=dict(boost=search_weight(page)))
+    kept = dict(title=full, description=promise, search=dict(boost=search_weight(page)))
     if front.get('tags'):
         kept['tags'] = front['tags']
     head = yaml.safe_dump(kept, allow_unicode=True, width=1000)
     lead = f'<p class="lead" markdown>{promise}</p>' if promise else ''
     body = '\n\n'.join(part for part in [lead, *parts] if part.strip())
-    return title, f'---\n{head}---\n\n# {title}\n\n{body}\n'
+    return title, f'---\n{head}---\n\n# {full}\n\n{body}\n'
 
 
 def opening(path):
@@ -186,12 +239,17 @@ def buttons(source):
 
 
 def reports_of(source):
-    "A sentence with the reports of the gallery that an experiment wrote: its page has the code without the results."
-    reports = sorted(root.glob(f'outputs/gallery/{Path(source).stem}/*/report.html'))
-    if not source.startswith('experiments/') or not reports:
+    "A sentence with the reports of the gallery that an experiment wrote, or how to get one: its page has no results."
+    notebook = Path(source).stem
+    reports = sorted(root.glob(f'outputs/gallery/{notebook}/*/report.html'))
+    files = sorted(root.glob(f'params/{notebook}/[!_]*.yaml'))
+    if not source.startswith('experiments/') or not (reports or files):
         return ''
+    if not reports:
+        command = f'llmft run {files[0].relative_to(root)}'
+        return f'<p class="reports" markdown>The gallery has no report of it: `{command}` writes one.</p>'
     links = [f'<a href="../gallery/{path.parts[-3]}/{path.parts[-2]}.html">{path.parts[-2]}</a>' for path in reports]
-    return f'<p class="reports">The results are in its reports: {", ".join(links)}.</p>'
+    return f'<p class="reports">{"Its reports" if len(links) > 1 else "Its report"}: {", ".join(links)}.</p>'
 
 
 def notebook_page(notebook, place):
@@ -213,10 +271,13 @@ def notebook_page(notebook, place):
     return as_page(front, parts, place.page)
 
 
-def thumbnail(report):
-    "The file beside a copied report of the gallery that holds its main figure, as docs.py saves it."
-    text = (root / f'outputs/gallery/{report}/report.html').read_text(encoding='utf-8')
-    return f'{report}.svg' if '<svg role="img"' in text else f'{report}.png'
+def main_figure(text):
+    "(ending, bytes) of the figure under the verdict of a report; of an older report the richest one, if any."
+    drawing = re.search(r'(?s)<svg role="img".*?</svg>', text)
+    figures = re.findall(r'src="data:image/png;base64,([^"]+)', text)
+    if drawing:
+        return 'svg', drawing[0].replace('<svg', '<svg xmlns="http://www.w3.org/2000/svg"', 1).encode()
+    return ('png', base64.b64decode(max(figures, key=len))) if figures else ('', b'')
 
 
 def gallery_figure(match, page):
@@ -224,7 +285,8 @@ def gallery_figure(match, page):
     report, caption = match.groups()
     place = '../' * page.count('/') + 'gallery/'
     words = html.escape(caption)
-    picture = f'<img src="{place}{thumbnail(report)}" alt="{words}" loading="lazy">'
+    ending, image = main_figure((root / f'outputs/gallery/{report}/report.html').read_text(encoding='utf-8'))
+    picture = f'<img src="{place}{report}.{ending}" alt="{words}"{size_of(image)}>'
     link = f'<a href="{place}{report}.html">Report {report}</a>'
     return f'<figure class="figure">{picture}<figcaption>{words} {link}</figcaption></figure>'
 

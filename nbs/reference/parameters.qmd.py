@@ -28,7 +28,8 @@ shared_by = 4  # notebooks that have a parameter of the same meaning
 def first_comment(file):
     "The first line of the comment that a parameter file begins with."
     lines = file.read_text(encoding='utf-8').splitlines()
-    return [line.lstrip('# ') for line in itertools.takewhile(lambda line: line.startswith('#'), lines)][0]
+    said = [line.lstrip('# ') for line in itertools.takewhile(lambda line: line.startswith('#'), lines)][0]
+    return said if said.endswith(('.', '?', '!')) else f'{said}.'
 
 
 def read(path):
@@ -49,11 +50,22 @@ def meaning(parameter):
     return parameter.name, parameter.type, parameter.range, parameter.help
 
 
+def differ(found):
+    "Whether the defaults of a parameter in several notebooks are not the same."
+    return len({json.dumps(each.default) for _, each in found}) > 1
+
+
+def named(parameter):
+    "The name of a parameter that several notebooks have, with its default where the others have another one."
+    if not differ(shared[meaning(parameter)]):
+        return f'`{parameter.name}`'
+    return f'`{parameter.name}: {json.dumps(parameter.default, ensure_ascii=False)}`'
+
+
 def shared_row(parameter, found):
     "The row of a parameter that several notebooks have."
-    same = len({json.dumps(each.default) for _, each in found}) == 1
     anchors = [f'{notebook}.{parameter.name}' for notebook, _ in found]
-    return parameter_row(parameter, anchors, None if same else 'differs')
+    return parameter_row(parameter, anchors, 'differs' if differ(found) else None)
 
 
 print("""Set a parameter in a YAML file or after `-p` on the command line: `llmft run params/finetune/lora.yaml --small -p lora_rank=16`.
@@ -68,13 +80,13 @@ for notebook, (_, parameters) in experiments.items():
         users[meaning(parameter)].append((notebook, parameter))
 shared = {key: found for key, found in users.items() if len(found) >= shared_by}
 
-print('## In several experiments\n\nThese mean the same wherever they occur. Defaults that differ are in `llmft params NOTEBOOK`.\n')
+print('## In several experiments\n\nUnless an experiment lists them again, these mean the same everywhere. Each experiment below gives its own default where defaults differ.\n')
 print(parameter_table([shared_row(found[0][1], found) for found in shared.values()]) + '\n')
 for notebook, (title, parameters) in experiments.items():
-    print(f'## {notebook}\n\n[{title}](../experiments/{notebook}.ipynb).\n')
+    print(f'## {notebook}\n\n[{title}](../experiments/{notebook}.ipynb){"" if title.endswith("?") else "."}\n')
     for config in sorted((root / 'params' / notebook).glob('[!_]*.yaml')):
         name = f'params/{notebook}/{config.name}'
         print(f'- [`{name}`](../../{name}): {first_comment(config)}')
     own = [parameter_row(each, [f'{notebook}.{each.name}']) for each in parameters if meaning(each) not in shared]
-    also = ', '.join(f'`{each.name}`' for each in parameters if meaning(each) in shared)
+    also = ', '.join(named(each) for each in parameters if meaning(each) in shared)
     print('\n' + parameter_table(own) + f'\n\nAlso, explained above: {also}.\n')

@@ -3,6 +3,7 @@
 import html
 import itertools
 import re
+import xml.etree.ElementTree as ET
 
 from llmft.runs.report import in_box, math_html
 
@@ -15,6 +16,9 @@ shell_option = re.compile(
     r'(<span class="w"> </span>(?=[\w"./\']|<span class="(?!c1|o))(?:(?!<span class="w">)[^\n])+?)?'
     r'(?=<span class="w">|\n|</code>)'
 )
+shortest_torn = 25  # characters from which code in a line may break
+shortest_torn_in_cell = 15
+closed_formula = re.compile(r'\(?<math\b(?:(?!</math>).)*</math>[.,;:!?)]+', flags=re.DOTALL)
 longest_option = 30  # characters that stay in one piece, less than a line of a phone
 long_path = 16  # characters of text beyond which a path may break after its slashes
 unit = re.compile(r'(?<=\d) (?=(?:GiB|MiB|GB|MB|KB|kB|ms|s|min|h)(?![\w]))|(?<=\bn =) (?=\d)')
@@ -23,10 +27,50 @@ most_roomy = 6  # columns of a table beyond which its cells are narrow
 output = re.compile(r'(<div class="output".*?<!-- output --></div>)', flags=re.DOTALL)
 
 
+ET.register_namespace('', 'http://www.w3.org/1998/Math/MathML')
+functions = {'ln', 'log', 'exp', 'max', 'min', 'arg', 'sin', 'cos', 'Pr', 'lim', 'sup', 'inf'}
+rows_of_signs = {'math', 'mrow', 'mtd', 'mstyle', 'msqrt'}  # elements whose children are in one line
+
+
+def tag_of(node):
+    "The name of an element without its namespace."
+    return node.tag.rpartition('}')[2]
+
+
+def kind_of(node):
+    "The name of an element of a formula; that of a function, such as a logarithm with its base, is function."
+    base = node[0] if tag_of(node) in ('msub', 'msup', 'msubsup', 'munder') else node
+    return 'function' if tag_of(base) == 'mi' and (base.text or '').strip() in functions else tag_of(node)
+
+
+def needs_space(left, right):
+    "Whether two neighbours in a formula would run together: 2 ln K, but ln(K) and -ln K."
+    kinds = kind_of(left), kind_of(right)
+    signs = [(node.text or '').strip() if tag_of(node) == 'mo' else '' for node in (left, right)]
+    if 'mspace' in kinds or 'function' not in kinds:
+        return False
+    return not signs[1] and (not signs[0] or signs[0] in ')]|') or kinds == ('function', 'function')
+
+
+def with_spaces(formula):
+    "A formula in MathML with a thin space between the name of a function and its neighbours, as TeX sets it."
+    try:
+        tree = ET.fromstring(formula)
+    except ET.ParseError:
+        return formula
+    space = re.sub(r'math$', 'mspace', tree.tag)
+    for row in [node for node in tree.iter() if tag_of(node) in rows_of_signs]:
+        for number in range(len(row) - 1, 0, -1):
+            if needs_space(row[number - 1], row[number]):
+                row.insert(number, ET.Element(space, width='0.167em'))
+    return ET.tostring(tree, encoding='unicode')
+
+
 def with_mathml(match):
     "A formula as MathML, which needs no script."
     element, tex = match.groups()
-    return math_html(html.unescape(tex), block=element == 'div')
+    shown = math_html(html.unescape(tex), block=element == 'div')
+    return re.sub(r'(?s)<math\b.*?</math>', lambda found: with_spaces(found[0]), shown)
 
 
 def column_heads(table):
@@ -68,7 +112,9 @@ def with_labels(match):
 def breakable(cell):
     "A cell of a table whose code may break after the signs within paths and names, and nowhere else."
     return re.sub(
-        r'<code>[^<]*</code>', lambda code: re.sub(r'(?<=[\w>])([/_=:])(?=[\w*])', r'\1<wbr>', code[0]), cell[0]
+        r'<code>[^<]*</code>',
+        lambda code: re.sub(r'(?<=[\w>])([/_=:]|&#95;|\.(?!\d))(?=[\w*])', r'\1<wbr>', code[0]),
+        cell[0],
     )
 
 
@@ -98,10 +144,22 @@ def whole(option):
     return f'<span class="flag">{option[1]}</span>{option[2] or ""}'
 
 
-def with_whole_flags(code):
-    "Code in a line whose options, such as --small and -p seed=1, and words, such as gpu-check, stay in one piece."
+def breakable_word(word):
+    "A long word of code that may break after the signs within it."
+    return re.sub(r'(?<=\w)([/_.])(?=\w)', r'\1<wbr>', word[0])
+
+
+def with_whole_flags(code, limit=shortest_torn):
+    """Code in a line: short code stays in one piece, in longer code the options, such as --small and -p seed=1, and words,
+    such as gpu-check; other words may break after a sign within them."""
+    words = html.unescape(re.sub('<.*?>', '', code[0]))
+    if words.isidentifier():
+        return code[0].replace('<wbr>', '') if len(words) < limit else code[0]
+    if len(words) < limit:
+        return code[0].replace('<code>', '<code class="flag">').replace('<wbr>', '')
     code = re.sub(r'(?<![^\s>])(--?[A-Za-z][\w-]*)( (?!-)(?:[^\s<]|<wbr>)+)?', whole, code[0])
-    return re.sub(r'(?<![\w/.=<"-])[\w.]{1,12}-\w{1,12}(?![\w/.=">-])', r'<span class="flag">\g<0></span>', code)
+    code = re.sub(r'(?<![\w/.=<"-])[\w.]{1,12}-\w{1,12}(?![\w/.=">-])', r'<span class="flag">\g<0></span>', code)
+    return re.sub(rf'[\w./:=-]{{{shortest_torn},}}', breakable_word, code)
 
 
 def with_whole_options(block):
@@ -109,18 +167,37 @@ def with_whole_options(block):
     return shell_option.sub(whole, block[0])
 
 
-def on_post_page(output, **_):
+def with_full_titles(output, page):
+    "A page whose links to its neighbours say their titles in full: the sidebar has a shorter name."
+    for word, other in (('Previous', page.previous_page), ('Next', page.next_page)):
+        short = html.escape(other.title) if other else ''
+        full = html.escape(other.meta.get('title', other.title)) if other else ''
+        pattern = (
+            rf'(aria-label="{word}: ){re.escape(short)}(".*?<div class="md-ellipsis">\s*){re.escape(short)}(?=\s*<)'
+        )
+        output = re.sub(pattern, rf'\g<1>{full}\g<2>{full}', output, count=1, flags=re.DOTALL) if other else output
+    return output
+
+
+def on_post_page(output, page, **_):
     "The whole page, after the search has read it: the name of the search box, and where code may break."
+    output = with_full_titles(output, page)
     output = output.replace('role="dialog">', 'role="dialog" aria-label="Search">')
     output = re.sub(r'(?s)<td\b.*?</td>', breakable, output)
     output = re.sub(r'(?s)<article\b.*?</article>', lambda article: breakable_prose(article[0]), output)
     output = shell_code.sub(with_whole_options, output)
-    return inline_code.sub(with_whole_flags, output)
+    parts = re.split(r'(?s)(<td\b.*?</td>)', output)  # text, cell, text, ...
+    parts[::2] = [inline_code.sub(with_whole_flags, part) for part in parts[::2]]
+    parts[1::2] = [
+        inline_code.sub(lambda code: with_whole_flags(code, shortest_torn_in_cell), part) for part in parts[1::2]
+    ]
+    return ''.join(parts)
 
 
 def on_page_content(content, **_):
     "The HTML of a page, with formulas that need no script and tables that do not widen the page."
     content = formula.sub(with_mathml, content)
+    content = closed_formula.sub(r'<span class="flag">\g<0></span>', content)
     pieces = output.split(content)  # text, output, text, ...
     pieces[::2] = [bare_table.sub(with_labels, piece) for piece in pieces[::2]]
     return ''.join(pieces)
