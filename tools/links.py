@@ -1,5 +1,6 @@
 """Links of the docs site: from names of files and of the library, as nbs/ writes them, to pages."""
 
+import ast
 import functools
 import posixpath
 import re
@@ -22,6 +23,7 @@ link = re.compile(r'(\]\(|\b(?:src|href)=")([^)"\s]+)')
 fence = re.compile(r'(^ *(`{3,}|~{3,}).*?^ *\2 *$)', flags=re.MULTILINE | re.DOTALL)
 # Names of the library that pages mostly write for something else: a field, a parameter, a status, an experiment.
 also_words = set(
+    'describe document_lengths generate judge left_out peak_bytes printable share_of_peak table Trainer '
     'altered build chat compare condition count coverage fill forecast growth instruct measured needs ratio score '
     'spread statement summary text verify'.split()
 )
@@ -89,13 +91,49 @@ def imports(code, name):
     return re.search(rf'from llmft[\w.]* import (?:\([^)]*|.*)\b{name}\b', code) is not None
 
 
+def source_of(page):
+    "The source of the module that a page explains, '' where it explains none."
+    module = root / 'llmft' / page.replace('.md', '.py')
+    return module.read_text(encoding='utf-8') if module.is_file() else ''
+
+
+def defined(source):
+    "The names that a module defines at its top level."
+    found = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.Assign):
+            found |= {each.id for target in node.targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+    return found
+
+
+def without_links_of_parameters(text):
+    "Markdown where the parameters of a function, below its heading, lead to nothing else of their name."
+
+    def checked(entry):
+        signature = re.search(r'(?s)\{ \.signature \}\n(.*?)\n```', entry[0])
+        names = re.findall(r'[(,]\s*\*{0,2}(\w+)(?=\s*[:,=)])', signature[1]) if signature else []
+        return re.sub(rf'\[`({"|".join(names)})`\]\([^)]*\)', r'`\1`', entry[0]) if names else entry[0]
+
+    return re.sub(r'(?ms)^#+ [^\n]*\{ #[\w.]+ \.api \}$.*?(?=^#+ |\Z)', checked, text)
+
+
 def without_chance_links(text, page):
-    "Markdown where a word that is also a name of the library leads there only if the page uses that name."
-    module = root / 'llmft' / page.replace('.md', '.py')  # what the page explains, if it is one of the library
-    code = text + (module.read_text(encoding='utf-8') if module.is_file() else '')
+    """Markdown where names lead where they are meant to.
+
+    Private names lead nowhere, those of the module that the page explains stay on the page, and a word that is also a
+    name of the library leads there only if the page uses that name."""
+    source = source_of(page)
+    code = text + source
+    own = defined(source)
 
     def checked(match):
         word, target = match.groups()
+        if word.startswith('_'):
+            return f'`{word}`'
+        if word in own and f'{target}.md' != page:
+            return f'[`{word}`]({docs_address}{page.removesuffix(".md")}.html#{word.lower()})'
         if word not in also_words or f'{target}.md' == page or imports(code, word):
             return match[0]
         if (root / f'nbs/experiments/{word}.ipynb').exists():
@@ -103,7 +141,7 @@ def without_chance_links(text, page):
         return f'`{word}`'
 
     address = re.escape(docs_address) + r'([\w./-]+?)\.html(?:#[\w.]+)?'
-    return re.sub(rf'\[`(\w+)`\]\({address}\)', checked, text)
+    return without_links_of_parameters(re.sub(rf'\[`(\w+)`\]\({address}\)', checked, text))
 
 
 def resolved(
