@@ -238,6 +238,12 @@ def test_words_that_are_also_names_are_no_links(site):
     text = (site['folder'] / 'guides/data-formats.html').read_text(encoding='utf-8')
     assert '<code>text</code>' in text and '<code>text</code></a>' not in text, 'a field, not the function'
     assert '<a href="../experiments/instruct.html"><code>instruct</code></a>' in text, 'an experiment, not the function'
+    text = (site['folder'] / 'training/losses.html').read_text(encoding='utf-8')
+    assert '<code>_head_pass</code>' in text and '<code>_head_pass</code></a>' not in text, 'a private name'
+    text = (site['folder'] / 'runs/pictures.html').read_text(encoding='utf-8')
+    assert '<a href="pictures.html#describe"><code>describe</code></a>' in text, 'its own function, not that of another module'
+    text = (site['folder'] / 'models/meter.html').read_text(encoding='utf-8')
+    assert '<code>peak_bytes</code>' in text and '<code>peak_bytes</code></a>' not in text, 'a field, not the function'
 
 
 def test_outputs_are_for_readers(site, pages):

@@ -23,7 +23,7 @@ link = re.compile(r'(\]\(|\b(?:src|href)=")([^)"\s]+)')
 fence = re.compile(r'(^ *(`{3,}|~{3,}).*?^ *\2 *$)', flags=re.MULTILINE | re.DOTALL)
 # Names of the library that pages mostly write for something else: a field, a parameter, a status, an experiment.
 also_words = set(
-    'describe document_lengths generate judge left_out peak_bytes printable share_of_peak table Trainer '
+    'describe document_lengths left_out peak_bytes printable share_of_peak Trainer '
     'altered build chat compare condition count coverage fill forecast growth instruct measured needs ratio score '
     'spread statement summary text verify'.split()
 )
@@ -98,39 +98,25 @@ def source_of(page):
 
 
 def defined(source):
-    "The names that a module defines at its top level."
-    found = set()
-    for node in ast.parse(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            found.add(node.name)
-        elif isinstance(node, ast.Assign):
-            found |= {each.id for target in node.targets for each in ast.walk(target) if isinstance(each, ast.Name)}
-    return found
-
-
-def without_links_of_parameters(text):
-    "Markdown where the parameters of a function, below its heading, lead to nothing else of their name."
-
-    def checked(entry):
-        signature = re.search(r'(?s)\{ \.signature \}\n(.*?)\n```', entry[0])
-        names = re.findall(r'[(,]\s*\*{0,2}(\w+)(?=\s*[:,=)])', signature[1]) if signature else []
-        return re.sub(rf'\[`({"|".join(names)})`\]\([^)]*\)', r'`\1`', entry[0]) if names else entry[0]
-
-    return re.sub(r'(?ms)^#+ [^\n]*\{ #[\w.]+ \.api \}$.*?(?=^#+ |\Z)', checked, text)
+    "(functions and classes, values) that a module defines: their names."
+    body = ast.parse(source).body
+    assigned = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    names = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    return names, {each.id for target in assigned for each in ast.walk(target) if isinstance(each, ast.Name)}
 
 
 def without_chance_links(text, page):
     """Markdown where names lead where they are meant to.
 
-    Private names lead nowhere, those of the module that the page explains stay on the page, and a word that is also a
+    Private names lead nowhere, those of the module that the page explains do not leave it, and a word that is also a
     name of the library leads there only if the page uses that name."""
     source = source_of(page)
     code = text + source
-    own = defined(source)
+    own, values = defined(source)
 
     def checked(match):
         word, target = match.groups()
-        if word.startswith('_'):
+        if word.startswith('_') or word in values:
             return f'`{word}`'
         if word in own and f'{target}.md' != page:
             return f'[`{word}`]({docs_address}{page.removesuffix(".md")}.html#{word.lower()})'
@@ -141,7 +127,7 @@ def without_chance_links(text, page):
         return f'`{word}`'
 
     address = re.escape(docs_address) + r'([\w./-]+?)\.html(?:#[\w.]+)?'
-    return without_links_of_parameters(re.sub(rf'\[`(\w+)`\]\({address}\)', checked, text))
+    return re.sub(rf'\[`(\w+)`\]\({address}\)', checked, text)
 
 
 def resolved(
