@@ -288,7 +288,7 @@ def _text(name: str, help: str, metavar: str = None):
     return Annotated[str, typer.Option(name, help=help, metavar=metavar, show_default=False)]
 
 
-_files_help = 'Parameter files: configs, overlays (_*.yaml) or sweeps.'
+_files_help = 'Parameter files of runs or sweeps, and overlays (_*.yaml).'
 _Files = Annotated[list[str], typer.Argument(help=_files_help, metavar='PARAMS')]
 _Overrides = Annotated[list[str], typer.Option('-p', metavar='NAME=VALUE', help='Set a parameter; may be repeated.')]
 _JsonNotTable = _flag('--json', 'Print one JSON object instead of the table.')
@@ -351,7 +351,7 @@ def _scale_flag(scale: str):
 
 _Small = _scale_flag('small')
 _Laptop = _scale_flag('laptop')
-_Workers = Annotated[int, typer.Option('--workers', help='Worker processes for sweeps and for several configs.')]
+_Workers = Annotated[int, typer.Option('--workers', help='Worker processes for sweeps and for several files.')]
 _Fresh = _flag('--fresh', 'Run again what is already done.')
 _Cluster = _text(
     '--cluster',
@@ -384,7 +384,7 @@ def run_command(params:_Files,               # paths
                 cluster:_Cluster='',         # where; '' for this machine
                 as_object:_JsonAtEnd=False,  # for scripts
 ):
-    "Run experiments: one run per config, or all points of a sweep."
+    "Run experiments: one run per parameter file, or all points of a sweep."
     settings, override = cluster_settings(cluster, override)
     jobs = jobs_of(params, override, scale_of(small, laptop))
     check_jobs(jobs)
@@ -425,7 +425,7 @@ def gpu_check_command(tiny:_Tiny=False,            # small shapes
                       override:_Overrides=(),      # texts of the form name=value
                       as_object:_JsonAtEnd=False,  # for scripts
 ):
-    "Check in ten minutes that the GPU of this machine is right."
+    "Check in at most ten minutes that the GPU of this machine works correctly."
     jobs = jobs_of([project_root() / 'params/gpu_check/check.yaml'], override, scale_of(tiny, False))
     check_jobs(jobs)
     results = run_jobs(jobs, fresh=True)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import typer
@@ -18,6 +19,7 @@ import typer
 from llmft.cli import app, call, jobs_of
 from llmft.core import LabError
 from llmft.runs.params import scales
+from llmft.runs.pictures import take_picture
 
 root = Path(__file__).parent.parent
 texts = {
@@ -286,7 +288,8 @@ def test_commands_of_other_hardware_say_so():
     for page, text in texts.items():
         if page == 'README.md':
             continue
-        lines = '\n'.join(re.findall(r'```sh\n(.*?)```', text, flags=re.DOTALL)).splitlines()
+        blocks = '\n'.join(re.findall(r'```sh\n(.*?)```', text, flags=re.DOTALL))
+        lines = re.sub(r'^(# needs .*)\n(.*)$', r'\2   \1', blocks, flags=re.MULTILINE).splitlines()
         full_scale = [line for line in lines if 'llmft run' in line and not any(word in line for word in allowed)]
         bare += [f'{page}: {line}' for line in full_scale]
     assert not bare, bare
@@ -343,7 +346,8 @@ def test_python_blocks_run(monkeypatch):
     ]
     assert len(blocks) >= 5
     for block in blocks:
-        exec(compile(block, 'guide', 'exec'), {})
+        exec(compile(block, 'guide', 'exec'), dict(run=SimpleNamespace(figure=take_picture)))
+    assert any('run.figure(' in block for block in blocks)
 
 
 # ---- the reproduction guide

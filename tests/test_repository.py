@@ -365,7 +365,13 @@ def test_findings_have_a_status_and_a_command():
     for finding in findings:
         title, body = finding.split('\n', 1)
         assert re.search(r'^Status: (kept|failed|superseded)\b', body, re.MULTILINE), f'{title}: a status is missing'
+        assert re.search(r'^Status: .*\.$', body, re.MULTILINE), f'{title}: the status ends without a full stop'
         assert re.search(r'^Command: \S', body, re.MULTILINE), f'{title}: the command is missing'
+    titles = '\n'.join(finding.split('\n', 1)[0] for finding in findings)
+    later = re.findall(r'[Ss]uperseded [^".]*by "([^"]+)"', text)
+    assert len(later) >= 15 and not [name for name in later if not re.search(f'^{re.escape(name)}', titles, re.MULTILINE)]
+    assert not re.findall(r'^\|.*\| *\|', text, re.MULTILINE), 'an empty cell of a table'
+    assert not re.findall(r'\d\^-?\d', text), 'a power with a caret'
     prose = [part for part in re.split(r'\n\s*\n|\n(?=- )', text) if not part.startswith('|')]
     assert not [part[:60] for part in prose if len(part.split()) > 120], 'a paragraph of more than 120 words'
     lost = [name for name in re.findall(r'\bparams/[\w/]+\.yaml', text) if not (root / name).exists()]

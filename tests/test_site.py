@@ -240,6 +240,12 @@ def test_words_that_are_also_names_are_no_links(site):
     assert '<a href="../experiments/instruct.html"><code>instruct</code></a>' in text, 'an experiment, not the function'
     text = (site['folder'] / 'inference/latency.html').read_text(encoding='utf-8')
     assert '<code>generate</code> of transformers' in text, 'a function of another library'
+    text = (site['folder'] / 'training/losses.html').read_text(encoding='utf-8')
+    assert '<code>_head_pass</code>' in text and '<code>_head_pass</code></a>' not in text, 'a private name'
+    text = (site['folder'] / 'runs/pictures.html').read_text(encoding='utf-8')
+    assert '<a href="pictures.html#describe"><code>describe</code></a>' in text, 'its own function, not that of another module'
+    text = (site['folder'] / 'models/meter.html').read_text(encoding='utf-8')
+    assert '<code>peak_bytes</code>' in text and '<code>peak_bytes</code></a>' not in text, 'a field, not the function'
 
 
 def test_outputs_are_for_readers(site, pages):

@@ -1,5 +1,6 @@
 """Links of the docs site: from names of files and of the library, as nbs/ writes them, to pages."""
 
+import ast
 import functools
 import posixpath
 import re
@@ -22,6 +23,7 @@ link = re.compile(r'(\]\(|\b(?:src|href)=")([^)"\s]+)')
 fence = re.compile(r'(^ *(`{3,}|~{3,}).*?^ *\2 *$)', flags=re.MULTILINE | re.DOTALL)
 # Names of the library that pages mostly write for something else: a field, a parameter, a status, an experiment.
 also_words = set(
+    'describe document_lengths left_out peak_bytes printable share_of_peak Trainer '
     'altered build chat compare condition count coverage fill forecast growth instruct measured needs ratio score '
     'spread statement summary table text verify'.split()
 )
@@ -90,13 +92,35 @@ def imports(code, name):
     return re.search(rf'from llmft[\w.]* import (?:\([^)]*|.*)\b{name}\b', code) is not None
 
 
+def source_of(page):
+    "The source of the module that a page explains, '' where it explains none."
+    module = root / 'llmft' / page.replace('.md', '.py')
+    return module.read_text(encoding='utf-8') if module.is_file() else ''
+
+
+def defined(source):
+    "(functions and classes, values) that a module defines: their names."
+    body = ast.parse(source).body
+    assigned = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+    names = {node.name for node in body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    return names, {each.id for target in assigned for each in ast.walk(target) if isinstance(each, ast.Name)}
+
+
 def without_chance_links(text, page):
-    "Markdown where a word that is also a name of the library leads there only if the page uses that name."
-    module = root / 'llmft' / page.replace('.md', '.py')  # what the page explains, if it is one of the library
-    code = text + (module.read_text(encoding='utf-8') if module.is_file() else '')
+    """Markdown where names lead where they are meant to.
+
+    Private names lead nowhere, those of the module that the page explains do not leave it, and a word that is also a
+    name of the library leads there only if the page uses that name."""
+    source = source_of(page)
+    code = text + source
+    own, values = defined(source)
 
     def checked(match):
         word, target = match.groups()
+        if word.startswith('_') or word in values:
+            return f'`{word}`'
+        if word in own and f'{target}.md' != page:
+            return f'[`{word}`]({docs_address}{page.removesuffix(".md")}.html#{word.lower()})'
         if word not in also_words or f'{target}.md' == page or imports(code, word):
             return match[0]
         if (root / f'nbs/experiments/{word}.ipynb').exists():

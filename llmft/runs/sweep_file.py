@@ -596,15 +596,22 @@ def with_seeds(stages:list,  # of lists of `Point`s
     return result
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #420adf94
+def _name_advice(point, other):
+    "How two points of one name get two."
+    varies = next((name for name, value in point.params.items() if value != other.params.get(name)), '')
+    if varies:
+        return f'put what differs into the name, as in {point.name}-{{{varies}}}'
+    return 'leave one of them out'
+
+
 def _check_folders(points):
     "A `LabError` when two points have one folder."
-    folders = set()
+    folders = {}
     for point in points:
-        if point.folder in folders:
-            stem = Path(point.notebook).stem
-            advice = f'put what differs into the name, as in {point.name}-{{seed}}'
-            raise LabError(f'{point.where}two runs of {stem} are named {point.name}: {advice}')
-        folders.add(point.folder)
+        other = folders.setdefault(point.folder, point)
+        if other is not point:
+            twice = f'two runs of {Path(point.notebook).stem} are named {point.name}'
+            raise LabError(f'{point.where}{twice}: {_name_advice(point, other)}')
 
 
 def _check_order(stages):

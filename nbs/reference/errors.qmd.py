@@ -16,6 +16,7 @@ from nbdev.config import get_config
 from llmft.cli import call
 
 root = get_config().config_path
+files = dict(FILE='params/finetune/mine.yaml', SWEEP='params/sweeps/mine.yaml')  # that a reader would write
 cases = [  # title, arguments of llmft, content of the file they name, remedy
     (
         'A mistyped parameter',
@@ -51,13 +52,13 @@ cases = [  # title, arguments of llmft, content of the file they name, remedy
         'Not YAML',
         ['run', 'FILE'],
         'name: broken\nlora_targets: [q_proj\n',
-        'Close what the line opens.',
+        'Close the bracket that is still open, here `[` in line 2.',
     ),
     (
         'A file that is not there',
         ['run', 'params/finetune/lroa.yaml'],
         None,
-        'Take the nearest name, or look into `params`.',
+        'Take the name it proposes, or look into `params`.',
     ),
     (
         'Nothing but an overlay',
@@ -75,7 +76,7 @@ cases = [  # title, arguments of llmft, content of the file they name, remedy
         'No such notebook',
         ['params', 'finetuning'],
         None,
-        'Take the nearest name; the notebooks are in `nbs/experiments`.',
+        'Take the name it proposes; the notebooks are in `nbs/experiments`.',
     ),
     (
         'A typo in a sweep',
@@ -103,8 +104,8 @@ cases = [  # title, arguments of llmft, content of the file they name, remedy
 def message(arguments, text):
     "What the command line says to the call, and its exit status; `text` is the content of the file it names."
     with tempfile.TemporaryDirectory() as folder:
-        for word, place in (('FILE', 'finetune/mine.yaml'), ('SWEEP', 'sweeps/mine.yaml')):
-            file = Path(folder) / 'params' / place
+        for word, place in files.items():
+            file = Path(folder) / place
             if word in arguments:
                 file.parent.mkdir(parents=True)
                 file.write_text(text)
@@ -123,7 +124,9 @@ for title, arguments, text, remedy in cases:
     said, status = message(arguments, text)
     if status != 2:
         raise SystemExit(f'llmft {" ".join(arguments)} should have been refused')
-    example = f'```yaml\n{text.rstrip()}\n```' if text else f'```sh\nllmft {" ".join(arguments)}\n```'
+    example = f'```sh\nllmft {" ".join(files.get(word, word) for word in arguments)}\n```'
+    if text:
+        example = f'`{files[arguments[-1]]}`:\n\n```yaml\n{text.rstrip()}\n```\n\n{example}'
     print(f'## {title}\n\n{example}\n')
     print(f'<div class="said"><code>{html.escape(said)}</code></div>\n\n{remedy}\n')
 print("""## While a run trains
@@ -132,7 +135,7 @@ print("""## While a run trains
 | --- | --- | --- |
 | `model ... cannot be loaded` | no network, no such name, or a licence to accept | give a folder or another name, or run with `--small` |
 | `... is in use by process ...` | another process has the folder | wait for it, or give this run another name |
-| `the loss is nan` | the learning rate is too high, or fp16 overflowed | lower `learning_rate`, or use `precision: bf16` |
+| `the loss is nan` or `inf` | the learning rate is too high, or fp16 overflowed | lower `learning_rate`, or use `precision: bf16` |
 | `max_flops is ... and one optimiser step takes ...` | the budget is smaller than one step | raise `max_flops`, or make the step smaller |
 | `has no field 'text'` | a table without that column | set `text_field` to one of the names it lists |
 | status `interrupted` | the process was killed | the same command resumes from the last checkpoint |

@@ -7,4 +7,4 @@ description: What was tried, on which data, with which command, and the result, 
 from nbdev.config import get_config
 
 text = (get_config().config_path / 'LOG.md').read_text(encoding='utf-8')
-print(text[text.index('\n## ') + 1 :].strip())
+print(text.removeprefix('# Log').strip())

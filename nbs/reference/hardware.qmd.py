@@ -8,6 +8,9 @@ from llmft.runs.plan import gpus
 from llmft.runs.plan_table import methods_of, plan_table, table_gpus, table_says
 
 titles = dict(full='Full fine-tuning', lora='LoRA', qlora='QLoRA')
+says = dict(
+    qlora='The speeds are those of LoRA: QLoRA has the same products, and its unpacking of weights is not counted.\n\n'
+)
 
 
 def markdown_table(rows):
@@ -22,13 +25,14 @@ def card_row(name):
     facts = gpus[name]
     half = f'{facts["bf16_tflops"]:g} TFLOP/s' + ('' if facts['capability'] >= 8 else ' (fp16; it has no bf16)')
     bandwidth = f'{facts["bandwidth_gb_per_sec"]:,} GB/s'
-    return dict(card=name, memory=f'{facts["memory_gib"]:g} GiB', bf16=half, bandwidth=bandwidth)
+    memory = f'{facts["memory_gib"]:g} GiB'
+    return {'card': name, 'memory': memory, 'bf16 products': half, 'memory bandwidth': bandwidth}
 
 
-print(f"""The same table comes from `llmft plan --table`, as an object with `--json`. {table_says}
+print(f"""{table_says}
 
-A cell says how much memory the card must have, and how many real tokens per second it trains; `no` means that it does not fit, with what it would take. For your own model, batch and lengths use `llmft plan FILE --gpu NAME`.
+Where a cell says `no`, the model does not fit, and the number is what it would take. A column has the name of a card as `--gpu` takes it, and its memory. `llmft plan --table` prints the same tables, with `--json` as an object. For your own model, batch and lengths use `llmft plan FILE --gpu NAME`.
 """)
 for method, rows in methods_of(plan_table()).items():
-    print(f'## {titles[method]}\n\n{markdown_table(rows)}\n')
+    print(f'## {titles[method]}\n\n{says.get(method, "")}{markdown_table(rows)}\n')
 print(f'## The cards\n\nMemory as PyTorch sees it; rates by the data sheets.\n\n{markdown_table([card_row(name) for name in table_gpus])}\n')
