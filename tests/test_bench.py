@@ -102,13 +102,13 @@ def test_every_side_learns_as_much_after_each_step(words, name):
 
 def test_a_side_that_learned_less_misses_its_target(words):
     def target(turns):
-        return Target('nats between the losses at the end', end_difference(turns), largest_end_difference, 'low')
+        return Target('difference of the losses at the end in nats', end_difference(turns), largest_end_difference, 'low')
 
     turns = {name: [train_block(name, setting, *words)] for name in ('ours', 'hf_trainer')}
     assert target(turns).met == 'met'
     turns['lazy'] = [train_block('hf_trainer', replace(setting, learning_rate=5e-3), *words)]
     assert target(turns).met == 'missed'
-    assert 'missed: nats between the losses at the end' in targets_verdict([target(turns)])
+    assert 'missed: difference of the losses at the end in nats' in targets_verdict([target(turns)])
 
     diligent, lazy = turns['hf_trainer'][0], turns['lazy'][0]
     turns['lazy'] = [replace(lazy, started=diligent.started, ended=diligent.ended)]  # one clock: other work cannot decide

@@ -26,6 +26,7 @@ from llmft.runs.params import (
     read_parameters,
     read_yaml,
     resolve_params,
+    split_comment,
     types,
 )
 
@@ -312,13 +313,30 @@ def choice_parameters(notebook):
 @pytest.mark.parametrize('notebook', experiments)
 def test_comments_of_parameters_agree_with_the_declarations(notebook):
     for parameter in read_parameters(notebook):
-        listed = re.match(r'[\w-]+( \| [\w-]+)+', parameter.help)
-        names = tuple(listed[0].split(' | ')) if listed else ()
+        names = parameter.choices
         declared = choices_of(parameter.name, notebook) if parameter.type == 'str' else ()
         if not declared:
             continue
         assert names == narrower.get((notebook, parameter.name), declared), (notebook, parameter.name)
         assert set(names) <= set(declared) and parameter.default in names
+
+
+fragment = re.compile(r'(?:of|or|on|in|with|for|its|peak|constant)\b(?! learning rate)|[\w-]+ \|')
+
+
+@pytest.mark.parametrize('notebook', experiments)
+def test_meanings_of_parameters_begin_with_the_thing(notebook):
+    "A reader of `llmft params` sees the meaning without the lines around it: no 'of the draws', no bare list."
+    for parameter in read_parameters(notebook):
+        assert not fragment.match(parameter.help), (notebook, parameter.name, parameter.help)
+        assert len(parameter.help) <= 95, (notebook, parameter.name, parameter.help)
+        assert '|' not in parameter.help or parameter.choices, (notebook, parameter.name, parameter.help)
+
+
+def test_names_of_a_choice_are_listed_at_the_beginning_or_after_a_colon():
+    for comment in ('a | b-c', 'a | b-c: of the data', 'what is read: a | b-c', 'what is read: a | b-c; a reads all'):
+        assert split_comment(comment, 'str') == (comment, '', ('a', 'b-c'))
+    assert split_comment('either a | b', 'str')[2] == ()
 
 
 @pytest.mark.parametrize('notebook', experiments)

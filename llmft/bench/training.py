@@ -385,6 +385,11 @@ def _time_ratios(seconds):
     return ratios(known, 'ours') if 'ours' in known else {}
 
 
+def _middle(seconds):
+    "The median over rounds, as rankings by logarithms have it: of two rounds, the geometric mean."
+    return math.exp(statistics.median(map(math.log, seconds)))
+
+
 def compare(turns:dict,    # name -> blocks, one per round
             before:float,  # held-out loss of the untrained model, nats per target
             skip:int=2,    # first steps of each block that do not count for the throughput
@@ -395,7 +400,7 @@ def compare(turns:dict,    # name -> blocks, one per round
     seconds = loss_seconds(turns, before)
     times = _time_ratios(seconds)
     return {name: dict(summary(blocks, skip), goal=goal, round_seconds=seconds[name],
-                       seconds=seconds[name] and statistics.median(seconds[name]), ratio=times.get(name))
+                       seconds=seconds[name] and _middle(seconds[name]), ratio=times.get(name))
             for name, blocks in turns.items()}
 
 # %% ../../nbs/bench/03_training.ipynb #50cc8060

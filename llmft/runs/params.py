@@ -186,7 +186,7 @@ def limits_of(words:str,  # such as 'above 0 to 1'
     return tuple(limits)
 
 # %% ../../nbs/runs/01_params.ipynb #3d7bd6d0
-_listed_names = re.compile(r'[\w-]+(?: \| [\w-]+)+')
+_listed_names = re.compile(r'(?:^|: )([\w-]+(?: \| [\w-]+)+)')
 
 
 def split_comment(comment:str,  # of a parameter
@@ -197,8 +197,8 @@ def split_comment(comment:str,  # of a parameter
     meaning, _, words = comment.rpartition('; ')
     if is_number and limits_of(words):
         return meaning, words, ()
-    listed = _listed_names.match(comment) if type == 'str' else None
-    return comment, '', tuple(listed[0].split(' | ')) if listed else ()
+    listed = _listed_names.search(comment) if type == 'str' else None
+    return comment, '', tuple(listed[1].split(' | ')) if listed else ()
 
 # %% ../../nbs/runs/01_params.ipynb #a7fa5c01
 def check_value(parameter:Parameter, # that the value is for

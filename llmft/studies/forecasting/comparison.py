@@ -196,7 +196,8 @@ def variable_table(comparison:Comparison,  # of one evaluation
     rows = [_variable_row(name, row, comparison.originals[name], columns) for name, row in comparison.rows.items()]
     originals = (column('original', 'MAE', 'mean, original units'),
                  column('original_median', 'MAE', 'median, original units'))
-    return table(rows, [column('run', 'forecast'), *columns, *originals])
+    caption = f'{number_of(len(comparison.future_NHV), "trajectory")}; errors of a variable in scaled units'
+    return table(rows, [column('run', 'forecast'), *columns, *originals], caption)
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #f241e18a
 _speed_columns = (column('run', 'forecast'), column('seconds', 'generation', 's'), column('new', 'new tokens'),
