@@ -73,12 +73,12 @@ def _is_time(text):
 
 
 def read_record(folder) -> dict:
-    "run.json of `folder`, unchanged; a `LabError` when it is missing, can't be read, or is no record."
+    "run.json of `folder`, unchanged; a `LabError` when it is missing, cannot be read, or is no record."
     path = Path(folder) / 'run.json'
     try:
         record = read_json(path)
     except OSError as error:
-        raise LabError(f"{folder} holds no run: run.json can't be read ({error.strerror})") from None
+        raise LabError(f"{folder} holds no run: run.json cannot be read ({error.strerror})") from None
 
     slip = _slip(record)
     if not slip and not (_is_time(record['run'].get('started')) and _is_time(record['run'].get('ended'))):
