@@ -99,7 +99,7 @@ def allowed_nats(bits:float,    # K: prefix-free length of the model's message a
                  delta:float,   # largest probability that the bound fails
                  choices:int=1, # S: values tried on the same sample, of which the best is kept
 )->tuple:                       # nats of (the sample, the complexity)
-    "The nats allowed in either step, for its part of `delta` and for choices; a `LabError` when no bound follows from the numbers."
+    "The nats allowed in either step, for its part of `delta` and choices; a `LabError` when no bound follows."
     _check(bits, n, m, delta, choices)
     r = m / (m + n)
     return (math.log(1 / ((1 - r) * delta)) + math.log(choices), bits * math.log(2) + math.log(1 / (r * delta)))

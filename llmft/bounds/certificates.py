@@ -13,18 +13,7 @@ from pathlib import Path
 
 import torch
 
-from llmft.core import (
-    LabError,
-    check_regular,
-    find_path,
-    jsonable,
-    number_of,
-    read_json,
-    sha256_of,
-    short_hash,
-    write_atomic,
-)
-
+from ..core import LabError, check_regular, find_path, jsonable, read_json, sha256_of, short_hash, write_atomic
 from ..data.token_files import read_token_file
 from ..models.adapters import weights_hash
 from ..models.load import load_model, placed
@@ -455,5 +444,6 @@ def condition(header:dict,  # from `read_certificate`
         return (f'{promise}, whatever seeds and settings were tried (a random base; its description is paid for), '
                 f'if {independent}')
     return (f"{promise} provided that base {base['model']} (hash {header['model']['base']}), the seeds "
-            f"and the settings that were tried (at most {settings['configurations']:,}) were fixed before these documents were drawn "
+            f"and the settings that were tried (at most {settings['configurations']:,}) were fixed "
+            'before these documents were drawn '
             f"(its author's word, which cannot be checked here), if {independent}")

@@ -130,7 +130,7 @@ _levels = 3  # between the folder of a run and a path in it that a parameter may
 
 
 def _run_around(path):
-    "The folder of the run that `path` is or lies in, or `None`."
+    "The folder of the run that `path` is, or is in; `None` without one."
     folders = [path, *path.parents][:_levels]
     return next((folder for folder in folders if (folder / 'run.json').is_file()), None)
 

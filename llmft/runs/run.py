@@ -648,7 +648,7 @@ def _close_done(run):
 
 
 @patch
-def finish(self:Run, metrics:dict,  # flat: name -> number, text or `None`
+def finish(self:Run, metrics:dict,  # name -> number, text or `None`
            verdict:str='',          # the result in words
 ):
     "Write metrics.json, set the status to done, release the lock and print where everything is."

@@ -160,7 +160,7 @@ def _dealt(batches, group):
 
 
 def _summed_loss(loss_model, batches, device, expected):
-    "(sum of the losses of `batches` in nats, number of their targets), in evaluation mode; `expected` targets fill the bar."
+    "(sum of the losses of `batches` in nats, number of their targets) in evaluation mode; `expected` fill the bar."
     total = 0.0
     targets = 0
     with evaluating(loss_model):
