@@ -155,7 +155,7 @@ def short_hash(value) -> str:
     return sha256_of(json.dumps(jsonable(value), sort_keys=True))[:12]
 
 # %% ../nbs/core.ipynb #9aeeec84
-def seed_everything(seed:int,  # any integer from 0 to 2**32 - 1
+def seed_everything(seed:int,  # any integer from 0 to 4,294,967,295
 ):
     "Seed the global generators of Python, NumPy and PyTorch."
     import numpy as np

@@ -464,7 +464,7 @@ def test_a_disk_that_cannot_be_written_is_one_line_and_loses_nothing(tmp_path, m
     with monkeypatch.context() as patched:
         patched.setattr(run_module, place, refuse)
         for name in ('x', 'new'):
-            with pytest.raises(LabError, match=f"can't be written .{os.strerror(number)}") as caught:
+            with pytest.raises(LabError, match=f"cannot be written .{os.strerror(number)}") as caught:
                 start_run('demo', space(tmp_path, name=name, model='preset:gpt2-tiny'))
             assert '\n' not in str(caught.value)
     assert content_hashes(first.folder) == before and not (first.folder.parent / 'new').exists()
@@ -487,7 +487,7 @@ def test_a_tiny_and_a_read_only_disk_end_with_status_2(tmp_path, options):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     if 'mount' in done.stderr or 'unshare' in done.stderr:
         pytest.skip(f'no small file system can be made here: {done.stderr.splitlines()[-1]}')
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "can't be written" in done.stderr, done.stderr
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "cannot be written" in done.stderr, done.stderr
 
 
 def test_a_clock_that_is_set_back_gives_no_negative_time(tmp_path, monkeypatch):

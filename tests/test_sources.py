@@ -186,7 +186,7 @@ def test_packed_weights_are_those_of_the_file(packed, packing):
     assert torch.equal(load_model(str(path)).model.layers[1].mlp.down_proj.weight.detach(), expected)
     facts = gguf_facts(path)
     assert facts['packing'] == packing and facts['rounded'] == packing.startswith('Q')
-    assert (f'rounded from {packing}' in model_says(str(path))) == facts['rounded']
+    assert (f'already rounded ({packing})' in model_says(str(path))) == facts['rounded']
 
 
 def test_a_gguf_file_is_loaded_in_silence(packed, capfd):
@@ -355,7 +355,7 @@ def test_smollm2_is_the_model_it_should_be(smollm2):
     place = fetched('smollm2')
     if Path(place).suffix == '.gguf':
         assert source_hash(find_model('smollm2')) == fetchables['smollm2'].sha256
-        assert 'rounded from Q4_1' in model_says('smollm2')
+        assert 'already rounded (Q4_1)' in model_says('smollm2')
 
 
 def test_smollm2_is_planned_without_its_weights(smollm2):

@@ -587,7 +587,7 @@ def test_a_base_that_memorised_is_named_as_a_condition(certified):
     header['spec']['base'] = dict(model='/some/where/memorised')
     said = condition(header)
     assert f"provided that base /some/where/memorised (hash {header['model']['base']})" in said
-    assert 'seeds and at most 3 settings were fixed before these documents were drawn' in said and '0.95' in said
+    assert 'the settings that were tried (at most 3) were fixed before these documents were drawn' in said and '0.95' in said
 
 
 def test_the_seed_of_a_random_base_is_paid_for():

@@ -1,4 +1,4 @@
-"Rows come one by one, the same from every format, and what can't be read is one line with file, row and field."
+"Rows come one by one, the same from every format, and what cannot be read is one line with file, row and field."
 
 import csv
 import datetime
@@ -106,8 +106,8 @@ broken = {
     'no header': ('a.csv', b'\n\n', 'a.csv is empty'),
     'no CSV field': ('a.csv', b'body,n\na,1\n', "a.csv:2 has no field 'text': its fields are body, n; set text_field"),
     'no UTF-8 in CSV': ('a.csv', b'text\ngood\nna\xefve\n', r'a.csv:3 is not UTF-8 text \(byte 3 of the line\)'),
-    'no parquet': ('a.parquet', b'PAR1 and nothing else', "a.parquet:1 can't be read as parquet"),
-    'an empty file': ('a.parquet', b'', "a.parquet:1 can't be read as parquet"),
+    'no parquet': ('a.parquet', b'PAR1 and nothing else', "a.parquet:1 cannot be read as parquet"),
+    'an empty file': ('a.parquet', b'', "a.parquet:1 cannot be read as parquet"),
     'another ending': ('a.xls', b'', "ends in '.xls': give one of .txt"),
     'no array': ('a.json', b'[{"text": "a"}, [1]]', 'a.json:2 is no JSON object: write an array of objects'),
     'an open array': ('a.json', b'[{"text": "a"}', 'a.json:1 is followed by neither a comma nor the end'),
@@ -239,7 +239,7 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, 'open', refuse)
     for name in ('a.txt', 'a.jsonl'):
-        with pytest.raises(LabError, match=f"{name} can't be opened .Permission denied."):
+        with pytest.raises(LabError, match=f"{name} cannot be opened .Permission denied."):
             list(read_documents(tmp_path / name))
 
 

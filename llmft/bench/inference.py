@@ -115,19 +115,20 @@ def decode_alone(net,            # a causal language model in evaluation mode
     return decoding_speed(results[1:], net, copy_rate)
 
 # %% ../../nbs/bench/05_inference.ipynb #b818dc41
-def _reference_steps(rows, reference):
-    "model -> seconds of a step in the precision `reference`."
-    return {row['model']: row['step'] for row in rows if row['precision'] == reference}
+def _reference_speeds(rows, reference):
+    "model -> tokens per second in the precision `reference`."
+    return {row['model']: row['throughput'] for row in rows if row['precision'] == reference}
 
 
 def precisions_table(rows:list,      # results of `decode_alone`, each with model and precision
                      reference:str,  # precision that the others are compared with
 ):                                   # `Html`
     "How fast each precision decodes, and how much it reads."
-    steps = _reference_steps(rows, reference)
-    shown = [dict(_in_shown_units(row), ratio=steps[row['model']] / row['step']) for row in rows]
+    speeds = _reference_speeds(rows, reference)
+    shown = [dict(_in_shown_units(row), ratio=row['throughput'] / speeds[row['model']]) for row in rows]
     return table(shown, ['model', 'precision', column('throughput', 'tokens', '1/s'),
-                         column('ratio', 'as fast', f'as {reference}'), column('step', 'step', 'ms, median'),
+                         column('ratio', 'tokens', f'times as many as {reference}'),
+                         column('step', 'step', 'ms, median'),
                          column('read', 'weights read', 'MiB per step'),
                          column('share', 'weights read', 'share of copy rate')])
 

@@ -427,7 +427,7 @@ def rank_trainers(compared:dict,  # from `compare`
 
 # %% ../../nbs/bench/03_training.ipynb #b8b4b4a1
 def time_basis(ranking,      # by time, from `rank_trainers`
-               rounds:int,   # behind it
+               rounds:int,   # on which it rests
                tokens:int,   # targets of each round
 )->str:
     "How sure the ratio to the strongest peer is, and on how many rounds and tokens it rests."
@@ -451,13 +451,14 @@ def training_table(rows:list,    # a row per trainer: its name as `trainer`, and
 # %% ../../nbs/bench/03_training.ipynb #f09581ad
 def time_bars(compared:dict,  # from `compare`
               title:str,      # what is trained
-              rounds:int,     # behind each median
+              rounds:int,     # from which the medians are
 ):                            # a matplotlib figure
-    "Seconds of every trainer to the same held-out loss."
+    "Seconds of every trainer to the same held-out loss, with the ratios of the table: medians over the rounds."
     seconds = {name: facts['seconds'] for name, facts in compared.items()}
     goal = next(iter(compared.values()))['goal']
     note = f'median of {number_of(rounds, "round")}, lower is better'
-    return bars(seconds, title, f'seconds to a held-out loss of {goal:.5g} nats', 'ours', note)
+    ratios_to_ours = {name: facts['ratio'] for name, facts in compared.items()}
+    return bars(seconds, title, f'seconds to a held-out loss of {goal:.5g} nats', 'ours', note, ratios_to_ours)
 
 # %% ../../nbs/bench/03_training.ipynb #df0c0614
 _memory_steps = 2  # optimiser steps of a memory process

@@ -119,11 +119,11 @@ def bernstein_bound(losses,         # of the sampled documents in the order they
                     bits:float,     # K, as for `subsampling_bound`
                     n:int,          # training documents
                     width,          # of the interval the losses lie in, (...)
-                    delta:float=.05,# probability that the bound may fail with
-                    choices:int=1,  # S: values chosen on the same sample
+                    delta:float=.05,# largest probability that the bound fails
+                    choices:int=1,  # S: values tried on the same sample, of which the best is kept
                     lowest=0.,      # where the interval begins, (...)
 ):                                  # in the unit of the losses, (...)
-    "The empirical Bernstein bound; a `LabError` for numbers that make none."
+    "The empirical Bernstein bound; a `LabError` when no bound follows from the numbers."
     u = _in_unit(losses, lowest, width)
     sample, complexity = _parts(u, bits, n, delta, choices)
     if n < 2:
@@ -188,12 +188,12 @@ def betting_bound(losses,         # of the sampled documents in the order they w
                   bits:float,     # K, as for `subsampling_bound`
                   n:int,          # training documents
                   width,          # of the interval the losses lie in, (...)
-                  delta:float=.05,# probability that the bound may fail with
-                  choices:int=1,  # S: values chosen on the same sample
+                  delta:float=.05,# largest probability that the bound fails
+                  choices:int=1,  # S: values tried on the same sample, of which the best is kept
                   lowest=0.,      # where the interval begins, (...)
                   draws:int=None, # of these, samples that may have been drawn before one was kept; `None`: all
 ):                                # in the unit of the losses, (...)
-    "The betting bound; a `LabError` for numbers that make none."
+    "The betting bound; a `LabError` when no bound follows from the numbers."
     u = _in_unit(losses, lowest, width)
     m = u.shape[-1]
     sample, complexity = _parts(u, bits, n, delta, choices)
@@ -214,8 +214,8 @@ def all_forms(losses,         # of the sampled documents in the order they were 
               bits:float,     # K, as for `subsampling_bound`
               n:int,          # training documents
               width:float,    # of the interval the losses lie in
-              delta:float=.05,# probability that each may fail with
-              choices:int=1,  # S: values chosen on the same sample
+              delta:float=.05,# largest probability that each bound fails
+              choices:int=1,  # S: values tried on the same sample, of which the best is kept
               lowest:float=0.,# where the interval begins
               draws:int=None, # of these, samples that may have been drawn before one was kept; `None`: all
 )->dict:                      # name of a form -> bound, in the unit of the losses
@@ -255,11 +255,11 @@ def freedman_bound(losses,         # of the sampled tokens in the order they wer
                    bits:float,     # K, as for `subsampling_bound`
                    n:int,          # training tokens that are predicted
                    width,          # of the interval the losses lie in, (...)
-                   delta:float=.05,# probability that the bound may fail with
-                   choices:int=1,  # S: values chosen on the same sample
+                   delta:float=.05,# largest probability that the bound fails
+                   choices:int=1,  # S: values tried on the same sample, of which the best is kept
                    lowest=0.,      # where the interval begins, (...)
 ):                                 # in the unit of the losses, (...)
-    "The Freedman-type bound for tokens; a `LabError` for numbers that make none."
+    "The Freedman-type bound for tokens; a `LabError` when no bound follows from the numbers."
     u = _in_unit(losses, lowest, width)
     pairs = _centres * len(_around)
     sample, complexity = (nats + math.log(pairs) for nats in _parts(u, bits, n, delta, choices))
@@ -310,7 +310,7 @@ def coverage(losses_HN,         # loss of every document of the population under
              n:int,             # documents drawn in a game
              m:int,             # of them scored
              games:int=1000,    # how many
-             delta:float=.05,   # probability that a bound may fail with
+             delta:float=.05,   # largest probability that a bound fails
              seed:int=0,        # of the draws
 )->dict:                        # for each form: share of games in which it held, mean slack; the sample's gap
     "How often, and by how much, each bound of the predictor that looks best lies above its true risk."

@@ -83,7 +83,7 @@ def kl_inverse(q:float,  # observed mean of losses, in [0, 1]
 
 # %% ../../nbs/bounds/02_bounds.ipynb #f0854563
 def _check(bits, n, m, delta, choices):
-    "A `LabError` for numbers that make no bound."
+    "A `LabError` when no bound follows from the numbers."
     check_share('delta', delta)
     if not 0 <= bits < math.inf:
         raise LabError(f'bits is {bits}: a message cannot have fewer than 0')
@@ -96,10 +96,10 @@ def _check(bits, n, m, delta, choices):
 def allowed_nats(bits:float,    # K: prefix-free length of the model's message and of every choice made, bits
                  n:int,         # training documents
                  m:int,         # documents in the sample
-                 delta:float,   # probability that the bound may fail with
-                 choices:int=1, # S: values chosen on the same sample
+                 delta:float,   # largest probability that the bound fails
+                 choices:int=1, # S: values tried on the same sample, of which the best is kept
 )->tuple:                       # nats of (the sample, the complexity)
-    "The nats allowed in either step, for its part of `delta` and for choices; a `LabError` for bad numbers."
+    "The nats allowed in either step, for its part of `delta` and choices; a `LabError` when no bound follows."
     _check(bits, n, m, delta, choices)
     r = m / (m + n)
     return (math.log(1 / ((1 - r) * delta)) + math.log(choices), bits * math.log(2) + math.log(1 / (r * delta)))
@@ -110,10 +110,10 @@ def subsampling_bound(risk:float,       # mean loss of the sampled documents
                       n:int,            # training documents
                       m:int,            # documents in the sample
                       width:float,      # of the interval the losses lie in, in the unit of `risk`
-                      delta:float=.05,  # probability that the bound may fail with
-                      choices:int=1,    # S: values chosen on the same sample
+                      delta:float=.05,  # largest probability that the bound fails
+                      choices:int=1,    # S: values tried on the same sample, of which the best is kept
 )->float:                               # in the unit of `risk`
-    "Hoeffding's bound; a `LabError` for numbers that make none."
+    "Hoeffding's bound; a `LabError` when no bound follows from the numbers."
     sample, complexity = allowed_nats(bits, n, m, delta, choices)
     return risk + width * (math.sqrt(complexity / (2 * n)) + math.sqrt(sample / (2 * m)))
 
@@ -135,11 +135,11 @@ def kl_bound(risk:float,        # mean loss of the sampled documents
              n:int,             # training documents
              m:int,             # documents in the sample
              width:float,       # of the interval the losses lie in, in the unit of `risk`
-             delta:float=.05,   # probability that the bound may fail with
-             choices:int=1,     # S: values chosen on the same sample
+             delta:float=.05,   # largest probability that the bound fails
+             choices:int=1,     # S: values tried on the same sample, of which the best is kept
              lowest:float=0.,   # where the interval begins, in the unit of `risk`
 )->float:                       # in the unit of `risk`
-    "The kl bound, tighter than Hoeffding's; a `LabError` for numbers that make none."
+    "The kl bound, tighter than Hoeffding's; a `LabError` when no bound follows from the numbers."
     sample, complexity = allowed_nats(bits, n, m, delta, choices)
     _check_interval(risk, lowest, width)
 
@@ -151,7 +151,7 @@ def full_bound(risk:float,       # mean loss of all documents
                bits:float,       # K, as for `subsampling_bound`
                n:int,            # documents
                width:float,      # of the interval the losses lie in
-               delta:float=.05,  # probability that the bound may fail with
+               delta:float=.05,  # largest probability that the bound fails
                kl:bool=False,    # the kl bound
                lowest:float=0.,  # where the interval begins
 )->float:                        # in the unit of `risk`
@@ -168,8 +168,8 @@ def topk_bound(error:float,      # mean over the sampled documents of the share 
                bits:float,       # K, as for `subsampling_bound`
                n:int,            # training documents
                m:int,            # documents in the sample
-               delta:float=.05,  # probability that the bound may fail with
-               choices:int=1,    # S: values chosen on the same sample
+               delta:float=.05,  # largest probability that the bound fails
+               choices:int=1,    # S: values tried on the same sample, of which the best is kept
                kl:bool=True,     # the kl bound, or Hoeffding's
 )->float:                        # a share of tokens; 1 and above says nothing
     "The bound of a top-k error."
@@ -182,14 +182,14 @@ def token_bound(risk:float,       # mean loss of the sampled tokens
                 n:int,            # training tokens that are predicted
                 m:int,            # tokens in the sample, drawn independently of the model
                 width:float,      # of the interval the losses lie in
-                delta:float=.05,  # probability that the bound may fail with
-                choices:int=1,    # S: values chosen on the same sample
+                delta:float=.05,  # largest probability that the bound fails
+                choices:int=1,    # S: values tried on the same sample, of which the best is kept
 )->float:                         # in the unit of `risk`
     "The token-level bound (Azuma)."
     return subsampling_bound(risk, bits, n, m, width, delta, choices)
 
 # %% ../../nbs/bounds/02_bounds.ipynb #4cb8a8fa
-def shared_delta(delta:float,  # probability that any of the claims may fail with
+def shared_delta(delta:float,  # largest probability that any of the claims fails
                  claims:int,   # bounds that are reported together
 )->float:
     "The part of delta for each of `claims` bounds, so that all hold together."

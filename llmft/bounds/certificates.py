@@ -13,18 +13,7 @@ from pathlib import Path
 
 import torch
 
-from llmft.core import (
-    LabError,
-    check_regular,
-    find_path,
-    jsonable,
-    number_of,
-    read_json,
-    sha256_of,
-    short_hash,
-    write_atomic,
-)
-
+from ..core import LabError, check_regular, find_path, jsonable, read_json, sha256_of, short_hash, write_atomic
 from ..data.token_files import read_token_file
 from ..models.adapters import weights_hash
 from ..models.load import load_model, placed
@@ -142,7 +131,7 @@ def make_claims(scores,            # of the sampled documents, in the order they
                 n:int,             # training documents
                 vocabulary:int,    # tokens the model can predict
                 configurations:int,# settings that were tried, this one included
-                delta:float=.05,   # probability that any claim may fail with
+                delta:float=.05,   # largest probability that any claim fails
                 tokens=None,       # `Scores` of sampled tokens, for the token-level claim
                 token_count:int=0, # training tokens that are predicted
 )->dict:                           # name of a claim -> bound, risk, bits and what else belongs to it
@@ -182,7 +171,7 @@ def prove(model,              # with the decoded vector in it
           samples:int,        # documents to score, 0 for all
           token_samples:int=0,# tokens to score for the token-level claim, 0 for none
           configurations:int=1,  # settings that were tried, this one included
-          delta:float=.05,    # probability that any claim may fail with
+          delta:float=.05,    # largest probability that any claim fails
           batch_tokens:int=8192,  # tokens that go through the model at once
 )->tuple:                     # (claims, `Scores` of the sampled documents)
     "Score a model on a sample that its own message decides, and compute every claim."
@@ -454,6 +443,7 @@ def condition(header:dict,  # from `read_certificate`
     if base['model'] == 'random':
         return (f'{promise}, whatever seeds and settings were tried (a random base; its description is paid for), '
                 f'if {independent}')
-    return (f"{promise} provided that base {base['model']} (hash {header['model']['base']}), seeds and at most "
-            f"{number_of(settings['configurations'], 'setting')} were fixed before these documents were drawn "
+    return (f"{promise} provided that base {base['model']} (hash {header['model']['base']}), the seeds "
+            f"and the settings that were tried (at most {settings['configurations']:,}) were fixed "
+            'before these documents were drawn '
             f"(its author's word, which cannot be checked here), if {independent}")

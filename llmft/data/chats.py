@@ -182,7 +182,7 @@ def _options(chat):
 
 def render_chat(chat:Chat,        # the turns that are written
                 tokenizer,        # as `load_tokenizer` gives it, with a chat template
-                ask:bool=False,   # with the beginning of an answer behind it
+                ask:bool=False,   # with the beginning of an answer after them
 )->str:
     "A conversation as the chat template writes it. `LabError` when it refuses it."
     try:
@@ -261,7 +261,7 @@ def _told_apart(chat, asked, text, tokenizer):
 
 
 def _asked_answer(chat, tokenizer, ends):
-    "The last answer of a conversation behind what the model is asked with."
+    "The last answer of a conversation, after what the model is asked with."
     asked = render_chat(chat.until(-1), tokenizer, ask=True)
     text = render_chat(chat, tokenizer)
     answer = text[len(asked):] if text.startswith(asked) else _told_apart(chat, asked, text, tokenizer)
@@ -299,7 +299,7 @@ def _answers(chat, tokenizer, ends):
 def chat_texts(chat:Chat,  # as from `as_chat`
                tokenizer,  # as `load_tokenizer` gives it
 )->list:                   # of (text, [(start, end) of what is trained on], whether the text has its end)
-    "A conversation rendered as texts, with every answer trained on once. `LabError` when it can't be rendered."
+    "A conversation rendered as texts, with every answer trained on once. `LabError` when it cannot be rendered."
     return _divided(list(_answers(chat, tokenizer, _end_of_turn(tokenizer))))
 
 # %% ../../nbs/data/09_chats.ipynb #7d7800cb
@@ -325,7 +325,7 @@ def _row(text, spans, closed, tokenizer):
 def chat_rows(chats,      # of `Chat`
               tokenizer,  # as `load_tokenizer` gives it, with a chat template
 )->list:                  # of (token ids, whether each is trained on); one or more per conversation
-    "Conversations as tokens with every answer trained on. `LabError` when one can't be rendered."
+    "Conversations as tokens with every answer trained on. `LabError` when one cannot be rendered."
     ends = _end_of_turn(tokenizer)
     texts = (text for chat in _as_text(chats, tokenizer) for text in _divided(list(_answers(chat, tokenizer, ends))))
     return [_row(*text, tokenizer) for text in texts]

@@ -42,8 +42,8 @@ def content_key(text: str) -> str:
     return sha256_of(' '.join(text.split()))
 
 # %% ../../nbs/data/02_corpora.ipynb #182f6a1b
-def draw_of(text:str,  # or a key of it
-            seed:int,  # another seed, other draws
+def draw_of(text:str,  # a text, or its content key
+            seed:int,  # another seed gives other draws
 )->float:              # at least 0, below 1
     "The number that decides the side of a text; copies have the same one."
     return int(sha256_of(f'{seed} {text}')[:12], 16) / 16**12
@@ -130,7 +130,7 @@ def split_documents(documents:Documents,   # all documents, copies included
                     valid_share:float=.1,  # share of documents to hold out, in (0, 1)
                     seed:int=42,           # another seed, another split
 )->Corpus:                                 # `notes` counts copies dropped
-    "Split by a hash of each text, so that copies share a side, each of which gets a document; further copies go."
+    "Split by a hash of each text: one copy of a text is kept, and each side gets at least one document."
     check_share(valid_share)
     rows = _first_rows(documents)
     copies = len(documents) - len(rows)

@@ -37,8 +37,9 @@ def files_in(path,         # a file or a folder
     return {file.relative_to(path).as_posix(): file for file in sorted(counted)}
 
 # %% ../../nbs/data/00_hashes.ipynb #099f0f1e
-def file_stamp(file)->tuple:  # (bytes, last change of the content, last change of the entry, inode); times in ns
-    "What the file system says about the file at a `Path`, which changes when its content does."
+def file_stamp(file,  # a `Path`
+)->tuple:             # (bytes, last change of the content, last change of the entry, inode); times in ns
+    "What the file system says about a file, which changes when its content does."
     facts = file.stat()
     return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino
 
@@ -78,7 +79,7 @@ def _remember(folder, entries, began, hashed):
     try:
         write_atomic(_memory_file(folder), json.dumps(settled))
     except OSError:
-        pass  # a cache that can't be written costs time and nothing else
+        pass  # a cache that cannot be written costs time and nothing else
 
 
 def _hashes_in(folder, files, fresh):
@@ -102,14 +103,14 @@ def _hashes_in(folder, files, fresh):
 def file_hashes(files,           # absolute paths of files that are there
                 fresh:bool=False,# read every byte again, even if its hash is remembered
 )->dict:                         # path -> SHA-256, 64 hexadecimal digits
-    "The hash of each file; a `LabError` for one that can't be read."
+    "The hash of each file; a `LabError` for one that cannot be read."
     ordered = sorted(files, key=lambda file: (file.parent, file.name))
     hashes = {}
     try:
         for folder, group in itertools.groupby(ordered, key=lambda file: file.parent):
             hashes |= _hashes_in(folder, list(group), fresh)
     except OSError as error:
-        raise LabError(f"{error.filename} can't be read ({error.strerror}): restore it, or allow reading it") from None
+        raise LabError(f"{error.filename} cannot be read ({error.strerror}): restore it, or allow reading it") from None
     return hashes
 
 # %% ../../nbs/data/00_hashes.ipynb #9537fe4d

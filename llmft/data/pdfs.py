@@ -95,7 +95,7 @@ _longest_reason = 80  # characters of a message of PDFium
 
 
 def _cleaned(text):
-    "Text as PDFium gives it, without what UTF-8 can't hold."
+    "Text as PDFium gives it, without what UTF-8 cannot hold."
     text = text.replace('\r\n', '\n').replace('\r', '\n')
     return text.replace('\x00', '').encode('utf-8', 'ignore').decode()
 
@@ -224,7 +224,7 @@ def _write_broken(path, text):
 
 
 def write_bad_pdfs(folder) -> list:
-    "Five files that a folder of PDFs is known for: encrypted, broken, scanned, empty, and too short; their names."
+    "Write a bad file of each kind: encrypted, broken, scanned, of zero bytes, and too short; their names."
     folder = Path(folder)
     text = 'Nobody will read this. ' * 60
     write_pdf(folder / 'encrypted.pdf', text, 'secret')

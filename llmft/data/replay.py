@@ -18,7 +18,7 @@ _at_once = 8  # documents that are encoded before their tokens are counted
 
 
 def _first_enough(examples, positions):
-    "The first of `examples` that have so many positions in all, the last of them shortened."
+    "The first of `examples`, as many as have `positions` in all; the last of them is shortened."
     sums_N = np.cumsum(examples.slots)
     last = int(np.searchsorted(sums_N, positions))
     kept = examples.select(slice(last + 1))
@@ -36,7 +36,7 @@ def _check_enough(found, positions):
 def general_examples(positions:int,    # how many in all
                      tokenizer,        # of the model
                      max_length:int,   # longest example, positions
-                     seed:int,         # the only thing the choice depends on
+                     seed:int,         # decides which text is taken
 )->tuple:                              # (Examples, the documents they are made of)
     "Examples of general text; a `LabError` when there is not so much of it."
     documents = builtin_part('base')
@@ -71,7 +71,7 @@ def joined(first:Examples,   # some examples
 
 # %% ../../nbs/data/10_replay.ipynb #7048d3b2
 def with_replay(train:Examples,   # training rows
-                share:float,      # of all positions, that are to be of general text
+                share:float,      # share of all positions that general text shall have
                 tokenizer,        # of the model
                 max_length:int,   # longest example, positions
                 seed:int,         # of the run

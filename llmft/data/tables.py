@@ -148,7 +148,7 @@ def _opened(path):
     try:
         return path.open('rb')
     except OSError as error:
-        raise LabError(f"{path} can't be opened ({error.strerror}): check its permissions") from None
+        raise LabError(f"{path} cannot be opened ({error.strerror}): check its permissions") from None
 
 
 def read_text(path:Path) -> str:
@@ -361,7 +361,7 @@ def _parquet_rows(path, fields):
     except UnicodeDecodeError:
         raise LabError(f'{path}:{number + 1} or a row soon after it is not UTF-8 text: convert it first') from None
     except (pyarrow.ArrowException, OSError) as error:
-        raise LabError(f"{path}:{number + 1} can't be read as parquet ({str(error).splitlines()[0]})") from None
+        raise LabError(f"{path}:{number + 1} cannot be read as parquet ({str(error).splitlines()[0]})") from None
 
 # %% ../../nbs/data/01_tables.ipynb #f02b1f59
 text_endings = ('.txt', '.md', '.rst', '.py')
@@ -380,7 +380,7 @@ def count(notes,         # counts by what was counted, or `None`
 
 # %% ../../nbs/data/01_tables.ipynb #6de86cad
 def _refuse(error):
-    raise LabError(f"{error.filename} can't be read ({error.strerror}): check its permissions") from None
+    raise LabError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from None
 
 
 def _is_hidden(name):
@@ -438,7 +438,7 @@ def read_rows(path:Path,       # a file with one of `row_endings`, or a folder o
               setting:str='',  # the parameter that names the field, for the message
               notes:dict=None, # counts `blank_lines` and what else a folder holds, if anything
 ):                             # iterator of `Row`
-    "The rows of a file or folder, one at a time. `LabError` for a row that can't be read or lacks a field."
+    "The rows of a file or folder, one at a time. `LabError` for a row that cannot be read or lacks a field."
     for file in files_below(path, row_endings, notes):
         for number, values in _readers[file.suffix.lower()](file, fields):
             if values is None:

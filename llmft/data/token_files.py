@@ -192,7 +192,7 @@ def _filled(pairs, notes):
 
 
 def _texts_by_split(data, config, text_field, notes):
-    "Split -> iterator of texts of a source that is not simulated; '' for files and for what is built in."
+    "Split -> iterator of texts of a source that is not simulated; files and built-in data have one split, ''."
     if data.startswith('builtin:'):
         return {'': iter(function_texts(data == 'builtin:all_functions'))}
     splits = document_splits(data, config, text_field, 'data=simulated:predator_prey', streaming=True, notes=notes)
@@ -280,7 +280,7 @@ def _check_filled(lengths, first, side):
 
 
 def _with_eots(rows, eot, first, side):
-    "(tokens of all rows, each with an EOT behind it; tokens of each row); a `LabError` for an empty one."
+    "(tokens of all rows, each with an EOT after it; tokens of each row); a `LabError` for an empty one."
     lengths = np.array([len(row) + 1 for row in rows], dtype=np.int64)
     _check_filled(lengths, first, side)
 

@@ -234,7 +234,7 @@ def edges(tokenizer,  # as `load_tokenizer` gives it
 def begun(rows,       # lists of token ids
           tokenizer,  # as `load_tokenizer` gives it
 )->list:              # of lists of token ids
-    "The rows behind what the tokenizer puts before a text, where they do not begin with it already."
+    "The rows, each after what the tokenizer puts before a text, where a row does not begin with it already."
     begin, _ = edges(tokenizer)
     return [row if row[:len(begin)] == begin else begin + row for row in rows]
 
@@ -255,7 +255,7 @@ def _rendered_probe(tokenizer, *roles, **options):
 
 def turn_ends(tokenizer,  # as `load_tokenizer` gives it
 )->set:                   # token ids
-    "The tokens that end an answer: the end of text, and what the chat template writes behind one."
+    "The tokens that end an answer: the end of text, and what the chat template writes after one."
     after = _rendered_probe(tokenizer, 'user', 'assistant').rpartition(_probe)[2]
     found = re.search(_spelling(tokenizer), after)
     return {tokenizer.eos_token_id} | ({control_tokens(tokenizer)[found[0]]} if found else set())
@@ -302,7 +302,7 @@ def _conversation_rows(texts, tokenizer):
 def prompt_tokens(texts,      # list of texts of users, to be continued
                   tokenizer,  # as `load_tokenizer` gives it
 )->list:                      # of lists of token ids
-    "The tokens of texts behind what the tokenizer puts before a text; a rendered text has its own beginning."
+    "The tokens of texts, after what the tokenizer puts before a text; a rendered text has its own beginning."
     begin, _ = edges(tokenizer)
     rendered = are_rendered(texts, tokenizer)
     conversations = iter(_conversation_rows(list(itertools.compress(texts, rendered)), tokenizer))
@@ -327,6 +327,7 @@ class Examples:
 
     @property
     def slots(self):
+        "Positions of each example that a model reads, (n,): all its tokens but the last."
         return self.ends - self.starts - 1
 
 # %% ../../nbs/data/04_tokens.ipynb #53823612
@@ -486,7 +487,7 @@ def read_side(folder,   # a token folder, or any with the file side.bin
 
 # %% ../../nbs/data/04_tokens.ipynb #f64c50e4
 def _closed(row, ends_here, rendered, end):
-    "The tokens of a text with an end behind it, where a document ends there and the text has no end yet."
+    "The tokens of a text with an end after it, where a document ends there and the text has no end yet."
     return row + end if ends_here and not rendered else row
 
 
@@ -715,9 +716,10 @@ def show_losses(examples:Examples,  # where the example is taken from
                 after_T,            # the same from another one
                 most:int=200,       # tokens to show
 )->Html:                            # a line of tokens that a notebook shows in colour
-    "One example with its tokens coloured by the change of their loss; the first has none."
+    "One example with its tokens coloured by the change of their loss; the first has none, and a cut is counted."
     start = int(examples.starts[row])
-    ids = examples.ids[start:min(int(examples.ends[row]), start + most)]
+    end = int(examples.ends[row])
+    ids = examples.ids[start:min(end, start + most)]
     if len(ids) - 1 > min(len(before_T), len(after_T)):
         raise LabError(f'{len(ids) - 1} tokens have {len(before_T)} and {len(after_T)} losses: give one for each')
 
@@ -728,5 +730,7 @@ def show_losses(examples:Examples,  # where the example is taken from
         losses = [float(sum(each[first - 1:last])) for each in (before_T, after_T)]
         spans.append(_change_span(text, *losses) if last else html.escape(text))
         done = last + 1
+    if more := end - start - len(ids):
+        spans.append(f' … and {more:,} more')
     line = 'font-family:monospace;line-height:1.6;white-space:pre-wrap'
     return Html(f'<div style="{line}">{"".join(spans)}</div>')

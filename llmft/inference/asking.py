@@ -61,12 +61,12 @@ def base_name(source,  # a `Source`, from `find_model`
 # %% ../../nbs/inference/04_asking.ipynb #9551e34f
 def both_models(name:str,  # as for `load_model`
 ):                         # pairs of 'base' or 'tuned' and a model; the first is used up by the second
-    "The base of a model and the model itself, one after the other; only 'tuned' where there is no base."
+    "The base of a model and the model itself, one after the other; only 'base' for a model that has none."
     source = find_model(name)
     precision, quantisation = trained_as(source)
     base = base_name(source)
     if not base:
-        yield 'tuned', load_model(name, precision)
+        yield 'base', load_model(name, precision)
         return
 
     model = load_model(base, precision, quantisation)
@@ -78,7 +78,7 @@ def both_models(name:str,  # as for `load_model`
 
 # %% ../../nbs/inference/04_asking.ipynb #6aea06b1
 def _answers(model, tokenizer, ids, most, temperature, seed):
-    "Way of choosing -> what `model` writes behind a prompt."
+    "Way of choosing -> what `model` writes after a prompt."
     options = dict(stop_ids=end_tokens(model, tokenizer), pad_id=tokenizer.pad_token_id, seed=seed)
     ways = dict(greedy=0.0, sampled=temperature)
     made = {way: generate(model, [ids], most, heat, **options).ids[0] for way, heat in ways.items()}
@@ -90,7 +90,7 @@ def ask_both(name:str,              # as for `load_model`
              max_new_tokens:int=128,# longest answer, tokens
              temperature:float=0.8, # of the draws
              seed:int=0,            # of the draws
-)->dict:                            # greedy, sampled: 'base' and 'tuned' -> text; no base where there is none
+)->dict:                            # greedy, sampled: 'base' and 'tuned' -> text; 'base' alone where there is one model
     "What a model and its base answer to the same prompt."
     source = find_model(name)
     tokenizer = load_tokenizer(name)
@@ -105,7 +105,7 @@ def ask_both(name:str,              # as for `load_model`
 # %% ../../nbs/inference/04_asking.ipynb #cb553444
 def differing(first:str,  # a text
               second:str, # another one
-)->tuple:                 # for each text, pairs of a word with the blanks behind it and whether it is marked
+)->tuple:                 # for each text, pairs: a word or the blanks between two, and whether it is marked
     "The words of two texts, those marked that the other does not have in this place."
     texts = [re.findall(r'\s+|\S+', text) for text in (first, second)]
     marks = [[not piece.isspace() for piece in pieces] for pieces in texts]
@@ -159,7 +159,8 @@ def side_by_side(answers:dict,          # from `ask_both`
         pairs = differing(*clean) if len(clean) == 2 else ([(clean[0], False)],)
         shown.add_row(way, *[_marked(pieces) if in_terminal else _plain(pieces) for pieces in pairs])
 
-    console = Console(width=width, force_terminal=in_terminal, color_system='standard' if in_terminal else None)
+    console = Console(width=width, force_terminal=in_terminal, force_jupyter=False,
+                      color_system='standard' if in_terminal else None)
     with console.capture() as captured:
         console.print(shown)
     return captured.get()

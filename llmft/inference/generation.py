@@ -357,7 +357,7 @@ _read_before = 8  # last tokens of the prompt that are decoded with the new ones
 
 def written_text(tokenizer,  # the model's
                  prompt,     # token ids of the prompt
-                 ids,        # token ids that a model wrote behind it
+                 ids,        # token ids that a model wrote after it
 )->str:
     "The text of tokens that follow a prompt, without control tokens."
     before = list(prompt[-_read_before:])

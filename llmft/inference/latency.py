@@ -125,7 +125,7 @@ def rates(parts:list,            # `Generated`, one per batch, of one batch size
 
 # %% ../../nbs/inference/03_latency.ipynb #477c2277
 def _greedy(new):
-    "What the `generate` of transformers is told, to take `new` most probable tokens and not to stop before."
+    "Options for the `generate` of transformers: `new` tokens, each the most probable one, and no earlier end."
     choice = dict(do_sample=False, temperature=None, top_p=None, top_k=None)
     return choice | dict(max_new_tokens=new, min_new_tokens=new, pad_token_id=0, eos_token_id=None)
 

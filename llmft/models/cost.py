@@ -713,7 +713,7 @@ def shared_bytes(config,         # a transformers config
 def peak_bytes(config,             # a transformers config
                method:Method,      # what is trained
                step:StepShape,     # the micro-batch
-               parts:dict,         # bytes by tenant
+               parts:dict,         # bytes of each part
                accumulation:int=1, # micro-batches in a step
 )->int:                            # bytes
     "The largest of the three moments."
@@ -731,7 +731,7 @@ def peak_bytes(config,             # a transformers config
 
 # %% ../../nbs/models/08_cost.ipynb #89749e28
 def _working_bytes(config, method, step):
-    "What comes and goes within a step, by tenant."
+    "What comes and goes within a step, as name → bytes."
     parts = dict(activations=activation_bytes(config, method, step), logits=logit_bytes(config, method, step),
                  backward=backward_bytes(config, method, step))
     copies = copied_weight_bytes(config, method, step)
@@ -752,7 +752,7 @@ def memory_breakdown(config,                       # a transformers config
                      sharing=None,                 # has `cuts` and `gathers_model`: see `gathered_bytes`
                      nproc=1,                      # processes that train together
                      offloaded=(),                 # what a GPU keeps in main memory: 'weights', 'optimiser'
-)->dict:                                           # bytes by tenant, and their peak as `total`, less than their sum
+)->dict:                                           # part → bytes, and their peak as `total`, less than their sum
     "Bytes of a training step in one process: weights, gradients, optimiser, activations, logits, backward, total."
     step = StepShape(tokens, longest, gradient_checkpointing, mixed, device, activation_offload)
 

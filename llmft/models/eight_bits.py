@@ -39,7 +39,7 @@ def _written_out(inputs_RI, weight):
 def eight_bit_product(modules:list,  # that `is_eight_bit` and read the same inputs
                       bias=None,     # (outputs,) of all of them, or `None`
 ):                                   # a function (rows, inputs) -> (rows, outputs)
-    "One product with the matrices of `modules`, one below the other."
+    "The product with the matrices of `modules`, stacked one below the other."
     weight = torch.cat([each.weight.data for each in modules]) if len(modules) > 1 else modules[0].weight.data
     scales_O = torch.cat([_row_scales(each) for each in modules])
     ones_O = torch.ones_like(scales_O, dtype=torch.bfloat16)

@@ -38,7 +38,7 @@ def gguf_facts(path,  # of a .gguf file
 def _limit_of(packing):
     "What cannot be told from weights that were rounded so."
     few_bits = any(bits in packing for bits in ('Q1_', 'Q2_', 'Q3_', 'Q4_', 'Q5_', 'FP4'))
-    return ': differences between 4-bit forms of it mean nothing' if few_bits else ''
+    return ', so comparing 4-bit forms of it says little' if few_bits else ''
 
 
 def _in_words(facts):
@@ -47,7 +47,7 @@ def _in_words(facts):
     shares = ', '.join(f'{count / total:.0%} {name}' for name, count in facts['packings'].items())
     texts = [f"{total:,} weights ({shares})"]
     if facts['rounded']:
-        texts.append(f"rounded from {facts['packing']}{_limit_of(facts['packing'])}")
+        texts.append(f"its weights were already rounded ({facts['packing']}){_limit_of(facts['packing'])}")
     if facts['own_head']:
         texts.append('the head is stored apart from the embedding and counted twice where the architecture ties them')
     return '; '.join(texts)

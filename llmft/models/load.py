@@ -620,7 +620,7 @@ attentions = dict(
 def check_attention(config,         # of a transformers model
                     attention:str,  # name in `attentions`
 ):
-    "A `LabError` when the architecture cannot compute its attention so, with one that it can."
+    "A `LabError` when the architecture cannot compute `attention`; it names an implementation that works."
     chosen = choose('attention', attention, attentions)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     bounded = chosen.plain and getattr(config, 'attn_logit_softcapping', None)

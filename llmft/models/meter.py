@@ -169,7 +169,7 @@ def resident_bytes(model,           # whole, or cut by a strategy
 # %% ../../nbs/models/09_meter.ipynb #2f3e9acc
 @functools.cache
 def _quieten():
-    "Silence the profiler's own log, and get its one warning about older blocks while stderr leads nowhere."
+    "Silence the profiler's own log, and have it give its one warning about older blocks where nobody reads it."
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')
     stderr = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -129,7 +129,7 @@ forms = dict(
     fp16=Format('16 bits, more digits', 'fp16'),
     int8=Format('8 bits by bitsandbytes', quantisation='int8'),
     nf4=Format('4-bit normal floats by bitsandbytes, for memory', quantisation='nf4'),
-    int4_fast=Format('4 evenly spaced bits, for speed', 'bf16', packed=True))
+    int4_fast=Format('4 bits, evenly spaced values, for speed', 'bf16', packed=True))
 
 # %% ../../nbs/models/07_precisions.ipynb #e4c3284c
 _int4_from = (8, 0)  # compute capability of the first GPUs, Ampere, that multiply by packed matrices

@@ -29,7 +29,7 @@ def check_lora(rank:int,       # width of the factors
                alpha:float,    # the product of the factors is scaled by alpha / rank
                dropout:float,  # probability of dropping an input of the adapter, in training
 ):
-    "A `LabError` for the first number that makes no LoRA."
+    "A `LabError` that names the first of the numbers that is out of its range."
     if rank < 1:
         raise LabError(f'rank is {rank}: a LoRA needs a rank of at least 1')
     if not 0 <= dropout < 1:

@@ -48,7 +48,7 @@ class Check:
 def seal_check(folder,       # of a run
                record:dict,  # its run.json
 )->Check:
-    "Whether a finished run still is what it wrote; every byte is read."
+    "Whether the files of a finished run are still those that it wrote; every byte is read."
     status = record['run']['status']
     if status != 'done':
         return Check('seal', unknown, f'the run is {status}: it claims nothing yet')
@@ -144,7 +144,7 @@ def code_check(record:dict,  # run.json
         return Check('code', unknown, str(error))
     if own == record.get('meta', {}).get('fingerprint'):
         return Check('code', ok, 'parameters, notebook and library are those of the run')
-    return Check('code', unknown, 'the notebook or the library is another version, by which numbers are computed here')
+    return Check('code', unknown, 'the notebook, a parameter or the library here is not the version that the run used')
 
 # %% ../../nbs/runs/25_checks.ipynb #37d663b8
 def _log_slip(number, line, last):
@@ -245,7 +245,7 @@ def _count_finite(path):
 
 def weight_checks(folder,  # of a run
 )->list:                   # of `Check`, one for each folder of weights
-    "Whether the weights that a run left can be read back."
+    "Whether the weights that a run left can be read, and are finite."
     checks = []
     for name in _trained:
         files = sorted((Path(folder) / name).glob('*.safetensors'))

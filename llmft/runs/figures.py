@@ -457,18 +457,21 @@ def _can_divide(reference):
     return is_number(reference) and bool(reference)
 
 
-def _ratio_text(value, reference):
-    "How many times the reference a value is; nothing where either is unknown."
-    return f'  ×{show_number(float(value / reference))}' if is_number(value) and _can_divide(reference) else ''
+def _ratios_to(baseline, values):
+    "Name -> how many times the baseline a value is, where both are known."
+    reference = values.get(baseline)
+    known = {name: value for name, value in values.items() if is_number(value) and _can_divide(reference)}
+    return {name: float(value / reference) for name, value in known.items()}
 
 
-def _draw_bars(axes, values, baseline):
+def _draw_bars(axes, values, baseline, ratios):
     "Horizontal bars with their values and the ratios to the baseline, which is grey."
     lengths = [value if is_number(value) else 0 for value in values.values()]
     colours = [muted if name == baseline else palette[0] for name in values]
     drawn = axes.barh(range(len(values)), lengths, color=colours, height=0.68)
     for row, (name, value) in enumerate(values.items()):
-        ratio = '' if name == baseline else _ratio_text(value, values.get(baseline))
+        shows_ratio = name != baseline and is_number(ratios.get(name))
+        ratio = f'  ×{show_number(ratios[name])}' if shows_ratio else ''
         _label_bar(axes, show_number(value) + ratio, max(lengths[row], 0), row)
         tell(drawn[row], f'{name}: {show_number(value)}{ratio}')
 
@@ -502,15 +505,16 @@ def bars(values:dict,         # name -> number, or None when unknown
          unit:str,            # unit of the numbers, such as 'seconds per epoch'
          baseline:str=None,   # name of the bar the others are compared with
          note:str='',         # n, and which direction is better
+         ratios:dict=None,    # name -> ratio to the baseline; `None` divides the values
 )->Plot:
     "One bar per value with its ratio to the baseline; a `LabError` for no known value or an unknown baseline."
     _check_bars(values, title, baseline)
     unit, scale = common_unit(values.values(), unit)
     values = {name: value / scale if is_number(value) else value for name, value in values.items()}
-    ratios = f'× = ratio to {baseline}' if len(values) > 1 and _can_divide(values.get(baseline)) else ''
-    plot, axes = new_plot(title, _joined([note, ratios]), height=1.25 + 0.34 * len(values))
+    sign = f'× = ratio to {baseline}' if len(values) > 1 and _can_divide(values.get(baseline)) else ''
+    plot, axes = new_plot(title, _joined([note, sign]), height=1.25 + 0.34 * len(values))
 
-    _draw_bars(axes, values, baseline)
+    _draw_bars(axes, values, baseline, _ratios_to(baseline, values) if ratios is None else ratios)
     _name_rows(axes, values)
     axes.set_ylim(len(values) - 0.4, -0.6)
     _scale_lengths(axes, unit)

@@ -73,12 +73,12 @@ def _is_time(text):
 
 
 def read_record(folder) -> dict:
-    "run.json of `folder`, unchanged; a `LabError` when it is missing, can't be read, or is no record."
+    "run.json of `folder`, unchanged; a `LabError` when it is missing, cannot be read, or is no record."
     path = Path(folder) / 'run.json'
     try:
         record = read_json(path)
     except OSError as error:
-        raise LabError(f"{folder} holds no run: run.json can't be read ({error.strerror})") from None
+        raise LabError(f"{folder} holds no run: run.json cannot be read ({error.strerror})") from None
 
     slip = _slip(record)
     if not slip and not (_is_time(record['run'].get('started')) and _is_time(record['run'].get('ended'))):
@@ -130,7 +130,7 @@ _levels = 3  # between the folder of a run and a path in it that a parameter may
 
 
 def _run_around(path):
-    "The folder of the run that `path` is or lies in, or `None`."
+    "The folder of the run that `path` is, or is in; `None` without one."
     folders = [path, *path.parents][:_levels]
     return next((folder for folder in folders if (folder / 'run.json').is_file()), None)
 

@@ -47,7 +47,7 @@ def check_token_source(data:str,    # simulated:..., builtin:..., or what `check
 
 # %% ../../nbs/runs/16_inputs.ipynb #617ade62
 def _check_conversation(row, params):
-    "A `LabError` when a row is a conversation that is broken, or that the run's template can't write."
+    "A `LabError` when a row is a conversation that is broken, or that the run's template cannot write."
     from llmft.data.chats import as_chat  # loads numpy
 
     if 'template' in params and shape_of(row.values):
@@ -59,7 +59,7 @@ def _check_conversation(row, params):
 def check_rows(data:str,      # builtin:..., a file, a folder, or a hub name
                params:dict,   # of the run
 ):
-    "A `LabError` when `data` is here and gives no first row, or a conversation that can't be trained on."
+    "A `LabError` when `data` is here and gives no first row, or a conversation that cannot be trained on."
     path = None if ':' in data else local_path(data)
     if path:
         check_regular(path)
@@ -148,7 +148,7 @@ _position_names = ('max_position_embeddings', 'n_positions', 'max_seq_len')
 
 
 def _config_of(folder):
-    "The contents of config.json in a model's folder; empty where they can't be read."
+    "The contents of config.json in a model's folder; empty where they cannot be read."
     path = Path(folder) / 'config.json'
     try:
         return json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}

@@ -39,7 +39,7 @@ def plan_cell(model:str,   # a preset
               method:str,  # in `table_methods`
               gpu:str,     # in `gpus`
 )->dict:                   # model, method, gpu, precision, gib, memory_gib, fits; tokens_per_sec, None without room
-    "Whether a model can be trained on a card, in how much memory and how fast."
+    "Whether a model can be trained on a card, how much memory that takes and how fast it is."
     plan = make_plan(params_for(model, method, gpu), gpu, rows=4)
     fits = plan['fits']
     return dict(model=model, method=method, gpu=gpu, precision=plan['precision'], gib=plan['card']['total'] / 2**30,
@@ -56,11 +56,11 @@ def plan_table(models=table_models,   # presets
 
 # %% ../../nbs/runs/27_plan_table.ipynb #25a1f82c
 def cell_text(cell:dict,  # from `plan_cell`
-)->str:                   # such as "6.1 GiB, 2,900/s"; "no (131 GiB)" where it does not fit
+)->str:                   # such as "6.1 GiB, 2,900 tokens/s"; "no (131.2 GiB)" where it does not fit
     "A cell in words."
     if not cell['fits']:
-        return f"no ({cell['gib']:,.0f} GiB)"
-    return f"{cell['gib']:.1f} GiB, {float(format(cell['tokens_per_sec'], '.2g')):,.0f}/s"
+        return f"no ({cell['gib']:,.1f} GiB)"
+    return f"{cell['gib']:.1f} GiB, {float(format(cell['tokens_per_sec'], '.2g')):,.0f} tokens/s"
 
 # %% ../../nbs/runs/27_plan_table.ipynb #25622856
 def table_rows(cells:list,  # from `plan_table`, of one method
@@ -69,7 +69,7 @@ def table_rows(cells:list,  # from `plan_table`, of one method
     rows = {}
     for cell in cells:
         row = rows.setdefault(cell['model'], dict(model=cell['model']))
-        row[f"{cell['gpu']} ({cell['memory_gib']:.0f} GiB)"] = cell_text(cell)
+        row[f"{cell['gpu']} ({cell['memory_gib']:.1f} GiB)"] = cell_text(cell)
     return list(rows.values())
 
 # %% ../../nbs/runs/27_plan_table.ipynb #02885745

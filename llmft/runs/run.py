@@ -219,7 +219,7 @@ def _one_line(folder):
         yield
     except OSError as error:
         advice = 'make room, or give another folder for outputs'
-        raise LabError(f"{folder} can't be written ({error.strerror}): {advice}") from None
+        raise LabError(f"{folder} cannot be written ({error.strerror}): {advice}") from None
 
 
 def open_folder(folder,               # outputs/notebook/name
@@ -228,7 +228,7 @@ def open_folder(folder,               # outputs/notebook/name
                 fresh:bool=False,     # set an equal run aside as well
                 keep_done:bool=False, # give an equal finished run back instead of setting it aside
 )->dict:                              # the content of run.json; status 'done' only with `keep_done`
-    "Lock `folder`, make room in it and write a run.json with status running; a `LabError` when that can't be."
+    "Lock `folder`, make room in it and write a run.json with status running; a `LabError` when that cannot be."
     folder = Path(folder).absolute()
     check_inside(folder, folder.parent.parent)
     identity = fingerprint(params, notebook)
@@ -364,7 +364,7 @@ def read_run(folder) -> dict:
 
 # %% ../../nbs/runs/04_run.ipynb #384371fb
 def _unreadable(folder: Path, reason: str) -> dict:
-    "The record to show for a run whose record can't be read."
+    "The record to show for a run whose record cannot be read."
     changed = datetime.fromtimestamp((folder / 'run.json').stat().st_mtime, timezone.utc).astimezone()
     run = dict(
         id=None,
@@ -393,7 +393,7 @@ def _listed(folder: Path):
 
 
 def list_runs(outputs='outputs') -> list:
-    "The true records of all runs under `outputs`, newest last; each with its `folder`. One can't hide the others."
+    "The true records of all runs under `outputs`, newest last; each with its `folder`. One cannot hide the others."
     records = []
     for path in find_path(outputs).glob('[!._]*/*/run.json'):
         if record := _listed(path.parent):
@@ -648,7 +648,7 @@ def _close_done(run):
 
 
 @patch
-def finish(self:Run, metrics:dict,  # flat: name -> number, text or `None`
+def finish(self:Run, metrics:dict,  # name -> number, text or `None`
            verdict:str='',          # the result in words
 ):
     "Write metrics.json, set the status to done, release the lock and print where everything is."

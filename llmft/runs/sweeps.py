@@ -89,7 +89,7 @@ def _work_in(place, worker):
 def run_point(notebook:str,      # path of the notebook
               params:dict,       # all its parameters
               label:str,         # what its lines begin with
-              fresh:bool=False,  # start again what is unfinished
+              fresh:bool=False,  # run again what is done, and begin unfinished runs anew
               since:float=0,     # time it was submitted, seconds since 1970
               patience:float=60, # seconds to wait for the lock of the folder
               place:str=None,    # folder to work in, the same on all machines; None stays where the worker is
@@ -187,7 +187,7 @@ def _mark_outdated(point, records):
 def ready_points(stage,       # `Point`s of one stage
                  results:dict,# folder -> `point_result` of what ran before
                  earlier,     # `Point`s of earlier stages
-                 fresh:bool,  # run again what is done
+                 fresh:bool,  # run again what is done, and begin unfinished runs anew
                  say,         # called with (label, text)
 )->list:                      # the points that must run; the others are put into `results`
     "Sort out what is already done and what cannot run."
@@ -228,7 +228,7 @@ class _Submission:
     "How the points of one stage are given to the workers."
 
     client: object     # a Dask client
-    fresh: bool        # start again what is unfinished
+    fresh: bool        # run again what is done, and begin unfinished runs anew
     place: str         # folder of the workers of a cluster, None for those of this machine
     threads: dict      # environment of the runs
     since: float       # time of the stage, seconds since 1970
@@ -286,7 +286,7 @@ def run_stage(client,           # a Dask client
               results:dict,     # folder -> `point_result`, added to
               begun,            # label -> times a worker began it
               workers=1,        # runs at a time, or a function that says how many
-              fresh:bool=False, # start again what is unfinished
+              fresh:bool=False, # run again what is done, and begin unfinished runs anew
               say=print,        # called with (label, text)
               cluster:str='',   # where the workers are, when not here
               threads:dict=None,# environment of the runs, from `worker_environment`
@@ -350,7 +350,7 @@ def _open_workers(cluster, count, settings, say):
 
 def run_stages(stages,            # lists of `Point`s, as from `llmft.runs.sweep_file.expand`
                workers:int=1,     # worker processes on this machine
-               fresh:bool=False,  # run again what is done
+               fresh:bool=False,  # run again what is done, and begin unfinished runs anew
                on_line=print,     # called with each line of progress
                cluster:str='',    # where: this machine, the address of a Dask scheduler, or slurm
                settings=None,     # of the cluster, as from `cluster_settings`

@@ -198,17 +198,17 @@ class Log:
 # %% ../../nbs/training/04_checkpoints.ipynb #99890888
 @dataclass
 class Piece:
-    "A shard of a flattened tensor."
+    "A piece of a flattened tensor."
 
     shape: tuple  # of the whole tensor
     start: int  # number of its first element in the flattened tensor
-    values: torch.Tensor  # the shard itself, (n,)
+    values: torch.Tensor  # the piece itself, (n,)
 
 # %% ../../nbs/training/04_checkpoints.ipynb #24f98ccf
 def cut_evenly(tensor,     # a whole tensor
                world:int,  # number of processes
 )->list:                   # one `Piece` per process; the last may be shorter, or None
-    "The pieces of `tensor` as ZeRO deals them out: equal shards of the flattened tensor, as far as they go."
+    "The pieces of `tensor` as ZeRO deals them out: equal parts of the flattened tensor, as far as they go."
     flat = tensor.flatten()
     size = -(-flat.numel() // world)
     starts = [rank * size for rank in range(world)]
@@ -415,7 +415,7 @@ def latest_checkpoint(folder,     # the run's checkpoints folder
         problem = damage(checkpoint)
         if not problem:
             return checkpoint
-        say(f'{checkpoint.name} is damaged ({problem}): using the one before it')
+        say(f'{checkpoint.name} is damaged ({problem}): passed over')
 
 # %% ../../nbs/training/04_checkpoints.ipynb #ba3af609
 def prune_checkpoints(folder,          # the run's checkpoints folder

@@ -200,7 +200,7 @@ def _held_out_scores(run):
 
 
 def evaluate(run: Fit) -> bool:
-    "Measure the held-out loss, log it, keep count of the best; whether this is the best so far."
+    "Measure the held-out loss, log it, keep count of the best; the result says whether this is the best so far."
     scores = _held_out_scores(run)
     better = _keep_best(run, scores['loss'])
     _log_evaluation(run, scores, better)
@@ -247,23 +247,16 @@ class FitResult:
 
     progress: Progress  # counters of the whole run, over all its attempts
     steps: int  # optimiser steps planned
-    steps_per_epoch: int  # of them in one pass over the data
+    steps_per_epoch: int  # optimiser steps in one pass over the data
     largest_slots: int  # slots of the largest micro-batch
     log: list  # objects of log.jsonl
     warmup: int  # warm-up steps of the learning rate
     tokens_per_sec: float  # real tokens, first steps excluded; None when nothing was timed
     flops_per_sec: float  # achieved, first steps excluded; None when nothing was timed
-
-    # Of the process with most. PyTorch's count of tensors on a GPU, that of the step in `watched` on a CPU,
-    # and the growth of the process where there is neither.
-    peak_bytes: int
-
+    peak_bytes: int  # of the tensors (on a CPU: of the step in `watched`), of the process with most; else its growth
     trainable: int  # parameters trained
     first_hash: str  # hash of the trained weights before the first step; None for a resumed run
-
-    # The model's own bytes and the growth of the process, freed and unreturned memory included. None on a GPU.
-    process_bytes: int = None
-
+    process_bytes: int = None  # model and growth of the process, with freed memory that it still holds; None on a GPU
     watched: dict = None  # the step whose tensors were counted, on a CPU: step, slots, longest, bytes
 
 # %% ../../nbs/training/08_fit.ipynb #9dcf2416

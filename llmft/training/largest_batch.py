@@ -210,7 +210,7 @@ def bisect_batch(fits,      # called with a batch, says whether it fits
                  safe:int,  # tried first
                  most:int,  # largest batch of interest
 )->int:                     # 0 when not even one row fits
-    "The largest batch up to `most` that fits, in at most 2 + log2 of the range trials."
+    "The largest batch up to `most` that fits, in at most 2 + log2(most - safe) trials."
     if not 1 <= safe <= most:
         raise LabError(f'the search begins at {safe} and ends at {most}: give 1 <= smallest <= largest')
 
@@ -246,9 +246,15 @@ def _not_to_be_run(trials, batch):
     return Trial(batch, fits=False, why=f'not run: it would need {need / _GIB:.1f} GiB of {free / _GIB:.1f} free')
 
 
+def _mib(size):
+    "Bytes in MiB, with at least three digits."
+    mib = size / 2**20
+    return f'{mib:,.0f}' if mib >= 100 else f'{mib:.3g}'
+
+
 def _in_words(trial, limit):
     "One line about a trial."
-    peak = f', {trial.peak_bytes / 2**20:,.0f} of {limit / 2**20:,.0f} MiB' if trial.peak_bytes else ''
+    peak = f', {_mib(trial.peak_bytes)} of {_mib(limit)} MiB' if trial.peak_bytes else ''
     return f"batch {trial.batch}: {'fits' if trial.fits else trial.why}{peak}"
 
 

@@ -57,7 +57,7 @@ class Optimiser:
     moment_bytes: Callable  # moment_bytes(numbers of a tensor, whether it is a hidden matrix, bytes per number)
     needs: str = ''  # package other than PyTorch that it comes from
     pages_from: int = 0  # numbers of a tensor from which its moments may move to main memory, on a GPU; 0: never
-    whole_tensors: bool = False  # whether it works on whole tensors, so that no strategy may shard them
+    whole_tensors: bool = False  # whether it works on whole tensors, so that no strategy may cut them
 
 # %% ../../nbs/training/03_recipe.ipynb #f77bec57
 _MIN_8BIT_NUMBERS = 4096  # bitsandbytes keeps the moments of smaller tensors in fp32
@@ -184,7 +184,7 @@ class Recipe:
     weight_decay: float = 0.01  # on matrices; vectors are not decayed
     schedule: str = 'cosine'  # cosine | linear | one_cycle | constant
     warmup_ratio: float = 0.03  # share of the steps in which the learning rate rises
-    final_ratio: float = 0.0  # learning rate at the end over the peak, for cosine and linear
+    final_ratio: float = 0.0  # learning rate at the end, as a share of the peak; for cosine and linear
     clip: float = 1.0  # largest gradient norm; 0 does not clip
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     activation_offload: bool = False  # keep the inputs of recomputed layers in main memory; nothing to do on a CPU

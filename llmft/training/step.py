@@ -144,7 +144,7 @@ def check_examples(model,              # a causal language model
 
 # %% ../../nbs/training/06_step.ipynb #0fc84d08
 def _dealt(batches, group):
-    "The evaluation batches that this process scores; blank ones at the end, so that all processes score as many."
+    "The evaluation batches that this process scores; with a blank one at the end where others have one more."
     if group is None or group.world == 1:
         yield from batches
         return
@@ -160,7 +160,7 @@ def _dealt(batches, group):
 
 
 def _summed_loss(loss_model, batches, device, expected):
-    "(sum of the losses of `batches` in nats, number of their targets), in evaluation mode; about `expected` targets."
+    "(sum of the losses of `batches` in nats, number of their targets) in evaluation mode; `expected` fill the bar."
     total = 0.0
     targets = 0
     with evaluating(loss_model):

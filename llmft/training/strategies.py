@@ -74,7 +74,7 @@ class Processes:
     nproc: int = 1  # processes on this host; 0 for one per GPU, or two where there is none
     strategy: str = 'none'  # none | ddp | fsdp2 | zero2 | zero3
     offload_optimiser: bool = False  # zero2, zero3: keep the optimiser's state in main memory
-    offload_weights: bool = False  # zero3, fsdp2: keep the sharded weights in main memory
+    offload_weights: bool = False  # zero3, fsdp2: keep the cut weights in main memory
 
     @property
     def hosts(self) -> int:
@@ -153,7 +153,7 @@ def check_processes(processes:Processes,  # what is asked for
                     recipe:Recipe,        # its batch and optimiser
                     method:Method=None,   # quantisation and precision of its weights; all weights in fp32 when None
 )->Processes:                             # `processes`
-    "Refuse with a `LabError` what can't be done, before anything is started."
+    "Refuse with a `LabError` what cannot be done, before anything is started."
     strategy = choose('strategy', processes.strategy, strategies)
     _check_count(processes, recipe)
     _check_training(processes.strategy, strategy, recipe, method or Method())
