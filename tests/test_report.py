@@ -62,7 +62,7 @@ def fetched(page):
     ] + re.findall(r'url\((?!#f[0-9a-f]{8}-)|@import|<link|<script|<iframe', page)  # a drawing may refer to itself
 
 
-@pytest.mark.parametrize('cores, words', [(1, '1 core Model T'), (2, '2 cores Model T'), (None, 'Model T')])
+@pytest.mark.parametrize('cores, words', [(1, '1 core, Model T'), (2, '2 cores, Model T'), (None, 'Model T')])
 def test_the_head_names_the_machine(cores, words):
     host = dict(cpu='Model T') | (dict(cores=cores) if cores else {})
     page = render_report(new_notebook(), record | dict(meta=record['meta'] | dict(machine=host)))

@@ -371,6 +371,8 @@ def test_a_long_study_has_a_short_verdict():
 def test_of_many_ties_a_few_are_named():
     measure = Measure('held-out perplexity', items='documents', log=True)
     many = ranked({f'r{n}': np.linspace(3, 4, 40) + n / 1e7 for n in range(15)}, measure)
+    assert 'Nor can any other be told from the best.' in certainty_words(many)
+    many = ranked({f'r{n}': np.linspace(3, 4, 40) + n / 1e7 for n in range(15)} | dict(far=np.ones(40) * 9), measure)
     assert 'either: r2, r3 and 11 more.' in certainty_words(many)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..core import Html, choose, jsonable, number_of
 from ..runs.figures import bars
-from ..runs.numbers import show_number
+from ..runs.numbers import is_number, show_number
 from ..runs.rivals import in_bullets
 from ..runs.tables import column, known_columns, table
 
@@ -171,7 +171,7 @@ class Watch:
         return events
 
     def give_up(self, name, reason, status='wrong'):
-        "Write down why a check has no end."
+        "Record why a check did not end."
         _write(self.file, check=name, status=status, what=name, ok=False, figures={}, error=reason,
                missing=reason if status == 'not checked' else '')
         _write(self.file, ends=name, seconds=None)
@@ -249,6 +249,16 @@ def card_facts() -> dict:
                 torch=torch.__version__, cuda=torch.version.cuda)
 
 # %% ../../nbs/bench/10_gpu_check.ipynb #856e4e34
+_figure_columns = dict(
+    foreseen_gib=column('foreseen_gib', 'memory predicted', 'GiB'),
+    allocated_gib=column('allocated_gib', 'memory allocated', 'GiB'),
+    reserved_gib=column('reserved_gib', 'memory reserved', 'GiB'),
+    memory_error=column('memory_error', 'prediction off by', '%'),
+    tokens_per_sec=column('tokens_per_sec', 'tokens', 'per second'),
+    share_of_peak=column('share_of_peak', 'of the best product', 'share'),
+    share_of_copy_rate=column('share_of_copy_rate', 'of the copy rate', 'share'),
+    busy_share=column('busy_share', 'card at work', 'share'),
+    ours_ratio=column('ours_ratio', 'rate of ours', 'times this one'))
 _figure_units = {'gib': 'GiB', 'milliseconds': 'ms', 'seconds': 's', '1/s': '1/s'}  # last word of a name -> unit
 
 
@@ -263,16 +273,25 @@ def right_table(rows:list,  # from `run_checks`
 # %% ../../nbs/bench/10_gpu_check.ipynb #690b87b3
 def _figure_column(key):
     "The column of a figure; a unit at the end of its name goes below the title."
+    if key in _figure_columns:
+        return _figure_columns[key]
     words, _, last = key.replace('_per_sec', '_1/s').rpartition('_')
     unit = _figure_units.get(last)
     return column(key, words.replace('_', ' ') or 'time', unit) if unit else column(key)
+
+
+def _in_percent(figures):
+    "Figures with the error of the memory in per cent."
+    error = figures.get('memory_error')
+    return figures | dict(memory_error=100 * error) if is_number(error) else figures
 
 
 def figures_table(rows:list,  # from `run_checks`
                   check:str,  # name of the check
 ):                            # `Html`: a table, or a sentence where the check has no figures
     "All figures of one check."
-    shown = [dict(what=row['what'], **row['figures']) for row in rows if row['check'] == check and row['figures']]
+    measured = [row for row in rows if row['check'] == check and row['figures']]
+    shown = [dict(what=row['what'], **_in_percent(row['figures'])) for row in measured]
     if not shown:
         return Html(f'<p>{check}: no figures</p>')
     keys = list(dict.fromkeys(key for row in shown for key in row))
@@ -291,8 +310,11 @@ def rooflines(rows:list,  # from `run_checks`
 def roofline_bars(rows:list,  # from `run_checks`
 ):                            # a matplotlib figure
     "`rooflines` as bars; a `LabError` where nothing was measured."
-    note = 'of the best matrix product, or copy, on this card; higher is better'
-    return bars(rooflines(rows), 'How near the work comes to the card', 'share of the best rate', note=note)
+    note = 'best rate: of a matrix product, or of a copy, on this card; higher is better'
+    plot = bars(rooflines(rows), "Share of the card's best rate", 'share', note=note)
+    (axes,) = plot.axes
+    axes.set_xlim(0, max(1, axes.get_xlim()[1]))
+    return plot
 
 # %% ../../nbs/bench/10_gpu_check.ipynb #f1a28a96
 def _named(rows, most=8):

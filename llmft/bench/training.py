@@ -441,6 +441,7 @@ def training_table(rows:list,    # a row per trainer: its name as `trainer`, and
                    last=(),      # further columns behind
 ):                               # `Html`
     "All trainers in one table."
+    rows = [row | dict(ratio=1.0) if row['trainer'] == 'ours' and row.get('seconds') else row for row in rows]
     columns = ['trainer', column('seconds', 'to the loss', 's', best='low'),
                column('ratio', 'takes', 'times as long as ours'),
                column('tokens_per_sec', 'real tokens', '1/s', best='high'), column('step_seconds', 'median step', 's'),

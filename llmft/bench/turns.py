@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ..core import LabError
 from ..models.meter import synchronise
+from ..runs.numbers import show_number
 from ..runs.rivals import in_bullets, place_words
 from ..runs.tables import column, table
 
@@ -93,7 +94,7 @@ def run_python(code:str,    # Python source
 # %% ../../nbs/bench/01_turns.ipynb #6cc0927f
 @dataclass(frozen=True)
 class Target:
-    "The goal of a benchmark, and the measured value."
+    "The target of a benchmark, and the measured value."
 
     what: str  # is measured, in words
     measured: float  # None when it was not measured
@@ -104,12 +105,12 @@ class Target:
     @property
     def wanted(self) -> str:
         "The limit, in words."
-        words = f"{'at least' if self.better == 'high' else 'at most'} {self.goal:g}"
+        words = f"{'at least' if self.better == 'high' else 'at most'} {self.goal:,g}"
         return f'{words}, or {self.otherwise.what} {self.otherwise.wanted}' if self.otherwise else words
 
     @property
     def margin(self) -> float:
-        "By which share of the goal the measured value is better; None when it was not measured."
+        "By which share of the target the measured value is better; None when it was not measured."
         if self.measured is None:
             return None
         above = self.measured / self.goal - 1
@@ -125,18 +126,20 @@ class Target:
         return 'met' if self._keeps_goal() else 'missed'
 
     def _keeps_goal(self):
-        "Whether the measured value lies at the goal, or on its better side."
+        "Whether the measured value lies at the target, or on its better side."
         return self.measured >= self.goal if self.better == 'high' else self.measured <= self.goal
 
     def _row(self):
         "The target as a row of `targets_table`."
-        return dict(target=self.what, measured=self.measured, wanted=self.wanted, met=self.met, margin=self.margin)
+        percent = None if self.margin is None else 100 * self.margin
+        return dict(what=self.what, measured=self.measured, target=self.wanted, met=self.met, margin=percent)
 
 # %% ../../nbs/bench/01_turns.ipynb #b657c7ff
 def targets_table(targets:list,  # of `Target`
 ):                               # `Html`
-    "Measured values, goals, and whether they are met."
-    columns = ['target', 'measured', 'wanted', 'met', column('margin', 'better than the goal by', 'share')]
+    "Measured values, targets, and whether they are met."
+    margin = column('margin', 'better by', '% of the target')
+    columns = [column('what', 'quantity'), 'measured', 'target', 'met', margin]
     return table([target._row() for target in targets], columns, 'Targets')
 
 # %% ../../nbs/bench/01_turns.ipynb #bc4bf33d
@@ -146,7 +149,7 @@ def _named(targets, status):
     if status == 'not measured':
         words = [target.what for target in chosen]
     else:
-        words = [f'{target.what} ({target.measured:.3g}, wanted {target.wanted})' for target in chosen]
+        words = [f'{target.what} ({show_number(float(target.measured))}, target {target.wanted})' for target in chosen]
     return f"; {status}: {', '.join(words)}" if words else ''
 
 
@@ -166,8 +169,9 @@ def contest_verdict(rankings:list, # of `Ranking`, one per measure; all contende
     "Who is best by each measure, which targets are met, and on what that rests."
     places = [place_words(ranking, own if own in ranking.values else '') for ranking in rankings]
     met = f'{targets_verdict(targets)}.' if targets else ''
-    return in_bullets(' '.join(places), met, f'{basis} Less than 5% apart is a tie unless a measure says otherwise. '
-                                             'Next: more rounds on a quiet machine.')
+    has_rivals = any(ranking.differences for ranking in rankings)
+    ties = 'Less than 5% apart is a tie unless a measure says otherwise.' if has_rivals else ''
+    return in_bullets(' '.join(places), met, f'{basis} {ties} Next: more rounds on a quiet machine.')
 
 # %% ../../nbs/bench/01_turns.ipynb #35196d03
 def machine_table(peaks:dict,  # from `machine_peaks`

@@ -449,11 +449,18 @@ def read_rows(path:Path,       # a file with one of `row_endings`, or a folder o
             yield Row(values, where, f'{file.name}:{number}')
 
 # %% ../../nbs/data/01_tables.ipynb #39491bdf
+def _reason_words(reason, number):
+    "How many were left out for a reason; what is beyond a parameter keeps the name of that."
+    if reason.startswith('beyond_'):
+        return f"{number_of(number, 'document')} beyond {reason.removeprefix('beyond_')}"
+    return f"{reason.replace('_', ' ')}: {number:,}"
+
+
 def left_out(notes:dict,  # counts by reason; only numbers above 0 are shown
 )->str:
     "Everything that a reader left out, in one line for a report."
     counted = {reason: number for reason, number in notes.items() if isinstance(number, int) and number > 0}
-    shown = ', '.join(f"{reason.replace('_', ' ')}: {number:,}" for reason, number in counted.items())
+    shown = ', '.join(_reason_words(reason, number) for reason, number in counted.items())
     return f"left out: {shown or 'nothing'}"
 
 # %% ../../nbs/data/01_tables.ipynb #620fcf85

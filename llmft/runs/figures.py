@@ -11,6 +11,7 @@ __all__ = ['palette', 'ink', 'muted', 'faint', 'ground', 'on_pale', 'on_deep', '
 # %% ../../nbs/runs/06_figures.ipynb #ccae0173
 import io
 import math
+import textwrap
 from itertools import pairwise
 
 import matplotlib as mpl
@@ -116,7 +117,7 @@ def _add_heading(plot, title, note):
     plot.suptitle(title + ('\n' if note else ''), x=0.01, ha='left', fontsize=type_scale['title'], fontweight='bold',
                   color=ink)
     if note:
-        below_title = 1 - (0.30 + 0.12) / plot.get_figheight()  # inches
+        below_title = 1 - 0.36 / plot.get_figheight()  # inches
         plot.text(0.01, below_title, note, fontsize=type_scale['small'], color=muted, va='center')
 
 
@@ -130,6 +131,7 @@ def panels(rows:int,      # panels down
 ):                        # (figure, array of axes (rows, columns))
     "A `Plot` of small panels under one title."
     plot = Plot(figsize=(width, rows * height + 0.7), layout='constrained')
+    plot.get_layout_engine().set(h_pad=0.07)  # inches, so that a panel's title is apart from the note
     axes = plot.subplots(rows, columns, squeeze=False, **shared)
     _add_heading(plot, title, note)
     return describe(plot, title, note), axes
@@ -174,9 +176,12 @@ def line_style(index:int,  # number of a line, from 0
 # %% ../../nbs/runs/06_figures.ipynb #9007acfb
 def short_ticks(axis,  # an x or y axis whose limits are final
 ):
-    "Large numbers at the ticks with a prefix, such as 2 M."
-    if axis.get_view_interval()[1] >= 1e5:
+    "Large numbers at the ticks with a prefix, such as 2 M, and thousands with commas."
+    most = axis.get_view_interval()[1]
+    if most >= 1e5:
         axis.set_major_formatter(EngFormatter(sep=' '))
+    elif most >= 1e3:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,g}'.replace('-', '−')))
 
 # %% ../../nbs/runs/06_figures.ipynb #0afe97a2
 def log_ticks(axis,  # a logarithmic x or y axis whose limits are final
@@ -402,6 +407,7 @@ def loss_curves(runs:dict,               # name -> logged rows with `step` and `
     axes.set(xlabel='optimiser step', ylabel=f'loss, {unit}')
     _whole_steps(axes)
     axes.margins(x=0.02)
+    short_ticks(axes.xaxis)
     name_lines(axes, _named_ends(drawn, axes))
     _fit_note(axes)
     return plot
@@ -416,6 +422,7 @@ def learning_rate_curve(log:list,   # objects of log.jsonl
     plot, axes = new_plot('Learning rate', f'each logged step · planned: {number_of(steps, "step")}', height=3)
     axes.plot([row['step'] for row in rows], [row['learning_rate'] for row in rows], color=palette[0], linewidth=1.8)
     axes.set(xlabel='optimiser step', ylabel='learning rate', xlim=(0, steps), ylim=(0, None))
+    short_ticks(axes.xaxis)
     return plot
 
 # %% ../../nbs/runs/06_figures.ipynb #98f164bb
@@ -445,9 +452,17 @@ def _label_bar(axes, text, end, row):
                   color=ink)
 
 
+_longest_line = 30  # characters of a name in one line
+
+
+def _in_lines(name):
+    "A long name in several lines, so that bars keep the most of the width."
+    return '\n'.join(textwrap.wrap(str(name), _longest_line, break_long_words=False)) or str(name)
+
+
 def _name_rows(axes, names):
     "Names at the left of horizontal bars, without ticks or grid lines."
-    axes.set_yticks(range(len(names)), list(names))
+    axes.set_yticks(range(len(names)), list(map(_in_lines, names)))
     axes.grid(axis='y', visible=False)
     axes.tick_params(axis='y', length=0)
 
@@ -690,6 +705,8 @@ def frontier(points:dict,            # name -> (x, y); a pair with an unknown ha
     _draw_points(axes, shown, best, steps)
     axes.set(xlabel=x, ylabel=y)
     axes.margins(x=0.16, y=0.12)
+    short_ticks(axes.xaxis)
+    short_ticks(axes.yaxis)
     place_labels(axes, shown, steps)
     _fit_note(axes)
     return plot
@@ -759,10 +776,20 @@ def _memory_row(axes, parts, named, row, size, up):
     return predicted
 
 
+_legend_columns = 5
+
+
+def _by_row(handles, columns):
+    "Handles in an order that fills a legend row by row; matplotlib fills it column by column."
+    rows = [handles[start:start + columns] for start in range(0, len(handles), columns)]
+    return [row[column] for column in range(columns) for row in rows if column < len(row)]
+
+
 def _legend_above(axes):
     "A legend of five columns between the note and the axes."
-    axes.legend(loc='lower left', bbox_to_anchor=(-0.008, 1), ncols=5, borderaxespad=0.1, handlelength=1,
-                handleheight=1, columnspacing=1.2)
+    handles = _by_row(axes.get_legend_handles_labels()[0], _legend_columns)
+    axes.legend(handles=handles, loc='lower left', bbox_to_anchor=(-0.008, 1), ncols=_legend_columns,
+                borderaxespad=0.1, handlelength=1, handleheight=1, columnspacing=1.2)
 
 
 def _parts_of(predicted, measured):
@@ -774,9 +801,17 @@ def _parts_of(predicted, measured):
 
 def _memory_plot(title, note, parts, runs):
     "A plot with room for the rows and for a legend between the note and the axes."
-    lines = math.ceil(len(parts) / 5)
+    lines = math.ceil(len(parts) / _legend_columns)
     height = 1.5 + 0.15 * lines + 0.62 * runs
     return new_plot(title, note + '\n' * (lines + bool(note)), height)
+
+
+def _end_at_bars(axes):
+    "Ticks and grid lines as far as the bars go, and none below the texts at their ends."
+    longest = max(bar.get_x() + bar.get_width() for bar in axes.patches)
+    ticks = MaxNLocator(nbins=6, steps=_tick_steps).tick_values(0, longest)
+    axes.set_xticks([tick for tick in ticks if tick <= longest * 1.001])
+    axes.spines['bottom'].set_bounds(0, longest)
 
 
 @mpl.rc_context(style)
@@ -806,8 +841,9 @@ def memory_bars(predicted:dict,      # name -> {part: bytes}, or None when unkno
         _legend_above(axes)
     _name_rows(axes, predicted)
     axes.set_ylim(len(predicted) - 0.5, -0.5)
-    axes.set_xlabel(f'memory, {unit}')
+    axes.set_xlabel(f'memory, {unit}', loc='left')
     make_room(axes)
+    _end_at_bars(axes)
     _fit_note(axes)
     return plot
 
@@ -822,10 +858,17 @@ def _length_note(lengths, limit, over):
     return f'{note} · limit {limit:,}: {beyond}'
 
 
-def _bin_edges(longest, limit):
-    "Edges of about 40 bins of one width, one of them at the limit, and that width."
+def _bin_width(longest, limit):
+    "The width of about 40 bins; the limit is a multiple of it where one of its divisors is near."
     ticks = MaxNLocator(nbins=40, integer=True).tick_values(0, max(longest, 8))
     width = max(1, int(ticks[1] - ticks[0]))
+    near = [part for part in range(math.ceil(width / 2), 2 * width + 1) if limit and limit % part == 0]
+    return min(near, key=lambda part: abs(math.log(part / width)), default=width)
+
+
+def _bin_edges(longest, limit):
+    "Edges of about 40 bins of one width, one of them at the limit, and that width."
+    width = _bin_width(longest, limit)
     edges = np.unique([0, *np.arange((limit or 0) % width, max(longest, 1) + width, width)]) + 0.5
     edges[0] = -0.5  # a row of length 0 belongs to the first bin
     return edges, width
@@ -846,10 +889,15 @@ def _draw_counts(axes, lengths, edges, limit):
     axes.bar(edges[:-1], counts, np.diff(edges), align='edge', edgecolor=ground, linewidth=0.5, color=colours)
 
 
+def _counted(title):
+    "What has the lengths: documents in 'Length of training documents'; rows where the title does not tell."
+    return title.split()[-1] if title.startswith('Length of ') else 'rows'
+
+
 @mpl.rc_context(style)
 def length_histogram(lengths,           # tokens in each row
                      limit:int=None,    # longest row that is kept whole, tokens
-                     title:str='Lengths',  # what is shown
+                     title:str='Lengths',  # what is shown, such as Length of training documents
                      unit:str='tokens',    # what is counted
 )->Plot:
     "How long the rows are, with those beyond `limit` in another colour; a `LabError` when there are no rows."
@@ -863,7 +911,8 @@ def length_histogram(lengths,           # tokens in each row
     if limit and limit <= longest:
         axes.axvline(limit + 0.5, color=palette[1], linewidth=1.2)
 
-    axes.set(xlabel=f'length, {unit}', ylabel='rows' if width == 1 else f'rows per {width} {unit}')
+    each = _counted(title)
+    axes.set(xlabel=f'length, {unit}', ylabel=each if width == 1 else f'{each} per {width:,} {unit}')
     _whole_numbers(axes)
     axes.set_xlim(0, edges[-1])
     return plot

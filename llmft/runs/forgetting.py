@@ -11,7 +11,7 @@ from ..core import short_hash
 from ..data.corpora import builtin_part
 from ..data.tables import Documents
 from .rivals import Measure, confidence, keep_scores, paired_difference
-from .tables import column, table
+from .tables import column, interval_text, table
 
 # %% ../../nbs/runs/26_forgetting.ipynb #83de79b2
 _pieces = 3  # of each module
@@ -51,10 +51,10 @@ def loss_change(before:dict,  # from `judge_general`, before training
     return paired_difference(after['document_losses'], before['document_losses'], before['document_targets'])
 
 # %% ../../nbs/runs/26_forgetting.ipynb #a7a5a30e
-_columns = [column('before', 'loss on general text', 'before, nats per token', n='tokens'),
-            column('after', 'loss on general text', 'after'), column('change', 'after less before', 'nats'),
-            column('low', f'{confidence:.0%} interval', 'from'), column('high', f'{confidence:.0%} interval', 'to'),
-            column('pieces')]
+_columns = [column('before', 'loss on general text', 'before, nats per token', n='tokens', of='tokens'),
+            column('after', 'loss on general text', 'after'),
+            column('change', 'after less before', 'nats', n='pieces', of='pieces'),
+            column('interval', f'{confidence:.0%} interval', 'nats')]
 
 
 def forgetting_table(before:dict,  # from `judge_general`, before training
@@ -63,7 +63,7 @@ def forgetting_table(before:dict,  # from `judge_general`, before training
     "The loss on general text before and after, with the interval of the difference."
     change = loss_change(before, after)
     return table([dict(before=before['loss'], after=after['loss'], tokens=before['targets'], change=change.value,
-                       low=change.low, high=change.high, pieces=change.items)], _columns)
+                       interval=interval_text(change.low, change.high), pieces=change.items)], _columns)
 
 # %% ../../nbs/runs/26_forgetting.ipynb #5d5dbed1
 def forgetting_metrics(before:dict,  # from `judge_general`, before training

@@ -8,8 +8,8 @@ __all__ = ['text_limit', 'html_limit', 'policy', 'live_seconds', 'live_page', 'c
            'text_box', 'safe_html', 'widget_text', 'rich_html', 'output_html', 'parameters_html', 'changed_values',
            'chips_html', 'cell_html', 'shown_cells', 'take_lead', 'in_sections', 'split_pending', 'section_html',
            'when', 'run_command_of', 'next_commands', 'commands_html', 'where_it_begins', 'notice_html', 'logged_rows',
-           'logged_figure', 'header_html', 'plain', 'footer_html', 'split_title', 'render_report', 'write_reports',
-           'write_live', 'warm_up']
+           'logged_figure', 'header_html', 'plain', 'fact_html', 'footer_html', 'split_title', 'render_report',
+           'write_reports', 'write_live', 'warm_up']
 
 # %% ../../nbs/runs/08_report.ipynb #7d6ff13f
 import base64
@@ -605,6 +605,12 @@ def _with_caption(page, name):
     return re.sub(r'(<table\b[^>]*>)(?!\s*<caption)', lambda table: table[1] + caption, page) if name else page
 
 
+def _only_finishes(section):
+    "Whether the code of a section does no more than end the run, which its heading in the footer tells."
+    sources = [cell.source.strip() for cell in section if cell.cell_type == 'code']
+    return all(source.startswith('run.finish(') for source in sources)
+
+
 def section_html(section:list,   # cells
                  params:dict,    # name -> value the run had
                  widgets:dict,   # id -> state of all widgets of the notebook
@@ -612,9 +618,12 @@ def section_html(section:list,   # cells
 )->str:                          # HTML
     "A section of the page."
     name = _name_of(section)
+    if _is_bare(section) and _only_finishes(section):
+        return ''
     if _is_bare(section):
+        words = 'Code of the last cell' if name == 'Provenance' else f'{escape(name)}: code without output'
         code = [cell_html(cell, params, widgets, folder) for cell in section if cell.cell_type == 'code']
-        return _folded_cells(f'{escape(name)}: code without output', code, 'code') if ''.join(code) else ''
+        return _folded_cells(words, code, 'code') if ''.join(code) else ''
     return _with_caption(''.join(cell_html(cell, params, widgets, folder) for cell in section), name)
 
 # %% ../../nbs/runs/08_report.ipynb #ed3008ac
@@ -645,8 +654,17 @@ def run_command_of(record:dict,    # run.json
     return ' '.join(['llmft run', shlex.quote(notebook), *(_assignment(*item) for item in changed.items())])
 
 # %% ../../nbs/runs/08_report.ipynb #b789c627
-def _variation(params):
+def _is_of_own_questions(record):
+    "Whether a run answered questions from a file, where the seed changes nothing."
+    data = str(record['params'].get('data', 'builtin'))
+    return record['run']['notebook'] == 'inference' and not data.startswith('builtin')
+
+
+def _variation(record):
     "(name, another value) of one parameter; `None` where a run has neither a learning rate nor a seed."
+    params = record['params']
+    if _is_of_own_questions(record) and 'precision' in params:
+        return 'precision', 'int8' if params['precision'] != 'int8' else 'fp32'
     if isinstance(params.get('learning_rate'), float):
         return 'learning_rate', float(f"{params['learning_rate'] / 2:.4g}")
     return ('seed', params['seed'] + 1) if isinstance(params.get('seed'), int) else None
@@ -685,7 +703,7 @@ def next_commands(record:dict,   # run.json
     if outputs != 'outputs':
         where = f' --outputs {shlex.quote(outputs)}'
         changed = changed | dict(outputs=outputs)
-    variation = _variation(record['params'])
+    variation = _variation(record)
     rest = _varied(record, variation, changed, where) if variation else _repeated(record, changed, where)
     return first | rest
 
@@ -718,12 +736,17 @@ def _how_to_continue(run, folder):
     return f'<p>{first}{again}. It {where_it_begins(folder)}.</p>'
 
 
+def _unbroken(verdict):
+    "A verdict whose numbers of samples, such as n = 8, stay in one line."
+    return re.sub(r'\b([A-Za-z]) = (?=\d)', '\\1\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}', verdict)
+
+
 def notice_html(run:dict,     # the section `run` of run.json
                 folder=None,  # of the run; its checkpoints are looked for
 )->str:                       # HTML
     "What went wrong and how to resume, or what the run concluded: the most important line of the page."
     if run['status'] == 'done':
-        return f'<div class="verdict">{markdown_html(run["verdict"])}</div>' if run.get('verdict') else ''
+        return f'<div class="verdict">{markdown_html(_unbroken(run["verdict"]))}</div>' if run.get('verdict') else ''
     if run['status'] == 'running':
         rows = [row for row in logged_rows(folder) if 'loss' in row]
         so_far = f': {progress_text(rows[-1], run.get("params"))}' if rows else ''
@@ -777,7 +800,7 @@ def _facts_html(record):
     took = f"took {duration(run['seconds'])}" if run.get('seconds') is not None else ''
     where = ''
     if host:
-        where = ', '.join(host.get('gpus') or [f"{_cores_of(host)} {host.get('cpu', '')}".strip()])
+        where = ', '.join(host.get('gpus') or filter(None, [_cores_of(host), host.get('cpu')]))
     spans = [f'<span>{escape(fact)}</span>' for fact in (when(run['started']), took, where) if fact]
     return f"""<p class="facts">{''.join(spans)}</p>"""
 
@@ -816,7 +839,63 @@ def plain(value,       # of run.json
     is_large = isinstance(value, int) and not isinstance(value, bool) and abs(value) > 9999
     return f'{value:,}' if is_large else escape(str(value))
 
+# %% ../../nbs/runs/08_report.ipynb #ec783d62
+_hash = re.compile('[0-9a-f]{32,64}')
+_shown_digits = 12  # of a hash
+_commands = ('command', 'check it')  # facts that are copied, and so whole
+
+
+def _short_hash(digits):
+    "A long hash as its first digits, the whole of it under the pointer."
+    return f'<span title="{digits[0]}">{digits[0][:_shown_digits]}</span>'
+
+
+def _tells(name, value):
+    "Whether a part of a fact says anything: an empty one does not, nor does a count of zero."
+    return value is None or isinstance(value, (bool, float)) or name.endswith('seed') or bool(value)
+
+
+def _parts(values):
+    "The parts of a mapping that say anything: words -> HTML."
+    return {escape(str(key).replace('_', ' ')): fact_html(part, str(key)) for key, part in values.items()
+            if _tells(str(key), part)}
+
+
+def _number_text(name, value):
+    "A number of a fact: as a person wrote it, thousands with commas."
+    if isinstance(value, bool):
+        return 'yes' if value else 'no'
+    if isinstance(value, float):
+        return short_number(float(f'{value:.5g}'))
+    return str(value) if name.endswith('seed') else f'{value:,}'
+
+
+def fact_html(value,        # of run.json
+              name:str='',  # under which it is there
+)->str:                     # HTML
+    "A fact about a run: a mapping in one line, numbers with commas, long hashes cut, what is empty left out."
+    if isinstance(value, dict):
+        return ' · '.join(f'{words} {part}' for words, part in _parts(value).items() if part)
+    if isinstance(value, list):
+        return ', '.join(fact_html(part, name) for part in value)
+    if value is None:
+        return 'unknown'
+    if is_number(value) or isinstance(value, bool):
+        return _number_text(name, value)
+    text = escape(str(value))
+    return text if name in _commands else _hash.sub(_short_hash, text)
+
 # %% ../../nbs/runs/08_report.ipynb #088d4f67
+def _fact_lines(value, name):
+    "A fact as HTML: what is itself a mapping of mappings has a line for each of these, with its name."
+    nested = {key: part for key, part in value.items() if isinstance(part, dict)} if isinstance(value, dict) else {}
+    if not nested:
+        return fact_html(value, name)
+    first = fact_html({key: part for key, part in value.items() if key not in nested})
+    lines = [first, *(f'{words}: {part}' for words, part in _parts(nested).items() if part)]
+    return ''.join(f'<div>{line}</div>' for line in lines if line)
+
+
 def _commit_text(git):
     "The commit and whether files differ from it; None when unknown."
     if not git['commit']:
@@ -865,7 +944,8 @@ def footer_html(record:dict,   # run.json
                 metrics:dict,  # metrics.json
 )->str:                        # HTML
     "Where the result comes from: run, code, versions, machine, data, and all metrics."
-    facts = ''.join(f'<dt>{escape(name)}</dt><dd>{plain(value)}</dd>' for name, value in _provenance(record).items())
+    shown = {name: _fact_lines(value, name) for name, value in _provenance(record).items()}
+    facts = ''.join(f"<dt>{escape(name.replace('_', ' '))}</dt><dd>{text}</dd>" for name, text in shown.items() if text)
     tables = _numbers_html('Metrics', metrics or {}) + _numbers_html('Counters', record.get('train') or {})
     whole = 'report.ipynb in the folder of the run has every cell with its outputs.'
     return f'<footer><h2 id="origin">Provenance</h2><p>{whole}</p><dl>{facts}</dl>{tables}</footer>'

@@ -96,12 +96,14 @@ def over_seeds(results:dict,     # name of the run -> what `read_result` gives
 # %% ../../nbs/runs/14_results.ipynb #1a1e9481
 def _seed_row(ranking, recipe):
     "One recipe: its mean, and the difference to the best one."
+    from llmft.runs.tables import interval_text
+
     row = dict(recipe=recipe, mean=ranking.measure.number(ranking.values[recipe]))
     difference = ranking.differences.get(recipe)
     if difference is None:
-        return dict(row, change=None, low=None, high=None, outcome='best', seeds=None)
-    return dict(row, change=difference.value, low=difference.low, high=difference.high, seeds=difference.items,
-                outcome='clearly behind' if difference.clear else 'tie')
+        return dict(row, change=None, interval='–', outcome='best', seeds=None)
+    return dict(row, change=difference.value, interval=interval_text(difference.low, difference.high),
+                seeds=difference.items, outcome='clearly behind' if difference.clear else 'tie')
 
 
 def seed_table(ranking,  # from `over_seeds`
@@ -113,8 +115,8 @@ def seed_table(ranking,  # from `over_seeds`
     scale = 'logarithm' if ranking.measure.log else ranking.measure.unit
     return table([_seed_row(ranking, recipe) for recipe in ranking.values], [
         column('recipe'), column('mean', ranking.measure.name, 'mean over seeds'),
-        column('change', 'behind the best', scale, n='seeds'), column('low', f'{confidence:.0%} interval', 'from'),
-        column('high', f'{confidence:.0%} interval', 'to'), column('outcome')])
+        column('change', 'behind the best', scale, n='seeds', of='seeds'),
+        column('interval', f'{confidence:.0%} interval', scale), column('outcome')])
 
 # %% ../../nbs/runs/14_results.ipynb #f0bba382
 _card = """# {name}
@@ -125,7 +127,8 @@ trained from nothing by `{notebook}` of llmft.
 - Trained on `{data}`: {documents:,} documents, {bytes:,} bytes (content hash {content_hash}, Python {python}); \
 {train_tokens:,} tokens in all.
 - Held-out documents of the same source: {bits_per_byte:.3f} bits per byte, \
-perplexity {perplexity:.2f} a token (n = {valid_tokens:,} tokens, {valid_bytes:,} bytes; stretches of {max_length}).
+perplexity {perplexity:.2f} per token (n = {valid_tokens:,} tokens, {valid_bytes:,} bytes; \
+read {max_length:,} tokens at a time).
 - Weights: {size:,} bytes, SHA-256 `{weights_hash}`.
 - Licence: the text it was trained on is under the Python Software Foundation License; \
 the weights are under the licence of this project.

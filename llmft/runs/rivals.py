@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import LabError, number_of, read_json, write_json
-from .numbers import show_number
+from .numbers import show_number, with_minus
 
 # %% ../../nbs/runs/18_rivals.ipynb #a1a4c9cc
 confidence = 0.95  # of all intervals
@@ -137,11 +137,12 @@ class Measure:
         if self.log:
             value, low, high = (f'{math.exp(end):.3f}' for end in ends)
             return f'Ratio {value}, {confidence:.0%} interval {low} to {high}'
-        value, low, high = (f'{end:+.1%}' if self.percent else show_number(float(end)) for end in ends)
+        value, low, high = (with_minus(f'{end:+.1%}') if self.percent else show_number(float(end)) for end in ends)
         return f'Difference {value}, {confidence:.0%} interval {low} to {high}'
 
 # %% ../../nbs/runs/18_rivals.ipynb #0a730fc1
 few_items = 30  # below it, a difference that is not clear is too few to say
+_fewest_items = 6  # below it, items that all agree are not clear
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,22 @@ def _is_undecided(difference):
     return bool(difference.items) and not difference.clear and difference.items < few_items
 
 
+def _too_few(ranking, difference):
+    "How many items there are, and why they are too few."
+    count = difference.items
+    if count == 1:
+        return 'n = 1: no interval'
+    if count < _fewest_items and ranking.measure.items != 'seeds':
+        return f'n = {count}: at least {_fewest_items} are needed'
+    return f'n = {count}: chance explains the difference'
+
+
+def _tie_ground(ranking, own, other):
+    "Why two rivals tie whose interval holds no tie; '' for others."
+    difference = ranking.differences[other if own == ranking.best else own]
+    return ', the same in the digits shown' if difference.clear else ''
+
+
 def _place(ranking, own, other):
     "How `own` compares with its strongest opponent."
     measure = ranking.measure
@@ -236,8 +253,10 @@ def _place(ranking, own, other):
     if differs:
         return f'In {measure.name}, {own} loses to {other}, the strongest rival: {both}.'
     if _is_undecided(_relation(ranking, own)):
-        return f'Too few {measure.items} to say whether {own} or {other} has the better {measure.name}: {both}.'
-    return f'In {measure.name}, {own} and {other} tie: {both}.'
+        why = _too_few(ranking, _relation(ranking, own))
+        rivals = f'{own} or {other} has the better {measure.name}'
+        return f'Too few {measure.items} to say whether {rivals} ({why}): {both}.'
+    return f'In {measure.name}, {own} and {other} tie: {both}{_tie_ground(ranking, own, other)}.'
 
 
 def place_words(ranking:Ranking, # from `ranked`
@@ -260,13 +279,35 @@ def certainty_words(ranking:Ranking, # from `ranked`
     if ranking.differences:
         difference = _relation(ranking, own)
         sentences.append(f'{_ground_words(measure, difference)}.')
-        also = [name for name in ranking.tied[1:] if name not in (own, ranking.rival_of(own))]
-        sentences += [f'Not clearly worse than the best either: {_few_names(also)}.'] if also else []
+        sentences += _also_words(ranking, own)
     sentences += [f"Unknown: {', '.join(ranking.unknown)}."] if ranking.unknown else []
     return ' '.join(sentences)
 
 
 _most_named = 3  # rivals that a sentence lists; a table has all of them
+
+
+def _is_hopeless(difference):
+    "Whether there are so few items that no difference could be clear."
+    return 0 < difference.items < _fewest_items and not difference.clear
+
+
+def _also_words(ranking, own):
+    "Which rivals, other than `own` and its opponent, are not clearly worse than the best: one sentence or none."
+    opponent = ranking.rival_of(own)
+    others = [name for name in ranking.values if name not in (own, opponent)]
+    also = [name for name in others if name in ranking.tied and not _is_hopeless(ranking.differences[name])]
+    if not also:
+        return []
+    is_tie = own in ranking.tied and opponent in ranking.tied
+    if is_tie and len(also) == len(others) > 1:
+        return ['Nor can any other be told from the best.']
+    return [f"Not clearly worse than the best{' either' * is_tie}: {_few_names(also)}."]
+
+
+def _one_of(items):
+    "The singular of what scores are of."
+    return items.removesuffix('ies') + 'y' if items.endswith('ies') else items.removesuffix('s')
 
 
 def _few_names(names):
@@ -280,7 +321,7 @@ def _ground_words(measure, difference):
     if not difference.items:
         return f'Measured once: less than {measure.tolerance:.0%} apart is a tie'
     if difference.items == 1:
-        return f'n = 1 of the {measure.items}: no interval'
+        return f'Only one {_one_of(measure.items)}, so no interval'
     return f'{measure.gap(difference)}, n = {difference.items:,} {measure.items}'
 
 # %% ../../nbs/runs/18_rivals.ipynb #a94e1709

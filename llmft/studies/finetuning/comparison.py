@@ -190,7 +190,8 @@ def _cost_words(rows, seeds):
     known = [peak for peak in peaks.values() if peak is not None]
     memory = place_words(ranked(peaks, Measure('peak memory', 'GiB'))) if known else ''
     once = 'Each run was timed once' if seeds else 'One run and one seed each'
-    return f'{place_words(time)} {memory} {once}: less than 5% apart counts as a tie.'
+    ties = f'{once}: less than 5% apart counts as a tie.' if len(rows) > 1 else ''
+    return f'{place_words(time)} {memory} {ties}'.strip()
 
 
 def comparison_verdict(results:dict,  # from `by_short_name`

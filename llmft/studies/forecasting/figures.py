@@ -33,7 +33,10 @@ def shared_legend(plot, # the figure
 ):
     "One legend for all panels, below them."
     handles, labels = axes.get_legend_handles_labels()
-    plot.legend(handles, labels, loc='outside lower left', ncols=3, frameon=False, fontsize=type_scale['small'])
+    legend = plot.legend(handles, labels, loc='outside lower left', ncols=3, frameon=False,
+                         fontsize=type_scale['small'])
+    for patch in legend.get_patches():
+        patch.set_facecolor(mpl.colors.to_rgba(muted, 0.35))  # a band has another colour in each panel
 
 # %% ../../../nbs/studies/forecasting/10_figures.ipynb #3e69c5fc
 def _draw_series(axis, times_T, values_TV, given, names):
@@ -95,7 +98,7 @@ def spectra_figure(values_NTV,  # trajectories
 )->Plot:
     "The median share of power by period, with the band from the 10th to the 90th percentile."
     periods_F, power_NFV = spectrum(values_NTV, step_time)
-    note = f'median and 10-90% band over n = {number_of(len(values_NTV), "trajectory")}'
+    note = f'median and 10–90% band over n = {number_of(len(values_NTV), "trajectory")}'
     plot, axes = panels(1, power_NFV.shape[2], 'Spectra', note, 2.6, sharey=True)
 
     for v, axis in enumerate(axes[0]):
@@ -191,7 +194,7 @@ def _draw_forecast(axis, times_T, truth_T, samples_SH, given, colour):
     end = given + samples_SH.shape[1]
     _draw_truth(axis, times_T[:end], truth_T[:end], given)
     quantiles = _sample_quantiles(samples_SH)
-    _band_and_line(axis, times_T[given:end], quantiles, colour, '10-90%', 'median forecast')
+    _band_and_line(axis, times_T[given:end], quantiles, colour, '10–90%', 'median forecast')
 
 
 @mpl.rc_context(panel_style)
@@ -203,7 +206,7 @@ def forecasts_figure(times_T,        # times of all steps
                      title='Forecasts',  # what is shown
                      names=variable_names,  # of the variables
 )->Plot:
-    "Truth, median forecast and its 10-90% band; a row per trajectory, a column per variable."
+    "Truth, median forecast and its 10–90% band; a row per trajectory, a column per variable."
     count, samples = samples_NSHV.shape[:2]
     shown = min(first_n, count)
     note = f'scaled units; {number_of(samples, "sample")}; the first {shown} of {count:,} trajectories'

@@ -225,10 +225,11 @@ def inference_verdict(precision:str,  # of the weights
     speed = {f'batch {batch_size}': answer['throughput_tokens_per_sec'] for batch_size, answer in answers.items()}
     fastest = place_words(ranked(speed, Measure('throughput', 'new tokens per second', lower=False)))
     peak = max(answer['peak_bytes'] for answer in answers.values()) / 2**30
+    once = 'Each batch size was timed once: less than 5% apart counts as a tie.' if len(answers) > 1 else ''
 
     return in_bullets(
         f"With {precision} weights {marks['correct']} of {marks['questions']} answers are right and "
         f"{marks['cut_off']:.0%} are cut off at the limit on their tokens; the perplexity is "
         f"{judged['perplexity']:.1f} (n = {judged['targets']:,} tokens). {_quality_words(quality)}",
-        f'{fastest} {peak:.3f} GiB at most. Each batch size was timed once: less than 5% apart counts as a tie.',
+        f'{fastest} {peak:.3f} GiB at most. {once}',
         'Next: compare precisions on the same questions (params/sweeps/inference.yaml).')
