@@ -93,7 +93,8 @@ def speed_table(answers:dict,  # from `answer_batches`
 # %% ../../../nbs/studies/inference/03_report.ipynb #5a8761dd
 _quality_columns = [column('accuracy', 'answers right', 'share', n='questions'),
                     column('answered', 'answers with a number', 'share'),
-                    column('cut_off', 'cut off at the token limit', 'share'), column('perplexity', n='targets'), column('bits_per_byte'),
+                    column('cut_off', 'cut off at the token limit', 'share'),
+                    column('perplexity', n='targets'), column('bits_per_byte'),
                     column('perplexity_with_end', 'perplexity', 'with the ends')]
 
 
