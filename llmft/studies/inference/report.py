@@ -8,7 +8,7 @@ __all__ = ['divergence_of', 'check_batch_sizes', 'held_size', 'size_table', 'ans
            'inference_verdict']
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #72ac41df
-from ...core import LabError
+from ...core import Html, LabError
 from ...inference.generation import end_tokens, written_text
 from ...inference.latency import answer_all, rates
 from ...inference.quality import compare_tokens, summary
@@ -150,11 +150,11 @@ _divergence_columns = [
 
 def divergence_table(rows:list,  # each with the numbers of `summary`
                      name:str,   # key in the rows of what names them, such as run or reference
-):                               # a table for display, or None
+):                               # a table for display; one line where there is no other model
     "How far models are from full precision, by all measures, with standard errors; the reference itself is left out."
     rounded = [row for row in rows if row['kld_max']]
     if not rounded:
-        return print('Nothing is lost: every token has the same probabilities as in full precision.')
+        return Html('<p>Nothing is lost: every token has the same probabilities as in full precision.</p>')
     itself = ', '.join(str(row[name]) for row in rows if not row['kld_max'])
     caption = f'Left out, since it is full precision: {itself}' if itself else ''
     return table(rounded, [column(name), *_divergence_columns], caption)

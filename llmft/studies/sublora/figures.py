@@ -54,7 +54,7 @@ def _draw_groups(axes, groups, x, y):
     "Means of two measures with their spreads, one mark per group."
     for group in groups:
         _draw_group(axes, group, x, y)
-    axes.set(xlabel=MEASURES[x], ylabel=MEASURES[y])
+    axes.set(xlabel=MEASURES[x], ylabel=MEASURES[y].replace(', ', ',\n'))
     axes.margins(x=0.1, y=0.1)
 
 
