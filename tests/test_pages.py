@@ -415,6 +415,33 @@ def test_columns_of_prose_become_cards_without_what_is_unknown(browser, folder):
     tab.close()
 
 
+def test_a_wide_table_shows_that_it_scrolls_and_cards_have_no_blanks(browser, tmp_path):
+    rows = [{f'a long column {number}': size for number in range(16)} for size in (10.0, 5.25)]
+    page = render_report(new_notebook(cells=[cell('table(rows)', shown(table(rows)))]), record)
+    write(tmp_path / 'wide.html', page)
+    tab, _ = opened(browser, tmp_path / 'wide.html', 1280)
+    box = tab.evaluate("""() => {
+      const box = document.querySelector('.scroll.table');
+      return [box.scrollWidth > box.clientWidth, box.getBoundingClientRect().right <= innerWidth,
+              getComputedStyle(box).backgroundAttachment]; }""")
+    assert box == [True, True, 'local, local, scroll, scroll']
+    blanks = "getComputedStyle(document.querySelector('td .pad')).display"
+    assert tab.evaluate(blanks) == 'inline'
+    tab.set_viewport_size(dict(width=390, height=800))
+    assert tab.evaluate(blanks) == 'none'
+    tab.close()
+
+
+def test_provenance_has_a_line_per_part_without_what_is_empty():
+    meta = record['meta'] | dict(
+        data=dict(train=dict(documents=1234, sha256='ab' * 32, lost=0), valid=dict(documents=8), config='')
+    )
+    page = render_report(notebook(), record | dict(meta=meta)).split('<footer>')[1]
+    assert '<dd><div>train: documents 1,234 · sha256 <span title="' in page and '>abababababab</span></div>' in page
+    assert '<div>valid: documents 8</div></dd>' in page and 'config' not in page and 'lost' not in page
+    assert 'Provenance: code' not in render_report(notebook(), record)
+
+
 def test_text_on_coloured_cells_does_not_follow_the_page():
     assert {on_pale.lower(), on_deep.lower()}.isdisjoint(tones)
 

@@ -279,7 +279,7 @@ def check_all(pairs:list,          # (task, answer, number of the sample)
 def check_references(tasks:list,          # of `Task`
                      seconds:float=5.,    # longest time of one program
 )->tuple:                                 # (tasks whose reference solution passes, attempts that failed)
-    "The tasks that can be solved within the limits, and what went wrong with the others; without tests it is neither."
+    "The tasks solvable within the limits, and what failed for others; a task without tests is in neither list."
     testable = [task for task in tasks if task.tests or task.cases]
     attempts = check_all([(task, task.solution, 0) for task in testable], seconds)
     solvable = [task for task, attempt in zip(testable, attempts, strict=True) if attempt.passed]

@@ -51,9 +51,13 @@ def lost_rows(data:TaskData,  # of the run
 )->str:
     "How many rows were read and what became of those that are in no split, in three lines."
     counts = data.counts
+    known = ('empty', 'also_held_out', 'other_splits')
+    used = sum(notes['rows'] for notes in data.row_notes.values())
+    unused = counts['rows'] - sum(counts[name] for name in known) - used
+    beyond = f', {unused:,} more than num_samples and num_eval_samples take' if unused > 0 else ''
     return (f"{number_of(counts['rows'], 'row')} read; {counts['empty']:,} without a problem or an answer\n"
             f"{counts['also_held_out']:,} training problems are held out too, "
-            f"{counts['other_splits']:,} rows are in other splits\n{left_out(_reader_counts(counts))}")
+            f"{counts['other_splits']:,} rows are in other splits{beyond}\n{left_out(_reader_counts(counts))}")
 
 # %% ../../../nbs/studies/code/06_report.ipynb #3ad19e9e
 def attempts_at(problems:list,   # of `Task`; none gives no attempt
@@ -153,8 +157,8 @@ def checkpoint_rows(model,             # of the run; it ends with the best weigh
 _checkpoint_columns = [
     column('step'), column('valid_loss', 'validation loss', 'nats/token', best='low', digits=5),
     column('pass@1', 'pass@1', 'share of problems', best='high', n='problems'),
-    column('pass@1_error', 'standard error'), column('cut_off', 'cut off', 'share of answers'),
-    column('together', "tests in the program's process", 'answers'), column('chosen')]
+    column('pass@1_error', 'standard error'), column('cut_off', 'cut off at the token limit', 'share of answers'),
+    column('together', 'tested in one process with the program', 'answers'), column('chosen')]
 
 
 def checkpoint_table(rows:list,  # from `checkpoint_rows`
@@ -250,7 +254,8 @@ def _solved_words(before, after):
     if not problems:
         return 'No problem could be run, so whether the model solves more is unknown.'
     if not any(share for each in shares.values() for share in each.values()):
-        return f'No problem of {problems} is solved, before or after.'
+        solved = 'The one problem is not solved' if problems == 1 else f'None of the {problems} problems is solved'
+        return f'{solved}, before or after training.'
     measure = Measure('share of solved problems', lower=False, items='problems', percent=True)
     return told(ranked({name: list(each.values()) for name, each in shares.items()}, measure), trained_name)
 

@@ -80,7 +80,7 @@ def task_data(params,  # model, data, its fields, valid_share, num_samples, num_
 
 # %% ../../../nbs/studies/code/04_setup.ipynb #6e6a09aa
 def _problem_tasks(params, data):
-    "All tasks that `problems` names: the test rows of the run, or those of a file."
+    "The tasks that `problems` names: the run's test rows, or all rows of a file."
     if params.problems == 'test':
         return data.tasks['test']
     sides, _ = load_tasks(params.problems, split_field=params.split_field, valid_share=.5, seed=params.seed, needs=())

@@ -127,8 +127,8 @@ def error_table(comparison:Comparison,  # of one evaluation
     "Errors of the point forecasts in scaled units, with the published ones."
     horizon = comparison.future_NHV.shape[1]
     rows = [dict(run=name, **row, at_ten=comparison.at_ten[name]) for name, row in comparison.rows.items()]
-    caption = ('Scaled units. The published rows are of Qwen2.5-0.5B over 50 steps; they scale by all steps and repair the '
-               f'text. Ours are over {number_of(horizon, "step")}, with scaling {scaling} and no repair.')
+    caption = ('Scaled units. The published rows are of Qwen2.5-0.5B over 50 steps; they scale by all steps and '
+               f'repair the text. Ours are over {number_of(horizon, "step")}, with scaling {scaling} and no repair.')
     return table(rows + published['test'], _error_columns, caption)
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #e5aec3b4

@@ -424,7 +424,8 @@ def _test_details(row, study):
     words = [told(ranking, _own_name(row)) for ranking in _rankings(row, study)]
     untrained = row.get('untrained_mae_median')
     if untrained and row.get('mae_median'):
-        words.append(f"Its median MAE is {compared(untrained, row['mae_median'])} untrained ({show_number(untrained)}).")
+        ratio = compared(untrained, row['mae_median'])
+        words.append(f'Its median MAE is {ratio} untrained ({show_number(untrained)}).')
     return ' '.join(words)
 
 

@@ -101,8 +101,8 @@ def time_table(rows:list,  # from `compared_rows`
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #08b2c566
 _token_columns = [column('run'), column('time_to_first_token', 'first token, median', 's', best='low'),
                   column('time_per_output_token', 'later token, median', 's', best='low', n='decoding_steps'),
-                  column('time_per_output_token_p95', 'later token, 95%', 's', best='low'),
-                  column('bandwidth_share', 'weights read', 'share of copy rate', best='high')]
+                  column('time_per_output_token_p95', 'later token, 95th percentile', 's', best='low'),
+                  column('bandwidth_share', 'weights read', 'share of the copy rate', best='high')]
 
 
 def token_table(rows:list,  # from `compared_rows`
@@ -138,18 +138,20 @@ def batch_table(rows:list,  # from `compared_rows`
 ):                          # a table for display
     "Throughput, waiting time and memory in batches."
     unit, _ = memory_unit(rows)
+    first = {row['batch_size'] for row in rows}
+    over = f'over batch {first.pop()}' if len(first) == 1 else 'over the first batch'
     return table(batch_rows(rows), [
         column('run'), column('batch'), column('tokens', 'new tokens', '1/s', best='high'),
-        column('ratio', 'times as many', 'as alone'), column('waits', 'time per query', 's', best='low'),
+        column('ratio', 'speed-up', over), column('waits', 'time per batch', 's', best='low'),
         column('memory', 'peak memory', unit, best='low')])
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #122eb593
 def _quality_columns(unit):
     "The columns of `quality_table` with memory in `unit`."
     memory = [column('weights', unit=unit, best='low'), column('memory', 'peak memory', unit, best='low')]
-    quality = [column('quantised_share', '8 bits or fewer', 'share'),
+    quality = [column('quantised_share', 'weights in 8 bits or fewer', 'share'),
                column('accuracy', 'answers right', 'share', best='high', n='total_queries'),
-               column('answered', 'with a number', 'share'),
+               column('answered', 'answers with a number', 'share'),
                column('perplexity', best='low', n='text_targets', digits=5),
                column('bits_per_byte', best='low', digits=4)]
     return [column('run'), *memory, *quality]
@@ -188,7 +190,7 @@ def flip_rows(rows:list,      # from `compared_rows`
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #04701ce8
 _flip_columns = [column('run'), column('lost', 'right answers lost', n='questions'), column('won', 'right answers won'),
-                 column('chance', 'chance explains it', "McNemar's p"), column('outcome')]
+                 column('chance', 'p-value', 'McNemar'), column('outcome')]
 
 
 def flip_table(rows:list,     # from `compared_rows`
@@ -266,10 +268,12 @@ def comparison_verdict(rows:list,      # from `compared_rows`
     speed = place_words(_rank(rows, _throughput, Measure('throughput', 'tokens per second', lower=False)))
     memory = place_words(_rank(rows, 'memory', Measure('peak memory', unit)))
 
+    quality = _quality_words(rows, baseline)
+    rule = '' if 'less than 5% apart' in quality else ': less than 5% apart counts as a tie'
     limits = [f"Smaller and yet slower than {baseline}: {', '.join(slower)}." if slower else '',
               '' if comparable else 'The runs were not made on equal terms.',
-              'One run each: less than 5% apart counts as a tie. Next: repeat the first two, taking turns.']
-    return in_bullets(f'{speed} {memory}', _quality_words(rows, baseline), ' '.join(filter(None, limits)))
+              f'One run each{rule}. Next: repeat the first two, taking turns.']
+    return in_bullets(f'{speed} {memory}', quality, ' '.join(filter(None, limits)))
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #4a0bb08f
 _kept = ('avg_latency', 'throughput_tokens_per_sec', 'time_to_first_token', 'time_per_output_token', 'bandwidth_share',

@@ -8,7 +8,7 @@ __all__ = ['divergence_of', 'check_batch_sizes', 'held_size', 'size_table', 'ans
            'inference_verdict']
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #72ac41df
-from ...core import LabError
+from ...core import Html, LabError
 from ...inference.generation import end_tokens, written_text
 from ...inference.latency import answer_all, rates
 from ...inference.quality import compare_tokens, summary
@@ -75,13 +75,13 @@ def answer_batches(model,          # from `load_form`
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #80a0392d
 _speed_columns = [
-    column('batch'), column('total_queries', 'queries'), column('total_tokens', 'new tokens'),
+    column('batch'), column('total_queries', 'questions'), column('total_tokens', 'new tokens'),
     column('throughput_tokens_per_sec', 'new tokens', '1/s', best='high'),
-    column('avg_latency', 'time per query', 's', best='low'),
+    column('avg_latency', 'time per batch', 's', best='low'),
     column('time_to_first_token', 'first token, median', 's'),
     column('time_per_output_token', 'later token, median', 's', n='decoding_steps'),
-    column('time_per_output_token_p95', 'later token, 95%', 's'),
-    column('bandwidth_share', 'weights read', 'share of copy rate'), column('memory', 'peak memory', 'MiB')]
+    column('time_per_output_token_p95', 'later token, 95th percentile', 's'),
+    column('bandwidth_share', 'weights read', 'share of the copy rate'), column('memory', 'peak memory', 'MiB')]
 
 
 def speed_table(answers:dict,  # from `answer_batches`
@@ -91,9 +91,11 @@ def speed_table(answers:dict,  # from `answer_batches`
                   for batch_size, answer in answers.items()], _speed_columns)
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #5a8761dd
-_quality_columns = [column('accuracy', 'right', 'share', n='questions'), column('answered', 'with a number', 'share'),
-                    column('cut_off', 'cut off', 'share'), column('perplexity', n='targets'), column('bits_per_byte'),
-                    column('perplexity_with_end', 'perplexity', 'with the ends', n='ends')]
+_quality_columns = [column('accuracy', 'answers right', 'share', n='questions'),
+                    column('answered', 'answers with a number', 'share'),
+                    column('cut_off', 'cut off at the token limit', 'share'),
+                    column('perplexity', n='targets'), column('bits_per_byte'),
+                    column('perplexity_with_end', 'perplexity', 'with the ends')]
 
 
 def quality_table(marks:dict,    # from `score`
@@ -137,18 +139,25 @@ def against_reference(model,      # from `load_form`
 # %% ../../../nbs/studies/inference/03_report.ipynb #495ac7b7
 _divergence_columns = [
     column('kld', 'divergence', 'nats per token', best='low', n='quality_tokens', digits=4),
-    column('kld_se', '±', 'nats'), column('kld_median', 'median', 'nats'), column('kld_p99', '99%', 'nats'),
-    column('kld_max', 'largest', 'nats'), column('same_top', 'same top token', 'share', best='high', digits=4),
-    column('same_top_se', '±', 'share'), column('log_perplexity_change', 'perplexity ratio', 'ln'),
-    column('log_perplexity_change_se', '±'), column('rms_change', 'change of probability', 'root mean square'),
-    column('rms_change_se', '±')]
+    column('kld_se', '± standard error', 'nats'), column('kld_median', 'median', 'nats'),
+    column('kld_p99', '99th percentile', 'nats'), column('kld_max', 'largest', 'nats'),
+    column('same_top', 'same top token', 'share', best='high', digits=4),
+    column('same_top_se', '± standard error', 'share'), column('log_perplexity_change', 'ln of the perplexity ratio'),
+    column('log_perplexity_change_se', '± standard error', 'ln'),
+    column('rms_change', 'change of probability', 'root mean square'),
+    column('rms_change_se', '± standard error', 'probability')]
 
 
 def divergence_table(rows:list,  # each with the numbers of `summary`
                      name:str,   # key in the rows of what names them, such as run or reference
-):                               # a table for display
-    "How far models are from full precision, by all measures, each with its standard error."
-    return table(rows, [column(name), *_divergence_columns])
+):                               # a table for display; one line where there is no other model
+    "How far models are from full precision, by all measures, with standard errors; the reference itself is left out."
+    rounded = [row for row in rows if row['kld_max']]
+    if not rounded:
+        return Html('<p>Nothing is lost: every token has the same probabilities as in full precision.</p>')
+    itself = ', '.join(str(row[name]) for row in rows if not row['kld_max'])
+    caption = f'Left out, since it is full precision: {itself}' if itself else ''
+    return table(rounded, [column(name), *_divergence_columns], caption)
 
 # %% ../../../nbs/studies/inference/03_report.ipynb #bfdbc7b4
 def keep_divergence(folder,    # of the run
@@ -199,7 +208,7 @@ def inference_metrics(params,        # precision, compute, max_new_tokens
         metrics |= {f'{name}_batch{batch_size}': value for name, value in _rates_of(answers[batch_size]).items()}
     return metrics
 
-# %% ../../../nbs/studies/inference/03_report.ipynb #eec6d7d6
+# %% ../../../nbs/studies/inference/03_report.ipynb #471cea46
 def _plus_minus(value, error):
     "A mean with its standard error."
     return show_number(value) if error is None else f'{show_number(value)} ± {show_number(error, 1)}'
@@ -210,9 +219,20 @@ def _quality_words(quality):
     if quality['kld'] is None:
         return 'It was not compared with full precision.'
     if not quality['kld_max']:
-        return 'It is full precision.'
+        return 'Its probabilities are those of full precision, so nothing is lost.'
     return (f"From full precision it diverges by {_plus_minus(quality['kld'], quality['kld_se'])} nats per token, and "
             f"the top token is the same at {quality['same_top']:.1%} (n = {quality['quality_tokens']:,} tokens).")
+
+
+def _speed_words(answers):
+    "Which batch size makes most tokens; of a single one, how many it makes."
+    speed = {f'batch {batch_size}': answer['throughput_tokens_per_sec'] for batch_size, answer in answers.items()}
+    measure = Measure('throughput', 'new tokens per second', lower=False)
+    if len(speed) == 1:
+        batch, rate = next(iter(speed.items()))
+        return f'In {batch}, it makes {measure.number(rate)}.'
+    return (f'{place_words(ranked(speed, measure))} Each batch size was timed once: '
+            'less than 5% apart counts as a tie.')
 
 
 def inference_verdict(precision:str,  # of the weights
@@ -222,14 +242,12 @@ def inference_verdict(precision:str,  # of the weights
                       quality:dict,   # from `keep_divergence`
 )->str:                               # Markdown
     "Quality, speed and memory of one precision, and which batch size makes most tokens."
-    speed = {f'batch {batch_size}': answer['throughput_tokens_per_sec'] for batch_size, answer in answers.items()}
-    fastest = place_words(ranked(speed, Measure('throughput', 'new tokens per second', lower=False)))
-    peak = max(answer['peak_bytes'] for answer in answers.values()) / 2**30
-    once = 'Each batch size was timed once: less than 5% apart counts as a tie.' if len(answers) > 1 else ''
+    peak = max(answer['peak_bytes'] for answer in answers.values()) / 2**20
+    are = 'is' if marks['correct'] == 1 else 'are'
 
     return in_bullets(
-        f"With {precision} weights {marks['correct']} of {marks['questions']} answers are right and "
+        f"With {precision} weights {marks['correct']} of {marks['questions']} answers {are} right and "
         f"{marks['cut_off']:.0%} are cut off at the limit on their tokens; the perplexity is "
         f"{judged['perplexity']:.1f} (n = {judged['targets']:,} tokens). {_quality_words(quality)}",
-        f'{fastest} {peak:.3f} GiB at most. {once}',
+        f'{_speed_words(answers)} It took {show_number(peak)} MiB at most.',
         'Next: compare precisions on the same questions (params/sweeps/inference.yaml).')

@@ -298,9 +298,9 @@ def reference_answer(problem:dict,   # a row with question and answer
 # %% ../../../nbs/studies/inference/01_word_problems.ipynb #a25a7e2c
 def score(texts:list,      # what was answered, one text a problem
           problems:list,   # rows with question and answer
-          stopped=(),      # why each text ended, 'stop' or 'length'; none where it is not known
+          stopped=(),      # why each text ended, 'stop' or 'length'; empty where it is not known
 )->dict:                   # accuracy, answered, cut_off (shares), correct, questions (counts), right (bools)
-    "How many of `texts` give the answer that the problem's own answer gives; a `LabError` when there is not one each."
+    "How many of `texts` reach the number of the problem's own answer; a `LabError` when there is not one each."
     if len(texts) != len(problems):
         raise LabError(f'{number_of(len(texts), "text")} for {number_of(len(problems), "problem")}: give one each')
     given = [final_answer(text) for text in texts]
@@ -357,7 +357,7 @@ def ask(problems:list,    # rows with a question
         chat:bool=True,   # use the tokenizer's chat template, when it has one
         instruction:str='Think step by step. End with a line "#### " and the number.',  # follows each question
 )->list:                  # one list of token ids a problem
-    "The prompts that ask for the answers."
+    "One prompt for each problem, in the model's chat format or as plain text."
     questions = [problem['question'] for problem in problems]
     if not (chat and tokenizer.chat_template):
         return prompt_tokens([f'Question: {question}\n{instruction}\nAnswer:' for question in questions], tokenizer)

@@ -17,7 +17,7 @@ from ...core import LabError, number_of
 
 # %% ../../../nbs/studies/sublora/03_allocation.ipynb #ee637253
 MEASURES = dict(
-    empirical_bpd='BPD on the sample',
+    empirical_bpd='risk on the sample, bits per token',
     kl_divergence='KL (K ln 2), nats',
     bound_value='bound, bits per token',
     compressed_size_bits='size, bits',
@@ -265,7 +265,7 @@ def _shown_text(test):
 
 _directions = {  # hypothesis -> what was measured, and the words for below and above zero
     uneven: ('uneven splits were', 'better', 'worse'),
-    leaving: ('gates lay', 'towards A', 'towards B'),
+    leaving: ('gates gave B', 'less than one half', 'more than one half'),
     depth: ('gates went by', 'down', 'up'),
 }
 
@@ -273,13 +273,14 @@ _directions = {  # hypothesis -> what was measured, and the words for below and 
 def _direction_text(hypothesis, means, unit):
     "How large differences are, and which way they point."
     what, below, above = _directions[hypothesis]
+    unit = '' if unit == 'share' else f' {unit}'
     low = min(means)
     high = max(means)
     if low >= 0:
-        return f'{what} {low:.3f} to {high:.3f} {unit} {above}'
+        return f'{what} {low:.3f} to {high:.3f}{unit} {above}'
     if high <= 0:
-        return f'{what} {-high:.3f} to {-low:.3f} {unit} {below}'
-    return f'{what} from {-low:.3f} {unit} {below} to {high:.3f} {above}'
+        return f'{what} {-high:.3f} to {-low:.3f}{unit} {below}'
+    return f'{what} from {-low:.3f}{unit} {below} to {high:.3f} {above}'
 
 
 def _measured_text(tests):
@@ -289,7 +290,9 @@ def _measured_text(tests):
         return 'nothing was measured'
     words = _direction_text(known[0]['hypothesis'], [test['mean'] for test in known], known[0]['unit'])
     values = [test['p'] for test in known if test['p'] is not None]
-    return f'{words}, p >= {min(values):.2f}' if values else f'{words}, p unknown'
+    if not values:
+        return f'{words}, p unknown'
+    return f"{words}, p {'≥' if min(values) < max(values) else '='} {min(values):.2f}"
 
 
 def _answer(tests):

@@ -21,7 +21,7 @@ from ...core import number_of
 from ...runs.rivals import Measure, in_bullets, place_words, ranked, told
 from ...runs.tables import column, table, text_columns
 from .allocation import answers
-from .proof import gate_shares
+from .proof import form_names, gate_shares
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #74f65925
 def _document_row(side, file, facts):
@@ -143,7 +143,7 @@ def source_text(results:dict,  # name -> what `read_result` gives
 _group_columns = (
     column('budget', 'd'),
     column('name', 'allocation'),
-    column('empirical_bpd', 'BPD', 'on the sample', best='low', n='n', digits=4),
+    column('empirical_bpd', 'risk on the sample', 'bits per token', best='low', n='n', digits=4),
     column('empirical_bpd_std', '±'),
     column('bound_value', 'bound', 'bits per token', best='low', digits=4),
     column('bound_value_std', '±'),
@@ -200,7 +200,7 @@ _coverage_forms = ('hoeffding', 'kl', 'bernstein', 'betting', 'freedman')
 def coverage_table(played:dict,  # from `play_coverage`
 ):                               # a displayed table
     "In what share of the games each form of the bound held."
-    rows = [dict(form=form, held=played[form], slack=played[f'{form}_slack'], games=played['games'])
+    rows = [dict(form=form_names[form], held=played[form], slack=played[f'{form}_slack'], games=played['games'])
             for form in _coverage_forms]
     held = column('held', f"held (at least {1 - played['delta']:g} is promised)", n='games', digits=4)
     return table(rows, ['form', held, column('slack', 'mean slack', 'bits per token'), 'games'])
