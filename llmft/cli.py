@@ -384,7 +384,7 @@ def run_command(params:_Files,               # paths
                 cluster:_Cluster='',         # tcp://host:8786 or slurm; '' for this machine
                 as_object:_JsonAtEnd=False,  # end the output with one JSON object (--json)
 ):
-    "Run experiments: one run per parameter file, or all points of a sweep."
+    "Run experiments: one per parameter file, or all of a sweep."
     settings, override = cluster_settings(cluster, override)
     jobs = jobs_of(params, override, scale_of(small, laptop))
     check_jobs(jobs)
@@ -425,7 +425,7 @@ def gpu_check_command(tiny:_Tiny=False,            # small shapes
                       override:_Overrides=(),      # texts of the form name=value
                       as_object:_JsonAtEnd=False,  # end the output with one JSON object (--json)
 ):
-    "Check in at most ten minutes that the GPU of this machine works correctly."
+    "Check in at most ten minutes that the GPU works correctly."
     jobs = jobs_of([project_root() / 'params/gpu_check/check.yaml'], override, scale_of(tiny, False))
     check_jobs(jobs)
     results = run_jobs(jobs, fresh=True)
