@@ -301,6 +301,8 @@ def test_api_pages_have_signatures_and_parameter_tables(site, pages):
         assert f'<td data-label="parameter"><code>{parameter}</code></td>' in entry, f'fit has no row for {parameter}'
     assert 'from <a href="../models/load.html#load_model">' in entry, 'names in backticks lead to their pages'
     assert sum('.html#' in link and not link.startswith('http') for page in pages.values() for link in page.links) > 150
+    text = (site['folder'] / 'inference/asking.html').read_text(encoding='utf-8')
+    assert 'or a template with {input}</td>' in text, 'braces at the end of a meaning belong to it'
 
 
 def test_reference_lists_every_parameter(site, pages):

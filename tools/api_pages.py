@@ -206,7 +206,8 @@ def class_parameters(node, statements):
 
 def cell_text(text):
     "Markdown within a table's cell."
-    return text.replace('|', '\\|').replace('\n', ' ')
+    line = text.replace('|', '\\|').replace('\n', ' ')
+    return re.sub(r'\{([^{}`]*)\}\s*$', r'\\{\1\\}', line)  # braces at the end of a cell would be its attributes
 
 
 def code_span(text):
