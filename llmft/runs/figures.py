@@ -23,7 +23,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from ..core import LabError, nearest, number_of
-from .numbers import byte_unit, common_unit, is_number, memory_error, show_number
+from .numbers import byte_unit, common_unit, is_number, memory_error, show_number, with_minus
 from .pictures import describe, most_told, tell
 
 # %% ../../nbs/runs/06_figures.ipynb #0f684554
@@ -181,7 +181,7 @@ def short_ticks(axis,  # an x or y axis whose limits are final
     if most >= 1e5:
         axis.set_major_formatter(EngFormatter(sep=' '))
     elif most >= 1e3:
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:,g}'.replace('-', '−')))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: with_minus(f'{value:,g}')))
 
 # %% ../../nbs/runs/06_figures.ipynb #0afe97a2
 def log_ticks(axis,  # a logarithmic x or y axis whose limits are final
@@ -715,7 +715,7 @@ def frontier(points:dict,            # name -> (x, y); a pair with an unknown ha
 def _signed_percent(share):
     "A share in whole per cent with its sign; zero has none."
     whole = round(100 * share)
-    return f'{whole:+d}%'.replace('-', '−') if whole else '0%'
+    return with_minus(f'{whole:+d}%') if whole else '0%'
 
 
 def _peak_text(peak, predicted, size):

@@ -30,7 +30,6 @@ _prefixes = {-4: 'p', -3: 'n', -2: 'µ', -1: 'm', 0: '', 1: 'k', 2: 'M', 3: 'G',
 _raised = str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹')
 
 
-
 def _thousands(value, digits=3):
     "The power of 1000 in front of which a number, rounded to so many digits, has one to three digits."
     rounded = abs(float(f'{value:.{digits - 1}e}'))

@@ -234,9 +234,8 @@ def _too_few(ranking, difference):
     return f'n = {count}: chance explains the difference'
 
 
-def _tie_ground(ranking, own, other):
+def _tie_ground(difference):
     "Why two rivals tie whose interval holds no tie; '' for others."
-    difference = ranking.differences[other if own == ranking.best else own]
     return ', the same in the digits shown' if difference.clear else ''
 
 
@@ -252,11 +251,12 @@ def _place(ranking, own, other):
         return f'In {measure.name}, {own} is best: {both} for {other}, the strongest rival.'
     if differs:
         return f'In {measure.name}, {own} loses to {other}, the strongest rival: {both}.'
-    if _is_undecided(_relation(ranking, own)):
-        why = _too_few(ranking, _relation(ranking, own))
+    difference = _relation(ranking, own)
+    if _is_undecided(difference):
+        why = _too_few(ranking, difference)
         rivals = f'{own} or {other} has the better {measure.name}'
         return f'Too few {measure.items} to say whether {rivals} ({why}): {both}.'
-    return f'In {measure.name}, {own} and {other} tie: {both}{_tie_ground(ranking, own, other)}.'
+    return f'In {measure.name}, {own} and {other} tie: {both}{_tie_ground(difference)}.'
 
 
 def place_words(ranking:Ranking, # from `ranked`
