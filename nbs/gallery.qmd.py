@@ -10,7 +10,7 @@ import re
 
 from nbdev.config import get_config
 
-from llmft.runs.report import duration
+from llmft.runs.report import duration, unbroken
 
 root = get_config().config_path
 sections = {
@@ -47,9 +47,9 @@ def card(folder):
     report = (folder / 'report.html').read_text(encoding='utf-8')
     page = f'gallery/{folder.parent.name}/{folder.name}'
     title = re.search('<h1[^>]*>(.*?)</h1>', report)[1]
-    words = re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', run.get('verdict') or '')  # its links lead into the folder of the run
+    verdict = unbroken(run.get('verdict') or '')
+    words = re.sub(r'\[([^]]*)\]\([^)]*\)', r'\1', verdict)  # its links lead into the folder of the run
     verdict = '<br>'.join(html.escape(line.removeprefix('- ')) for line in words.splitlines())
-    verdict = verdict.replace('n = ', 'n&nbsp;=&nbsp;')
     facts = f"{duration(run['seconds'])} · {run['started'][:10].replace('-', '&#8209;')}"
 
     return (

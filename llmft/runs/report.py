@@ -7,9 +7,9 @@ __all__ = ['text_limit', 'html_limit', 'policy', 'live_seconds', 'live_page', 'c
            'last_state', 'math_html', 'data_uri', 'slug', 'in_box', 'code_html', 'markdown_html', 'duration', 'folded',
            'text_box', 'safe_html', 'widget_text', 'rich_html', 'output_html', 'parameters_html', 'changed_values',
            'chips_html', 'cell_html', 'shown_cells', 'take_lead', 'in_sections', 'split_pending', 'section_html',
-           'when', 'run_command_of', 'next_commands', 'commands_html', 'where_it_begins', 'notice_html', 'logged_rows',
-           'logged_figure', 'header_html', 'plain', 'fact_html', 'footer_html', 'split_title', 'render_report',
-           'write_reports', 'write_live', 'warm_up']
+           'when', 'run_command_of', 'next_commands', 'commands_html', 'where_it_begins', 'unbroken', 'notice_html',
+           'logged_rows', 'logged_figure', 'header_html', 'plain', 'fact_html', 'footer_html', 'split_title',
+           'render_report', 'write_reports', 'write_live', 'warm_up']
 
 # %% ../../nbs/runs/08_report.ipynb #7d6ff13f
 import base64
@@ -727,6 +727,12 @@ def where_it_begins(folder,  # of a run that broke off, or `None`
     saved = folder is not None and any((Path(folder) / 'checkpoints').glob('step-*'))
     return 'continues from the last checkpoint' if saved else 'begins anew, since no checkpoint was saved'
 
+# %% ../../nbs/runs/08_report.ipynb #db20cd29
+def unbroken(verdict:str,  # Markdown or text
+)->str:
+    "A verdict whose numbers of samples, such as n = 8, stay in one line."
+    return re.sub(r'\b([A-Za-z]) = (?=\d)', '\\1\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}', verdict)
+
 # %% ../../nbs/runs/08_report.ipynb #b44be9f0
 def _how_to_continue(run, folder):
     "How to resume an interrupted or failed run, HTML."
@@ -736,17 +742,12 @@ def _how_to_continue(run, folder):
     return f'<p>{first}{again}. It {where_it_begins(folder)}.</p>'
 
 
-def _unbroken(verdict):
-    "A verdict whose numbers of samples, such as n = 8, stay in one line."
-    return re.sub(r'\b([A-Za-z]) = (?=\d)', '\\1\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}', verdict)
-
-
 def notice_html(run:dict,     # the section `run` of run.json
                 folder=None,  # of the run; its checkpoints are looked for
 )->str:                       # HTML
     "What went wrong and how to resume, or what the run concluded: the most important line of the page."
     if run['status'] == 'done':
-        return f'<div class="verdict">{markdown_html(_unbroken(run["verdict"]))}</div>' if run.get('verdict') else ''
+        return f'<div class="verdict">{markdown_html(unbroken(run["verdict"]))}</div>' if run.get('verdict') else ''
     if run['status'] == 'running':
         rows = [row for row in logged_rows(folder) if 'loss' in row]
         so_far = f': {progress_text(rows[-1], run.get("params"))}' if rows else ''
