@@ -416,7 +416,7 @@ def _without_empty(documents) -> Documents:
 
 
 def _split(splits, data, valid_share, seed) -> Corpus:
-    "A `Corpus` of the splits of a data set, without empty documents."
+    "A `Corpus` of the splits of a dataset, without empty documents."
     kept = {name: _without_empty(documents) for name, documents in splits.items()}
     train, valid = held_out_split(kept)
     if not len(kept[train]):
@@ -429,7 +429,7 @@ def _split(splits, data, valid_share, seed) -> Corpus:
 
 
 def _read_corpus(data, config, text_field, valid_share, seed) -> Corpus:
-    "The `Corpus` of files or of a hub data set, as `document_splits` reads them."
+    "The `Corpus` of files or of a hub dataset, as `document_splits` reads them."
     notes = {}
     splits = document_splits(data, config, text_field, 'data=builtin:topics or --small', notes=notes)
     corpus = _split({name: Documents.collect(pairs) for name, pairs in splits.items()}, data, valid_share, seed)
@@ -451,7 +451,7 @@ def _check_train(corpus, data):
 
 
 def load_corpus(data:str,                # "builtin:topics", a file or folder, or a hub name
-                config:str='',           # a hub data set's configuration
+                config:str='',           # a hub dataset's configuration
                 text_field:str='text',   # field of tables that holds the text
                 num_samples:int=0,       # training documents to keep; 0 keeps all
                 valid_share:float=.1,    # share held out where the data has no validation split

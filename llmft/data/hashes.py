@@ -172,7 +172,7 @@ def check_sealed(folder,         # where the files lie
 def hub_revision(name:str,  # such as "Qwen/Qwen2.5-0.5B"
                  kind:str,  # models | datasets
 )->str:                     # 40 hexadecimal digits, or `None`
-    "The revision of a hub's model or data set that the local cache holds; `None` before the first download."
+    "The revision of a hub's model or dataset that the local cache holds; `None` before the first download."
     from huggingface_hub import constants
 
     reference = Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}" / 'refs' / 'main'

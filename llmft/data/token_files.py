@@ -240,7 +240,7 @@ def document_stream(data:str,                # one of `_sources`, a file or fold
                     side:str,                # train | val
                     documents:int=0,         # most documents to give; 0 gives all (simulated data need a number)
                     batch:int=4096,          # documents at a time
-                    config:str='',           # a hub data set's configuration
+                    config:str='',           # a hub dataset's configuration
                     text_field:str='text',   # field of tables
                     valid_share:float=.0005, # share held out where there is no validation split
                     seed:int=0,              # of simulated documents and of the split

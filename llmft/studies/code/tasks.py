@@ -38,7 +38,7 @@ class Task:
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #eadca153
 _Fields = namedtuple('_Fields', 'input training split')  # what the parameters call the fields of a row
-_split_names = {'validation': 'valid', 'dev': 'valid'}  # what data sets call a split -> what it is called here
+_split_names = {'validation': 'valid', 'dev': 'valid'}  # what datasets call a split -> what it is called here
 
 
 def _text(row, field, name):
@@ -83,7 +83,7 @@ def _row_split(row, name, fields):
 
 
 def _own_split(row, name, fields):
-    "The split of a row of a public data set: what it names, or its place there, or the name of its file."
+    "The split of a row of a public dataset: what it names, or its place there, or the name of its file."
     place = _text(row, 'unique_id', name).partition('/')
     return _row_split(row, name, fields) or (place[0] if place[2] else '') or _file_split(name)
 
@@ -315,9 +315,9 @@ def function_tasks() -> tuple:
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #50842b71
 def read_table(data:str,       # a .jsonl or .parquet file, or a hub name
-               config:str='',  # a hub data set's configuration
+               config:str='',  # a hub dataset's configuration
                notes:dict=None,# counts what is left out, as in `llmft.data.tables.read_rows`
-)->list:                       # (row, name, split of the data set or '')
+)->list:                       # (row, name, split of the dataset or '')
     "All rows of a table with all their fields; a `LabError` when there is no such table, or a line is no object."
     splits = read_splits(data, config, instead='data=builtin:functions or --small', notes=notes)
     return [(row.values, row.name, split) for split, rows in splits.items() for row in rows]
@@ -398,7 +398,7 @@ def _check_needed(sides, needs, tasks, data):
 
 
 def load_tasks(data:str,                       # "builtin:functions", a .jsonl or .parquet file, or a hub name
-               config:str='',                  # a hub data set's configuration
+               config:str='',                  # a hub dataset's configuration
                input_field:str='input',        # field of the problem
                training_field:str='solution',  # field of the answer: solution, or output for the reasoning
                split_field:str='split',        # field that says train, valid or test

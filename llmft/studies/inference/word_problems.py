@@ -333,8 +333,8 @@ def _rows_of(data, config, split, notes):
 
 
 def read_problems(data:str,        # 'builtin:arithmetic', a file or folder of tables, or a hub name
-                  config:str='',   # a hub data set's configuration, for GSM8K 'main'
-                  split:str='test',# of a hub data set
+                  config:str='',   # a hub dataset's configuration, for GSM8K 'main'
+                  split:str='test',# of a hub dataset
                   count:int=0,     # the first so many; 0 takes all (500 of the built-in ones)
                   seed:int=0,      # of the built-in ones
                   notes:dict=None, # counts what is left out, as in `llmft.data.tables.read_rows`
