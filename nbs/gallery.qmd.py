@@ -31,18 +31,14 @@ sections = {
 }
 
 
-def picture_of(report, page, title):
-    "The figure that tools/docs.py saves for a report, with its words there or the title; '' where there is none."
+def picture_of(report, page):
+    "The figure that tools/docs.py saves for a report, with its words there; '' where there is none."
     drawing = re.search('<svg role="img"[^>]*aria-label="([^"]*)"', report)
-    pixels = 'src="data:image/png;base64,' in report
-    if not (drawing or pixels):
-        return ''
-    words = drawing[1] if drawing else f'a figure of: {title}'  # pixels are of reports that have no words for them
-    return f'<img src="{page}.{"svg" if drawing else "png"}" alt="{words}" loading="lazy">'
+    return f'<img src="{page}.svg" alt="{drawing[1]}" loading="lazy">' if drawing else ''
 
 
 def card(folder):
-    "A link to a report: its richest figure, its title and name, its verdict, how long it took and when."
+    "A link to a report: its first figure, its title and name, its verdict, how long it took and when."
     run = json.loads((folder / 'run.json').read_text(encoding='utf-8'))['run']
     report = (folder / 'report.html').read_text(encoding='utf-8')
     page = f'gallery/{folder.parent.name}/{folder.name}'
@@ -53,7 +49,7 @@ def card(folder):
     facts = f"{duration(run['seconds'])} · {run['started'][:10].replace('-', '&#8209;')}"
 
     return (
-        f'<a class="card" href="{page}.html">{picture_of(report, page, title)}<b>{title}</b>'
+        f'<a class="card" href="{page}.html">{picture_of(report, page)}<b>{title}</b>'
         f'<span class="name">{run["notebook"]}/{run["name"]}</span>'
         f'<span class="verdict">{verdict}</span><span>{facts}</span></a>'
     )

@@ -102,9 +102,9 @@ way_back = '<p class="home"><a href="../../gallery.html">Gallery of llmft</a></p
 
 def save_thumbnail(text, target):
     "Put the main figure of a report beside its copy."
-    ending, image = pages.main_figure(text)
+    image = pages.main_figure(text)
     if image:
-        target.with_suffix(f'.{ending}').write_bytes(image)
+        target.with_suffix('.svg').write_bytes(image)
 
 
 def render(processed, target):

@@ -272,12 +272,9 @@ def notebook_page(notebook, place):
 
 
 def main_figure(text):
-    "(ending, bytes) of the figure under the verdict of a report; of an older report the richest one, if any."
+    "The figure under the verdict of a report as an SVG file; b'' where there is none."
     drawing = re.search(r'(?s)<svg role="img".*?</svg>', text)
-    figures = re.findall(r'src="data:image/png;base64,([^"]+)', text)
-    if drawing:
-        return 'svg', drawing[0].replace('<svg', '<svg xmlns="http://www.w3.org/2000/svg"', 1).encode()
-    return ('png', base64.b64decode(max(figures, key=len))) if figures else ('', b'')
+    return drawing[0].replace('<svg', '<svg xmlns="http://www.w3.org/2000/svg"', 1).encode() if drawing else b''
 
 
 def gallery_figure(match, page):
@@ -285,8 +282,8 @@ def gallery_figure(match, page):
     report, caption = match.groups()
     place = '../' * page.count('/') + 'gallery/'
     words = html.escape(caption)
-    ending, image = main_figure((root / f'outputs/gallery/{report}/report.html').read_text(encoding='utf-8'))
-    picture = f'<img src="{place}{report}.{ending}" alt="{words}"{size_of(image)}>'
+    image = main_figure((root / f'outputs/gallery/{report}/report.html').read_text(encoding='utf-8'))
+    picture = f'<img src="{place}{report}.svg" alt="{words}"{size_of(image)}>'
     link = f'<a href="{place}{report}.html">Report {report}</a>'
     return f'<figure class="figure">{picture}<figcaption>{words} {link}</figcaption></figure>'
 

@@ -8,8 +8,8 @@ __all__ = ['text_limit', 'html_limit', 'policy', 'live_seconds', 'live_page', 'c
            'text_box', 'safe_html', 'widget_text', 'rich_html', 'output_html', 'parameters_html', 'changed_values',
            'chips_html', 'cell_html', 'shown_cells', 'take_lead', 'in_sections', 'split_pending', 'section_html',
            'when', 'run_command_of', 'next_commands', 'commands_html', 'where_it_begins', 'unbroken', 'notice_html',
-           'logged_rows', 'logged_figure', 'header_html', 'plain', 'fact_html', 'footer_html', 'split_title',
-           'render_report', 'write_reports', 'write_live', 'warm_up']
+           'logged_rows', 'logged_figure', 'header_html', 'fact_html', 'footer_html', 'split_title', 'render_report',
+           'write_reports', 'write_live', 'warm_up']
 
 # %% ../../nbs/runs/08_report.ipynb #7d6ff13f
 import base64
@@ -824,22 +824,6 @@ def header_html(title:str,      # HTML
     heading = f'<p class="name">{name}</p><h1>{title}</h1>{promise}'
     return f'<header>{heading}{_facts_html(record)}{notice_html(run, folder)}{more}{navigation}</header>'
 
-# %% ../../nbs/runs/08_report.ipynb #d1f85304
-def plain(value,       # of run.json
-          name:str='', # under which it is there; it may mean a unit
-)->str:                # HTML
-    "A value of run.json as text: lists and mappings in one line, large numbers with commas."
-    if isinstance(value, dict):
-        return ' · '.join(f'{escape(str(key))} {plain(part, str(key))}' for key, part in value.items()) or 'none'
-    if isinstance(value, list):
-        return ', '.join(map(plain, value)) or 'none'
-    if value is None:
-        return 'unknown'
-    if isinstance(value, float):
-        return show_metric(name, value, 5)
-    is_large = isinstance(value, int) and not isinstance(value, bool) and abs(value) > 9999
-    return f'{value:,}' if is_large else escape(str(value))
-
 # %% ../../nbs/runs/08_report.ipynb #ec783d62
 _hash = re.compile('[0-9a-f]{32,64}')
 _shown_digits = 12  # of a hash
@@ -932,9 +916,14 @@ def _provenance(record):
     return facts
 
 
+def _number_cell(name, value):
+    "A metric or a counter: a float in the unit that its name says, anything else as a fact."
+    return show_metric(name, value, 5) if isinstance(value, float) else fact_html(value, name) or 'none'
+
+
 def _numbers_html(title, values):
     "A folded table of numbers; '' when there are none."
-    rows = [f'<tr><th scope="row">{escape(name)}</th><td class="number">{plain(value, name)}</td></tr>'
+    rows = [f'<tr><th scope="row">{escape(name)}</th><td class="number">{_number_cell(name, value)}</td></tr>'
             for name, value in values.items()]
     caption = f'<caption class="unseen">{title}</caption>'
     table = in_box(f"<table>{caption}<tbody>{''.join(rows)}</tbody></table>")

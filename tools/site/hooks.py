@@ -109,13 +109,14 @@ def with_labels(match):
     return in_box(labelled).replace('scroll table', kind, 1)
 
 
-def breakable(cell):
-    "A cell of a table whose code may break after the signs within paths and names, and nowhere else."
-    return re.sub(
-        r'<code>[^<]*</code>',
-        lambda code: re.sub(r'(?<=[\w>])([/_=:]|&#95;|\.(?!\d))(?=[\w*])', r'\1<wbr>', code[0]),
-        cell[0],
-    )
+def breakable_code(code):
+    "Code that may break after the signs within paths and names, but not within numbers."
+    return re.sub(r'(?<=[\w>])([/_=:]|&#95;|\.(?!\d))(?=[\w*])', r'\1<wbr>', code[0])
+
+
+def breakable_cell(cell):
+    "A cell of a table whose code may break after its signs, and nowhere else."
+    return re.sub(r'<code>[^<]*</code>', breakable_code, cell[0])
 
 
 def breakable_path(word):
@@ -144,11 +145,6 @@ def whole(option):
     return f'<span class="flag">{option[1]}</span>{option[2] or ""}'
 
 
-def breakable_word(word):
-    "A long word of code that may break after the signs within it."
-    return re.sub(r'(?<=\w)([/_.])(?=\w)', r'\1<wbr>', word[0])
-
-
 def with_whole_flags(code, limit=shortest_torn):
     """Code in a line: short code stays in one piece, in longer code the options, such as --small and -p seed=1, and words,
     such as gpu-check; other words may break after a sign within them."""
@@ -159,7 +155,7 @@ def with_whole_flags(code, limit=shortest_torn):
         return code[0].replace('<code>', '<code class="flag">').replace('<wbr>', '')
     code = re.sub(r'(?<![^\s>])(--?[A-Za-z][\w-]*)( (?!-)(?:[^\s<]|<wbr>)+)?', whole, code[0])
     code = re.sub(r'(?<![\w/.=<"-])[\w.]{1,12}-\w{1,12}(?![\w/.=">-])', r'<span class="flag">\g<0></span>', code)
-    return re.sub(rf'[\w./:=-]{{{shortest_torn},}}', breakable_word, code)
+    return re.sub(rf'[\w./:=-]{{{shortest_torn},}}', breakable_code, code)
 
 
 def with_whole_options(block):
@@ -183,7 +179,7 @@ def on_post_page(output, page, **_):
     "The whole page, after the search has read it: the name of the search box, and where code may break."
     output = with_full_titles(output, page)
     output = output.replace('role="dialog">', 'role="dialog" aria-label="Search">')
-    output = re.sub(r'(?s)<td\b.*?</td>', breakable, output)
+    output = re.sub(r'(?s)<td\b.*?</td>', breakable_cell, output)
     output = re.sub(r'(?s)<article\b.*?</article>', lambda article: breakable_prose(article[0]), output)
     output = shell_code.sub(with_whole_options, output)
     parts = re.split(r'(?s)(<td\b.*?</td>)', output)  # text, cell, text, ...

@@ -222,13 +222,19 @@ def _rank_paired(rows, what, metric, measure):
     return ranked({row['run']: math.log(row[metric]) if measure.log else row[metric] for row in rows}, measure)
 
 
+def _told_once(ranking):
+    "The place of the best run, and how sure that is where items were kept: the verdict ends with the rule for others."
+    has_items = any(difference.items for difference in ranking.differences.values())
+    return told(ranking) if has_items else place_words(ranking)
+
+
 def _divergence_words(rows):
     "Which of the rounded runs is nearest to full precision; nothing where fewer than two measured it."
     rounded = [row for row in measured_rows(rows) if row['kld_max']]
     if len(rounded) < 2:
         return ''
     measure = Measure('divergence from full precision', 'nats per token', items='documents')
-    return told(_rank_paired(rounded, divergence_of, 'kld', measure))
+    return _told_once(_rank_paired(rounded, divergence_of, 'kld', measure))
 
 
 def _flip_words(rows, baseline):
@@ -246,15 +252,15 @@ def _flip_words(rows, baseline):
 
 def _quality_words(rows, baseline):
     "Which run predicts held-out text best, is nearest to full precision, and answers most questions rightly."
-    perplexity = told(_rank_paired(rows, held_out_loss, 'perplexity',
-                                   Measure('perplexity', items='documents', log=True)))
+    perplexity = _told_once(_rank_paired(rows, held_out_loss, 'perplexity',
+                                         Measure('perplexity', items='documents', log=True)))
     text = f'{perplexity} {_divergence_words(rows)}'.strip()
     if not any(row['correct'] for row in rows):
         return (f"{text} No run gave a right answer (n = {rows[0]['total_queries']}): accuracy tells "
                 'nothing about this model.')
     accuracy = _rank_paired(rows, right_answers, 'accuracy',
                             Measure('share of right answers', lower=False, items='questions', percent=True))
-    return f'{text} {told(accuracy)} {_flip_words(rows, baseline)}'
+    return f'{text} {_told_once(accuracy)} {_flip_words(rows, baseline)}'
 
 
 def comparison_verdict(rows:list,      # from `compared_rows`
@@ -268,12 +274,10 @@ def comparison_verdict(rows:list,      # from `compared_rows`
     speed = place_words(_rank(rows, _throughput, Measure('throughput', 'tokens per second', lower=False)))
     memory = place_words(_rank(rows, 'memory', Measure('peak memory', unit)))
 
-    quality = _quality_words(rows, baseline)
-    rule = '' if 'less than 5% apart' in quality else ': less than 5% apart counts as a tie'
     limits = [f"Smaller and yet slower than {baseline}: {', '.join(slower)}." if slower else '',
               '' if comparable else 'The runs were not made on equal terms.',
-              f'One run each{rule}. Next: repeat the first two, taking turns.']
-    return in_bullets(f'{speed} {memory}', quality, ' '.join(filter(None, limits)))
+              'One run each: less than 5% apart counts as a tie. Next: repeat the first two, taking turns.']
+    return in_bullets(f'{speed} {memory}', _quality_words(rows, baseline), ' '.join(filter(None, limits)))
 
 # %% ../../../nbs/studies/inference/04_comparison.ipynb #4a0bb08f
 _kept = ('avg_latency', 'throughput_tokens_per_sec', 'time_to_first_token', 'time_per_output_token', 'bandwidth_share',
