@@ -316,13 +316,21 @@ def _few_names(names):
     return ', '.join(names) if len(names) <= _most_named else f"{', '.join(names[:-more])} and {more} more"
 
 
+def _lead(measure, difference):
+    "By how much the better of two rivals is ahead, whichever direction is better."
+    if measure.lower:
+        return difference
+    value, low, high = (0.0 - end for end in (difference.value, difference.high, difference.low))  # 0.0, never -0.0
+    return replace(difference, value=value, low=low, high=high)
+
+
 def _ground_words(measure, difference):
     "What the difference of two rivals rests on."
     if not difference.items:
         return f'Measured once: less than {measure.tolerance:.0%} apart is a tie'
     if difference.items == 1:
         return f'Only one {_one_of(measure.items)}, so no interval'
-    return f'{measure.gap(difference)}, n = {difference.items:,} {measure.items}'
+    return f'{measure.gap(_lead(measure, difference))}, n = {difference.items:,} {measure.items}'
 
 # %% ../../nbs/runs/18_rivals.ipynb #a94e1709
 def told(ranking:Ranking, # from `ranked`
