@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from house import experiments, root
 
-from llmft.bench.training import rank_trainers, time_basis
+from llmft.bench.training import rank_trainers
 from llmft.bench.turns import Target, contest_verdict
 from llmft.runs.rivals import Measure, certainty_words, place_words, ranked
 from llmft.studies.code import report as code
@@ -220,7 +220,6 @@ def verdict_of_cell(notebook, **values):
     cells = nbformat.read(root / f'nbs/experiments/{notebook}.ipynb', 4).cells
     source = next(cell.source for cell in cells if re.search(r'^verdict = ', cell.source, re.MULTILINE))
     tools = dict(Measure=Measure, ranked=ranked, rank_trainers=rank_trainers, contest_verdict=contest_verdict)
-    tools |= dict(time_basis=time_basis)
     space = tools | dict(Markdown=str, rounds=3) | values
     given = (
         'from llmft.core import number_of\nfrom llmft.runs.numbers import show_number\n'
@@ -254,7 +253,7 @@ def bench(best):
         memory=memory,
         mebibytes=memory,
         targets=unmet,
-        documents=9,
+        tokens=900,
         largest_difference=1e-6,
     )
 

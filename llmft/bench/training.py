@@ -6,7 +6,7 @@
 __all__ = ['largest_loss_difference', 'largest_end_difference', 'Block', 'watch', 'check_plan', 'train_block', 'bare_loop',
            'loss_before', 'our_step', 'same_step', 'check_steps', 'steps_table', 'summary', 'block_rates',
            'common_loss', 'end_difference', 'loss_seconds', 'compare', 'useful_flops_per_sec', 'rank_trainers',
-           'time_basis', 'training_table', 'time_bars', 'step_memory', 'measured_memory']
+           'training_table', 'time_bars', 'step_memory', 'measured_memory']
 
 # %% ../../nbs/bench/03_training.ipynb #febd3816
 import json
@@ -26,7 +26,7 @@ from ..data.tokens import Examples
 from ..models.load import model_config, presets
 from ..models.meter import Meter, synchronise
 from ..runs.figures import bars
-from ..runs.rivals import Measure, certainty_words, ranked
+from ..runs.rivals import Measure, ranked
 from ..runs.tables import column, table
 from ..training.fit import fit
 from ..training.step import LossModel, accumulate, evaluate_loss, step_batches
@@ -424,15 +424,6 @@ def rank_trainers(compared:dict,  # from `compare`
     logs = {name: seconds and [math.log(second) for second in seconds] for name, seconds in rounds.items()}
     losses = {name: facts['valid_loss'] for name, facts in compared.items()}
     return [ranked(logs, duration, median=True), ranked(losses, loss)]
-
-# %% ../../nbs/bench/03_training.ipynb #b8b4b4a1
-def time_basis(ranking,      # by time, from `rank_trainers`
-               rounds:int,   # on which it rests
-               tokens:int,   # targets of each round
-)->str:
-    "How sure the ratio to the strongest peer is, and on how many rounds and tokens it rests."
-    own = 'ours' if 'ours' in ranking.values else ''
-    return f'{certainty_words(ranking, own)} Timed over n = {number_of(rounds, "round")} of {tokens:,} tokens.'
 
 # %% ../../nbs/bench/03_training.ipynb #b6294c9b
 def training_table(rows:list,    # a row per trainer: its name as `trainer`, and its facts from `compare`

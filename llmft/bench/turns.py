@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ..core import LabError
 from ..models.meter import synchronise
 from ..runs.numbers import show_number
-from ..runs.rivals import in_bullets, place_words
+from ..runs.rivals import in_bullets, told_items
 from ..runs.tables import column, table
 
 # %% ../../nbs/bench/01_turns.ipynb #464b8a19
@@ -167,11 +167,11 @@ def contest_verdict(rankings:list, # of `Ranking`, one per measure; all contende
                     own:str='ours',  # the contender that the words are about, where it is in a ranking
 )->str:                            # Markdown
     "Who is best by each measure, which targets are met, and on what that rests."
-    places = [place_words(ranking, own if own in ranking.values else '') for ranking in rankings]
+    first, *others = [told_items(ranking, own if own in ranking.values else '') for ranking in rankings]
     met = f'{targets_verdict(targets)}.' if targets else ''
     has_rivals = any(ranking.differences for ranking in rankings)
     ties = 'Less than 5% apart is a tie unless a measure says otherwise.' if has_rivals else ''
-    return in_bullets(' '.join(places), met, f'{basis} {ties} Next: more rounds on a quiet machine.')
+    return in_bullets(first, ' '.join([*others, met]), f'{basis} {ties} Next: more rounds on a quiet machine.')
 
 # %% ../../nbs/bench/01_turns.ipynb #35196d03
 def machine_table(peaks:dict,  # from `machine_peaks`

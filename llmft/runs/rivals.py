@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['confidence', 'few_items', 'most_bullets', 'scores_file', 'held_out_loss', 'Difference', 'paired_difference',
-           'Measure', 'Ranking', 'ranked', 'place_words', 'certainty_words', 'told', 'in_bullets', 'keep_scores',
-           'kept_scores', 'paired_scores', 'seed_difference', 'rank_seeds', 'Flips', 'flips', 'rank_judged',
-           'keep_judged', 'rank_trained']
+           'Measure', 'Ranking', 'ranked', 'place_words', 'certainty_words', 'told', 'told_items', 'in_bullets',
+           'keep_scores', 'kept_scores', 'paired_scores', 'seed_difference', 'rank_seeds', 'Flips', 'flips',
+           'rank_judged', 'keep_judged', 'rank_trained']
 
 # %% ../../nbs/runs/18_rivals.ipynb #0209707b
 import math
@@ -277,8 +277,7 @@ def certainty_words(ranking:Ranking, # from `ranked`
     measure = ranking.measure
     sentences = []
     if ranking.differences:
-        difference = _relation(ranking, own)
-        sentences.append(f'{_ground_words(measure, difference)}.')
+        sentences += _ground_words(measure, _relation(ranking, own))
         sentences += _also_words(ranking, own)
     sentences += [f"Unknown: {', '.join(ranking.unknown)}."] if ranking.unknown else []
     return ' '.join(sentences)
@@ -305,11 +304,6 @@ def _also_words(ranking, own):
     return [f"Not clearly worse than the best{' either' * is_tie}: {_few_names(also)}."]
 
 
-def _one_of(items):
-    "The singular of what scores are of."
-    return items.removesuffix('ies') + 'y' if items.endswith('ies') else items.removesuffix('s')
-
-
 def _few_names(names):
     "The first of many names, and how many more there are."
     more = len(names) - _most_named + 1
@@ -325,12 +319,12 @@ def _lead(measure, difference):
 
 
 def _ground_words(measure, difference):
-    "What the difference of two rivals rests on."
+    "What the difference of two rivals rests on: one sentence; none for a single item, which the place tells."
     if not difference.items:
-        return f'Measured once: less than {measure.tolerance:.0%} apart is a tie'
+        return [f'Measured once: less than {measure.tolerance:.0%} apart is a tie.']
     if difference.items == 1:
-        return f'Only one {_one_of(measure.items)}, so no interval'
-    return f'{measure.gap(_lead(measure, difference))}, n = {difference.items:,} {measure.items}'
+        return []
+    return [f'{measure.gap(_lead(measure, difference))}, n = {difference.items:,} {measure.items}.']
 
 # %% ../../nbs/runs/18_rivals.ipynb #a94e1709
 def told(ranking:Ranking, # from `ranked`
@@ -338,6 +332,14 @@ def told(ranking:Ranking, # from `ranked`
 )->str:
     "The place of one rival and how sure it is."
     return f'{place_words(ranking, own)} {certainty_words(ranking, own)}'.strip()
+
+# %% ../../nbs/runs/18_rivals.ipynb #efcec00a
+def told_items(ranking:Ranking, # from `ranked`
+               own:str='',      # the rival that the words are about, '' for the best one
+)->str:
+    "The place of one rival, and how sure it is where scores of items were kept; of single numbers the place alone."
+    has_items = any(difference.items for difference in ranking.differences.values())
+    return told(ranking, own) if has_items else place_words(ranking, own)
 
 # %% ../../nbs/runs/18_rivals.ipynb #a2f2da80
 most_bullets = 3

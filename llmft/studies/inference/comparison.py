@@ -12,7 +12,7 @@ import math
 
 from ...core import LabError, nearest
 from ...runs.numbers import byte_unit
-from ...runs.rivals import Measure, flips, held_out_loss, in_bullets, paired_scores, place_words, ranked, told
+from ...runs.rivals import Measure, flips, held_out_loss, in_bullets, paired_scores, place_words, ranked, told_items
 from ...runs.tables import column, table
 from .report import divergence_of
 
@@ -222,19 +222,13 @@ def _rank_paired(rows, what, metric, measure):
     return ranked({row['run']: math.log(row[metric]) if measure.log else row[metric] for row in rows}, measure)
 
 
-def _told_once(ranking):
-    "The place of the best run, and how sure that is where items were kept: the verdict ends with the rule for others."
-    has_items = any(difference.items for difference in ranking.differences.values())
-    return told(ranking) if has_items else place_words(ranking)
-
-
 def _divergence_words(rows):
     "Which of the rounded runs is nearest to full precision; nothing where fewer than two measured it."
     rounded = [row for row in measured_rows(rows) if row['kld_max']]
     if len(rounded) < 2:
         return ''
     measure = Measure('divergence from full precision', 'nats per token', items='documents')
-    return _told_once(_rank_paired(rounded, divergence_of, 'kld', measure))
+    return told_items(_rank_paired(rounded, divergence_of, 'kld', measure))
 
 
 def _flip_words(rows, baseline):
@@ -252,15 +246,15 @@ def _flip_words(rows, baseline):
 
 def _quality_words(rows, baseline):
     "Which run predicts held-out text best, is nearest to full precision, and answers most questions rightly."
-    perplexity = _told_once(_rank_paired(rows, held_out_loss, 'perplexity',
-                                         Measure('perplexity', items='documents', log=True)))
+    perplexity = told_items(_rank_paired(rows, held_out_loss, 'perplexity',
+                                        Measure('perplexity', items='documents', log=True)))
     text = f'{perplexity} {_divergence_words(rows)}'.strip()
     if not any(row['correct'] for row in rows):
         return (f"{text} No run gave a right answer (n = {rows[0]['total_queries']}): accuracy tells "
                 'nothing about this model.')
     accuracy = _rank_paired(rows, right_answers, 'accuracy',
                             Measure('share of right answers', lower=False, items='questions', percent=True))
-    return f'{text} {_told_once(accuracy)} {_flip_words(rows, baseline)}'
+    return f'{text} {told_items(accuracy)} {_flip_words(rows, baseline)}'
 
 
 def comparison_verdict(rows:list,      # from `compared_rows`
