@@ -158,7 +158,7 @@ _checkpoint_columns = [
     column('step'), column('valid_loss', 'validation loss', 'nats/token', best='low', digits=5),
     column('pass@1', 'pass@1', 'share of problems', best='high', n='problems'),
     column('pass@1_error', 'standard error'), column('cut_off', 'cut off at the token limit', 'share of answers'),
-    column('together', 'tested in one process with the program', 'answers'), column('chosen')]
+    column('together', 'tested in one process', 'answers'), column('chosen')]
 
 
 def checkpoint_table(rows:list,  # from `checkpoint_rows`
