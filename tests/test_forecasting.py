@@ -1,4 +1,4 @@
-"""The account of operations under kills and crowds, the grammar, and the study's sweeps."""
+"""The account of operations under kills and crowds, the grammar, the sweeps and the figures of the study."""
 
 import contextlib
 import io
@@ -20,6 +20,7 @@ from llmft.core import LabError
 from llmft.data.tokens import load_tokenizer
 from llmft.models.load import load_model, model_config
 from llmft.studies.forecasting.codec import decode, probe
+from llmft.studies.forecasting.figures import distribution_figure
 from llmft.studies.forecasting.forecast import Grammar, evaluate_forecasts, forecast
 from llmft.studies.forecasting.prepared import prepare_series, prompt_ids, read_split, series_documents
 from llmft.training.ledger import Account, Ledger, statement, study_forward, study_step
@@ -383,3 +384,11 @@ def test_the_sweeps_are_the_studys():
         p.params['max_steps'] == 2000 and p.params['eval_every'] == 500 and p.params['lora_alpha'] == 0 for p in full
     )
     assert {p.params['max_flops'] for p in full} == {1e17}
+
+
+def test_the_names_of_many_forecasts_leave_the_axes_room_for_their_labels():
+    errors = {f'forecast {number}': np.geomspace(0.1, 9, 40) for number in range(10)}
+    plot = distribution_figure(errors, 'n = 40 trajectories')
+    plot.draw_without_rendering()
+    label = plot.axes[0].yaxis.label.get_window_extent()
+    assert plot.bbox.y0 <= label.y0 and label.y1 <= plot._suptitle.get_window_extent().y0

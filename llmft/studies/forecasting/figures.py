@@ -309,8 +309,8 @@ def distribution_figure(errors:dict, # name -> mean absolute error of each traje
 
     for index, (name, values) in enumerate(shown.items()):
         _draw_distribution(axis, values, name, index)
-    axis.set(xlabel='mean absolute error of a trajectory, scaled units', xscale='log', ylim=(0, 1.02),
-             ylabel='share of trajectories with at most this error')
+    axis.set(xlabel='mean absolute error at most, scaled units', ylabel='share of trajectories', xscale='log',
+             ylim=(0, 1.02))
     log_ticks(axis.xaxis)
     shared_legend(plot, axis)
     return plot
