@@ -486,3 +486,16 @@ def test_rules_see_breaches(rule, text, seen):
 def test_tokens_are_counted_without_line_breaks():
     assert count_tokens('def f(a): return a + 1') == count_tokens('def f(a):  # why\n    return (\n        a + 1)') - 2
     assert exported_module(root / 'nbs/core.ipynb') == 'core'
+
+
+def test_stored_outputs_hold_no_warning_of_a_library():
+    streams = [
+        (path, line)
+        for path in notebooks
+        for cell in cells(path)
+        for output in cell.get('outputs', [])
+        if output.get('name') == 'stderr'
+        for line in ''.join(output['text']).splitlines()
+    ]
+    wrong = [f'{place(path)}: {line}' for path, line in streams if not line.startswith(('llmft: ', '(llmft '))]
+    assert_kept(wrong, len(streams), 2)
