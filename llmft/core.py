@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['counting_variable', 'assets', 'LabError', 'nearest', 'choose', 'require', 'write_atomic', 'jsonable', 'write_json',
            'check_regular', 'read_json', 'sha256_of', 'short_hash', 'seed_everything', 'purpose_rng', 'counted',
-           'project_root', 'find_path', 'hub_answers', 'shows_bar', 'is_news', 'number_of', 'usable_cores', 'Html']
+           'project_root', 'find_path', 'hub_answers', 'shows_bar', 'is_news', 'number_of', 'usable_cores',
+           'processor_name', 'Html']
 
 # %% ../nbs/core.ipynb #bc07d841
 import contextlib
@@ -15,6 +16,7 @@ import importlib
 import json
 import logging
 import os
+import platform
 import random
 import re
 import sys
@@ -289,6 +291,14 @@ def number_of(count:int,  # of things
 def usable_cores() -> int:
     "Processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+# %% ../nbs/core.ipynb #1ed01bfc
+def processor_name() -> str:
+    "The model of the processor, as Linux names it, else as Python does."
+    path = Path('/proc/cpuinfo')
+    lines = path.read_text().splitlines() if path.exists() else []
+    models = (line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
+    return next(models, platform.processor() or platform.machine())
 
 # %% ../nbs/core.ipynb #3eec978f
 def _words_of(html):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from llmft.core import LabError
 from llmft.data.tokens import load_tokenizer
+from llmft.inference import decoder
 from llmft.inference.decoder import LeanDecoder, ModelDecoder, is_lean, linear_map
 from llmft.inference.generation import choose, complete, generate
 from llmft.models.adapters import add_lora
@@ -121,17 +122,26 @@ def test_adapters_and_quantised_layers_decode_as_in_the_model(shape, quantisatio
     assert off == generate(load_model(f'preset:{shape}', quantisation=quantisation), [[5, 6, 7]], 8).ids != made.ids[:1]
 
 
+def name_of(product):
+    "The function that made `product`, 'linear' for the usual one."
+    return getattr(product, 'func', product).__qualname__.split('.')[0]
+
+
 @pytest.mark.parametrize('rows', [1, 2, 16])
 @pytest.mark.parametrize('bias', [False, True])
-def test_special_products_are_the_usual_one(rows, bias):
+@pytest.mark.parametrize('processor', ['AMD EPYC', 'Intel(R) Xeon(R) Processor @ 2.50GHz'])
+def test_special_products_are_the_usual_one_and_fit_the_processor(rows, bias, processor, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkl, 'is_available', lambda: True)
+    monkeypatch.setattr(decoder, 'processor_name', lambda: processor)
+    monkeypatch.setattr(decoder, '_mkl_reads_slowly', decoder._mkl_reads_slowly.__wrapped__)
     layer, inputs = torch.nn.Linear(1024, 4096, bias=bias), torch.randn(rows, 1024)
     with torch.no_grad():
         products = [linear_map(layer, rows, packs) for packs in (False, True)]
         for product in products:
             torch.testing.assert_close(product(inputs), layer(inputs), atol=1e-4, rtol=0)
-    assert (products[1].__qualname__ if rows > 2 else products[0].__qualname__).split('.')[0] == (
-        '_packed' if rows > 2 else '_in_stripes'
-    )
+
+    plain = '_in_stripes' if rows <= 2 and 'AMD' in processor else 'linear'
+    assert [name_of(product) for product in products] == [plain, '_packed' if rows > 2 else plain]
 
 
 def middle_llama(bias, joins):

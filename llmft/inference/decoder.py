@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
-from ..core import LabError
+from ..core import LabError, processor_name
 from ..models.eight_bits import eight_bit_product, is_eight_bit
 from ..models.load import causal_model, largest_difference, rounding, shared_heads
 from ..models.lora_products import Factor
@@ -90,9 +90,15 @@ def _in_stripes(weight, bias):
     return few
 
 
+@functools.cache
+def _mkl_reads_slowly():
+    "Whether PyTorch multiplies with MKL on a processor that MKL is not made for."
+    return torch.backends.mkl.is_available() and 'Intel' not in processor_name()
+
+
 def _striping_pays(weight, rows):
     "Whether so few rows meet `weight` that stripes are faster, and it can be cut into them."
-    if weight.device.type != 'cpu' or weight.dtype != torch.float32:
+    if weight.device.type != 'cpu' or weight.dtype != torch.float32 or not _mkl_reads_slowly():
         return False
     return rows <= _few_rows and weight.numel() >= _least_striped and len(weight) % _stripe_count == 0
 

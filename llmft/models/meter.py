@@ -24,7 +24,7 @@ import torch
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
-from ..core import read_json, write_json
+from ..core import processor_name, read_json, write_json
 
 # %% ../../nbs/models/09_meter.ipynb #d37aba7a
 def _status_bytes(name):
@@ -293,19 +293,10 @@ def copy_peak(device,     # 'cuda' or 'cpu'
     return 2 * size / _best(lambda: target.copy_(source))
 
 # %% ../../nbs/models/09_meter.ipynb #fa488195
-def _processor():
-    "The processor's name, as far as the system tells."
-    try:
-        with open('/proc/cpuinfo') as file:
-            return next(line.split(':', 1)[1].strip() for line in file if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _machine():
     "What the peaks depend on."
     cuda = torch.cuda.is_available()
-    return dict(device=torch.cuda.get_device_name() if cuda else _processor(), kind='cuda' if cuda else 'cpu',
+    return dict(device=torch.cuda.get_device_name() if cuda else processor_name(), kind='cuda' if cuda else 'cpu',
                 threads=torch.get_num_threads(), torch=torch.__version__, host=platform.node())
 
 

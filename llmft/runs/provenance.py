@@ -13,7 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from ..core import assets, find_path, project_root, short_hash, usable_cores
+from ..core import assets, find_path, processor_name, project_root, short_hash, usable_cores
 from ..data.hashes import file_hashes
 from .params import code_cells
 
@@ -100,20 +100,12 @@ def gpu_names() -> list:
     return [line.split(':')[1].strip() for card in cards for line in card.splitlines() if line.startswith('Model')]
 
 # %% ../../nbs/runs/03_provenance.ipynb #64fed1d7
-def _processor() -> str:
-    "The model of the processor, as Linux names it, else as Python does."
-    path = Path('/proc/cpuinfo')
-    lines = path.read_text().splitlines() if path.exists() else []
-    models = (line.split(':')[1].strip() for line in lines if line.startswith('model name'))
-    return next(models, platform.processor())
-
-
 def machine() -> dict:
     "System, processor, usable cores, memory in bytes and GPUs of this machine."
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') if hasattr(os, 'sysconf') else None
     return dict(
         system=f'{platform.system()} {platform.machine()}',
-        cpu=_processor(),
+        cpu=processor_name(),
         cores=usable_cores(),
         memory_bytes=memory,
         gpus=gpu_names(),
