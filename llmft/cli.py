@@ -30,7 +30,7 @@ from .runs.params import find_notebook, read_parameters, read_yaml, resolve_para
 from .runs.progress import Screen
 from .runs.report import where_it_begins
 from .runs.run import check_inside, find_run, list_runs, read_run, run_or_other
-from .runs.sweep_file import Point, errors_at, expand
+from .runs.sweep_file import Point, errors_at, expand, needs
 from .runs.sweeps import finished_record, point_result, result_text, run_stages, sweep_report
 from .runs.workers import cluster_settings
 
@@ -158,12 +158,25 @@ def run_here(point,           # a `Point`
     return point_result(point, record)
 
 # %% ../nbs/cli.ipynb #8ccb13f1
+def _in_stages(points: list) -> list:
+    "Single runs as stages, each run behind those that it reads."
+    stages = []
+    for point in points:
+        behind = [number for number, stage in enumerate(stages, 1) if needs(point, stage)]
+        place = max(behind, default=0)
+        if place == len(stages):
+            stages.append([])
+        stages[place].append(point)
+    return stages
+
+
 def _grouped(jobs: list, workers: int) -> list:
-    "The jobs, with the single runs as one stage when there are several workers for them."
+    "The jobs, with the single runs as one of them when there are several workers for them."
     if workers == 1:
         return jobs
     single = [stages[0][0] for stages in jobs if is_single(stages)]
-    return [[single], *(stages for stages in jobs if not is_single(stages))]
+    sweeps = [stages for stages in jobs if not is_single(stages)]
+    return [_in_stages(single), *sweeps] if single else sweeps
 
 
 def run_jobs(jobs:list,        # as from `jobs_of`
@@ -178,8 +191,6 @@ def run_jobs(jobs:list,        # as from `jobs_of`
 
     results = []
     for stages in _grouped(jobs, workers):
-        if not stages[0]:
-            continue
         if is_single(stages) and not cluster:
             results.append(run_here(stages[0][0], fresh))
         else:
@@ -360,11 +371,12 @@ _Cluster = _text(
 _JsonAtEnd = _flag('--json', 'End the output with one JSON object.')
 
 
-def _advise(results: list):
+def _advise(results: list, fresh: bool = False):
     "Say on stderr how to resume after an interruption, or why a run was refused."
     if status_of(results) == 'interrupted':
         stopped = next((result for result in results if result['status'] == 'interrupted'), results[0])
-        print(f"llmft: interrupted: the same command {where_it_begins(find_path(stopped['folder']))}", file=sys.stderr)
+        command = f"the same command{' without --fresh' if fresh else ''}"
+        print(f"llmft: interrupted: {command} {where_it_begins(find_path(stopped['folder']))}", file=sys.stderr)
     elif exit_status(results) == 2:
         print(f"llmft: {results[0]['error'].removeprefix('LabError: ')}", file=sys.stderr)
 
@@ -394,7 +406,7 @@ def run_command(params:_Files,               # paths
         results = [result_on_disk(point) for point in _points_of(jobs)]
 
     print(closing(results))
-    _advise(results)
+    _advise(results, fresh)
     if as_object:
         print(as_json(results))
     return exit_status(results)
@@ -489,7 +501,10 @@ def _page_of(run, outputs):
     from llmft.runs.overview import write_overview
 
     if not run:
-        return write_overview(outputs)
+        page = write_overview(outputs)
+        if page is None:
+            raise LabError(f'{outputs}/index.html cannot be written: check the folder and its rights')
+        return page
     folder = find_run(run, outputs)
     page = folder / 'live.html'  # of a run in progress
     page = page if page.is_file() else folder / 'report.html'

@@ -6,7 +6,7 @@
 __all__ = ['counting_variable', 'assets', 'LabError', 'nearest', 'choose', 'require', 'write_atomic', 'jsonable', 'write_json',
            'check_regular', 'read_json', 'sha256_of', 'short_hash', 'seed_everything', 'purpose_rng', 'counted',
            'project_root', 'find_path', 'hub_answers', 'shows_bar', 'is_news', 'number_of', 'usable_cores',
-           'processor_name', 'Html']
+           'processor_name', 'processor_maker', 'Html']
 
 # %% ../nbs/core.ipynb #bc07d841
 import contextlib
@@ -293,12 +293,21 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 # %% ../nbs/core.ipynb #1ed01bfc
-def processor_name() -> str:
-    "The model of the processor, as Linux names it, else as Python does."
+def _processor_field(field):
+    "What Linux says of the first processor; '' where it does not."
     path = Path('/proc/cpuinfo')
     lines = path.read_text().splitlines() if path.exists() else []
-    models = (line.split(':', 1)[1].strip() for line in lines if line.startswith('model name'))
-    return next(models, platform.processor() or platform.machine())
+    return next((line.split(':', 1)[1].strip() for line in lines if line.startswith(field)), '')
+
+
+def processor_name() -> str:
+    "The model of the processor, as Linux names it, else as Python does."
+    return _processor_field('model name') or platform.processor() or platform.machine()
+
+# %% ../nbs/core.ipynb #653d4b42
+def processor_maker() -> str:
+    "Who made the processor, such as GenuineIntel, as Linux says it, else as Python does."
+    return _processor_field('vendor_id') or platform.processor()
 
 # %% ../nbs/core.ipynb #3eec978f
 def _words_of(html):

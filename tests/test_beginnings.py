@@ -31,6 +31,7 @@ from llmft.data.tokens import (
 )
 from llmft.inference import generation
 from llmft.inference.generation import complete, end_tokens, written_text
+from llmft.models.load import load_model
 from llmft.runs.report import clean_html
 from llmft.studies.code import pass_at_k
 from llmft.studies.code.tasks import Task, encode_tasks, prompt_rows
@@ -330,6 +331,17 @@ def test_what_a_perplexity_counts(kind, length):
     every = evaluate_loss(model, cut(encode(texts, tokenizer), length)[0], 4, length)
     assert math.isclose(scores['loss_with_end'], every['loss'], rel_tol=1e-6)
     assert math.isclose(scores['bits_per_byte'] * scores['bytes'] * math.log(2), scores['loss'] * scores['targets'])
+
+
+def test_ends_that_a_template_wrote_are_no_bytes_of_the_text():
+    tokenizer = load_tokenizer('base')
+    turns = [dict(role='user', content='Hi'), dict(role='assistant', content='Hello there.')] * 3
+    chat = tokenizer.apply_chat_template(turns, tokenize=False)
+    scores = judge(load_model('base'), tokenizer, Documents([chat, 'A plain text.'], list('ab')))
+    marks = 3 * len('<|endoftext|>')
+    assert scores['ends'] == 4 and scores['bytes'] == len(chat) - len('<|user|>') - marks + len('A plain text.')
+    nats = scores['loss_with_end'] * (scores['targets'] + scores['ends'])
+    assert math.isclose(scores['bits_per_byte_with_end'] * (scores['bytes'] + marks) * math.log(2), nats)
 
 
 def test_the_text_alone_is_scored_without_its_end():

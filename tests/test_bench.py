@@ -1,6 +1,7 @@
 "The training benches: who learns from what in which step, the time to one loss, and a side that learned less."
 
 import importlib.util
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 from llmft.bench import peers, training
 from llmft.bench.peers import Setting, log_normal_documents, step_rows, trainers
 from llmft.bench.training import Block, compare, end_difference, largest_end_difference, train_block
-from llmft.bench.turns import Target, targets_verdict
+from llmft.bench.turns import Target, ratios, targets_verdict
 from llmft.core import LabError
 from llmft.data.tokens import Examples
 from llmft.models.load import causal_model
+from llmft.runs.rivals import Measure, ranked
 
 with_trl = importlib.util.find_spec('trl') is not None
 each_trainer = pytest.mark.parametrize(
@@ -154,3 +156,13 @@ def test_the_loss_that_all_reach_is_that_of_the_side_that_learned_least():
     assert seconds == dict(ours=[1.0], peer=[4.0])
     stuck = training.loss_seconds(turns | dict(stuck=[block([1.0, 2.0], [10.5, 11.0])]), 10.0)
     assert stuck == seconds | dict(stuck=None)
+
+
+@pytest.mark.parametrize('rounds', [3, 6])
+def test_targets_and_verdict_give_one_ratio(rounds):
+    rng = np.random.default_rng(rounds)
+    seconds = dict(ours=rng.lognormal(2, 0.3, rounds).tolist(), peer=rng.lognormal(3, 0.3, rounds).tolist())
+    shown = ratios({name: [1 / each for each in values] for name, values in seconds.items()}, 'ours')['peer']
+    logs = {name: np.log(values) for name, values in seconds.items()}
+    said = ranked(logs, Measure('time', 's', log=True, items='rounds'), median=True)
+    assert math.isclose(math.exp(said.differences['peer'].value), shown)

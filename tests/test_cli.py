@@ -16,11 +16,15 @@ import typer
 from house import processor_seconds, write, write_experiment
 
 from llmft import __version__
-from llmft.cli import app, call, exit_status, text_table
+from llmft.cli import _grouped, _in_stages, app, call, exit_status, text_table
 from llmft.core import write_json
+from llmft.runs import overview
 from llmft.runs.differences import differences_text
 from llmft.runs.identity import read_record, seal_record
+from llmft.runs.params import find_notebook
+from llmft.runs.report import notice_html
 from llmft.runs.run import read_run
+from llmft.runs.sweep_file import Point
 
 command = [sys.executable, '-c', 'from llmft.cli import main; main()']
 common = 'name: str = "first"  # name of the run\noutputs: str = "outputs"  # folder of all runs\naction: str = "none"  # what to do\nrate: float = 1e-3  # a number; above 0\nseed: int = 0  # which\n'
@@ -407,3 +411,30 @@ def test_every_command_takes_a_run_by_the_name_that_ls_shows(project, capsys):
     assert call(['try', 'act/one', 'a word']) == 2 and 'it trained no model' in capsys.readouterr().err
     assert call(['export', 'act/one', '--to', 'merged']) == 2 and 'it trained no model' in capsys.readouterr().err
     assert call(['try', 'act/tow', 'a word']) == 2 and "there is no model 'act/tow'" in capsys.readouterr().err
+
+
+def test_several_files_run_behind_what_they_read(project):
+    points = {name: Point(find_notebook('act'), dict(name=name, outputs='outputs', start=start)) for name, start in
+              dict(one='', two='outputs/act/one', three='', four='outputs/act/two').items()}
+    stages = _in_stages(list(points.values()))
+    assert [[point.name for point in stage] for stage in stages] == [['one', 'three'], ['two'], ['four']]
+    assert _grouped([[[point]] for point in points.values()], 2) == [stages]
+
+
+def test_a_run_begun_anew_goes_on_without_the_flag(project):
+    process = begin('--fresh')
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=180)
+    assert 'the same command without --fresh begins anew' in err.splitlines()[-1]
+    stopped = dict(status='interrupted', command='llmft run params/act/one.yaml --fresh -p seed=2')
+    assert 'Continue: <code>llmft run params/act/one.yaml -p seed=2</code>' in notice_html(stopped)
+
+
+def test_what_cannot_be_written_or_read_is_one_line(project, capsys, monkeypatch):
+    assert call(['run', 'params/act/one.yaml']) == 0
+    capsys.readouterr()
+    write('README.md', 'no notebook')
+    assert call(['report', 'outputs/act/one', 'README.md']) == 2
+    assert 'README.md is no notebook' in capsys.readouterr().err
+    monkeypatch.setattr(overview, 'write_atomic', lambda *_: (_ for _ in ()).throw(PermissionError()))
+    assert call(['open']) == 2 and 'outputs/index.html cannot be written' in capsys.readouterr().err

@@ -14,8 +14,10 @@ from types import SimpleNamespace
 import nbformat
 import psutil
 import pytest
+from house import write_experiment
 
 from llmft.core import LabError
+from llmft.data.hashes import source_hashes
 from llmft.runs import execute as execute_module
 from llmft.runs import figures, provenance
 from llmft.runs import report as report_module
@@ -374,3 +376,24 @@ def test_a_long_loop_outside_training_shows_how_far_it_is(tmp_path):
     assert any('/60 pages read' in line and line.endswith('left') for line in shown)
     assert 'pages read' not in (folder / 'train.log').read_text()
     assert not list(folder.glob('*counting*'))
+
+
+def test_a_relative_path_means_the_same_to_the_runner_and_to_the_notebook(tmp_path, monkeypatch):
+    for place, text in (('project', 'the wrong file'), ('here', 'the file')):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / 'notes.txt').write_text(text)
+    monkeypatch.chdir(tmp_path / 'project')
+    write_experiment(
+        'reads',
+        'name: str = "demo"  # name of the run\noutputs: str = "outputs"  # folder of all runs\ndata: str = "a"  # a file',
+        'from llmft.runs.run import start_run\nfrom llmft.core import find_path\nrun = start_run("reads", globals())',
+        'run.finish(dict(size=len(find_path(data).read_text())), "ok")',
+    )
+    monkeypatch.chdir(tmp_path / 'here')
+    Path('results').mkdir()
+    notebook = tmp_path / 'project/nbs/experiments/reads.ipynb'
+    record = execute_run(notebook, dict(outputs='results', data='notes.txt'), on_line=lambda line: None)
+    folder = tmp_path / 'here/results/reads/demo'
+    assert record['run']['status'] == 'done', record['run']
+    assert json.loads((folder / 'metrics.json').read_text())['size'] == len('the file')
+    assert record['read']['data'] == source_hashes('notes.txt', 'datasets')

@@ -20,7 +20,7 @@ from llmft.core import LabError
 from llmft.data.tokens import load_tokenizer
 from llmft.models.load import load_model, model_config
 from llmft.studies.forecasting.codec import decode, probe
-from llmft.studies.forecasting.figures import distribution_figure
+from llmft.studies.forecasting.figures import distribution_figure, forecasts_figure
 from llmft.studies.forecasting.forecast import Grammar, evaluate_forecasts, forecast
 from llmft.studies.forecasting.prepared import prepare_series, prompt_ids, read_split, series_documents
 from llmft.training.ledger import Account, Ledger, statement, study_forward, study_step
@@ -392,3 +392,18 @@ def test_the_names_of_many_forecasts_leave_the_axes_room_for_their_labels():
     plot.draw_without_rendering()
     label = plot.axes[0].yaxis.label.get_window_extent()
     assert plot.bbox.y0 <= label.y0 and label.y1 <= plot._suptitle.get_window_extent().y0
+
+
+@pytest.mark.parametrize('shift', [0, -20, 20])
+def test_a_figure_of_forecasts_shows_series_of_any_sign(shift):
+    times_T = np.arange(20.0)
+    truth_NTV = shift + 10 * np.sin(times_T / 3)[None, :, None]
+    drawn = forecasts_figure(times_T, truth_NTV, truth_NTV[:, None, 10:], 10, names=['x'])
+    low, high = drawn.axes[0].get_ylim()
+    assert low < truth_NTV.min() < truth_NTV.max() < high
+
+
+def test_a_figure_of_forecasts_of_zero_has_room():
+    drawn = forecasts_figure(np.arange(20.0), np.zeros((1, 20, 1)), np.zeros((1, 1, 10, 1)), 10, names=['x'])
+    low, high = drawn.axes[0].get_ylim()
+    assert low < 0 < high

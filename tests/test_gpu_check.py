@@ -112,6 +112,8 @@ def write(**values):
         lines.write(json.dumps(values) + chr(10))
 
 for name in names:
+    if name == 'absent':
+        sys.exit(3)
     write(begins=name)
     if name == 'hangs':
         time.sleep(600)
@@ -120,6 +122,8 @@ for name in names:
         os.abort()
     write(check=name, status='right', what=name, ok=True, figures={}, missing='')
     write(ends=name, seconds=0.0)
+    if name == 'breaks':
+        sys.exit(1)
 """
 
 
@@ -166,3 +170,14 @@ def test_the_verdict_names_what_is_wrong_and_what_was_not_checked():
     ]
     said = check_verdict(rows, dict(device='a card'))
     assert '1 right finding and 1 wrong' in said and 'tokens (others)' in said and 'nf4 (no bitsandbytes)' in said
+
+
+def test_a_check_after_which_the_device_is_gone_costs_no_other(tmp_path, monkeypatch):
+    found = watched(tmp_path, monkeypatch, ['breaks', 'next', 'last'])
+    assert found == dict.fromkeys(['breaks', 'next', 'last'], ('right', ''))
+
+
+def test_a_worker_that_never_begins_is_not_started_for_ever(tmp_path, monkeypatch):
+    found = watched(tmp_path, monkeypatch, ['absent', 'last'])
+    assert found['absent'][0] == 'wrong' and 'the process ended with 3' in found['absent'][1]
+    assert found['last'] == ('right', '')

@@ -1,6 +1,7 @@
 "The search for the largest batch: exact, bounded in trials, and without a trace."
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from llmft.core import LabError
 from llmft.models.adapters import add_lora, trainable_parameters, weights_hash
 from llmft.models.load import load_model
+from llmft.models.meter import resident_bytes
 from llmft.training import largest_batch as module
 from llmft.training.largest_batch import Trial, bisect_batch, largest_batch, memory_limit, split_step, try_batch
 from llmft.training.recipe import Recipe
@@ -157,3 +159,28 @@ def test_limits():
     for wrong in (-1.0, 1e9):
         with pytest.raises(LabError, match='memory_limit_gb'):
             memory_limit(wrong)
+
+
+def with_free(monkeypatch, size):
+    "A machine on which so many bytes are free."
+    monkeypatch.setattr(module.psutil, 'virtual_memory', lambda: SimpleNamespace(available=int(size)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='main memory is what counts on a machine without a GPU')
+def test_the_memory_of_the_loaded_model_counts_once(net, monkeypatch):
+    held = resident_bytes(net)
+    step = try_batch(net, Recipe(max_length=32), 1, 2**40).peak_bytes - held
+    with_free(monkeypatch, 1.5 * step)  # room for a step, and none for the model once more
+    batch, _ = largest_batch(net, Recipe(max_length=32), 1, 1, say=lambda line: None)
+    assert batch == 1
+    with_free(monkeypatch, 0.5 * step)
+    with pytest.raises(LabError, match='not one row'):
+        largest_batch(net, Recipe(max_length=32), 1, 1, say=lambda line: None)
+
+
+def test_what_a_second_model_may_take_is_what_the_first_leaves(monkeypatch):
+    gpu = SimpleNamespace(is_available=lambda: True, mem_get_info=lambda: (4 * 2**30, 16 * 2**30),
+                          memory_reserved=lambda: 12 * 2**30, memory_allocated=lambda: 11 * 2**30)
+    monkeypatch.setattr(torch, 'cuda', gpu)
+    assert memory_limit() == int(0.9 * 5 * 2**30)
+    assert memory_limit(held=11 * 2**30) == int(0.9 * 16 * 2**30)

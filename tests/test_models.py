@@ -503,3 +503,15 @@ def test_shared_heads_are_repeated_where_cuda_would_write_out_the_scores(
         attend(query, keys, values, is_causal=True, enable_gqa=grouped),
         attend(query, key, value, is_causal=True, enable_gqa=True),
     )
+
+
+def test_a_cached_model_that_cannot_be_loaded_is_not_called_absent(tmp_path, monkeypatch):
+    cache = tmp_path / 'models--me--odd'
+    (cache / 'refs').mkdir(parents=True)
+    (cache / 'refs/main').write_text('a' * 40)
+    (cache / f'snapshots/{"a" * 40}').mkdir(parents=True)
+    (cache / f'snapshots/{"a" * 40}/config.json').write_text('{"model_type": "not_known"}')
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    with pytest.raises(LabError, match='not_known') as caught:
+        model_config('me/odd')
+    assert 'cannot be reached' not in str(caught.value)

@@ -18,7 +18,7 @@ from llmft.models.load import load_model
 from llmft.models.precisions import load_form
 from llmft.runs.forgetting import general_text
 from llmft.runs.rivals import flips, seed_difference
-from llmft.runs.sweep_file import expand, read_sweep
+from llmft.runs.sweep_file import expand, needs, read_sweep
 from llmft.studies.finetuning.setup import finetuning_data
 from llmft.studies.inference.report import against_reference
 
@@ -243,6 +243,23 @@ stages:
     )
     first, second = expand(path)
     assert [run.params['model'] for run in second] == [f'outputs/finetune/first-seed{seed}/merged' for seed in (1, 2)]
+
+
+certified = """name: both
+seeds: [1, 2]
+stages:
+  - params: [params/sublora_train/functions.yaml]
+  - params: [params/sublora_bounds/functions.yaml]
+"""
+
+
+def test_a_run_that_is_named_without_its_folder_is_that_of_the_same_seed(tmp_path):
+    trained, bounds = expand(sweep(tmp_path, certified))
+    assert [point.params['trained'] for point in bounds] == ['functions-seed1', 'functions-seed2']
+    assert [needs(point, trained) for point in bounds] == [[point] for point in trained]
+    with pytest.raises(LabError, match='a stage reads only what stages before it leave'):
+        together = 'stages:\n  - params: [params/sublora_train/functions.yaml, params/sublora_bounds/functions.yaml]\n'
+        expand(sweep(tmp_path, f'name: one\n{together}'))
 
 
 @pytest.mark.parametrize(

@@ -503,3 +503,11 @@ def test_autoregression_recovers_a_linear_process():
     assert np.allclose(linear_autoregression(rows[None, :50], 10)[0], rows[50:], atol=1e-3)
     with pytest.raises(LabError, match='too few for an autoregression'):
         linear_autoregression(rows[None, :5], 10)
+
+
+@pytest.mark.parametrize('given', [1, 2, 7])
+def test_too_few_given_steps_are_refused_with_the_number_that_is_enough(given):
+    series = np.random.default_rng(0).random((2, 9, 1))
+    with pytest.raises(LabError, match='too few for an autoregression: give at least 8'):
+        linear_autoregression(series[:, :given], 3)
+    assert linear_autoregression(series[:, :8], 3).shape == (2, 3, 1)

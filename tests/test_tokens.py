@@ -1,12 +1,14 @@
 "Tokens are accounted for, whatever the text, the policy or the layout."
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmft.core import LabError, read_json
-from llmft.data import token_files
+from llmft.data import hashes, token_files
 from llmft.data.batches import IGNORED, Plan, best_fit, evaluation_batches, layouts, micro_batches
 from llmft.data.corpora import builtin_part
 from llmft.data.token_files import read_token_file
@@ -22,6 +24,7 @@ from llmft.data.tokens import (
     tokenizer_hash,
     train_tokenizer,
 )
+from llmft.studies.sublora.setup import prepare_run_tokens, run_tokens
 
 
 @pytest.fixture(scope='module')
@@ -198,14 +201,16 @@ def test_control_like_text_of_an_interrupted_preparation_is_counted_once(tmp_pat
     def write_then_stop(path, value):
         write(path, value)
         written.append(path)
-        if len(written) == 1:
+        if len(written) == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(token_files, 'write_json', write_then_stop)
     monkeypatch.setattr(token_files.write_side, '__defaults__', (2,))
     with pytest.raises(KeyboardInterrupt):
         token_files.prepare_tokens(tmp_path / 'tokens', **source)
-    assert written == [tmp_path / 'tokens' / '.train.json']
+    assert written == [tmp_path / 'tokens' / '.source.json', tmp_path / 'tokens' / '.train.json']
+    with pytest.raises(LabError, match='was begun with other tokens'):
+        token_files.prepare_tokens(tmp_path / 'tokens', **source | dict(valid_share=0.3))
 
     facts = token_files.prepare_tokens(tmp_path / 'tokens', **source)
     for side in ('train', 'val'):
@@ -214,4 +219,32 @@ def test_control_like_text_of_an_interrupted_preparation_is_counted_once(tmp_pat
             token_files.read_token_file(tmp_path / 'tokens', side)
         )
     assert facts['train']['documents'] + facts['val']['documents'] == 40
-    assert not [path.name for path in (tmp_path / 'tokens').iterdir() if path.name.startswith(('.train', '.val'))]
+    assert not [path.name for path in (tmp_path / 'tokens').iterdir() if path.name.startswith(('.train', '.val', '.source'))]
+
+
+def test_tokens_of_the_hub_are_found_again_in_the_folder_they_were_prepared_in(tmp_path, monkeypatch):
+    known = {}
+    monkeypatch.setattr(hashes, 'hub_revision', lambda name, kind: known.get(name))
+    encoder = token_files.make_encoder('base')
+
+    def download(name, kind, result):
+        known[name] = kind * 40
+        return result
+
+    texts = [f'document {number}' for number in range(20)]
+    monkeypatch.setattr(token_files, 'make_encoder', lambda name: download(name, 'a', encoder))
+    monkeypatch.setattr(
+        token_files, 'document_stream', lambda data, side, most, **options: iter(download(data, 'b', [texts]))
+    )
+    names = dict(outputs=str(tmp_path), data='org/texts', tokenizer='org/tok', model='', documents=0)
+    params = SimpleNamespace(**names, num_eval_samples=0, data_config='', text_field='text', valid_share=0.1)
+    facts = prepare_run_tokens(params)
+    assert facts['train']['documents'] == 20 and (run_tokens(params) / 'tokens.json').exists()
+    known['org/texts'] = 'c' * 40
+    assert not run_tokens(params).exists()
+
+
+def test_a_document_that_is_too_long_is_named_with_its_own_length():
+    long = Examples(np.zeros(52, np.uint16), np.array([0, 21]), np.array([21, 52]))
+    with pytest.raises(LabError, match='document 0 has 20 positions and max_length is 10'):
+        cut(long, 10, 'error')

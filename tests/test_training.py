@@ -21,7 +21,7 @@ from llmft.data.batches import micro_batches
 from llmft.data.tokens import Examples
 from llmft.inference.decoder import is_lean
 from llmft.models.adapters import add_lora
-from llmft.models.load import load_model
+from llmft.models.load import load_model, presets
 from llmft.training import checkpoints
 from llmft.training import fit as training
 from llmft.training.fit import fit
@@ -563,3 +563,58 @@ def test_checkpointing_leaves_no_trace_after_training(tmp_path):
     recipe = training_runs.recipe(gradient_checkpointing=True, max_steps=2)
     fit(model, examples(), None, tmp_path, recipe)
     assert is_lean(model) and not any(getattr(each, 'gradient_checkpointing', False) for each in model.modules())
+
+
+def test_a_run_that_resumes_after_its_last_step_keeps_the_peak_it_measured(tmp_path):
+    first = train_here(tmp_path, max_steps=6).metrics()
+    again = train_here(tmp_path, max_steps=6).metrics()
+    names = ('peak_memory_gb', 'watched_slots', 'steps')
+    assert first['peak_memory_gb'] > 0 and [again[name] for name in names] == [first[name] for name in names]
+
+
+@pytest.fixture
+def worse(monkeypatch):
+    "Every evaluation finds a higher loss than the one before."
+    monkeypatch.setattr(
+        training, '_held_out_scores', lambda run: dict(loss=float(run.progress.step), perplexity=1.0, targets=1)
+    )
+
+
+def test_the_end_of_a_budget_evaluates_no_step_twice(tmp_path, worse):
+    result = train_here(tmp_path, ledger=Purse(6), eval_every=3, patience=2)
+    judged = [entry['step'] for entry in result.log if 'valid_loss' in entry]
+    assert judged == [3, 6] and result.progress.best_step == 3 and result.progress.bad_evaluations == 1
+    assert result.progress.stopped == 'FLOP budget'
+
+
+def test_patience_that_runs_out_at_the_last_step_does_not_say_why_the_run_ended(tmp_path, worse):
+    result = train_here(tmp_path, max_steps=6, eval_every=3, patience=1)
+    assert result.progress.bad_evaluations == 1 and result.progress.stopped == 'finished'
+
+
+@pytest.mark.parametrize('valid', [slice(0, 0), slice(0, 1)])
+def test_held_out_examples_without_a_target_are_refused_before_the_first_step(tmp_path, valid):
+    held_out = examples(6, seed=1).select(valid)
+    held_out.loss = np.zeros(len(held_out.ids), bool)
+    with pytest.raises(LabError, match='the held-out examples have no target'):
+        fit(training_runs.tiny_lora(), examples(), held_out, tmp_path / 'run', training_runs.recipe())
+    assert not (tmp_path / 'run').exists()
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_however_many_digits(tmp_path):
+    for step in (999_800, 999_900, 1_000_000):
+        (tmp_path / f'step-{step:06d}').mkdir()
+    checkpoints.prune_checkpoints(tmp_path, 2)
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ['step-1000000', 'step-999900']
+
+
+@pytest.mark.parametrize('targets', [['q_proj', 'lm_head'], ['layers.0.self_attn.q_proj']])
+def test_an_adapter_without_cost_formulas_trains_and_counts_no_operations(tmp_path, monkeypatch, targets):
+    shape = presets['llama-tiny'] | dict(tie_word_embeddings=False)
+    monkeypatch.setitem(presets, 'llama-untied', shape)
+    net = add_lora(load_model('preset:llama-untied'), 4, 8.0, 0.0, targets, 1)
+    result = train_here(tmp_path, net, max_steps=2)
+    assert result.progress.step == 2 and result.metrics()['flops'] is None
+    net = add_lora(load_model('preset:llama-untied'), 4, 8.0, 0.0, targets, 1)
+    with pytest.raises(LabError, match='there are no cost formulas for adapters on .*: set max_flops to 0'):
+        train_here(tmp_path / 'budget', net, max_flops=1e12)

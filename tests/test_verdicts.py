@@ -165,7 +165,7 @@ def forecast_row(best):
     own = dict(mae_median=1 + far['fine-tuned' == best], error_at_10=1 + far['fine-tuned' == best])
     keys = {name: forecasts.metric_name(name) for name in [*simple, 'untrained']}
     errors = {f'{key}_{error}': 1 + far[name == best] for name, key in keys.items() for error in own}
-    return dict(run='test', trajectories=items, **own, **errors)
+    return dict(run='test', judged='fine-tuned', trajectories=items, **own, **errors)
 
 
 def forecast_summary(best):
@@ -413,10 +413,20 @@ def test_each_baseline_that_a_forecast_measures_is_a_rival(error):
     metrics = forecasts.comparison_metrics(comparison, untrained)
     measured = {key.removesuffix(f'_{error}') for key in metrics if key.endswith(f'_{error}')}
     assert measured == {forecasts.metric_name(name) for name in (*simple, *informed, 'untrained')}
-    row = metrics | dict(run='x', mae=1.0, mae_median=1.0, error_at_10=1.0, original_mae=1.0, original_mae_median=1.0)
+    row = metrics | dict(run='x', judged='fine-tuned', mae=1.0, mae_median=1.0, error_at_10=1.0, original_mae=1.0, original_mae_median=1.0)
     assert set(summary.rivals_of(row, error)) == {*simple, *informed, 'untrained', 'fine-tuned'}
     for step, median in ((0, True), (0, False), (forecasts.judged_step, True)):
         assert set(forecasts.rank_forecasts(comparison, step, median).values) == {'fine-tuned', 'untrained', *simple}
+
+
+@pytest.mark.parametrize('start, own', [('outputs/forecast_train/final', 'fine-tuned'), ('', 'untrained')])
+def test_a_summary_knows_which_model_was_judged_from_the_record(start, own):
+    record = dict(run=dict(name='x', notebook='forecast_eval'), meta={}, params=dict(start=start))
+    study = summary.study_rows([dict(record=record, folder='', metrics=dict(mae=0.9, last_value_mae=2.0))])
+    assert summary.rivals_of(study.tests[0], 'mae') == {own: 0.9, 'last value': 2.0}
+    assert f'In mean MAE, {own} is best' in summary.summary_details(study)
+    unread = dict(study.tests[0], judged='fine-tuned', untrained_mae=None)
+    assert summary.rivals_of(unread, 'mae') == {'fine-tuned': 0.9, 'untrained': None, 'last value': 2.0}
 
 
 def test_the_ceiling_is_named_and_is_no_rival():

@@ -12,10 +12,11 @@ from verifying import recomputed
 from llmft.cli import _study_of, call
 from llmft.core import project_root, read_json, write_json
 from llmft.data.hashes import sealed
-from llmft.runs.checks import seal_check
+from llmft.runs.checks import input_checks, seal_check
 from llmft.runs.execute import execute_run
 from llmft.runs.identity import read_record, seal_record
 from llmft.runs.params import read_parameters, resolve_params
+from llmft.runs.run import start_run
 
 root = project_root()
 gallery = sorted(path.parent for path in (root / 'outputs/gallery').glob('*/*/run.json'))
@@ -309,3 +310,29 @@ def test_a_log_that_is_none_contradicts_the_run(tmp_path, capsys, line):
 def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys, name):
     status, lines, errors = verified(tmp_path / name if name != 'a\0b' else name, capsys)
     assert status == 2 and not lines and len(errors) == 1, (lines, errors)
+
+
+# ---- a summary of all runs
+
+
+def test_a_summary_of_all_runs_is_not_altered_by_later_ones(tmp_path, capsys):
+    outputs = tmp_path / 'outputs'
+
+    def finish(notebook, name, loss=1.0, **params):
+        values = dict(name=name, outputs=str(outputs)) | params
+        types = {key: list[str] if value == [] else type(value) for key, value in values.items()}
+        run = start_run(notebook, values | dict(__annotations__=types))
+        run.finish(dict(loss=loss), 'ok')
+        return run.folder
+
+    finish('act', 'first')
+    summary = finish('total', 'all', runs=[])
+    assert list(read_record(summary)['read']['runs']) == ['act/first']
+    finish('act', 'later')
+    assert [(check.what, check.status) for check in input_checks(read_record(summary))] == [('runs', 'ok')]
+
+    shutil.rmtree(outputs / 'act/first')
+    time.sleep(1.1)  # a run's start is compared by the clock
+    finish('act', 'first', loss=2.0)
+    (check,) = input_checks(read_record(summary))
+    assert (check.status, check.text) == ('cannot be checked', 'act/first was run again since')

@@ -198,12 +198,14 @@ class Watch:
     def run(self):
         "Do all checks, with as many workers as it takes; the events come back."
         while self.left and time.monotonic() < self.ends_at:
+            waiting = len(self.left)
             process = _start(self.left, self.tiny, self.file)
             try:
                 stopped, reason = self.follow(process)
             finally:
                 _end(process)
-            if self.left and time.monotonic() < self.ends_at:
+            got_nowhere = len(self.left) == waiting
+            if self.left and time.monotonic() < self.ends_at and (stopped or got_nowhere):
                 self.give_up(stopped or self.left[0], reason)
         for name in list(self.left):
             self.give_up(name, 'the budget of time was spent', 'not checked')

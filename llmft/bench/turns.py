@@ -8,6 +8,7 @@ __all__ = ['take_turns', 'ratios', 'seconds_of', 'medians', 'run_python', 'Targe
 
 # %% ../../nbs/bench/01_turns.ipynb #5f35280b
 import gc
+import math
 import os
 import statistics
 import subprocess
@@ -36,12 +37,16 @@ def take_turns(jobs:dict,         # name -> function without arguments
     return results
 
 # %% ../../nbs/bench/01_turns.ipynb #3ff23599
-def ratios(values:dict,    # name -> one number per round
+def _middle(numbers):
+    "The median of positive numbers; of an even number of them, the geometric mean of the middle two."
+    return math.exp(statistics.median(map(math.log, numbers)))
+
+
+def ratios(values:dict,    # name -> one positive number per round
            reference:str,  # name of the one that is divided
-)->dict:                   # name -> median over the rounds of reference/value
-    "How many times as much as each other one the `reference` has, round by round."
-    return {name: statistics.median(own / other for own, other in zip(values[reference], value, strict=True))
-            for name, value in values.items() if name != reference}
+)->dict:                   # name -> the median of `reference` over its own
+    "How many times as much as each other one the `reference` has, by the medians, as verdicts compare them."
+    return {name: _middle(values[reference]) / _middle(value) for name, value in values.items() if name != reference}
 
 # %% ../../nbs/bench/01_turns.ipynb #4ca4905e
 def seconds_of(work,  # a function without arguments

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['printable', 'letters15', 'TokenFile', 'Characters', 'Subwords', 'make_encoder', 'trajectory_texts', 'function_texts',
-           'document_stream', 'write_side', 'token_folder', 'read_token_file', 'prepare_tokens']
+           'document_stream', 'write_side', 'token_folder', 'fetch_source', 'read_token_file', 'prepare_tokens']
 
 # %% ../../nbs/data/07_token_files.ipynb #81678a7b
 import fcntl
@@ -336,11 +336,15 @@ def write_side(folder,   # a `Path`
         return writer.finish()
 
 # %% ../../nbs/data/07_token_files.ipynb #5a6fefb2
-def _content(source):
-    "Hashes of what data and tokenizer hold now, where they are files, folders or built in."
+def _hashes(source):
+    "What data and tokenizer hold now, name by name; `None` for what the hub's cache does not know yet."
     kinds = dict(data='datasets', tokenizer='models')
-    hashes = {name: source_hashes(source.get(name, ''), kind) for name, kind in kinds.items()}
-    return {name: short_hash(found) for name, found in hashes.items() if found and None not in found.values()}
+    return {name: source_hashes(source.get(name, ''), kind) for name, kind in kinds.items()}
+
+
+def _content(source):
+    "One hash each for data and tokenizer, where they are known."
+    return {name: short_hash(found) for name, found in _hashes(source).items() if found and None not in found.values()}
 
 
 def token_folder(outputs:str,  # folder of all runs
@@ -349,6 +353,20 @@ def token_folder(outputs:str,  # folder of all runs
     "Where runs on the same source, with the same content, share their token files."
     name = re.sub(r'[^a-z]+', '-', source['data'].lower()).strip('-')
     return find_path(outputs) / 'tokens' / f'{name}-{short_hash(source | dict(content=_content(source)))}'
+
+# %% ../../nbs/data/07_token_files.ipynb #a9daf536
+def fetch_source(data:str,       # as for `document_stream`
+                 tokenizer:str,  # as for `make_encoder`
+                 documents:int=0,        # not read
+                 valid_documents:int=0,  # not read
+                 **options,      # of `document_stream`
+):
+    "Have the hub's cache know data and tokenizer: their revisions are part of the name of a token folder."
+    unknown = [name for name, found in _hashes(dict(data=data, tokenizer=tokenizer)).items() if None in found.values()]
+    if 'tokenizer' in unknown:
+        make_encoder(tokenizer)
+    if 'data' in unknown:
+        next(document_stream(data, 'train', 1, **options), None)
 
 # %% ../../nbs/data/07_token_files.ipynb #c8a66470
 def read_token_file(folder,             # from `prepare_tokens`, or any with train.bin
@@ -380,6 +398,14 @@ def _prepared(folder, source):
     for side in ('train', 'val'):
         read_side(folder, side)
     return facts
+
+
+def _begin(folder, source):
+    "Note from what the folder is made; a `LabError` for one that was begun from something else."
+    note = folder / '.source.json'
+    if note.exists() and read_json(note) != source:
+        raise LabError(f"{folder} was begun with other tokens ({read_json(note)['data']}): give another folder")
+    write_json(note, source)
 
 
 def _counted(folder, side):
@@ -426,6 +452,7 @@ def prepare_tokens(folder,         # train.bin, val.bin and what belongs to them
         if facts := _prepared(folder, source):
             return facts
 
+        _begin(folder, source)
         encoder = make_encoder(tokenizer)
         facts = dict(source=source, eot=encoder.eot, vocabulary=encoder.vocabulary, tokenizer=encoder.hash,
                      dtype='uint16', left_out={})
@@ -438,6 +465,6 @@ def prepare_tokens(folder,         # train.bin, val.bin and what belongs to them
         _keep_boundaries(folder)
         facts = sealed(facts)
         write_json(folder / 'tokens.json', facts)
-        for side in ('train', 'val'):
-            _note_of(folder, side).unlink(missing_ok=True)
+        for note in (_note_of(folder, 'train'), _note_of(folder, 'val'), folder / '.source.json'):
+            note.unlink(missing_ok=True)
         return facts

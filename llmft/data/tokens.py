@@ -7,7 +7,7 @@ __all__ = ['special_tokens', 'chat_template', 'policies', 'train_tokenizer', 'lo
            'control_tokens', 'looks_like_control', 'spell_control', 'keep_as_text', 'rendered_rows', 'text_rows',
            'edges', 'begun', 'turn_ends', 'are_rendered', 'prompt_tokens', 'Examples', 'token_type', 'masked_examples',
            'TokenWriter', 'side_facts', 'boundaries', 'read_side', 'encode', 'text_notes', 'scored_bytes',
-           'read_tokens', 'Policy', 'cut', 'show_tokens', 'show_losses']
+           'written_end_bytes', 'read_tokens', 'Policy', 'cut', 'show_tokens', 'show_losses']
 
 # %% ../../nbs/data/04_tokens.ipynb #8116180d
 import contextlib
@@ -569,6 +569,15 @@ def scored_bytes(texts,      # list of texts
     ready_texts = [text for text, ready in zip(texts, rendered, strict=True) if ready]
     return whole - sum(_first_bytes(text, tokenizer, True) for text in ready_texts)
 
+# %% ../../nbs/data/04_tokens.ipynb #fab6acb4
+def written_end_bytes(texts,      # list of texts
+                      tokenizer,  # as `load_tokenizer` gives it
+)->int:
+    "The bytes of the end tokens that a chat template wrote into texts, but for a token that a text begins with."
+    mark = tokenizer.convert_ids_to_tokens(edges(tokenizer)[1][-1])
+    ready_texts = (text for text, ready in zip(texts, are_rendered(texts, tokenizer), strict=True) if ready)
+    return sum(text.count(mark) - text.startswith(mark) for text in ready_texts) * len(mark.encode())
+
 # %% ../../nbs/data/04_tokens.ipynb #37b7739c
 def read_tokens(folder) -> Examples:
     "The documents in a folder that `encode` wrote, memory-mapped. `LabError` when the file was cut."
@@ -606,8 +615,9 @@ def _drop(examples, length):
 def _refuse(examples, length):
     long = examples.slots > length
     if long.any():
-        raise LabError(f'document {int(np.argmax(long))} has {int(examples.slots.max())} positions and max_length is '
-                       f'{length}: raise max_length or set too_long to split, truncate or drop')
+        first = int(np.argmax(long))
+        raise LabError(f'document {first} has {int(examples.slots[first])} positions and max_length is {length}: '
+                       'raise max_length or set too_long to split, truncate or drop')
     return _split(examples, length)
 
 

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
-from ..core import LabError, processor_name
+from ..core import LabError, processor_maker
 from ..models.eight_bits import eight_bit_product, is_eight_bit
 from ..models.load import causal_model, largest_difference, rounding, shared_heads
 from ..models.lora_products import Factor
@@ -93,7 +93,7 @@ def _in_stripes(weight, bias):
 @functools.cache
 def _mkl_reads_slowly():
     "Whether PyTorch multiplies with MKL on a processor that MKL is not made for."
-    return torch.backends.mkl.is_available() and 'Intel' not in processor_name()
+    return torch.backends.mkl.is_available() and 'Intel' not in processor_maker()
 
 
 def _striping_pays(weight, rows):

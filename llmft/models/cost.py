@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['families', 'word_bytes', 'quantised_bytes', 'LOSS_CHUNK_BYTES', 'CUDA_CONTEXT_BYTES', 'FRAGMENTATION', 'Linear',
-           'Shape', 'architecture', 'parameter_count', 'adapted_linears', 'lora_parameter_count', 'Tensors',
-           'trained_tensors', 'flops_forward', 'flops_step', 'weight_bytes', 'quantised_count', 'gradient_bytes',
-           'optimiser_bytes', 'pageable_bytes', 'held_bytes', 'StepShape', 'layer_activation_bytes', 'activation_bytes',
-           'loss_chunk_bytes', 'logit_bytes', 'backward_bytes', 'copied_weight_bytes', 'gathered_bytes', 'shared_bytes',
-           'peak_bytes', 'memory_breakdown', 'card_bytes']
+           'Shape', 'architecture', 'parameter_count', 'adapted_linears', 'has_formulas', 'lora_parameter_count',
+           'Tensors', 'trained_tensors', 'flops_forward', 'flops_step', 'weight_bytes', 'quantised_count',
+           'gradient_bytes', 'optimiser_bytes', 'pageable_bytes', 'held_bytes', 'StepShape', 'layer_activation_bytes',
+           'activation_bytes', 'loss_chunk_bytes', 'logit_bytes', 'backward_bytes', 'copied_weight_bytes',
+           'gathered_bytes', 'shared_bytes', 'peak_bytes', 'memory_breakdown', 'card_bytes']
 
 # %% ../../nbs/models/08_cost.ipynb #fa0bbc71
 import math
@@ -182,6 +182,17 @@ def adapted_linears(config,   # a transformers config
     for target in targets:
         _check_named(target, linears)
     return [linear for linear in linears if any(_is_called(linear, target) for target in targets)]
+
+# %% ../../nbs/models/08_cost.ipynb #cd15ce30
+def has_formulas(config, # a transformers config
+                 method, # a `Method`: its targets count
+)->bool:
+    "Whether training has a known cost: of a known architecture, with adapters on matrices of its layers alone."
+    if getattr(config, 'model_type', '') not in families:
+        return False
+    linears = families[config.model_type](config).linears
+    targets = () if method.full or method.targets == 'all-linear' else method.targets
+    return all(target == 'all-linear' or any(_is_called(linear, target) for linear in linears) for target in targets)
 
 # %% ../../nbs/models/08_cost.ipynb #62d87219
 def lora_parameter_count(config,   # a transformers config

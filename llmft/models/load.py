@@ -40,6 +40,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 from ..core import LabError, choose, hub_answers, nearest, purpose_rng, require
+from ..data.hashes import hub_revision
 from ..data.sources import base_of, find_model
 from .eight_bits import keep_inputs
 from .gguf import gguf_config, gguf_facts, gguf_model
@@ -142,7 +143,7 @@ def _fetch(loader, name, options):
         try:
             return loader.from_pretrained(name, local_files_only=cache_only, **options)
         except (OSError, ValueError) as error:
-            if not cache_only:
+            if not cache_only or hub_revision(name, 'models'):
                 reason = ' '.join(str(error).split())[:160]
 
     raise LabError(f'model {name!r} cannot be loaded ({reason}): '

@@ -36,6 +36,11 @@ def _kind_of(params):
     return 'lora' if getattr(params, 'quantisation', 'none') == 'none' else 'qlora'
 
 
+def _names_in(targets):
+    "The targets of a PEFT configuration: names, or a pattern that PEFT matches whole names with."
+    return (targets,) if isinstance(targets, str) else tuple(sorted(targets))
+
+
 def _targets_of(params):
     "The names of adapted modules that the parameters of a notebook give, one or several."
     targets = getattr(params, 'lora_targets', ())
@@ -104,7 +109,7 @@ class Method:
 
         quantisation = _quantisation_of(base)
         return cls('lora' if quantisation == 'none' else 'qlora', adapter.r, adapter.lora_alpha, adapter.lora_dropout,
-                   tuple(sorted(adapter.target_modules)), quantisation, _precision_of(base),
+                   _names_in(adapter.target_modules), quantisation, _precision_of(base),
                    getattr(adapter, 'use_rslora', False), getattr(adapter, 'use_dora', False), _start_of(adapter))
 
     @property

@@ -97,9 +97,17 @@ def _gone_text(before, after):
     return f'{next(iter(before), "it")} is not here'
 
 
-def _run_again(name, params, ended):
+def _runs_read(name, before, params):
+    "Folders of the runs that one parameter names; for `runs` without a name, of those that were read."
+    if params.get(name):
+        return runs_named(name, params)
+    folders = [find_path(params.get('outputs', 'outputs')) / run for run in before]
+    return [folder for folder in folders if (folder / 'run.json').is_file()]
+
+
+def _run_again(name, before, params, ended):
     "The first run that one parameter names and that began after the time `ended`; `None` where there is none."
-    for folder in runs_named(name, params) if ended else ():
+    for folder in _runs_read(name, before, params) if ended else ():
         if read_record(folder)['run'].get('started', '') > ended:
             return folder
 
@@ -115,10 +123,12 @@ def _input_check(name, before, params, ended):
     except LabError as error:
         return Check(name, unknown, str(error))
 
+    if value == []:  # all runs that were done by then; later ones were not read
+        after = {run: digest for run, digest in after.items() if run in before}
     if _is_gone(before, after):
         return Check(name, unknown, _gone_text(before, after))
     problem = changed_inputs({name: before}, {name: after})
-    if problem and (again := _run_again(name, params, ended)):
+    if problem and (again := _run_again(name, before, params, ended)):
         return Check(name, unknown, f'{again.parent.name}/{again.name} was run again since')
     return Check(name, contradicted, problem) if problem else Check(name, ok, f'{value!s:.80} is what the run read')
 

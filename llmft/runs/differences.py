@@ -192,7 +192,11 @@ def render_again(folder,           # of a run
     if not path.is_file():
         raise LabError(f'{path} is not there: give the notebook that was executed (llmft report {folder} NOTEBOOK)')
 
-    page = write_reports(nbformat.read(path, 4), record, folder)
+    try:
+        executed = nbformat.read(path, 4)
+    except Exception as error:
+        raise LabError(f'{path} is no notebook ({type(error).__name__}): give the one that was executed') from None
+    page = write_reports(executed, record, folder)
     if is_done:
         save_record(folder, seal_record(folder, record))
     return page

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core import LabError, counting_variable, project_root, read_json
+from ..core import LabError, assets, counting_variable, read_json
 from .locks import held
 from .overview import write_overview
 from .params import check_params, find_notebook
@@ -36,7 +36,7 @@ import ctypes, os, signal, sys
 parent = int(sys.argv.pop(1))
 if sys.platform == 'linux': ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 if os.getppid() != parent: os._exit(1)
-sys.path.insert(0, os.getcwd())
+sys.path.insert(0, sys.argv.pop(1))
 from ipykernel.kernelapp import IPKernelApp, launch_new_instance
 close = IPKernelApp.close
 IPKernelApp.close = lambda app: os._exit(0) if getattr(app.kernel, '_shutdown_message', None) else close(app)
@@ -144,7 +144,7 @@ _longest_socket_folder = 80  # characters; the path of a socket has about 100
 def _kernel_command(connection_file: str) -> list:
     "The command that becomes the kernel."
     options = ['-f', connection_file, '--HistoryManager.enabled=False']
-    return [sys.executable, '-c', bootstrap, str(os.getpid()), *options]
+    return [sys.executable, '-c', bootstrap, str(os.getpid()), str(assets.parent.parent), *options]
 
 
 def _launch_options(session: Session) -> dict:
@@ -152,7 +152,7 @@ def _launch_options(session: Session) -> dict:
     ticket = dict(folder=str(session.folder), lock=session.lock)
     environment = kernel_environment(ticket) | session.environment
     environment[counting_variable] = str(session.counting_file)
-    return dict(env=environment, cwd=str(project_root()), pass_fds=[session.lock])
+    return dict(env=environment, cwd=os.getcwd(), pass_fds=[session.lock])
 
 
 def manager_class(session: Session):

@@ -736,7 +736,7 @@ def unbroken(verdict:str,  # Markdown or text
 # %% ../../nbs/runs/08_report.ipynb #b44be9f0
 def _how_to_continue(run, folder):
     "How to resume an interrupted or failed run, HTML."
-    command = str(run.get('command') or '')
+    command = str(run.get('command') or '').replace(' --fresh', '')
     again = f'<code>{escape(command)}</code>' if command.startswith('llmft run') else 'run the notebook again'
     first = 'Continue: ' if run['status'] == 'interrupted' else 'Remove the cause, then continue: '
     return f'<p>{first}{again}. It {where_it_begins(folder)}.</p>'

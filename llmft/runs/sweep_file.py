@@ -32,6 +32,7 @@ from llmft.runs.params import (
 )
 
 from ..core import LabError, choose, nearest, project_root
+from .identity import runs_by_name
 from .run import run_folder
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #6902c819
@@ -508,11 +509,12 @@ def summary_point(summary,     # the summary from the file
 # %% ../../nbs/runs/10_sweep_file.ipynb #7bda469b
 def places_in(params:dict, # name -> value of all parameters of a point
 )->list:                   # absolute paths: each named one and the folders it is in, innermost first
-    "The places that parameters may name, counted from the project's root."
+    "The places that parameters may name, as paths from the project's root or from here, or as names of runs."
     lists = [value if isinstance(value, list) else [value] for value in params.values()]
     texts = [text for text in itertools.chain(*lists) if isinstance(text, str) and '/' in text]
-    root = project_root().absolute()
-    paths = [Path(os.path.normpath(root / text)) for text in texts]
+    bases = dict.fromkeys([project_root().absolute(), Path.cwd()])
+    paths = [Path(os.path.normpath(base / text)) for base, text in itertools.product(bases, texts)]
+    paths += runs_by_name(params).values()
     return [place for path in paths for place in (path, *path.parents)]
 
 # %% ../../nbs/runs/10_sweep_file.ipynb #80e232de
@@ -575,6 +577,8 @@ def _of_seed(value, seed, names):
 def _seeded_point(point, seed, seeds, names):
     "A point for one of the seeds."
     params = {key: _of_seed(value, seed, names) for key, value in point.params.items()}
+    by_name = {key: '/'.join(folder.parts[-2:]) for key, folder in runs_by_name(point.params).items()}
+    params |= {key: seed_name(params[key], seed) for key, label in by_name.items() if label in names}
     if 'configurations' in params:
         params['configurations'] *= len(seeds)
     with errors_at(point.where):

@@ -125,7 +125,9 @@ class Progress:
     best_loss: float = None  # best held-out loss, nats per target
     best_step: int = None  # the step it was reached at
     bad_evaluations: int = 0  # evaluations since then
+    evaluated_step: int = None  # the step of the last evaluation
     stopped: str = ''  # why the run ended: finished | early stopping | FLOP budget
+    memory: dict = None  # of the process that held most, over all attempts: peak_bytes, process_bytes, watched
 
 # %% ../../nbs/training/04_checkpoints.ipynb #aa793356
 def _flush(path):
@@ -404,7 +406,7 @@ def load_checkpoint(checkpoint: Path) -> tuple:
 # %% ../../nbs/training/04_checkpoints.ipynb #0d95b664
 def checkpoints(folder) -> list:
     "The checkpoint folders of a run, the newest first."
-    return sorted(Path(folder).glob('step-*'), reverse=True)
+    return sorted(Path(folder).glob('step-*'), key=lambda path: int(path.name.removeprefix('step-')), reverse=True)
 
 # %% ../../nbs/training/04_checkpoints.ipynb #ecf944d7
 def latest_checkpoint(folder,     # the run's checkpoints folder

@@ -202,10 +202,11 @@ def _held_out_scores(run):
 def evaluate(run: Fit) -> bool:
     "Measure the held-out loss, log it, keep count of the best; the result says whether this is the best so far."
     scores = _held_out_scores(run)
+    run.progress.evaluated_step = run.progress.step
     better = _keep_best(run, scores['loss'])
     _log_evaluation(run, scores, better)
     if run.recipe.patience and run.progress.bad_evaluations >= run.recipe.patience:
-        run.progress.stopped = 'early stopping'
+        run.progress.stopped = run.progress.stopped or 'early stopping'
     return better
 
 # %% ../../nbs/training/08_fit.ipynb #97c4d580
@@ -345,12 +346,31 @@ def _next_step(run):
     return loss
 
 
+def _most_held(run):
+    "Memory of the process that held most, over all attempts: peak_bytes, process_bytes (`None` on a GPU), watched."
+    on_gpu = run.meter.memory_kind == 'CudaMemory'
+    highest = run.meter.memory.peak()
+    grown = max(0, highest - run.meter.start_bytes) + run.resident
+    peak = highest if on_gpu else run.watched.get('bytes', grown)
+
+    now = dict(peak_bytes=peak, process_bytes=None if on_gpu else grown, watched=run.watched or None)
+    earlier = [run.progress.memory] if run.progress.memory else []
+    everyone = [*run.group.gather(now), *earlier]
+    return max(everyone, key=lambda memory: (bool(memory['watched']), memory['peak_bytes']))
+
+
+def _save(run):
+    "Write a checkpoint that knows what the run has held so far."
+    run.progress.memory = _most_held(run)
+    save(run)
+
+
 def _end_of_budget(run):
     "The last evaluation and checkpoint of a run that may not take its next step."
     run.progress.stopped = 'FLOP budget'
-    if run.valid is not None and run.progress.best_step != run.progress.step:
+    if run.valid is not None and run.progress.evaluated_step != run.progress.step:
         evaluate(run)
-    save(run)
+    _save(run)
 
 
 def _tell(run, loss):
@@ -372,7 +392,7 @@ def _after_step(run):
     better = evaluation_due and evaluate(run)
     saving_due = bool(better or progress.step % run.recipe.save_every == 0 or progress.stopped)
     if saving_due:
-        save(run)
+        _save(run)
     return saving_due
 
 
@@ -426,7 +446,7 @@ def _walk(run):
             saved = _after_step(run)
             if interrupted.is_set():
                 if not saved:
-                    save(run)
+                    _save(run)
                 break
         if interrupted.is_set():
             raise KeyboardInterrupt
@@ -440,21 +460,9 @@ def _restore_best(run):
     run.log.say(f'weights of step {run.progress.best_step} restored: held-out loss {run.progress.best_loss:.4f}')
 
 
-def _memory_of_all(run, meter, resident):
-    "(peak bytes, bytes of the whole process or `None`, the step watched) of the process that held most."
-    on_gpu = meter.memory_kind == 'CudaMemory'
-    grown = meter.growth_bytes + resident
-    peak = meter.peak_bytes if on_gpu else run.watched.get('bytes', grown)
-
-    everyone = run.group.gather((peak, grown, run.watched or None))
-    peak, grown, watched = max(everyone, key=lambda memory: memory[0])
-    return peak, None if on_gpu else grown, watched
-
-
-def _result(run, memory, first_hash):
-    "What `run` leaves; `memory` as `_memory_of_all` gives it."
+def _result(run, first_hash):
+    "What `run` leaves."
     progress = run.progress
-    peak_bytes, process_bytes, watched = memory
 
     return FitResult(
         progress=progress,
@@ -465,11 +473,9 @@ def _result(run, memory, first_hash):
         warmup=warmup_steps(run.recipe, run.steps),
         tokens_per_sec=_ratio(progress.timed_tokens, progress.timed_seconds),
         flops_per_sec=_ratio(progress.timed_flops, progress.timed_seconds),
-        peak_bytes=peak_bytes,
         trainable=sum(map(math.prod, run.shapes.values())),
         first_hash=None if run.started_at else first_hash,
-        process_bytes=process_bytes,
-        watched=watched,
+        **_most_held(run),
     )
 
 
@@ -486,13 +492,13 @@ def fit(model,             # from `load_model`, with or without an adapter; it i
     "Train `model`; continue where `folder` says an earlier attempt stopped. A `LabError` for what cannot be trained."
     first_hash = weights_hash(trainable_parameters(model))
     run = prepare(model, train, valid, folder, recipe, on_log, ledger, processes)
-    resident = resident_bytes(model, run.optimiser)
+    run.resident = resident_bytes(model, run.optimiser)
 
     try:
-        with Meter() as meter:
+        with Meter() as run.meter:
             _walk(run)
             if run.valid is not None and recipe.keep_best and run.progress.best_step != run.progress.step:
                 _restore_best(run)
     finally:
         set_gradient_checkpointing(model, False)
-    return _result(run, _memory_of_all(run, meter, resident), first_hash)
+    return _result(run, first_hash)

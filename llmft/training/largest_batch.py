@@ -33,20 +33,21 @@ _USABLE = 0.9  # share of the free memory that a run may take
 
 
 def _free_memory():
-    "Bytes that this process can still take, on the GPU or else in main memory."
+    "Bytes that this process can still take beside what it holds, on the GPU or else in main memory."
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return psutil.virtual_memory().available
 
 
 def memory_limit(limit_gb:float=0.,  # what may be used, GiB; 0 for what there is
+                 held:int=0,         # bytes of it that are in use already, such as those of the loaded model
 )->int:                              # bytes
-    "The memory that a run may use, in bytes; a `LabError` when the machine has less."
+    "The memory that a run may use, what it holds included; a `LabError` when the machine has less."
     if limit_gb < 0:
         raise LabError(f'memory_limit_gb is {limit_gb}: give a number of GiB, or 0 for all there is')
 
-    usable = int(_USABLE * _free_memory())
+    usable = int(_USABLE * (_free_memory() + held))
     if limit_gb * _GIB > usable:
         raise LabError(f'memory_limit_gb is {limit_gb:g} and this machine has {usable / _GIB:.1f} GiB free: '
                        'give less, or 0 for all there is')
@@ -237,13 +238,13 @@ def _expected(trials, batch):
     return high + (batch - larger) * max(0, high - low) / (larger - smaller)
 
 
-def _not_to_be_run(trials, batch):
-    "A failed trial when the machine has not the memory that `batch` rows would need by extrapolation, else `None`."
-    need = _expected(trials, batch)
+def _not_to_be_run(trials, batch, held):
+    "A failed trial when `batch` rows would need more than is free and `held`, by extrapolation, else `None`."
+    need = max(0, _expected(trials, batch) - held)
     free = psutil.virtual_memory().available
     if torch.cuda.is_available() or need <= free:
         return None
-    return Trial(batch, fits=False, why=f'not run: it would need {need / _GIB:.1f} GiB of {free / _GIB:.1f} free')
+    return Trial(batch, fits=False, why=f'not run: it would need {need / _GIB:.1f} GiB more of {free / _GIB:.1f} free')
 
 
 def _mib(size):
@@ -283,11 +284,12 @@ def largest_batch(model,               # from `load_model`, with or without an a
     if kept and kept.exists():
         return _read_search(kept)
 
-    limit = memory_limit(limit_gb)
+    held = resident_bytes(model)
+    limit = memory_limit(limit_gb, held)
     trials = []
 
     def fits(batch):
-        refused = _not_to_be_run(trials, batch)
+        refused = _not_to_be_run(trials, batch, held)
         trial = refused or try_batch(model, recipe, batch, limit, accumulation)
         trials.append(trial)
         say(_in_words(trial, limit))

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from ..core import LabError, assets, project_root, read_json, shows_bar, usable_cores, write_json
+from ..core import LabError, assets, read_json, shows_bar, usable_cores, write_json
 from ..models.adapters import trainable_parameters, weights_hash
 from ..models.methods import Method
 from .checkpoints import Progress, load_checkpoint
@@ -252,7 +252,6 @@ def start_ranks(order:Path,  # from `write_order`
             stderr=log,
             text=True,
             env=_rank_environment(count),
-            cwd=project_root(),
             bufsize=1,
         )
 

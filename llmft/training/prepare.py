@@ -33,8 +33,9 @@ from ..data.batches import Plan, layouts
 from ..data.hashes import file_hashes
 from ..data.tokens import Examples
 from ..models.adapters import trainable_parameters
-from ..models.cost import families
+from ..models.cost import families, has_formulas
 from ..models.load import attentions, causal_model, check_rows
+from ..models.meter import Meter
 from ..models.methods import Method
 from .recipe import Recipe
 from .step import LossModel, check_examples, set_gradient_checkpointing
@@ -71,6 +72,8 @@ class Fit:
     progress: Progress = field(default_factory=Progress)
     started_at: int = 0  # step at which this process started or resumed
     watched: dict = field(default_factory=dict)  # the step whose tensors were counted, on a CPU: see `watched_step`
+    meter: Meter = None  # of this attempt's memory
+    resident: int = 0  # bytes of the model and the optimiser when it began
 
     @property
     def folder(self):
@@ -107,14 +110,16 @@ def examples_hash(examples:Examples,  # or None
     return short_hash([None if part is None else _array_hash(part) for part in parts])
 
 # %% ../../nbs/training/07_prepare.ipynb #69c23b7e
-def _check_examples(train, recipe):
-    "Refuse training examples that are missing or too long."
+def _check_examples(train, valid, recipe):
+    "Refuse training examples that are missing or too long, and held-out examples with nothing to judge."
     if not len(train):
         raise LabError('there is no training example with a target: give more or longer documents')
     longest = int(train.slots.max())
     if longest > recipe.max_length:
         raise LabError(f'a training example has {longest} positions and max_length is {recipe.max_length}: '
                        'cut the examples first')
+    if valid is not None and not valid.supervised().sum():
+        raise LabError('the held-out examples have no target: give held-out documents of at least two tokens, or None')
 
 
 def _check_model(model, train, valid, recipe):
@@ -123,10 +128,12 @@ def _check_model(model, train, valid, recipe):
         if examples is not None:
             check_examples(model, examples)
 
-    model_type = causal_model(model).config.model_type
-    if recipe.max_flops and model_type not in families:
-        raise LabError(f'max_flops is {recipe.max_flops:.4g} and there are no cost formulas for the architecture '
-                       f'{model_type}: set max_flops to 0, and max_steps instead')
+    config = causal_model(model).config
+    method = Method.of(model)
+    if recipe.max_flops and not has_formulas(config, method):
+        what = f"adapters on {', '.join(method.targets)}" if config.model_type in families else config.model_type
+        raise LabError(f'max_flops is {recipe.max_flops:.4g} and there are no cost formulas for {what}: '
+                       'set max_flops to 0, and max_steps instead')
 
 
 def _has_fp16_weights(model):
@@ -224,7 +231,7 @@ def prepare(model,           # as for `fit`
 )->Fit:                      # the run, ready for its next step
     "Everything `fit` needs, at step 0 or at the last good checkpoint in `folder`."
     recipe.check()
-    _check_examples(train, recipe)
+    _check_examples(train, valid, recipe)
     _check_model(model, train, valid, recipe)
     seed_everything(recipe.seed)
     group = _join_processes(model, recipe, processes)
@@ -287,6 +294,7 @@ def _restore(run, checkpoint):
     if state.get('scaler'):
         run.group.accelerator.scaler.load_state_dict(state['scaler'])
     run.progress = Progress(**state['progress'])
+    run.watched = (run.progress.memory or {}).get('watched') or {}
 
 
 def resume(run: Fit):

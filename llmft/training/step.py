@@ -18,8 +18,8 @@ from torch import nn
 from ..core import LabError, choose, counted
 from ..data.batches import IGNORED, MicroBatch, evaluation_batches, layouts, micro_batches
 from ..data.tables import Documents
-from ..data.tokens import Examples, cut, edges, encode, scored_bytes
-from ..models.cost import families, flops_step
+from ..data.tokens import Examples, cut, edges, encode, scored_bytes, written_end_bytes
+from ..models.cost import flops_step, has_formulas
 from ..models.load import causal_model, check_fits, check_rows, hidden_states, output_head
 from ..models.methods import Method
 from ..models.modes import evaluating
@@ -258,11 +258,11 @@ def _per_target(nats, targets, size, suffix=''):
             f'bits_per_byte{suffix}': nats / math.log(2) / size if size else math.nan}
 
 
-def _scores(text_D, targets_D, end_nats, ends, size):
-    "What `judge` says of sums per document: of the text alone, and with the `ends`."
+def _scores(text_D, targets_D, end_nats, ends, size, end_size):
+    "What `judge` says of sums per document: of the text in `size` bytes, and with the `ends` written in `end_size`."
     nats = float(text_D.sum())
     targets = int(targets_D.sum())
-    with_end = _per_target(nats + end_nats, targets + ends, size, '_with_end')
+    with_end = _per_target(nats + end_nats, targets + ends, size + end_size, '_with_end')
     losses = (text_D / np.maximum(targets_D, 1)).tolist()
     return _per_target(nats, targets, size) | with_end | dict(
         targets=targets, ends=ends, bytes=size, document_losses=losses, document_targets=targets_D.tolist())
@@ -289,8 +289,9 @@ def judge(model,                # a causal language model, with or without an ad
     if not targets_D.any():
         raise LabError('the held-out documents have no token to predict: give documents of at least two tokens')
 
-    size = scored_bytes(documents.texts, tokenizer)
-    scores = _scores(text_D, targets_D, float(end_nats_N.sum()), int(ends_N.sum()), size)
+    end_size = written_end_bytes(documents.texts, tokenizer)
+    size = scored_bytes(documents.texts, tokenizer) - end_size
+    scores = _scores(text_D, targets_D, float(end_nats_N.sum()), int(ends_N.sum()), size, end_size)
     return scores | dict(documents=len(documents), max_length=max_length)
 
 # %% ../../nbs/training/06_step.ipynb #4f3fdf40
@@ -317,9 +318,9 @@ def micro_batch_flops(config,            # of a transformers model
                       method:Method,     # what is trained; `Method.of` reads it from a model
                       batch:MicroBatch,  # its shape and documents are what counts
                       recipe:Recipe,     # its `gradient_checkpointing`
-)->float:                                # operations of matrix products; `None` for an architecture without formulas
+)->float:                                # operations of matrix products; `None` where there are no formulas
     "Hardware FLOPs of forward and backward of one micro-batch."
-    if config.model_type not in families:
+    if not has_formulas(config, method):
         return None
     return flops_step(config, document_lengths(batch), method, targets_tokens=batch.supervised,
                       gradient_checkpointing=recipe.gradient_checkpointing)

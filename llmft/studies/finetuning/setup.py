@@ -44,9 +44,9 @@ def _in_examples(corpus, tokenizer, params, too_long='split'):
     "Both sides of `corpus` as examples, the held-out side limited to num_eval_samples documents."
     corpus.valid = corpus.valid[:params.num_eval_samples or len(corpus.valid)]
 
-    documents = encode(corpus.train.texts, tokenizer)
+    documents = encode(corpus.train.texts, tokenizer, ends=corpus.train.ends)
     train, train_notes = cut(documents, params.max_length, too_long)
-    valid, valid_notes = cut(encode(corpus.valid.texts, tokenizer), params.max_length)
+    valid, valid_notes = cut(encode(corpus.valid.texts, tokenizer, ends=corpus.valid.ends), params.max_length)
     train_notes |= text_notes(corpus.train.texts, tokenizer)
     valid_notes |= text_notes(corpus.valid.texts, tokenizer)
     return TrainingData(tokenizer, corpus, train, valid, train_notes, valid_notes, documents.slots)

@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['orders', 'ridges', 'judged_steps', 'parroted_steps', 'finer', 'runge_kutta_parts', 'nudge', 'handlings',
            'statistical', 'longest_season', 'ceiling', 'for_the_record', 'informed', 'uninformed', 'last_value',
-           'period', 'seasonal', 'choose_regression', 'linear_autoregression', 'context_parroting', 'guess_closed',
-           'guess_saturating', 'fit_equations', 'refit_saturating', 'refit_closed', 'statistical_forecast',
-           'statistical_here', 'absent_rivals', 'baselines']
+           'period', 'seasonal', 'choose_regression', 'check_given', 'linear_autoregression', 'context_parroting',
+           'guess_closed', 'guess_saturating', 'fit_equations', 'refit_saturating', 'refit_closed',
+           'statistical_forecast', 'statistical_here', 'absent_rivals', 'baselines']
 
 # %% ../../../nbs/studies/forecasting/14_baselines.ipynb #60157b1e
+import itertools
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import numpy as np
 
-from ...core import LabError, require
+from ...core import LabError, number_of, require
 from ...data.dynamics import growth, saturating_growth, solve_logs
 
 # %% ../../../nbs/studies/forecasting/14_baselines.ipynb #ff0690bd
@@ -112,14 +113,28 @@ def choose_regression(given_TV,            # given steps of one trajectory
 
     return min(((order, ridge) for order in usable for ridge in ridges), key=error)
 
+# %% ../../../nbs/studies/forecasting/14_baselines.ipynb #0d529ae4
+def _held(given):
+    "Last given steps that are kept to choose by: a third of them at most."
+    return min(judged_steps, given // 3)
+
+
+def check_given(given:int):  # steps given
+    "A `LabError` for so few steps that no autoregression can be fitted and judged on them."
+    least = next(steps for steps in itertools.count(1) if steps - _held(steps) >= 2 * min(orders) + 4)
+    if given < least:
+        raise LabError(f'{number_of(given, "given step")} are too few for an autoregression: give at least {least}')
+
 # %% ../../../nbs/studies/forecasting/14_baselines.ipynb #609d5779
 def linear_autoregression(given_NTV, # given steps
                           horizon,   # steps to forecast
 )->np.ndarray:                       # (N, H, V)
     "A vector autoregression of each trajectory, run forward."
+    given_NTV = np.asarray(given_NTV, float)
+    check_given(given_NTV.shape[1])
     forecasts = []
-    for given_TV in np.asarray(given_NTV, float):
-        order, ridge = choose_regression(given_TV, min(judged_steps, len(given_TV) // 3))
+    for given_TV in given_NTV:
+        order, ridge = choose_regression(given_TV, _held(len(given_TV)))
         forecasts.append(_run_forward(given_TV, order, ridge, horizon))
     return np.array(forecasts)
 

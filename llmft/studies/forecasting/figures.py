@@ -182,11 +182,19 @@ def _sample_quantiles(samples_SH):
     return np.nanquantile(samples_SH, [0.1, 0.5, 0.9], axis=0)
 
 
+def _room_around(truth_T):
+    "Limits of an axis: zero, what happened, and room beyond it on the sides where it is not zero."
+    lowest = min(0, truth_T.min())
+    highest = max(0, truth_T.max())
+    span = highest - lowest or 1
+    return lowest - (0.6 if lowest else 0.05) * span, highest + (0.6 if highest else 0.05) * span
+
+
 def _draw_truth(axis, times_T, truth_T, given):
     "What happened, with a line where the given steps end; forecasts may go beyond it and be cut."
     axis.plot(times_T, truth_T, color=muted, linewidth=1.1, label='truth')
     axis.axvline(times_T[given - 1], color=muted, linewidth=0.7)
-    axis.set_ylim(-0.05 * truth_T.max(), 1.6 * truth_T.max())
+    axis.set_ylim(*_room_around(truth_T))
 
 
 def _draw_forecast(axis, times_T, truth_T, samples_SH, given, colour):

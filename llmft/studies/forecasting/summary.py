@@ -75,6 +75,8 @@ def _row(result):
     "The metrics of a run with its name and notebook; a run of search or context with the published error."
     run = result['record']['run']
     row = dict(run=run['name'], notebook=run['notebook'], **result['metrics'])
+    if row['notebook'] == 'forecast_eval':
+        row['judged'] = 'fine-tuned' if result['record']['params']['start'] else 'untrained'
     repeats_one = row['notebook'] == 'forecast_train' and row['part'] in ('search', 'context')
     return row | (dict(published=_published_error(row)) if repeats_one else {})
 
@@ -197,19 +199,14 @@ _forecast_names = {metric_name(name): name  # what metrics begin with -> name
                    for name in (*uninformed, *statistical, *informed)}
 
 
-def _own_name(row):
-    "The name of the model that an evaluation judged."
-    return 'untrained' if row.get('untrained_mae_median') is None else 'fine-tuned'
-
-
-def rivals_of(row:dict,   # metrics of an evaluation
+def rivals_of(row:dict,   # metrics of an evaluation, and `judged`: fine-tuned or untrained
               error:str,  # mae, mae_median or error_at_10
 )->dict:                  # name -> error; that of the judged model first
     "The error of the judged model and of every other forecast that the evaluation measured, in scaled units."
     beginnings = [key.removesuffix(f'_{error}') for key in row if key.endswith(f'_{error}')]
     others = {_forecast_names.get(each, each.replace('_', ' ')): row[f'{each}_{error}']
               for each in beginnings if each != 'original'}
-    return {_own_name(row): row.get(error)} | others
+    return {row['judged']: row.get(error)} | others
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #9bd5f5a2
 published_horizon = 50  # steps of the published test errors
@@ -405,13 +402,13 @@ def _rankings(row, study):
     folder = study.folders.get(f"forecast_eval/{row['run']}", '')
     for error, name in _judged_errors.items():
         scores = without_equations(kept_scores(folder, error).get('scores') or rivals_of(row, error))
-        if scores.get(_own_name(row)) is not None:
+        if scores.get(row['judged']) is not None:
             yield ranked(scores, Measure(name, items='trajectories'), median=error != 'mae')
 
 
 def _test_words(row, study):
     "How the judged model of an evaluation compares with its strongest rivals, and the ceiling; '' where none is known."
-    own = _own_name(row)
+    own = row['judged']
     contests = sorted(_rankings(row, study), key=lambda each: each.rival_of(own) is None)
     first, *others = contests or [None]
     words = [told(first, own)] if first else []
@@ -421,7 +418,7 @@ def _test_words(row, study):
 
 def _test_details(row, study):
     "The place of the judged model by each error with its interval, and its gain over the untrained one."
-    words = [told(ranking, _own_name(row)) for ranking in _rankings(row, study)]
+    words = [told(ranking, row['judged']) for ranking in _rankings(row, study)]
     untrained = row.get('untrained_mae_median')
     if untrained and row.get('mae_median'):
         ratio = compared(untrained, row['mae_median'])
@@ -438,7 +435,7 @@ def _in_short(ranking, own):
 
 def _others_words(rows, study):
     "What the further evaluations found, a few words for each."
-    short = {row['run']: [_in_short(each, _own_name(row)) for each in _rankings(row, study)] for row in rows}
+    short = {row['run']: [_in_short(each, row['judged']) for each in _rankings(row, study)] for row in rows}
     said = [f"{run} ({', '.join(errors)})" for run, errors in short.items() if errors]
     return f"Also judged: {'; '.join(said)}." if said else ''
 

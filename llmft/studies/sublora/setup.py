@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from ...bounds.certificates import build_model, model_facts
 from ...core import read_json, write_json
-from ...data.token_files import prepare_tokens, read_token_file, token_folder
+from ...data.token_files import fetch_source, prepare_tokens, read_token_file, token_folder
 from ...data.tokens import cut
 from ...models.subspace import Subspace
 
@@ -34,6 +34,7 @@ def run_tokens(params,  # outputs, and what `token_source` reads
 def prepare_run_tokens(params,  # outputs, and what `token_source` reads
 )->dict:                        # what tokens.json says: documents, hashes, vocabulary, ...
     "Prepare the token files of a run, or find them prepared."
+    fetch_source(**token_source(params))
     return prepare_tokens(run_tokens(params), **token_source(params))
 
 # %% ../../../nbs/studies/sublora/01_setup.ipynb #912ec21b
