@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from llmft.cli import call
 from llmft.core import LabError, read_json, write_json
 from llmft.data.sources import fetched
-from llmft.data.tokens import load_tokenizer
+from llmft.data.tokens import load_tokenizer, turn_ends
 from llmft.inference.asking import chat_tokens, printable, talk_with
 from llmft.inference.generation import complete
 from llmft.models import export, gguf_writing
@@ -22,7 +23,7 @@ from llmft.models.adapters import add_lora, save_adapter, save_and_check
 from llmft.models.export import export_model
 from llmft.models.gguf_writing import chat_turns, modelfile_text, packings, word_cut, write_gguf
 from llmft.models.load import load_model, model_config
-from llmft.models.merging import logits_of
+from llmft.models.merging import logits_of, write_out
 
 
 def moved(net):
@@ -309,3 +310,31 @@ def test_smollm2_is_exported_and_talks(tmp_path):
     told, lines = [], iter(['What is the capital of France?', '/quit'])
     talk_with(made['place'], lambda: next(lines), told.append, max_new_tokens=12, temperature=0)
     assert 'Paris' in ''.join(told)
+
+
+def test_a_merged_export_ends_where_the_run_does(run, tmp_path):
+    tokenizer = load_tokenizer('base')
+    place = export_model(run[0], 'merged', 'fp32', tmp_path / 'new')['place']
+    settings = AutoModelForCausalLM.from_pretrained(place).generation_config
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    assert set(ends) == turn_ends(tokenizer) and tokenizer.eos_token_id in ends
+
+
+def test_a_merged_export_of_a_quantised_run_has_a_card_of_its_own(tmp_path):
+    folder, _ = adapted(tmp_path / 'rounded', 'nf4')
+    code = "model = load_model(folder, 'fp32', 'nf4', seed=0).eval()"
+    (tmp_path / 'rounded/adapter/README.md').write_text(f"---\nlibrary_name: peft\n---\nfolder = 'x'\n{code}\n")
+    card = (Path(export_model(folder, 'merged', 'fp32', tmp_path / 'new')['place']) / 'README.md').read_text()
+    assert "folder = '.'" in card and "load_model(folder, 'fp32', 'none', seed=0)" in card
+    assert 'library_name: transformers' in card and 'peft' not in card
+
+
+def test_small_changes_to_a_quantised_base_in_16_bits_survive_an_export():
+    net = add_lora(load_model('base', 'bf16', 'nf4'), 8, 16.0, 0.0, ['q_proj'], 0).eval()
+    for name, weight in net.named_parameters():
+        if 'lora_B' in name:
+            torch.nn.init.normal_(weight, std=2e-4)
+    delta = net.base_model.model.model.layers[0].self_attn.q_proj.get_delta_weight('default').float()
+    base = write_out(load_model('base', 'bf16', 'nf4'), torch.float32).model.layers[0].self_attn.q_proj.weight
+    merged = export.plain_model(net).model.layers[0].self_attn.q_proj.weight
+    assert float(((merged - base) - delta).abs().max()) < 0.02 * float(delta.abs().max())

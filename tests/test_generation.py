@@ -2,6 +2,7 @@
 
 import math
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -510,3 +511,14 @@ def test_a_compiled_step_takes_no_number_as_input(monkeypatch, compiler):
     for prompts in ([[1, 2, 3]], [[1, 2, 3, 4, 5]]):
         generate(model, prompts, 12, compiled=True)
     assert graphs and not numbers
+
+
+def test_an_adapter_on_the_norms_is_decoded(tmp_path):
+    net = peft.get_peft_model(load_model('base'), peft.LNTuningConfig(task_type='CAUSAL_LM'))
+    torch.manual_seed(0)
+    for weight in net.parameters():
+        if weight.requires_grad:
+            weight.data.mul_(torch.rand_like(weight) * 3)
+    prompt = [5, 77, 900]
+    assert not is_lean(net) and generate(net.eval(), [prompt], 12).ids[0] == theirs(net, prompt, 12)
+    assert generate(net, [prompt], 12).ids != generate(load_model('base').eval(), [prompt], 12).ids

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ from llmft.core import LabError, project_root
 from llmft.data.batches import Plan, micro_batches
 from llmft.data.sources import fetched
 from llmft.data.tokens import Examples
+from llmft.models import cost
 from llmft.models.adapters import add_lora
 from llmft.models.cost import memory_breakdown
 from llmft.models.load import load_model, model_config
 from llmft.models.methods import Method
+from llmft.runs import plan as planning
 from llmft.runs.params import resolve_params
 from llmft.runs.plan import (
+    count_memory,
     count_rows,
     count_steps,
     count_work,
@@ -412,7 +416,8 @@ def test_full_fine_tuning_keeps_weights_that_its_rate_can_move(capsys):
 
 
 @pytest.mark.parametrize('scale, gpu', [('', 'h100'), ('laptop', '')])
-def test_memory_that_the_first_pages_name_is_what_the_plan_says(scale, gpu):
+def test_memory_that_the_first_pages_name_is_what_the_plan_says(scale, gpu, monkeypatch):
+    monkeypatch.setattr(cost, '_writes_in_fp32', lambda: False)  # as on the processor that the pages speak of
     if scale == 'laptop' and fetched('smollm2') is None:
         pytest.skip('SmolLM2 is not on this machine: llmft fetch smollm2')
     files = [str(root / f'params/finetune/{method}.yaml') for method in ('full', 'lora', 'qlora')]
@@ -423,3 +428,24 @@ def test_memory_that_the_first_pages_name_is_what_the_plan_says(scale, gpu):
     for page in ('README.md', 'nbs/index.ipynb'):
         text = (root / page).read_text()
         assert all(size in text for size in sizes), f'{page}: {sizes}'
+
+
+def test_short_rows_fill_the_micro_batches_of_a_packed_step():
+    params = params_of('finetune/lora.yaml', 'model=preset:llama-50m', 'max_length=512', 'batch_size=4')
+    settings = settings_of(params | dict(gradient_accumulation=8, layout='packed'))
+    config = model_config('preset:llama-50m')
+    short = [60] * 32
+    filled = count_memory(config, settings, 'cpu', short)['total']
+    assert filled == count_memory(config, replace(settings, batch_size=16, gradient_accumulation=2), 'cpu', short)['total']
+    padded = count_memory(config, replace(settings, layout='padded'), 'cpu', short)['total']
+    assert padded < filled < count_memory(config, settings, 'cpu')['total']
+
+
+def test_processes_on_one_processor_share_its_speed_and_its_memory():
+    params = params_of('finetune/lora.yaml', 'model=base', 'strategy=ddp', 'nproc=2')
+    two, one = make_plan(params), make_plan(params | dict(strategy='none', nproc=1))
+    if two['device']['kind'] == 'cuda':
+        pytest.skip('a GPU each')
+    assert two['seconds'] == pytest.approx(one['seconds'], rel=0.05)
+    device = dict(two['device'], memory_bytes=1.5 * two['memory']['total'])
+    assert not planning._card_facts(two['memory'], device, 2)['fits'] and planning._card_facts(two['memory'], device, 1)['fits']

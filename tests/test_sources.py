@@ -6,23 +6,28 @@ import shutil
 import struct
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
+import gguf_files
+import numpy as np
 import pytest
 import torch
 from gguf_files import write_gguf
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmft.core import LabError
 from llmft.data.sources import base_of, card_hash, fetchables, fetched, find_model, source_hash
 from llmft.data.tokens import load_tokenizer
 from llmft.inference.generation import complete
+from llmft.models import gguf as gguf_module
 from llmft.models.adapters import add_lora, save_adapter, save_and_check, trainable_parameters
 from llmft.models.export import export_model
 from llmft.models.fetch import fetch_model
 from llmft.models.gguf import gguf_facts
-from llmft.models.load import load_model, model_config, model_says, quantised_share
+from llmft.models.load import load_model, model_config, model_says, presets, quantised_share
 from llmft.models.merging import logits_of
 from llmft.models.precisions import forms, load_form
 from llmft.runs.cards import write_cards
@@ -362,3 +367,76 @@ def test_smollm2_is_planned_without_its_weights(smollm2):
     plan = make_plan(dict(model='smollm2', method='lora', lora_rank=8, lora_alpha=16.0, data='builtin:topics',
                           lora_targets=['q_proj', 'k_proj', 'v_proj', 'o_proj'], batch_size=4, num_samples=4))
     assert (plan['parameters'], plan['trainable']) == (134_515_008, 921_600)
+
+
+def scaled_file(folder, rope, settings=lambda writer: None, tensors=None):
+    "A GGUF file of a small Llama with such rotary positions, and the model; its weights are large enough to tell."
+    shape = presets['llama-tiny'] | dict(rope_parameters=rope, max_position_embeddings=8192)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4)
+
+    def add(writer, config):
+        add_settings(writer, config)
+        settings(writer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        add_settings, tensors_of = gguf_files.add_settings, gguf_files.tensors_of
+        patch.setattr(gguf_files, 'add_settings', add)
+        patch.setattr(gguf_files, 'tensors_of', lambda net: tensors_of(net) | (tensors or {}))
+        gguf_files.write_gguf(folder / 'scaled.gguf', model)
+    return folder / 'scaled.gguf', model
+
+
+def linear(writer):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+
+
+def test_linear_rope_of_a_gguf_file_is_read(tmp_path):
+    path, model = scaled_file(tmp_path, dict(rope_type='linear', rope_theta=1e4, factor=4.0), linear)
+    read = load_model(str(path)).eval()
+    assert read.config.rope_parameters['rope_type'] == 'linear'
+    assert torch.allclose(logits_of(read), logits_of(model), atol=1e-3)
+
+
+@pytest.mark.parametrize('factor', [8.0, 32.0])
+def test_the_rope_of_llama_3_is_known_by_its_divisors(factor, tmp_path):
+    rope = dict(rope_type='llama3', rope_theta=5e5, factor=factor, low_freq_factor=1.0, high_freq_factor=4.0)
+    rope |= dict(original_max_position_embeddings=8192)
+    plain, _ = ROPE_INIT_FUNCTIONS['linear'](config_with(rope | dict(rope_type='linear', factor=1.0)), 'cpu')
+    scaled, _ = ROPE_INIT_FUNCTIONS['llama3'](config_with(rope), 'cpu')
+    divisors = {'rope_freqs': (plain / scaled).numpy()}
+    path, model = scaled_file(tmp_path, rope, tensors=divisors)
+    read = load_model(str(path)).eval()
+    assert read.config.rope_parameters['factor'] == factor
+    assert torch.allclose(read.model.rotary_emb.inv_freq, scaled) and not torch.allclose(plain, scaled)
+    assert torch.allclose(logits_of(read), logits_of(model), atol=1e-3)
+
+
+def config_with(rope):
+    return AutoConfig.for_model(**presets['llama-tiny'] | dict(rope_parameters=rope, max_position_embeddings=8192))
+
+
+def test_what_a_gguf_file_scales_otherwise_is_refused(tmp_path):
+    usual = dict(rope_type='default', rope_theta=1e4)
+    yarn, _ = scaled_file(tmp_path, usual, lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN))
+    with pytest.raises(LabError, match='scales its rotary positions by yarn: give a folder'):
+        load_model(str(yarn))
+    width = config_with(usual).hidden_size // config_with(usual).num_attention_heads
+    (tmp_path / 'odd').mkdir()
+    odd, _ = scaled_file(tmp_path / 'odd', usual, tensors={'rope_freqs': np.linspace(1, 3, width // 2)})
+    with pytest.raises(LabError, match='in a way that is not known here'):
+        load_model(str(odd))
+    (tmp_path / 'bias').mkdir()
+    biased, _ = scaled_file(tmp_path / 'bias', usual)
+    named = SimpleNamespace(tensors=[SimpleNamespace(name='blk.0.attn_q.bias')], fields={})
+    with pytest.raises(LabError, match='has biases .blk.0.attn_q.bias. that are not read'):
+        gguf_module._check_biases(biased, named, config_with(usual))
+
+
+def test_words_of_a_gguf_file_are_cut_as_it_says(packed):
+    texts = ['x =\n    0\n\n1. a', 'year  2024,  7', '\n\n\n12\t3', 'no digit\n\n  here']
+    own, read = load_tokenizer('base'), load_tokenizer(str(packed['F32']))
+    assert [read(text)['input_ids'] for text in texts] == [own(text)['input_ids'] for text in texts]

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import nbformat
@@ -12,7 +13,17 @@ from house import experiments, root
 
 from llmft.bench.training import rank_trainers
 from llmft.bench.turns import Target, contest_verdict
-from llmft.runs.rivals import Measure, certainty_words, place_words, ranked
+from llmft.runs.rivals import (
+    Difference,
+    Measure,
+    Ranking,
+    certainty_words,
+    held_out_loss,
+    keep_judged,
+    paired_scores,
+    place_words,
+    ranked,
+)
 from llmft.studies.code import report as code
 from llmft.studies.code.pass_at_k import Attempt
 from llmft.studies.finetuning import comparison as finetune_runs
@@ -69,8 +80,8 @@ def finetune_result(name, best):
     cost = dict.fromkeys(('time_per_epoch_seconds', 'peak_memory_gb'), 1 + far[name == best])
     metrics = cost | dict(perplexity_after=20 * math.exp(far[name == best]), learning_rate=1e-3, memory_error=0.5)
     metrics |= dict(perplexity_before=20 * math.exp(far['full before training' == best] + 0.5))
-    record = dict(params=dict(method=name), meta=dict(data=dict(valid=dict(sha256='a'))))
-    return dict(record=record, metrics=metrics, folder='')
+    record = dict(params=dict(method=name, model='base'), meta=dict(data=dict(valid=dict(sha256='a'))))
+    return dict(record=record, metrics=metrics | dict(bits_per_byte_after=metrics['perplexity_after']), folder='')
 
 
 def compare(best):
@@ -110,7 +121,7 @@ def inference_compare(best):
         )
         for name in rivals['inference_compare']
     ]
-    return precisions.comparison_verdict(rows, 'fp32', True)
+    return precisions.comparison_verdict(rows, 'fp32', [])
 
 
 def one_inference(best):
@@ -173,10 +184,10 @@ def forecast_summary(best):
 
 
 def forecast_train(best):
-    errors = dict(best=hard_N + far[best == 'step 20'], untrained=hard_N + far[best == 'untrained'])
+    errors = dict(best=hard_N + far[best == 'step 20'], before=hard_N + far[best == 'untrained'])
     curve = dict(step=20, mae=1.0, trajectories=items)
     outcome = forecast_training.TrainingOutcome(curve, curve, [curve], 20, 1e12, 0.4, 0.0, errors, 50)
-    params = SimpleNamespace(valid_horizon=10, max_steps=20)
+    params = SimpleNamespace(valid_horizon=10, max_steps=20, start='')
     return forecast_training.training_verdict(params, outcome, fitted.progress)
 
 
@@ -271,10 +282,10 @@ def bench_instruct(best):
 
 
 def bench_inference(best):
-    row = dict(model='base', batch=1) | {name: rate(name == best) for name in rivals['bench_inference']}
-    alone = [dict(model='base', precision='fp32', step=1.0)]
-    nothing = dict(beside={}, llama_cpp='', short={})
-    return verdict_of_cell('bench_inference', rows=[row], alone=alone, forms=['fp32'], targets=unmet, **nothing)
+    tokens = {name: [rate(name == best) + turn for turn in range(7)] for name in rivals['bench_inference']}
+    nothing = dict(beside={}, llama_cpp='', short={}, slower=[], rounds=7)
+    facts = dict(rows=[dict(model='base', batch=1, tokens=tokens)], forms=['fp32'], targets=unmet)
+    return verdict_of_cell('bench_inference', **facts, **nothing)
 
 
 def bench_bounds(best):
@@ -324,8 +335,8 @@ no_rivals = {'forecast_data', 'gpu_check'}  # they judge no model: one prepares 
 def test_the_verdict_names_llama_cpp_where_it_wins():
     turns = {'ours': [70.0 + turn for turn in range(7)], 'llama.cpp': [90.0 + turn for turn in range(7)]}
     facts = dict(beside={'smollm2': turns}, llama_cpp='int4_fast', short={'smollm2': 'smollm2'})
-    alone = [dict(model='smollm2', precision='fp32', step=1.0)]
-    said = verdict_of_cell('bench_inference', rows=[], alone=alone, forms=['fp32'], targets=unmet, **facts)
+    facts |= dict(rows=[], forms=['fp32'], slower=[], rounds=7)
+    said = verdict_of_cell('bench_inference', targets=unmet, **facts)
     assert 'In throughput of smollm2 in int4_fast, batch 1, ours loses to llama.cpp, the strongest rival' in said
 
 
@@ -527,3 +538,58 @@ def test_no_problem_solved_is_said_first():
     first, _, last = code.instruct_verdict(metrics, data, none, none).split('\n')
     assert first == '- The one problem is not solved, before or after training.'
     assert '50% of the training targets were lost' in last
+
+
+def test_a_model_beats_every_rival_only_where_each_is_clearly_worse():
+    gaps = dict(A=Difference(0.2, 0.1, 0.3, 40, True), B=Difference(0.5, -0.1, 1.1, 40, False))
+    ranking = Ranking(Measure('mean error', items='trajectories'), {'fine-tuned': 1.0, 'A': 1.2, 'B': 1.5}, gaps)
+    assert 'does not beat' in forecasts._answer('fine-tuned', ranking)
+    sure = replace(ranking, differences=gaps | dict(B=Difference(0.5, 0.2, 1.1, 40, True)))
+    assert 'model beats' in forecasts._answer('fine-tuned', sure)
+
+
+def test_a_model_that_won_is_not_told_to_beat_the_second():
+    said = forecasts.comparison_verdict(forecast_comparison('fine-tuned'), 'fine-tuned')
+    assert 'model beats every rival' in said and 'until it beats' not in said
+    lost = forecasts.comparison_verdict(forecast_comparison('seasonal'), 'fine-tuned')
+    assert 'until it beats seasonal' in lost
+
+
+def test_training_that_goes_on_is_compared_with_the_adapter_it_started_from():
+    errors = dict(best=hard_N, before=hard_N + far[False])
+    curve = dict(step=20, mae=1.0, trajectories=items)
+    outcome = forecast_training.TrainingOutcome(curve, curve, [curve], 20, 1e12, 0.4, 0.0, errors, 50)
+    for start, name in (('outputs/forecast_train/x', 'the adapter it started from'), ('', 'untrained')):
+        params = SimpleNamespace(valid_horizon=10, max_steps=20, start=start)
+        assert f'for {name}, the strongest rival' in forecast_training.training_verdict(params, outcome, fitted.progress)
+
+
+def tuned(name, tokenizer, bits, bytes_per_token, sha256='same'):
+    "A finished fine-tuning run, as `read_result` gives it."
+    loss = bits * math.log(2) * bytes_per_token
+    quality = dict(perplexity_before=math.exp(loss + 1), perplexity_after=math.exp(loss), bits_per_byte_after=bits)
+    cost = dict(time_per_epoch_seconds=1.0, peak_memory_gb=1.0, learning_rate=1e-3, method='lora')
+    meta = dict(tokenizer=tokenizer, data=dict(valid=dict(sha256=sha256)))
+    record = dict(run=dict(name=name, notebook='finetune'), meta=meta, params=dict(max_length=256, model=tokenizer))
+    return dict(record=record, metrics=quality | cost, folder='')
+
+
+def test_perplexities_of_two_tokenizers_are_not_compared():
+    runs = dict(fine=tuned('fine', 'words', 1.0, 4.0), worse=tuned('worse', 'letters', 1.5, 1.5))
+    assert not finetune_runs.same_held_out(runs)
+    said = finetune_runs.comparison_verdict(runs)
+    assert 'perplexities cannot be compared. In held-out bits per byte, fine is best: 1 against 1.50' in said
+    assert 'In held-out perplexity' not in said and finetune_runs.best_run(finetune_runs.run_metrics(runs))['run'] == 'fine'
+    assert finetune_runs.matrix_of(runs) == {}
+    same = dict(fine=tuned('fine', 'words', 1.0, 4.0), worse=tuned('worse', 'words', 1.5, 4.0))
+    assert 'In held-out perplexity, fine is best' in finetune_runs.comparison_verdict(same)
+
+
+def test_scores_of_other_tokens_are_not_paired(tmp_path):
+    for name, targets in dict(one=[10, 20, 30], two=[12, 20, 30]).items():
+        (tmp_path / name).mkdir()
+        judged = dict(document_losses=[1.0, 2.0, 3.0], document_targets=targets)
+        keep_judged(tmp_path / name, 'the same text', dict(after=judged))
+    folders = {name: tmp_path / name for name in ('one', 'two')}
+    assert paired_scores(folders, held_out_loss, 'after') == (None, None)
+    assert paired_scores(dict(one=tmp_path / 'one'), held_out_loss, 'after')[1] == [10, 20, 30]

@@ -287,6 +287,8 @@ def available(names,      # of trainers
 )->list:                  # those whose libraries are installed
     "The trainers among `names` that can be compared here. `LabError` for a name that is not declared."
     of_trl = [name for name in names if choose('trainer', name, trainers).needs == 'trl']
+    if 'ours' not in names:
+        raise LabError('the trainers leave ours out, which the others are compared with: add it')
     try:
         require('trl' if of_trl else 'datasets', 'bench')
     except LabError as error:

@@ -22,7 +22,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core import Html, LabError, choose, find_path, hub_answers, read_json, sha256_of, short_hash, write_json
-from .gguf_files import read_once
+from .gguf_files import read_once, restore_cut
 from .hashes import check_sealed, sealed
 from .sources import base_of, fetchables, find_model
 
@@ -113,6 +113,8 @@ def load_tokenizer(name:str,  # of a model, as `find_model` knows it, or a folde
         options |= dict(clean_up_tokenization_spaces=False, local_files_only=offline)
         with read_once(place / packed) if packed else contextlib.nullcontext():
             tokenizer = AutoTokenizer.from_pretrained(place, **options)
+            if packed:
+                restore_cut(tokenizer, place / packed)
     except LabError:
         raise
     except Exception as error:

@@ -262,6 +262,11 @@ def _has_lean_layers(config):
     return config.hidden_act == 'silu' and not kinds - {'full_attention'}
 
 
+def _adapts_norms(net):
+    "Whether an adapter is around a norm, whose own weight is then not what counts."
+    return any(hasattr(module, 'base_layer') and _base(module).weight.dim() == 1 for module in net.modules())
+
+
 def is_lean(model,  # a causal language model, with or without an adapter
 )->bool:
     "Whether the steps of `model` can be taken by `LeanDecoder`."
@@ -270,7 +275,7 @@ def is_lean(model,  # a causal language model, with or without an adapter
         return False
     if net.model.rotary_emb.rope_type not in steady_ropes:
         return False
-    if len({weight.device for weight in net.parameters()}) > 1:
+    if len({weight.device for weight in net.parameters()}) > 1 or _adapts_norms(net):
         return False
 
     return not any(_is_hooked(module) for module in net.modules())

@@ -11,7 +11,9 @@ __all__ = ['families', 'word_bytes', 'quantised_bytes', 'LOSS_CHUNK_BYTES', 'CUD
            'gathered_bytes', 'shared_bytes', 'peak_bytes', 'memory_breakdown', 'card_bytes']
 
 # %% ../../nbs/models/08_cost.ipynb #fa0bbc71
+import functools
 import math
+import platform
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -640,6 +642,14 @@ def loss_chunk_bytes(device:str,  # type of a device
     return LOSS_CHUNK_BYTES.get(device, LOSS_CHUNK_BYTES['cpu'])
 
 # %% ../../nbs/models/08_cost.ipynb #55bff89f
+@functools.cache
+def _writes_in_fp32():
+    "Whether products in bf16 are written in fp32 first: on x86 processors without instructions for bf16."
+    import torch
+
+    return platform.machine() in ('x86_64', 'AMD64') and not torch.cpu._is_avx512_bf16_supported()
+
+
 def logit_bytes(config,          # a transformers config
                 method:Method,   # in which precision the weights are
                 step:StepShape,  # the micro-batch
@@ -647,9 +657,11 @@ def logit_bytes(config,          # a transformers config
     "One chunk of logits, and the gradient of the final hidden states."
     shape = architecture(config)
     word = word_bytes[method.precision]
-    row = shape.words * (4 if word == 4 and not step.mixed else 6)
+    in_fp32 = word == 4 and not step.mixed
+    row = shape.words * (4 if in_fp32 else 6)
     rows = max(1, min(step.tokens, loss_chunk_bytes(step.device) // row))
-    return row * rows + step.tokens * word * shape.width
+    written = 0 if in_fp32 or step.device != 'cpu' or not _writes_in_fp32() else 4 * shape.words
+    return (row + written) * rows + step.tokens * word * shape.width
 
 # %% ../../nbs/models/08_cost.ipynb #ae9f8828
 def backward_bytes(config,          # a transformers config

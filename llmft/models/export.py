@@ -17,11 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
 from safetensors import SafetensorError
 
 from ..core import LabError, choose, find_path, hub_answers, read_json, require
 from ..data.sources import Source, base_of, find_model
 from ..data.tokens import load_tokenizer
+from .adapters import generation_settings
 from .gguf_writing import family_of, modelfile_text, packings, word_cut, write_gguf
 from .load import load_model, model_config, precisions, quiet_bars
 from .merging import check_equal, load_adapter, logits_of, merge_in_place, tolerances
@@ -87,7 +89,7 @@ def run_model(source:Source,      # from `find_model`
 def plain_model(model,  # from `run_model`; an adapter is used up
 ):                      # a plain model in 32 bits
     "A model without adapter and quantised layers. `LabError` unless its logits are the same, see `merge_in_place`."
-    return (merge_in_place(model) if hasattr(model, 'peft_config') else model).float()
+    return (merge_in_place(model, torch.float32) if hasattr(model, 'peft_config') else model).float()
 
 # %% ../../nbs/models/14_export.ipynb #121fc336
 def export_folder(name:str,     # the model, as the user names it
@@ -139,7 +141,7 @@ def check_room(folder,           # of an export, there or not yet
                        f'{needed / 2**30:.2f} GiB: make room, or choose another place with --out')
 
 # %% ../../nbs/models/14_export.ipynb #a4958121
-_probe = "I'll don't 12345 a1b22 x  y\t z\n\n  def f(x):\r\n\treturn -x  # naïve 你好 3.14!?... "
+_probe = "I'll don't 12345 a1b22 x  y\t z\n\n  def f(x):\r\n\treturn -x  # naïve 你好 3.14!?...\n    0\n\n1. "
 
 
 def check_tokenizer(folder,     # of an export
@@ -177,12 +179,21 @@ def _copy_card(source, new):
     (new / 'README.md').write_text(re.sub(r'^folder = .*$', "folder = '.'", text, flags=re.MULTILINE), encoding='utf-8')
 
 
+def _mark_as_merged(card):
+    "Have a card that was copied say how a merged model is loaded: nothing of it is quantised, and it is no adapter."
+    if card.is_file():
+        text = re.sub(r"load_model\(folder, ('[^']*'), '[^']*'", r"load_model(folder, \1, 'none'", card.read_text('utf-8'))
+        card.write_text(text.replace('library_name: peft\n', 'library_name: transformers\n'), encoding='utf-8')
+
+
 def _write_merged(new, model, tokenizer, numbers, source):
     "A folder as `save_pretrained` writes it."
+    model.generation_config = generation_settings(model, tokenizer)
     with quiet_bars():
         model.to(precisions[numbers].dtype).save_pretrained(new)
     tokenizer.save_pretrained(new)
     _copy_card(source, new)
+    _mark_as_merged(new / 'README.md')
 
 
 def _write_gguf(new, model, tokenizer, numbers, source):

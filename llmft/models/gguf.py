@@ -8,9 +8,11 @@ __all__ = ['gguf_facts', 'gguf_config', 'gguf_model']
 # %% ../../nbs/models/11_gguf.ipynb #90cb3627
 import copy
 import functools
+import re
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 from ..core import LabError
@@ -53,11 +55,58 @@ def _in_words(facts):
     return '; '.join(texts)
 
 # %% ../../nbs/models/11_gguf.ipynb #b232063f
+def _setting(header, name):
+    "What the header says under a name of its architecture; `None` where it says nothing."
+    field = header.fields.get(f"{header.fields['general.architecture'].contents()}.{name}")
+    return None if field is None else field.contents()
+
+
+def _stretch(config, factor):
+    "What Llama 3.1 divides the frequencies of its positions by, when the slow ones are slowed down `factor` times."
+    width = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
+    frequencies = 1.0 / config.rope_parameters['rope_theta'] ** (np.arange(0, width, 2) / width)
+    turns = _llama3['original_max_position_embeddings'] * frequencies / (2 * np.pi)  # within the original context
+    low, high = _llama3['low_freq_factor'], _llama3['high_freq_factor']
+    share = np.clip((turns - low) / (high - low), 0, 1)
+    return 1 / ((1 - share) / factor + share)
+
+
+_llama3 = dict(rope_type='llama3', low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+_llama3_factors = (8.0, 32.0)  # of Llama 3.1 and 3.2
+
+
+def _scaled_rope(path, header, config):
+    "Settings of scaled rotary positions in a file, which transformers passes over; a `LabError` for unknown ones."
+    kind = _setting(header, 'rope.scaling.type') or 'none'
+    divisors = next((tensor.data for tensor in header.tensors if tensor.name == 'rope_freqs.weight'), None)
+    if kind == 'linear':
+        return dict(rope_type='linear', factor=float(_setting(header, 'rope.scaling.factor')))
+    if kind == 'none' and (divisors is None or np.allclose(divisors, 1)):
+        return {}
+    for factor in _llama3_factors if kind == 'none' else ():
+        if np.allclose(divisors, _stretch(config, factor), rtol=1e-3):
+            return _llama3 | dict(factor=factor)
+    name = f'by {kind}' if kind != 'none' else 'in a way that is not known here'
+    raise LabError(f'{path} scales its rotary positions {name}: give a folder that save_pretrained wrote')
+
+
+def _check_biases(path, header, config):
+    "A `LabError` for biases of a Llama, which transformers passes over."
+    named = [tensor.name for tensor in header.tensors if re.fullmatch(r'blk\.\d+\.\w+\.bias', tensor.name)]
+    if named and config.model_type in ('llama', 'mistral'):
+        raise LabError(f'{path} has biases ({named[0]}) that are not read: give a folder that save_pretrained wrote')
+
+
 def gguf_config(path,  # of a .gguf file
 ):                     # the architecture, a `PreTrainedConfig`
-    "The configuration in a GGUF file; a `LabError` when transformers does not know the architecture."
+    "The configuration in a GGUF file; a `LabError` for an architecture or a part of it that is not known here."
     path = Path(path).absolute()
-    return copy.deepcopy(_read_config(path, read_gguf(path)))
+    header = read_gguf(path)
+    config = copy.deepcopy(_read_config(path, header))
+    _check_biases(path, header, config)
+    if rope := getattr(config, 'rope_parameters', None):
+        config.rope_parameters = rope | _scaled_rope(path, header, config)
+    return config
 
 
 @functools.lru_cache(maxsize=2)

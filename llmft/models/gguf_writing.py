@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import LabError, choose, require
+from ..data.gguf_files import digits_first
 from ..data.tokens import edges, turn_ends
 
 # %% ../../nbs/models/13_gguf_writing.ipynb #65e6834c
@@ -107,7 +108,7 @@ def family_of(config,  # of a transformers model
     return families[kind]
 
 # %% ../../nbs/models/13_gguf_writing.ipynb #207e8e70
-_cut_probe = "I'll SHE'LL don't 12345 a1b22 x  y\t z\n\n  def f(x):\r\n\treturn -x  # naïve 你好 3.14!?... "
+_cut_probe = "I'll SHE'LL don't 12345 a1b22 x  y\t z\n\n  def f(x):\r\n\treturn -x  # naïve 你好 3.14!?...\n    0\n\n1. "
 
 
 def _known_cuts():
@@ -115,9 +116,7 @@ def _known_cuts():
     from tokenizers import Regex, pre_tokenizers
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    cuts = {'gpt-2': byte_level, 'smollm': pre_tokenizers.Sequence([digits, byte_level])}
+    cuts = {'gpt-2': pre_tokenizers.ByteLevel(add_prefix_space=False), 'smollm': digits_first()}
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for name in ('llama-bpe', 'qwen2', 'tekken', 'gpt-4o'):
         split = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[name]), behavior='isolated')

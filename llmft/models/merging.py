@@ -191,17 +191,19 @@ def _full_linear(layer, dtype):
     return full
 
 
-def write_out(model,  # a `PreTrainedModel` without an adapter; it is changed in place
-):                    # `model`, in which nothing is quantised
+def write_out(model,      # a `PreTrainedModel` without an adapter; it is changed in place
+              dtype=None, # of the weights; None is that of the model
+):                        # `model`, in which nothing is quantised
     "Replace the quantised layers of `model` by plain ones with the same weights."
+    dtype = dtype or model.dtype
     if getattr(model, 'hf_quantizer', None) is None:
         return model
     for name, module in list(model.named_modules()):
         if is_quantised(module):
-            model.set_submodule(name, _full_linear(module, model.dtype))
+            model.set_submodule(name, _full_linear(module, dtype))
 
     model.hf_quantizer.remove_quantization_config(model)
-    return model
+    return model.to(dtype)
 
 # %% ../../nbs/models/10_merging.ipynb #cc1988cb
 def _sits_on_shared_table(model):
@@ -234,7 +236,7 @@ def _plain_config(config):
     return config
 
 
-def _rebuilt(model):
+def _rebuilt(model, dtype):
     "`model` with plain weights under the same adapter; the tables of input and output are parted where need be."
     name = model.active_adapter
     config = _plain_config(model.peft_config[name])
@@ -243,7 +245,7 @@ def _rebuilt(model):
 
     base = model.get_base_model()
     base.is_loaded_in_4bit = base.is_loaded_in_8bit = False  # for which IA3 does not even unload
-    base = write_out(model.unload())
+    base = write_out(model.unload(), dtype)
     if apart:
         _part_tables(base)
     rebuilt = get_peft_model(base, config, adapter_name=name)
@@ -251,13 +253,14 @@ def _rebuilt(model):
     return rebuilt.eval()
 
 
-def merge_in_place(model,  # a `PeftModel`; it is used up
-):                         # a plain `PreTrainedModel` in evaluation mode
+def merge_in_place(model,      # a `PeftModel`; it is used up
+                   dtype=None, # in which a quantised base is written out and added to; None is its own
+):                             # a plain `PreTrainedModel` in evaluation mode
     "`model` with its adapter added to the weights, written out in full. `LabError` unless the logits stay the same."
     if len(model.peft_config) > 1:
         raise LabError(f'the model has {len(model.peft_config)} adapters: merge one at a time')
     base = model.get_base_model()
-    dtype = base.dtype
+    tolerance = tolerances[base.dtype]
     was_tied = bool(base.config.tie_word_embeddings)
     is_int8 = any(type(weight).__name__ == 'Int8Params' for weight in model.parameters())
     kind = model.peft_config[model.active_adapter].peft_type.value
@@ -266,7 +269,7 @@ def merge_in_place(model,  # a `PeftModel`; it is used up
     before_BTV = logits_of(model)
     try:
         with _quiet_peft():
-            rebuilt = _rebuilt(model)
+            rebuilt = _rebuilt(model, dtype)
             plain_BTV = logits_of(rebuilt)
             merged = rebuilt.merge_and_unload(safe_merge=True).eval()
             _note_ties(merged, was_tied)
@@ -275,8 +278,8 @@ def merge_in_place(model,  # a `PeftModel`; it is used up
         raise LabError(f'the adapter cannot be merged ({reason}): use it as it is, or lower its learning rate '
                        'if its training diverged') from None
 
-    check_equal(before_BTV, plain_BTV, _int8_tolerance if is_int8 else tolerances[dtype], advice)
-    check_equal(plain_BTV, logits_of(merged), tolerances[dtype], advice)
+    check_equal(before_BTV, plain_BTV, _int8_tolerance if is_int8 else tolerance, advice)
+    check_equal(plain_BTV, logits_of(merged), tolerance, advice)
     return merged
 
 # %% ../../nbs/models/10_merging.ipynb #8a4c8928

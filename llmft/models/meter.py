@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MarkedMemory', 'SampledMemory', 'CudaMemory', 'memory_watch', 'synchronise', 'Meter', 'resident_bytes',
            'TensorMemory', 'return_freed_memory', 'matmul_peak', 'copy_peak', 'known_peaks', 'machine_peaks',
-           'per_second', 'share_of_peak']
+           'per_second', 'share_of_peak', 'peaks_of_all']
 
 # %% ../../nbs/models/09_meter.ipynb #3fbdf8ad
 import ctypes
@@ -354,3 +354,12 @@ def share_of_peak(flops_per_sec,     # achieved, or None
     suffix = '' if precision == 'fp32' else f'_{precision}'
     best = peaks.get(f'matmul_flops_per_sec{suffix}')
     return flops_per_sec / best if flops_per_sec and best and flops_per_sec <= best else None
+
+# %% ../../nbs/models/09_meter.ipynb #65ce6232
+def peaks_of_all(peaks:dict,    # from `machine_peaks`
+                 processes:int, # that train together
+)->dict:
+    "The peaks of all GPUs of a training, one for each process; processes on one processor share its peak."
+    count = processes if peaks['kind'] == 'cuda' else 1
+    products = {name: peaks[name] for name in peaks if name.startswith('matmul_flops_per_sec') and peaks[name]}
+    return peaks | {name: count * peak for name, peak in products.items()}

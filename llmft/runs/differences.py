@@ -62,7 +62,8 @@ def _score_rows(first, second):
     for what in read_json(path) if path.exists() else {}:
         a = kept_scores(first, what)
         b = kept_scores(second, what)
-        if b.get('items') != a['items'] or 'after' not in a['scores'] or 'after' not in b.get('scores', {}):
+        same = b.get('items') == a['items'] and b.get('weights') == a['weights']
+        if not same or 'after' not in a['scores'] or 'after' not in b.get('scores', {}):
             continue
         found = paired_difference(b['scores']['after'], a['scores']['after'], a['weights'])
         rows.append(dict(score=what, difference=found.value, low=found.low, high=found.high, items=found.items,

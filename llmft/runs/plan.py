@@ -290,16 +290,20 @@ def count_memory(config,        # a transformers config
     "Memory of the process that has most to hold."
     if config.model_type not in families:
         return None
+    from llmft.data.batches import layouts
     from llmft.training.strategies import strategies  # needs PyTorch
 
     own_rows = math.ceil(settings.step_rows / settings.nproc)
     longest = max(lengths) if lengths else settings.max_length
+    slots = min(own_rows, settings.batch_size) * longest
+    if layouts[settings.layout].joins:  # a micro-batch is filled with more rows, up to its size in full rows
+        slots = min(own_rows * longest, settings.batch_size * settings.max_length)
     offloaded = [name for name in ('optimiser', 'weights') if getattr(settings, f'offload_{name}')]
 
     return memory_breakdown(
         config,
         settings.method,
-        tokens=min(own_rows, settings.batch_size) * longest,
+        tokens=slots,
         longest=longest,
         optimiser=optimisers[settings.optimiser],
         gradient_checkpointing=settings.gradient_checkpointing,
@@ -333,11 +337,10 @@ def _fitting_batches(config, settings, kind, limit):
         "Peak of a step of two micro-batches of so many rows, bytes."
         return count_memory(config, replace(settings, batch_size=batch, gradient_accumulation=2), kind)['total']
 
-    smallest = settings.smallest_batch
-    sizes = range(smallest, max(smallest, settings.largest_batch) + 1)
+    sizes = range(1, max(settings.smallest_batch, settings.largest_batch) + 1)  # the search goes below its first try
     fitting = [batch for batch in sizes if predicted(batch) <= limit]
     if not fitting:
-        raise _too_large(smallest, predicted(smallest), limit)
+        raise _too_large(1, predicted(1), limit)
     return fitting
 
 
@@ -459,7 +462,8 @@ def _check_share(share):
 
 def _seconds(flops, device, share, nproc):
     "Time of so many operations, None when operations or peak are unknown."
-    speed = device['peak_flops'] and device['peak_flops'] * share * nproc
+    cards = nproc if device['kind'] == 'cuda' else 1  # processes share the cores of a processor
+    speed = device['peak_flops'] and device['peak_flops'] * share * cards
     return flops / speed if flops and speed else None
 
 
@@ -509,12 +513,13 @@ def _pageable(config, settings, device):
     return pageable_bytes(trained_tensors(config, settings.method), optimiser)
 
 
-def _card_facts(memory, device):
-    "What the device must have for the peak of `memory`, and whether it has."
+def _card_facts(memory, device, nproc):
+    "What the device must have for the peak of `memory` in each process, and whether it has."
     if memory is None:
         return dict(card=None, fits=None)
     card = card_bytes(memory['total']) if device['kind'] == 'cuda' else None
-    return dict(card=card, fits=(card or memory)['total'] < device['memory_bytes'])
+    in_one = 1 if device['kind'] == 'cuda' else nproc  # processes that share the memory
+    return dict(card=card, fits=in_one * (card or memory)['total'] < device['memory_bytes'])
 
 
 def _step_facts(steps):
@@ -560,7 +565,7 @@ def make_plan(params:dict,    # name -> value of all parameters of a notebook
         seconds=_seconds(work['flops'], device, share, settings.nproc),
         refused=_refusal(settings, device),
         pageable=_pageable(config, settings, device),
-        **_card_facts(memory, device),
+        **_card_facts(memory, device, settings.nproc),
     )
 
 # %% ../../nbs/runs/13_plan.ipynb #a1a668e1

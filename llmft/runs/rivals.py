@@ -383,13 +383,14 @@ def paired_scores(folders:dict, # name -> folder of the run
                   what:str,     # that was scored
                   score:str,    # which of its scores, such as after
 )->tuple:                       # (name -> scores, weights); (None, None) where they cannot be paired
-    "The same score of several runs, where all of them kept it for the same items."
+    "The same score of several runs, where all of them kept it for the same items of the same weights."
     kept = {name: kept_scores(folder, what) for name, folder in folders.items()}
+    first = next(iter(kept.values()))
     items = {(each.get('items'), len(each.get('scores', {}).get(score, []))) for each in kept.values()}
-    if len(items) != 1 or not all(next(iter(items))):
+    same_weights = all(each.get('weights') == first.get('weights') for each in kept.values())
+    if len(items) != 1 or not all(next(iter(items))) or not same_weights:
         return None, None
-    weights = next(iter(kept.values()))['weights']
-    return {name: each['scores'][score] for name, each in kept.items()}, weights
+    return {name: each['scores'][score] for name, each in kept.items()}, first['weights']
 
 # %% ../../nbs/runs/18_rivals.ipynb #747b3d9d
 def seed_difference(first_N,   # scores of one recipe, one for each seed

@@ -38,8 +38,10 @@ def held_out_hashes(results:dict,  # from `by_short_name`
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #cb31dd44
 def same_held_out(results:dict,  # from `by_short_name`
 )->bool:
-    "Whether all runs were judged on the same documents."
-    return len(set(held_out_hashes(results).values())) == 1
+    "Whether all runs were judged on the same documents, in the same tokens and in pieces of the same length."
+    records = [result['record'] for result in results.values()]
+    cuts = {(record['meta'].get('tokenizer'), record['params'].get('max_length')) for record in records}
+    return len(set(held_out_hashes(results).values())) == len(cuts) == 1
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #215976f5
 def _epochs(metrics):
@@ -128,7 +130,9 @@ def reference_table(beside:list,    # from `shared_rows`
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #62dd40bf
 def matrix_of(results:dict,  # from `by_short_name`
 )->dict:                     # row of the matrix -> metrics
-    "Which row of the study's matrix each run is."
+    "Which row of the study's matrix each run is; empty where the runs are of several models."
+    if len({result['record']['params']['model'] for result in results.values()}) > 1:
+        return {}
     return {matrix_key(result['record']['params']): result['metrics'] for result in results.values()}
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #65942e99
@@ -170,8 +174,8 @@ def seed_ranking(results:dict,  # from `by_short_name`
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #37bf652c
 def best_run(rows:list,  # from `run_metrics`
 )->dict:                 # one of them
-    "The run with the lowest held-out perplexity."
-    return min(rows, key=lambda row: row['perplexity_after'])
+    "The run with the fewest held-out bits per byte, which are those of any tokenizer."
+    return min(rows, key=lambda row: row['bits_per_byte_after'])
 
 # %% ../../../nbs/studies/finetuning/04_comparison.ipynb #52c58557
 def _unequal_rates(rows):
@@ -194,14 +198,22 @@ def _cost_words(rows, seeds):
     return f'{place_words(time)} {memory} {ties}'.strip()
 
 
+def _quality_words(results, rows, seeds):
+    "Which run predicts the held-out documents best, by what can be compared."
+    if same_held_out(results):
+        return told(seeds or rank_trained(rows, {name: result['folder'] for name, result in results.items()}))
+    if len(set(held_out_hashes(results).values())) > 1:
+        return 'The runs were judged on different documents, so the perplexities cannot be compared.'
+    bits = ranked({row['run']: row['bits_per_byte_after'] for row in rows}, Measure('held-out bits per byte'))
+    return f'The runs read the documents in other tokens or pieces, so perplexities cannot be compared. {told(bits)}'
+
+
 def comparison_verdict(results:dict,  # from `by_short_name`
 )->str:                               # Markdown
     "Which run is best, how sure that is, and what it costs."
     rows = run_metrics(results)
     seeds = seed_ranking(results)
-    quality = told(seeds or rank_trained(rows, {name: result['folder'] for name, result in results.items()}))
-    if not same_held_out(results):
-        quality = 'The runs were judged on different documents, so the perplexities cannot be compared.'
+    quality = _quality_words(results, rows, seeds)
     foreseen = prediction_verdict({row['run']: row for row in rows})
     following = '' if seeds else 'Next: repeat the first two with other seeds (seeds: [1, 2, 3] in the sweep).'
     return in_bullets(f'{quality} {_unequal_rates(rows)}', _cost_words(rows, seeds), f'{foreseen} {following}')

@@ -12,7 +12,7 @@ import math
 from ...core import number_of
 from ...models.cost import families, memory_breakdown
 from ...models.load import quantised_share
-from ...models.meter import machine_peaks
+from ...models.meter import machine_peaks, peaks_of_all
 from ...models.methods import Method
 from ...runs.numbers import memory_error
 from ...runs.rivals import in_bullets, rank_judged, told
@@ -84,7 +84,8 @@ def training_cost(model,               # as trained
 )->dict:                               # products, peaks, machine_flops_per_sec, watched, predicted, memory_error
     "What the run cost, with the prediction and the machine's peak."
     plain = params.mixed_precision == 'no'
-    peaks = machine_peaks(achieved=result.flops_per_sec if plain else None)
+    world = processes.count * processes.hosts
+    peaks = peaks_of_all(machine_peaks(achieved=(result.flops_per_sec or 0) / world if plain else None), world)
     products = params.precision if plain else params.mixed_precision
     peak_name = 'matmul_flops_per_sec' if products == 'fp32' else f'matmul_flops_per_sec_{products}'
 

@@ -274,9 +274,8 @@ def _against_untrained(comparison, judged):
 
 
 def _wins(ranking, judged):
-    "Whether the judged model is best, and its strongest rival clearly worse."
-    rival = ranking.rival_of(judged)
-    return ranking.best == judged and (rival is None or ranking.differences[rival].clear)
+    "Whether the judged model is best, and every rival clearly worse."
+    return ranking.best == judged and all(map(ranking.differs, ranking.differences))
 
 
 def _answer(judged, *rankings):
@@ -306,7 +305,8 @@ def comparison_verdict(comparison:Comparison,  # of one evaluation
     answer = f'{_answer(judged, means, medians)} {told(means, judged)} {_unreadable(comparison, judged)}'
     ahead = place_words(rank_forecasts(comparison, judged_step), judged) if horizon >= judged_step else ''
     median_words = f'{place_words(medians, judged)} {ahead}'
-    following = f'Next: train longer or on more trajectories (forecast_train) until it beats {means.rival_of(judged)}.'
+    until = '' if _wins(means, judged) else f' until it beats {means.rival_of(judged)}'
+    following = f'Next: train longer or on more trajectories (forecast_train){until}.'
     best = comparison.rows.get(ceiling, {})
     return in_bullets(answer, median_words, f"{ceiling_words(best.get('mae'), best.get('mae_median'))} {following}")
 

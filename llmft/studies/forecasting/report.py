@@ -156,7 +156,7 @@ def _why_it_ended(params, outcome, progress):
     return f'It took all of its {number_of(params.max_steps, "step")}'
 
 
-def training_verdict(params,                   # max_steps, valid_horizon
+def training_verdict(params,                   # max_steps, valid_horizon, start
                      outcome:TrainingOutcome,  # of the run
                      progress,                 # `Progress` of the run
 )->str:
@@ -164,7 +164,8 @@ def training_verdict(params,                   # max_steps, valid_horizon
     trained = f"step {outcome.best['step']:,}"
     steps = number_of(params.valid_horizon, 'step')
     measure = Measure(f'mean absolute error over {steps}', items='validation trajectories')
-    known = {'untrained': outcome.errors['untrained'], trained: outcome.errors['best']}
+    before = 'the adapter it started from' if params.start else 'untrained'
+    known = {before: outcome.errors['before'], trained: outcome.errors['best']}
     answer = 'No trajectory could be read both before and after training.'
     if len(known[trained]):
         choice = f'The step is the best of {len(outcome.curve)} checkpoints on these trajectories.'

@@ -105,10 +105,10 @@ def keep_errors(folder,     # of the run
                 judge,      # a `ForecastJudge` that judged the untrained model first, then every checkpoint
                 best:dict,  # from `best_forecaster`
                 curve:list, # the same
-)->dict:                    # untrained, best -> error of each trajectory that both forecast
-    "The errors of the untrained model and of the best checkpoint; kept where every trajectory could be read."
-    errors = dict(untrained=judge.errors(0), best=judge.errors(1 + curve.index(best)))
-    shared_N = np.isfinite(errors['untrained']) & np.isfinite(errors['best'])
+)->dict:                    # before, best -> error of each trajectory that both forecast
+    "The errors before training and of the best checkpoint; kept where every trajectory could be read."
+    errors = dict(before=judge.errors(0), best=judge.errors(1 + curve.index(best)))
+    shared_N = np.isfinite(errors['before']) & np.isfinite(errors['best'])
     if shared_N.all():
         metadata = {name: fact for name, fact in judge.data.valid_part.metadata.items() if name != 'precision'}
         keep_scores(folder, 'valid_mae', short_hash([metadata, len(shared_N), judge.given, judge.horizon]), errors)

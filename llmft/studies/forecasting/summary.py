@@ -269,11 +269,12 @@ _budget_columns = (
 
 
 def _by_part(lines, study):
-    "The lines of an account summed over the parts of a study; runs of no part are evaluations."
+    "The lines of an account summed over the parts of a study, evaluations, and training that the page is not about."
     parts = {f"forecast_train/{row['run']}": row['part'] for row in study.trained}
     sums = {}
     for line in lines:
-        part = 'all' if line is lines[-1] else parts.get(line['run'], 'evaluations')
+        other = 'evaluations' if line['run'].startswith('forecast_eval/') else 'other training'
+        part = 'all' if line is lines[-1] else parts.get(line['run'], other)
         row = sums.setdefault(part, Counter(runs=0))
         row.update({name: value for name, value in line.items() if is_number(value)}, runs=1)
     sums['all']['runs'] = len(lines) - 1

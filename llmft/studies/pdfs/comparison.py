@@ -17,7 +17,8 @@ def _compared(name, result):
     metrics = result['metrics']
     course = dict(run=name, seconds_per_step=metrics['total_time_seconds'] / metrics['steps'])
     held_out = record['meta']['data']['valid']['sha256']
-    return course | record['params'] | metrics | dict(held_out=held_out, folder=result['folder'])
+    judged_on = dict(held_out=held_out, tokenizer=record['meta'].get('tokenizer'))
+    return course | record['params'] | metrics | judged_on | dict(folder=result['folder'])
 
 
 def compared_rows(results:dict,  # name of the run -> what `read_result` gives
@@ -28,8 +29,8 @@ def compared_rows(results:dict,  # name of the run -> what `read_result` gives
 # %% ../../../nbs/studies/pdfs/04_comparison.ipynb #854e703e
 def same_held_out(rows:list,  # from `compared_rows`
 )->bool:
-    "Whether all runs were judged on the same chunks."
-    return len({row['held_out'] for row in rows}) == 1
+    "Whether all runs were judged on the same chunks, in the same tokens and in pieces of the same length."
+    return len({(row['held_out'], row.get('tokenizer'), row.get('max_length')) for row in rows}) == 1
 
 # %% ../../../nbs/studies/pdfs/04_comparison.ipynb #f4cc7883
 def settings_table(rows:list,  # from `compared_rows`
@@ -72,7 +73,7 @@ def comparison_verdict(rows:list,  # from `compared_rows`
     fastest = ranked({row['run']: row['seconds_per_step'] for row in rows}, Measure('time of a step', 's'))
     quality = told(rank_trained(rows, {row['run']: row['folder'] for row in rows}, 'chunks'))
     if not same_held_out(rows):
-        quality = 'The runs were judged on different chunks, so the perplexities cannot be compared.'
+        quality = 'The runs were judged on different chunks or tokens, so the perplexities cannot be compared.'
     return in_bullets(f'{place_words(widest)} {place_words(fastest)}', quality,
                       'One run and one seed each: times less than 5% apart count as a tie. Next: repeat the first two '
                       'with other seeds (-p seed=1).')

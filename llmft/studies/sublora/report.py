@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['document_table', 'HeldOut', 'held_out', 'held_out_table', 'trained_numbers', 'training_metrics', 'training_verdict',
-           'source_text', 'group_table', 'hypothesis_table', 'play_coverage', 'coverage_table', 'analysis_metrics',
+           'of_one_source', 'group_table', 'hypothesis_table', 'play_coverage', 'coverage_table', 'analysis_metrics',
            'rank_allocations', 'analysis_verdict']
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #b858a39f
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,14 +131,17 @@ def training_verdict(params,          # allocation_mode, b_ratio
                       'Next: sublora_bounds turns it into a guarantee.')
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #9eda24e9
-def source_text(results:dict,  # name -> what `read_result` gives
-)->str:
-    "How many runs there are, on how many documents, and whether these are the same."
-    sources = {result['record']['meta']['data']['train']['sha256'] for result in results.values()}
-    counts = {result['metrics']['documents'] for result in results.values()}
-    same = 'the same in all of them' if len(sources) == 1 else 'NOT the same in all of them: do not compare'
-    documents = ', '.join(f'{count:,}' for count in sorted(counts))
-    return f"{number_of(len(results), 'run')}, n = {documents} documents, {same}"
+def _source_of(result):
+    "What the bounds of a run are about: documents and vocabulary."
+    return result['record']['meta']['data']['train']['sha256'], result['metrics']['random_guess_bits']
+
+
+def of_one_source(results:dict,  # name -> what `read_result` gives
+)->dict:                         # those of them that are on one source
+    "The runs on the documents and the vocabulary that most of them share: bounds of others say nothing about these."
+    counts = Counter(map(_source_of, results.values()))
+    (source, _), = counts.most_common(1)
+    return {name: result for name, result in results.items() if _source_of(result) == source}
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #19bb4492
 _group_columns = (
