@@ -8,8 +8,10 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from llmft.core import LabError
+from llmft.data.tokens import load_tokenizer
 from llmft.models.adapters import (
     add_lora,
     check_adapter,
@@ -235,27 +237,22 @@ def test_a_failed_save_leaves_the_old_adapter(tmp_path, monkeypatch):
 # ---- what a run leaves
 
 
-class Tokenizer:
-    "Writes one file, as a tokenizer does."
-
-    def save_pretrained(self, folder):
-        (folder / 'tokenizer.json').write_text('{}')
-
-
 @pytest.mark.parametrize('merge', [False, True])
 def test_an_adapter_is_saved_read_back_and_merged_where_asked(merge, tmp_path):
     model = trained()
-    assert save_and_check(model, tmp_path, lambda: load_model('preset:llama-tiny'), ids, tokenizer=Tokenizer(), merge=merge) == 0
+    tokenizer = load_tokenizer('base')
+    assert save_and_check(model, tmp_path, lambda: load_model('preset:llama-tiny'), ids, tokenizer=tokenizer, merge=merge) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ['adapter', 'merged'][: 1 + merge]
     for folder in tmp_path.iterdir():
-        assert (folder / 'tokenizer.json').is_file() and (folder / 'generation_config.json').is_file()
+        assert (folder / 'tokenizer.json').is_file()
+        assert GenerationConfig.from_pretrained(folder).eos_token_id == tokenizer.eos_token_id
     if merge:
         assert (logits(load_model(str(tmp_path / 'merged')).eval()) - logits(model)).abs().max() < 1e-4
 
 
 def test_all_weights_are_saved_with_their_tokenizer(tmp_path):
     model = load_model('preset:llama-tiny', seed=3).eval()
-    assert save_and_check(model, tmp_path, None, ids, tokenizer=Tokenizer()) is None
+    assert save_and_check(model, tmp_path, None, ids, tokenizer=load_tokenizer('base')) is None
     assert (tmp_path / 'model/tokenizer.json').exists() and not (tmp_path / 'adapter').exists()
     assert torch.equal(logits(load_model(str(tmp_path / 'model')).eval()), logits(model))
 
