@@ -187,6 +187,21 @@ def saved_state(model,  # a `PeftModel`
     first = getattr(model, 'first_factors', {})
     return {name: _with_first(name, tensor, first) if name in first else tensor for name, tensor in state.items()}
 
+# %% ../../nbs/models/03_adapters.ipynb #8dbaf242
+def generation_settings(model,     # a causal language model
+                        tokenizer, # the model's, or None
+):                                 # a `GenerationConfig`
+    "A copy of the model's settings that ends where the tokenizer and its chat template end an answer."
+    settings = copy.deepcopy(model.generation_config)
+    if tokenizer is None:
+        return settings
+
+    known = settings.eos_token_id
+    known = known if isinstance(known, list) else [known]
+    ends = sorted(turn_ends(tokenizer) | set(known) - {None})
+    settings.eos_token_id = ends if len(ends) > 1 else ends[0]
+    return settings
+
 # %% ../../nbs/models/03_adapters.ipynb #cb35ec32
 @contextlib.contextmanager
 def _replacing(folder):
@@ -199,19 +214,6 @@ def _replacing(folder):
         if folder.exists():
             os.rename(folder, f'{place}/old')
         os.rename(f'{place}/new', folder)
-
-
-def generation_settings(model,     # a causal language model
-                        tokenizer, # the model's, or None
-):                                 # a `GenerationConfig`
-    "A copy of the model's settings that ends where the tokenizer and its chat template end an answer."
-    settings = copy.deepcopy(model.generation_config)
-    if tokenizer is None:
-        return settings
-    known = settings.eos_token_id
-    ends = turn_ends(tokenizer) | set([] if known is None else known if isinstance(known, list) else [known])
-    settings.eos_token_id = sorted(ends) if len(ends) > 1 else next(iter(ends))
-    return settings
 
 
 def _save_companions(model, folder, tokenizer):

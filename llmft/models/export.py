@@ -182,7 +182,8 @@ def _copy_card(source, new):
 def _mark_as_merged(card):
     "Have a card that was copied say how a merged model is loaded: nothing of it is quantised, and it is no adapter."
     if card.is_file():
-        text = re.sub(r"load_model\(folder, ('[^']*'), '[^']*'", r"load_model(folder, \1, 'none'", card.read_text('utf-8'))
+        text = card.read_text(encoding='utf-8')
+        text = re.sub(r"load_model\(folder, ('[^']*'), '[^']*'", r"load_model(folder, \1, 'none'", text)
         card.write_text(text.replace('library_name: peft\n', 'library_name: transformers\n'), encoding='utf-8')
 
 

@@ -66,7 +66,8 @@ def _stretch(config, factor):
     width = getattr(config, 'head_dim', None) or config.hidden_size // config.num_attention_heads
     frequencies = 1.0 / config.rope_parameters['rope_theta'] ** (np.arange(0, width, 2) / width)
     turns = _llama3['original_max_position_embeddings'] * frequencies / (2 * np.pi)  # within the original context
-    low, high = _llama3['low_freq_factor'], _llama3['high_freq_factor']
+    low = _llama3['low_freq_factor']
+    high = _llama3['high_freq_factor']
     share = np.clip((turns - low) / (high - low), 0, 1)
     return 1 / ((1 - share) / factor + share)
 
