@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['special_tokens', 'chat_template', 'policies', 'train_tokenizer', 'load_tokenizer', 'has_tokenizer', 'tokenizer_hash',
-           'control_tokens', 'looks_like_control', 'spell_control', 'keep_as_text', 'rendered_rows', 'text_rows',
-           'edges', 'begun', 'turn_ends', 'are_rendered', 'prompt_tokens', 'Examples', 'token_type', 'masked_examples',
-           'TokenWriter', 'side_facts', 'boundaries', 'read_side', 'encode', 'text_notes', 'scored_bytes',
-           'written_end_bytes', 'read_tokens', 'Policy', 'cut', 'show_tokens', 'show_losses']
+           'check_tokens', 'control_tokens', 'looks_like_control', 'spell_control', 'keep_as_text', 'rendered_rows',
+           'text_rows', 'edges', 'begun', 'turn_ends', 'are_rendered', 'prompt_tokens', 'Examples', 'token_type',
+           'masked_examples', 'TokenWriter', 'side_facts', 'boundaries', 'read_side', 'encode', 'text_notes',
+           'scored_bytes', 'written_end_bytes', 'read_tokens', 'Policy', 'cut', 'show_tokens', 'show_losses']
 
 # %% ../../nbs/data/04_tokens.ipynb #8116180d
 import contextlib
@@ -138,6 +138,15 @@ def has_tokenizer(name:str,  # as for `load_tokenizer`
 def tokenizer_hash(tokenizer) -> str:
     "A hash of everything that decides how text is cut: vocabulary, merges, rules."
     return sha256_of(tokenizer.backend_tokenizer.to_str())[:12]
+
+# %% ../../nbs/data/04_tokens.ipynb #73d655cf
+def check_tokens(tokenizer,  # as `load_tokenizer` gives it now
+                 known:str,  # the hash of the tokenizer that a run had, or None
+):
+    "A `LabError` when a run cut its text into other tokens: numbers per token cannot be computed again."
+    here = tokenizer_hash(tokenizer)
+    if known and here != known:
+        raise LabError(f'its tokenizer was another ({known}, here {here}), so its tokens were others')
 
 # %% ../../nbs/data/04_tokens.ipynb #ac1623c2
 _barred = re.compile(r'<[|｜].*[|｜]>', flags=re.DOTALL)  # how turns are spelled that a tokenizer does not call special

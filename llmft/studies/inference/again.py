@@ -9,7 +9,7 @@ __all__ = ['again', 'inference_again']
 from types import SimpleNamespace
 
 from ...data.corpora import load_corpus
-from ...data.tokens import load_tokenizer
+from ...data.tokens import check_tokens, load_tokenizer
 from ...models.precisions import load_form
 from ...runs.checks import same_documents, tolerance, tolerance_of_16_bits
 from ...training.step import judge
@@ -25,7 +25,9 @@ def inference_again(folder,       # of a finished run of inference; nothing in i
     same_documents(dict(meta=dict(data=dict(valid=record['meta']['data'].get('text')))), 'valid', corpus.hashes())
 
     model = load_form(params.model, params.precision, params.compute, params.seed)
-    judged = judge(model, load_tokenizer(params.model), corpus.valid, params.max_length, layout='bucketed')
+    tokenizer = load_tokenizer(params.model)
+    check_tokens(tokenizer, record['meta'].get('tokenizer'))
+    judged = judge(model, tokenizer, corpus.valid, params.max_length, layout='bucketed')
     allowed = tolerance if params.precision == 'fp32' else tolerance_of_16_bits
     return dict(perplexity=(judged['perplexity'], allowed), bits_per_byte=(judged['bits_per_byte'], allowed))
 
