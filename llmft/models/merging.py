@@ -195,15 +195,14 @@ def write_out(model,      # a `PreTrainedModel` without an adapter; it is change
               dtype=None, # of the weights; None is that of the model
 ):                        # `model`, in which nothing is quantised
     "Replace the quantised layers of `model` by plain ones with the same weights."
-    dtype = dtype or model.dtype
     if getattr(model, 'hf_quantizer', None) is None:
         return model
     for name, module in list(model.named_modules()):
         if is_quantised(module):
-            model.set_submodule(name, _full_linear(module, dtype))
+            model.set_submodule(name, _full_linear(module, dtype or model.dtype))
 
     model.hf_quantizer.remove_quantization_config(model)
-    return model.to(dtype)
+    return model.to(dtype) if dtype else model
 
 # %% ../../nbs/models/10_merging.ipynb #cc1988cb
 def _sits_on_shared_table(model):

@@ -13,7 +13,7 @@ from .identity import is_sealed, read_record, seal_record, written
 from .numbers import is_number, short_value, show_metric, show_number
 from .overview import first_sentence
 from .report import write_reports
-from .rivals import confidence, kept_scores, paired_difference
+from .rivals import confidence, paired_difference, paired_scores
 from .run import read_run, save_record
 
 # %% ../../nbs/runs/24_differences.ipynb #d2ac9bec
@@ -60,12 +60,10 @@ def _score_rows(first, second):
     rows = []
     path = Path(first) / 'scores.json'
     for what in read_json(path) if path.exists() else {}:
-        a = kept_scores(first, what)
-        b = kept_scores(second, what)
-        same = b.get('items') == a['items'] and b.get('weights') == a['weights']
-        if not same or 'after' not in a['scores'] or 'after' not in b.get('scores', {}):
+        scores, weights = paired_scores(dict(first=first, second=second), what, 'after')
+        if not scores:
             continue
-        found = paired_difference(b['scores']['after'], a['scores']['after'], a['weights'])
+        found = paired_difference(scores['second'], scores['first'], weights)
         rows.append(dict(score=what, difference=found.value, low=found.low, high=found.high, items=found.items,
                          clear=found.clear))
     return rows
