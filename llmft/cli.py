@@ -10,6 +10,7 @@ __all__ = ['headline', 'app', 'text_table', 'show_table', 'is_sweep', 'jobs_of',
            'export_command', 'plan_row', 'plan_command', 'call', 'main']
 
 # %% ../nbs/cli.ipynb #944647c5
+import itertools
 import json
 import os
 import shutil
@@ -26,6 +27,7 @@ from . import __version__
 from .core import LabError, find_path, number_of, project_root, read_json
 from .runs.execute import execute_run, row_text
 from .runs.inputs import check_inputs
+from .runs.locks import is_held
 from .runs.params import find_notebook, read_parameters, read_yaml, resolve_params, scales, shown
 from .runs.progress import Screen
 from .runs.report import where_it_begins
@@ -171,12 +173,14 @@ def _in_stages(points: list) -> list:
 
 
 def _grouped(jobs: list, workers: int) -> list:
-    "The jobs, with the single runs as one of them when there are several workers for them."
+    "The jobs in their order, with neighbouring single runs as one of them when there are several workers for them."
     if workers == 1:
         return jobs
-    single = [stages[0][0] for stages in jobs if is_single(stages)]
-    sweeps = [stages for stages in jobs if not is_single(stages)]
-    return [_in_stages(single), *sweeps] if single else sweeps
+    grouped = []
+    for single, neighbours in itertools.groupby(jobs, is_single):
+        neighbours = list(neighbours)
+        grouped += [_in_stages([stages[0][0] for stages in neighbours])] if single else neighbours
+    return grouped
 
 
 def run_jobs(jobs:list,        # as from `jobs_of`
@@ -275,7 +279,7 @@ def closing(results: list) -> str:
 # %% ../nbs/cli.ipynb #02b1949f
 def as_json(results: list) -> str:
     "The results of a call as one line of JSON."
-    runs = [result | dict(metrics=metrics_of(result['folder'])) for result in results]
+    runs = [result | dict(metrics=metrics_of(result['folder']) if result['report'] else {}) for result in results]
     return json.dumps(dict(status=status_of(results), runs=runs), ensure_ascii=False)
 
 # %% ../nbs/cli.ipynb #b59c18c6
@@ -506,8 +510,8 @@ def _page_of(run, outputs):
             raise LabError(f'{outputs}/index.html cannot be written: check the folder and its rights')
         return page
     folder = find_run(run, outputs)
-    page = folder / 'live.html'  # of a run in progress
-    page = page if page.is_file() else folder / 'report.html'
+    page = folder / 'live.html'
+    page = page if page.is_file() and is_held(folder) else folder / 'report.html'
     if not page.is_file():
         raise LabError(f'{shown(page)} is not there: llmft report {shown(page.parent)} writes it')
     return page
@@ -905,7 +909,7 @@ def call(arguments: list) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush at exit
     except OSError as error:
-        _refuse(f'{error.strerror}: {error.filename}', arguments)
+        _refuse(f'{error.strerror}: {error.filename}' if error.strerror else str(error), arguments)
         return 1
     except Exception as error:
         if not hasattr(error, 'format_message'):  # only the parser's own errors have it

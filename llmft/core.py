@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['counting_variable', 'assets', 'LabError', 'nearest', 'choose', 'require', 'write_atomic', 'jsonable', 'write_json',
            'check_regular', 'read_json', 'sha256_of', 'short_hash', 'seed_everything', 'purpose_rng', 'counted',
-           'project_root', 'find_path', 'hub_answers', 'shows_bar', 'is_news', 'number_of', 'usable_cores',
+           'project_root', 'find_path', 'hub_answers', 'shows_bar', 'is_news', 'number_of', 'share_of', 'usable_cores',
            'processor_name', 'processor_maker', 'Html']
 
 # %% ../nbs/core.ipynb #bc07d841
@@ -15,6 +15,7 @@ import hashlib
 import importlib
 import json
 import logging
+import math
 import os
 import platform
 import random
@@ -73,7 +74,7 @@ def write_atomic(path,     # the file to write; its folder is made when missing
 )->Path:                   # `path`
     "Replace `path` by `content` in one step: readers see the old file or the new one."
     path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
+    data = content.encode(errors='backslashreplace') if isinstance(content, str) else content  # names may be no text
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.partial')
 
@@ -286,6 +287,13 @@ def number_of(count:int,  # of things
 )->str:
     "A number with its noun, such as 1 core, 2 cores, 1,200 rows."
     return f'{count:,} {one if count == 1 else _plural(one)}'
+
+# %% ../nbs/core.ipynb #6b377971
+def share_of(share:float,  # such as 0.07; above 1 for several times as many
+             count:int,    # of things
+)->int:
+    "So much of a count, rounded up; rounding of the product itself adds nothing."
+    return math.ceil(round(share * count, 9))
 
 # %% ../nbs/core.ipynb #aaeeca49
 def usable_cores() -> int:

@@ -421,6 +421,13 @@ def test_several_files_run_behind_what_they_read(project):
     assert _grouped([[[point]] for point in points.values()], 2) == [stages]
 
 
+def test_a_file_behind_a_sweep_waits_for_it(project):
+    point, other, last = [Point(find_notebook('act'), dict(name=name, outputs='outputs')) for name in 'abc']
+    sweep = [[point], [other]]
+    assert _grouped([sweep, [[last]]], 2) == [sweep, [[last]]]
+    assert _grouped([[[last]], sweep], 2) == [[[last]], sweep]
+
+
 def test_a_run_begun_anew_goes_on_without_the_flag(project):
     process = begin('--fresh')
     os.killpg(process.pid, signal.SIGINT)

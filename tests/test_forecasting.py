@@ -22,7 +22,7 @@ from llmft.models.load import load_model, model_config
 from llmft.studies.forecasting.codec import decode, probe
 from llmft.studies.forecasting.figures import distribution_figure, forecasts_figure
 from llmft.studies.forecasting.forecast import Grammar, evaluate_forecasts, forecast
-from llmft.studies.forecasting.prepared import prepare_series, prompt_ids, read_split, series_documents
+from llmft.studies.forecasting.prepared import check_steps, prepare_series, prompt_ids, read_split, series_documents
 from llmft.training.ledger import Account, Ledger, statement, study_forward, study_step
 
 root = Path(__file__).parent.parent
@@ -279,6 +279,24 @@ def test_what_does_not_fit_is_refused(prepared):
         forecast(model, tokenizer, [';'.join(['12.34,12.34'] * 300)], 200, 1)
     with pytest.raises(LabError, match='0 steps to forecast'):
         forecast(model, tokenizer, part.texts, 10, 0)
+
+
+def test_the_grammar_must_be_able_to_write_the_numbers(prepared):
+    model, tokenizer, part = load_model('base'), load_tokenizer('base'), read_split(prepared, 'test')
+    part.scaled_NTV[1, 25, 0] = 123.4
+    with pytest.raises(LabError, match='reach 123.4, which 2 integer digits cannot write: set integer_digits to 3'):
+        evaluate_forecasts(model, tokenizer, part, 20, 4, 2)
+    for settings in (dict(integer_digits=3), dict(trajectories=1), dict(constrained=False)):
+        evaluate_forecasts(model, tokenizer, part, 20, 1, **dict(trajectories=2, samples=1) | settings)
+
+
+@pytest.mark.parametrize('scaling, window, refused', [('context', 0, True), ('global', 0, False), ('global', 12, True)])
+def test_fewer_given_steps_than_the_data_know_are_refused(prepared, scaling, window, refused):
+    part = read_split(prepared, 'test')
+    part.metadata = part.metadata | dict(scaling=scaling, window=window)
+    check_steps(part, 20, 'here')
+    with pytest.raises(LabError, match='given is 19 and here was prepared with 20') if refused else contextlib.nullcontext():
+        check_steps(part, 19, 'here')
 
 
 def test_free_forecasts_are_counted_as_they_are(prepared, monkeypatch):

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
 from llmft.core import LabError, project_root, read_json, write_atomic, write_json
 from llmft.data import hashes
@@ -20,7 +22,8 @@ from llmft.data.token_files import prepare_tokens, read_token_file, token_folder
 from llmft.runs import provenance, sweeps
 from llmft.runs import run as run_module
 from llmft.runs.checks import seal_check
-from llmft.runs.identity import changed_inputs, declared_inputs, inputs_of, read_record
+from llmft.runs.differences import render_again
+from llmft.runs.identity import changed_inputs, declared_inputs, inputs_of, read_record, runs_by_name, seal_record
 from llmft.runs.locks import is_held
 from llmft.runs.params import read_parameters
 from llmft.runs.results import finished_runs, read_result
@@ -288,6 +291,39 @@ def test_a_run_that_is_named_without_its_folder_is_an_input(tmp_path):
     flip(tmp_path / 'outputs/sublora_train/x/adapter/adapter_model.safetensors')
     with pytest.raises(LabError, match='sublora_train/x: adapter/adapter_model.safetensors was changed'):
         inputs_of(asked)
+
+
+def test_a_training_run_by_its_folder_takes_the_place_of_the_one_by_its_name(tmp_path):
+    run = run_it(tmp_path, notebook='sublora_train')
+    other = run_it(tmp_path, notebook='sublora_train', name='other')
+    asked = dict(trained='x', train_run=str(other.folder), outputs=str(tmp_path / 'outputs'))
+    assert list(inputs_of(asked)) == ['train_run']
+    assert runs_by_name(asked) == {} and runs_by_name(asked | dict(train_run='')) == dict(trained=run.folder)
+
+
+def test_a_page_that_is_written_anew_changes_nothing_for_those_who_read_the_run(tmp_path):
+    run = run_it(tmp_path)
+    asked = dict(runs=[], start=str(run.folder), outputs=str(tmp_path / 'outputs'))
+    before, page = inputs_of(asked), (run.folder / 'report.html').read_text()
+    nbformat.write(new_notebook(cells=[new_code_cell('1')]), tmp_path / 'ran.ipynb')
+
+    for _ in range(2):
+        render_again(run.folder, tmp_path / 'ran.ipynb')
+        assert (run.folder / 'report.html').read_text() != page and inputs_of(asked) == before
+    edit_metric(run.folder)
+    write_json(run.folder / 'run.json', seal_record(run.folder, {
+        name: value for name, value in read_json(run.folder / 'run.json').items() if name != 'given'}))
+    assert inputs_of(asked) != before
+
+
+def test_a_file_whose_name_is_no_text_is_noted_and_found_again(tmp_path):
+    name = os.fsdecode(b'caf\xe9.txt')
+    write_atomic(tmp_path / 'notes' / name, 'text')
+    run = run_it(tmp_path, data=str(tmp_path / 'notes'))
+    record = read_run(run.folder)
+    assert record['run']['status'] == 'done' and list(record['read']['data']) == [f'{tmp_path}/notes/{name}']
+    assert b'caf\\udce9.txt' in (run.folder / 'run.json').read_bytes()
+    assert inputs_of(record['params']) == record['read']
 
 
 def test_outputs_inside_of_a_folder_of_data_are_no_data(tmp_path):

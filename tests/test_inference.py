@@ -329,6 +329,20 @@ def test_the_warm_up_is_made_and_not_counted(monkeypatch):
     assert calls == [(2, 3)] + answered + again and sum(part.new_tokens for part in parts) == 18
 
 
+def test_every_shape_of_a_compiled_step_is_warmed_up(monkeypatch):
+    calls, inner = [], latency.generate
+
+    def plain(model, rows, new, compiled, **options):
+        calls.append((len(rows), max(map(len, rows)), new))
+        return inner(model, rows, new, **options)
+
+    monkeypatch.setattr(latency, 'generate', plain)
+    rows = [[5] * 3, [6] * 4, [7] * 125, [8] * 2, [9] * 3]
+    answer_all(load_model('preset:llama-tiny'), rows, 2, 6, compiled=True)
+    warm, answered = calls[:3], [(2, 4, 6), (2, 125, 6), (1, 3, 6)]
+    assert sorted(warm) == sorted(answered) and calls[3:6] == answered
+
+
 def test_tokens_are_counted_from_ids_and_prompts_apart():
     model, rows = load_model('preset:llama-tiny'), [[5, 6, 7], [8], [9, 10]]
     free = generate(model, rows, 8)

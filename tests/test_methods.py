@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import IA3Config, LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
+from training_runs import examples
 
 from llmft.core import LabError
 from llmft.models.adapters import add_lora, trainable_parameters, weights_hash
@@ -14,7 +16,8 @@ from llmft.models.load import load_model, quantised_share
 from llmft.models.low_rank import add_low_rank, frozen_gpt2
 from llmft.models.methods import Method, methods
 from llmft.models.subspace import SubspaceConfig, attach
-from llmft.training.recipe import optimisers
+from llmft.training.fit import fit
+from llmft.training.recipe import Recipe, optimisers
 
 lora = dict(lora_rank=4, lora_alpha=8.0, lora_dropout=0.1, lora_targets=['q_proj', 'v_proj'])
 targets = ('q_proj', 'v_proj')
@@ -111,3 +114,23 @@ def test_a_method_is_a_value():
 
 def test_weights_outside_the_known_precisions_have_no_name():
     assert Method.of(load_model('preset:llama-tiny').to(torch.float64)).precision == 'fp32'
+
+
+def test_the_active_adapter_counts_whatever_its_name():
+    model = get_peft_model(load_model('base'), LoraConfig(r=2, lora_alpha=6, target_modules=['q_proj']), 'mine')
+    assert Method.of(model) == Method('lora', 2, 6, targets=('q_proj',))
+
+    model.add_adapter('wider', LoraConfig(r=4, lora_alpha=8, target_modules=['v_proj']))
+    model.set_adapter('wider')
+    assert Method.of(model) == Method('lora', 4, 8, targets=('v_proj',))
+
+
+@pytest.mark.parametrize('kind, config', [
+    ('IA3', IA3Config(target_modules=['v_proj'], feedforward_modules=[])),
+    ('LOHA', LoHaConfig(r=2, target_modules=['v_proj'])),
+    ('PROMPT_TUNING', PromptTuningConfig(num_virtual_tokens=2, task_type='CAUSAL_LM')),
+])
+def test_training_refuses_an_adapter_of_another_kind(kind, config, tmp_path):
+    model = get_peft_model(load_model('base'), config)
+    with pytest.raises(LabError, match=f'an adapter of the kind {kind}: whole models and LoRA are trained here'):
+        fit(model, examples(8), None, tmp_path, Recipe(max_steps=1, batch_size=2))

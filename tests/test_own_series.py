@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -19,7 +20,14 @@ from llmft.models.load import load_model
 from llmft.studies.forecasting import figures
 from llmft.studies.forecasting.baselines import linear_autoregression, statistical_here, uninformed
 from llmft.studies.forecasting.codec import decode, encode, probe
-from llmft.studies.forecasting.comparison import compare_forecasts, comparison_verdict, error_table, variable_table
+from llmft.studies.forecasting.comparison import (
+    compare_forecasts,
+    compared_rows,
+    comparison_verdict,
+    error_table,
+    rank_forecasts,
+    variable_table,
+)
 from llmft.studies.forecasting.forecast import Grammar, evaluate_forecasts
 from llmft.studies.forecasting.metrics import scaled_scores, score_forecast
 from llmft.studies.forecasting.prepared import prepare_series, read_split
@@ -364,6 +372,24 @@ def test_a_table_is_evaluated_like_the_study(tmp_path, variables):
         figures.boxes_figure(comparison.gaps(), names=names),
     ]
     assert len(drawn) == 5
+
+
+def test_windows_that_forecast_the_same_steps_are_not_compared_as_if_apart(tmp_path):
+    frame = pd.DataFrame(dict(time=range(200), load=2 + np.sin(np.arange(200) / 3)))
+    rng = np.random.default_rng(0)
+    for stride, apart in ((2, 2), (3, 2), (4, 1), (0, 1)):
+        prepare_series(tmp_path / str(stride), frame, context=8, window=12, stride=stride)
+        part = read_split(tmp_path / str(stride), 'test')
+        samples_NSHV = part.scaled_NTV[:, None, 8:] + rng.normal(size=(len(part), 3, 4, 1))
+        made = SimpleNamespace(samples_NSHV=samples_NSHV, nll_H=None)
+        scores = score_forecast(samples_NSHV, part.scaled_NTV[:, 8:], part.metadata['names'])
+        comparison = compare_forecasts(part, {'untrained': made}, {'untrained': scores}, 8, 4)
+        rows, names = compared_rows(comparison)
+        assert rows == list(range(0, len(part), apart)) and set(names) == set(comparison.points)
+
+        ranking = rank_forecasts(comparison)
+        assert {difference.items for difference in ranking.differences.values()} == {len(rows)}
+        assert ranking.measure.items == ('trajectories' if apart == 1 else 'windows without a common step')
 
 
 # ---- the guide

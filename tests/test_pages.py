@@ -14,6 +14,7 @@ from house import write
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from llmft.runs.figures import bars, frontier, loss_curves, memory_bars, on_deep, on_pale
+from llmft.runs.locks import hold, release
 from llmft.runs.overview import write_overview
 from llmft.runs.pictures import inline_svg, take_picture, tones
 from llmft.runs.report import next_commands, render_report, write_reports
@@ -513,6 +514,22 @@ def test_the_page_over_all_runs_sorts_and_leads_to_reports(browser, folder):
     tab.click('text=finetune/second')
     assert 'stopped by SIGTERM' in tab.content() and not trouble
     tab.close()
+
+
+def test_a_live_page_is_that_of_a_run_in_progress_only(tmp_path):
+    place = tmp_path / 'outputs' / 'finetune' / 'x'
+    for status in ('running', 'interrupted'):
+        write(place / 'run.json', json.dumps(record | dict(run=run | dict(status=status))))
+        write(place / 'live.html', 'in progress')
+        assert 'x/live.html' not in write_overview(tmp_path / 'outputs').read_text()
+
+    hold(place)
+    try:
+        assert 'x/live.html' not in write_overview(tmp_path / 'outputs').read_text()
+        write(place / 'run.json', json.dumps(record | dict(run=run | dict(status='running'))))
+        assert 'x/live.html' in write_overview(tmp_path / 'outputs').read_text()
+    finally:
+        release(place)
 
 
 def test_hostile_names_and_verdicts_stay_text(browser, tmp_path):

@@ -100,6 +100,20 @@ def test_figures_of_the_instruction_study(nothing_is_loaded):
     assert (plan['steps_per_epoch'], plan['steps'], plan['warmup_steps'], plan['rows_from']) == (284, 852, 26, 'stated')
 
 
+@pytest.mark.parametrize(
+    'overrides, trainable, computed',
+    [
+        ([], 200, 14_336),
+        (['projection=identity'], 14_336, None),
+        (['lora_targets=[]', 'intrinsic_dim=7'], 7, 3_901_696),
+    ],
+)
+def test_the_plan_of_a_subspace_counts_its_coordinates(nothing_is_loaded, overrides, trainable, computed):
+    plan = make_plan(params_of('sublora_train/finetune.yaml', *overrides))
+    assert (plan['trainable'], plan['computed']) == (trainable, computed)
+    assert plan['method'] == ('full' if 'lora_targets=[]' in overrides else 'lora')
+
+
 def test_plan_command_needs_no_weights_and_no_network(nothing_is_loaded, capsys):
     assert call(['plan', str(root / 'params/finetune/qlora.yaml'), '--gpu', 'h100', '--json']) == 0
     (plan,) = json.loads(capsys.readouterr().out)['plans']

@@ -16,6 +16,7 @@ from llmft.runs import tables
 from llmft.runs.execute import execute_run
 from llmft.runs.report import (
     ansi_html,
+    chips_html,
     clean_html,
     last_state,
     markdown_html,
@@ -131,6 +132,16 @@ def test_numbers_among_the_parameters_are_short_and_whole_in_the_title(value, wo
     page = render_report(new_notebook(cells=[tagged]), record | dict(params=dict(budget=value)))
     assert f'<li title="{value}"><b>budget</b> {words}</li>' in page
     assert f'<td title="{value}">{words}</td>' in page
+
+
+def test_a_long_value_is_cut_between_its_signs():
+    chips = chips_html(dict(prompts='a' * 58 + '<b>' * 9))
+    assert 'a' * 58 + '&lt;…</li>' in chips
+
+
+def test_the_line_that_checks_a_run_can_be_pasted(tmp_path):
+    page = render_report(new_notebook(), record | dict(params=dict(outputs='my runs')))
+    assert "llmft verify &#x27;my runs/" in page
 
 
 def test_text_is_escaped():

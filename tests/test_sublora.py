@@ -40,6 +40,7 @@ from llmft.bounds.certificates import (
     write_certificate,
 )
 from llmft.bounds.coding import decode_message, encode_message, entropy, make_codebook, prefixed_bits, reference_bits
+from llmft.bounds.descriptions import check_spec
 from llmft.bounds.scoring import Scores, summarise
 from llmft.cli import call as cli_call
 from llmft.core import LabError, project_root, sha256_of
@@ -49,6 +50,8 @@ from llmft.data.tokens import boundaries, side_facts
 from llmft.models.low_rank import add_low_rank, frozen_gpt2
 from llmft.models.projections import make_projection, projections
 from llmft.models.subspace import SubspaceConfig, attach
+from llmft.runs.execute import execute_run
+from llmft.runs.params import resolve_params
 from llmft.training.fit import fit
 from llmft.training.recipe import Recipe
 
@@ -663,6 +666,24 @@ def test_the_sweep_is_the_study():
     )
 
 
+def test_a_model_that_no_certificate_can_describe_is_refused_before_training(tmp_path):
+    base = dict(model='random', layers=12, heads=12, width=768, block=1024, vocabulary=50257, seed=0, scale=0.02)
+    lora = dict(targets=['q_proj', 'k_proj', 'v_proj', 'o_proj', 'c_fc', 'lm_head'], rank=80, alpha=32.0, dropout=0.0,
+                seed=0)
+    subspace = dict(dimension=1000, mode='uniform', ratio=0.5, projection='kronecker', seed=0, gate_bits=4,
+                    temperature=0.2, final_temperature=0.02, anneal_steps=10)
+    assert check_spec(dict(base=base, lora=lora, subspace=subspace))  # only the head's factors have a vocabulary
+    for wrong in (dict(layers=24, width=1024), dict(vocabulary=2**20)):
+        with pytest.raises(LabError, match='the description stands for up to'):
+            check_spec(dict(base=base | wrong, lora=lora | dict(rank=400), subspace=subspace))
+
+    texts = ['layers=24', 'heads=16', 'width=1024', 'max_length=1024', 'tokenizer=base', 'documents=200']
+    notebook, params = resolve_params([root / 'nbs/experiments/sublora_train.ipynb'], texts)
+    record = execute_run(notebook, params | dict(outputs=str(tmp_path)), on_line=lambda line: None)
+    assert record['run']['status'] == 'failed' and 'the description stands for up to' in record['run']['error']
+    assert not list((tmp_path / 'sublora_train').rglob('log.jsonl'))
+
+
 def test_train_bound_and_analysis_notebooks(tmp_path):
     from llmft.runs.execute import execute_run
     from llmft.runs.params import resolve_params
@@ -691,7 +712,7 @@ def test_train_bound_and_analysis_notebooks(tmp_path):
             trained=f'd{d}_{mode}',
             retrain_steps=2,
             samples=100,
-            num_eval_samples=100,
+            num_eval_samples=1000,  # more than there are
             configurations=2,
         )
         assert (

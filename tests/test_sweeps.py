@@ -12,12 +12,13 @@ import dask
 import pytest
 from house import write, write_experiment
 
+from llmft.cli import as_json, closing
 from llmft.core import LabError, write_json
 from llmft.runs import sweeps
 from llmft.runs.identity import seal_record
 from llmft.runs.params import find_notebook
 from llmft.runs.run import read_run
-from llmft.runs.sweep_file import Point, expand, sweep_points
+from llmft.runs.sweep_file import Point, expand, needs, sweep_points
 from llmft.runs.sweeps import run_stages, sweep_report
 from llmft.runs.workers import local_workers
 
@@ -126,6 +127,7 @@ stage = 'name: s\nstages:\n  - notebook: act\n'
             4,
             "{sede} is no parameter of the notebook (did you mean 'seed'?)",
         ),
+        ('name: s\nseeds: [1, 2]\nstages:\n  - notebook: act\n    points: [8, 16]\n', 5, 'a point must be'),
         (stage + '    name: s-{seed\n', 4, "name 's-{seed'"),
         (stage + '    name: s/{seed}\n', 4, 'cannot name a run'),
         (stage + '    name: s-{rate}\n    matrix: {seed: [1, 2]}\n', 4, 'two runs of act are named s-0.001'),
@@ -249,6 +251,44 @@ def test_an_unfinished_point_begins_anew_when_what_it_reads_was_made_since(proje
     )
     reader.again = False
     assert sweeps.ready_points([reader], results, [source], False, lambda *_: None) == [reader] and not reader.again
+
+
+def test_a_run_that_did_not_begin_gives_no_numbers_and_no_report_of_an_earlier_one(project):
+    text = stage + """    name: first
+    params: {action: none, seed: 1}
+  - notebook: act
+    name: after
+    params: {model: outputs/act/first/adapter}
+"""
+    before = run_stages(expand(sweep(text)))
+    assert [bool(result['report']) for result in before] == [True, True]
+    assert [len(run['metrics']) for run in json.loads(as_json(before))['runs']] == [2, 2]
+
+    results = run_stages(expand(sweep(text.replace('action: none', 'action: "raise"'))))
+    assert outcomes(results) == {'first': 'failed', 'after': 'not run'}
+    assert results[1]['report'] is None and 'after/report' not in closing(results)
+    assert json.loads(as_json(results))['runs'][1]['metrics'] == {}
+
+
+def test_the_command_line_wins_over_what_a_sweep_fills_in(project):
+    text = stage + '    name: p-{seed}\n    params: {model: "{outputs}/act/one"}\n    matrix: {seed: [1]}\n'
+    (point,) = expand(sweep(text), overrides=['outputs=elsewhere'])[0]
+    assert point.params['model'] == 'elsewhere/act/one'
+    (point,) = expand(sweep(text), overrides=['model=mine'])[0]
+    assert point.params['model'] == 'mine'
+
+
+@pytest.mark.parametrize('name', ['own_series', 'forecast_study', 'forecast_search'])
+@pytest.mark.parametrize('scale', ['', 'small'])
+def test_a_sweep_reads_its_own_runs_wherever_its_outputs_lie(name, scale, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    stages = expand(f'params/sweeps/{name}.yaml', scale, overrides=['outputs=second'])
+    earlier = []
+    for number, points in enumerate(stages):
+        assert all(needs(point, earlier) for point in points if number and not point.summary), name
+        earlier += points
+    named = [text for point in earlier for text in point.params.values() if isinstance(text, str)]
+    assert not [text for text in named if text.startswith('outputs/')]
 
 
 def test_a_killed_worker_costs_one_attempt(project):

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from llmft.core import LabError
 from llmft.data.tokens import load_tokenizer
 from llmft.studies.code.pass_at_k import Attempt, check_all, check_references, pass_at_k, program_of, score
+from llmft.studies.code.setup import runnable_tasks
 from llmft.studies.code.tasks import (
     Task,
     as_task,
@@ -538,3 +540,18 @@ def test_a_string_may_hold_unicode_line_ends(tmp_path):
         '\n'.join(json.dumps(row, ensure_ascii=False) for row in rows), encoding='utf-8'
     )
     assert load_tasks(str(tmp_path / 'rows.jsonl'))[0]['train'][0].input == 'a\u2028b\u0085c train'
+
+
+def test_problems_that_the_run_trains_on_are_not_judged(tmp_path, capsys):
+    rows = [dict(input=f'Add {n}.', solution=f'def add(x): return x + {n}', tests=f'assert add(1) == {n + 1}')
+            for n in range(30)]
+    path = tmp_path / 'rows.jsonl'
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    tasks, _ = load_tasks(str(path), valid_share=0.2, seed=1)
+    data = SimpleNamespace(tasks=tasks)
+    asked = SimpleNamespace(problems=str(path), split_field='split', num_problems=0, seed=1)
+    judged = runnable_tasks(asked, data)
+    assert {task.input for task in judged} == {task.input for task in tasks['test']} and judged
+    assert f'{30 - len(judged)} problems of {path} left out: the run trains on them' in capsys.readouterr().out
+    own = runnable_tasks(SimpleNamespace(**vars(asked) | dict(problems='test')), data)
+    assert {task.input for task in own} == {task.input for task in judged}

@@ -1,5 +1,7 @@
 "Tokens are accounted for, whatever the text, the policy or the layout."
 
+import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +19,7 @@ from llmft.data.tokens import (
     TokenWriter,
     cut,
     encode,
+    load_tokenizer,
     policies,
     read_side,
     read_tokens,
@@ -242,6 +245,41 @@ def test_tokens_of_the_hub_are_found_again_in_the_folder_they_were_prepared_in(t
     assert facts['train']['documents'] == 20 and (run_tokens(params) / 'tokens.json').exists()
     known['org/texts'] = 'c' * 40
     assert not run_tokens(params).exists()
+
+
+def test_what_a_crashed_machine_lost_is_prepared_again(tmp_path, monkeypatch):
+    notes = tmp_path / 'notes.jsonl'
+    notes.write_text(''.join(f'{{"text": "number {n}"}}\n' for n in range(40)))
+    source = dict(data=str(notes), tokenizer='base', valid_share=0.2, batch=4)
+    whole = token_files.prepare_tokens(tmp_path / 'whole', **source)
+    write = token_files.write_json
+
+    def write_then_stop(path, value):
+        write(path, value)
+        if path.name == '.train.json':
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(token_files, 'write_json', write_then_stop)
+        stopped.setattr(token_files.write_side, '__defaults__', (2,))
+        with pytest.raises(KeyboardInterrupt):
+            token_files.prepare_tokens(tmp_path / 'lost', **source)
+    part = tmp_path / 'lost/.train.bin.partial'
+    os.truncate(part, part.stat().st_size // 2)
+    lost = token_files.prepare_tokens(tmp_path / 'lost', **source)
+    assert lost['train'] == whole['train'] and lost['val'] == whole['val']
+
+
+def test_truncation_and_padding_that_a_trainer_saved_are_not_taken_over(tmp_path):
+    trainers = load_tokenizer('base')
+    trainers(['a', 'some more words'], truncation=True, max_length=8, padding=True)
+    trainers.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / 'tokenizer.json').read_text())['truncation']
+
+    plain, text = load_tokenizer('base'), ['word ' * 50, 'a']
+    assert load_tokenizer(str(tmp_path)).backend_tokenizer.encode_batch_fast(text)[0].ids == plain(text)['input_ids'][0]
+    assert load_tokenizer(str(tmp_path)).backend_tokenizer.encode_batch_fast(text)[1].ids == plain(text)['input_ids'][1]
+    assert tokenizer_hash(load_tokenizer(str(tmp_path))) == tokenizer_hash(plain)
 
 
 def test_a_document_that_is_too_long_is_named_with_its_own_length():

@@ -16,7 +16,7 @@ import training_runs
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from llmft.core import LabError
+from llmft.core import LabError, share_of
 from llmft.data.batches import micro_batches
 from llmft.data.tokens import Examples
 from llmft.inference.decoder import is_lean
@@ -25,7 +25,7 @@ from llmft.models.load import load_model, presets
 from llmft.training import checkpoints
 from llmft.training import fit as training
 from llmft.training.fit import fit
-from llmft.training.recipe import Recipe, make_optimiser
+from llmft.training.recipe import Recipe, make_optimiser, warmup_steps
 from llmft.training.step import LossModel, accumulate, evaluate_loss, set_gradient_checkpointing, step_batches
 
 examples = training_runs.examples
@@ -606,6 +606,19 @@ def test_checkpoints_are_in_the_order_of_their_steps_however_many_digits(tmp_pat
         (tmp_path / f'step-{step:06d}').mkdir()
     checkpoints.prune_checkpoints(tmp_path, 2)
     assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ['step-1000000', 'step-999900']
+
+
+def test_checkpoints_of_an_attempt_that_cannot_be_continued_give_their_place_to_good_ones(tmp_path):
+    for step in (40, 45, 100):
+        (tmp_path / f'step-{step:06d}').mkdir()
+    checkpoints.prune_checkpoints(tmp_path, 1, best_step=40, saved_step=45)
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ['step-000045', 'step-000040']
+
+
+@pytest.mark.parametrize('share, count, steps', [(0.07, 100, 7), (0.28, 25, 7), (0.03, 420, 13), (1.0, 9, 9), (0.0, 9, 0)])
+def test_a_share_of_the_steps_is_not_one_too_many_by_rounding(share, count, steps):
+    assert share_of(share, count) == steps
+    assert warmup_steps(Recipe(warmup_ratio=share), count) == steps
 
 
 @pytest.mark.parametrize('targets', [['q_proj', 'lm_head'], ['layers.0.self_attn.q_proj']])

@@ -168,6 +168,29 @@ def forecast_comparison(best):
     )
 
 
+def test_a_model_that_shares_no_trajectory_with_the_judged_one_is_left_out():
+    comparison = forecast_comparison('fine-tuned')
+    comparison.points['untrained'][1:] = np.nan
+    comparison.points['fine-tuned'][0] = np.nan
+    errors = forecasts.trajectory_errors(comparison)
+    assert errors['untrained'] is None and len(errors['fine-tuned']) == items - 1
+    assert 'fine-tuned' in forecasts.comparison_verdict(comparison, 'fine-tuned')
+
+
+def test_training_runs_that_were_judged_on_something_else_are_not_ranked_with_the_others():
+    def result(name, mae, **params):
+        run = dict(name=name, notebook='forecast_train')
+        asked = dict(model='base', num_eval_samples=6, given=50, valid_horizon=10, valid_samples=3) | params
+        record = dict(run=run, params=asked, meta=dict(series=dict(source='simulated', scaling='context', alpha=10.0)))
+        metrics = dict(part='search', valid_mae=mae, learning_rate=mae / 100, lora_rank=8, precision=2)
+        return dict(record=record, folder='', metrics=metrics | dict(valid_horizon=10, valid_trajectories=6))
+
+    study = summary.study_rows([result('a', 2.0), result('b', 3.0), result('short', 0.5, valid_horizon=1)])
+    said = summary.summary_verdict(study, None, 0.0)
+    assert 'of 2 searched runs: learning rate 0.02' in said and 'as judged on other data, steps or trajectories: 1 run.' in said
+    assert 'learning rate 0.005' not in summary.summary_details(study)
+
+
 def forecast_eval(best):
     return forecasts.comparison_verdict(forecast_comparison(best), 'fine-tuned')
 

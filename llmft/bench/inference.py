@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['random_prompts', 'decoding_speed', 'decode_in_turns', 'decoding_table', 'decode_alone', 'precisions_table',
-           'llama_cpp_files', 'decode_with_llama_cpp']
+           'llama_cpp_files', 'check_forms', 'decode_with_llama_cpp']
 
 # %% ../../nbs/bench/05_inference.ipynb #9f5fc6e6
 import contextlib
@@ -164,6 +164,16 @@ def _llama_cpp_greedy(model, prompt, new):
     "`new` ids after the prompt, which is read anew."
     model.reset()
     return list(itertools.islice(model.generate(prompt, top_k=1, temp=0.0), new))
+
+# %% ../../nbs/bench/05_inference.ipynb #1c389bcb
+def check_forms(forms:list,         # names in `llmft.models.precisions.forms`
+                compute:str='fp32', # what int8 and nf4 compute in
+):
+    "A `LabError` for no format at all, and for one that is unknown or cannot be computed here."
+    if not forms:
+        raise LabError('forms is empty: give the precisions to compare, such as [fp32]')
+    for form in forms:
+        check_form(form, compute)
 
 # %% ../../nbs/bench/05_inference.ipynb #e123a9b1
 def decode_with_llama_cpp(net,          # a causal language model in evaluation mode

@@ -103,7 +103,9 @@ def _check_totals(base, lora):
     width = base['width']
     vocabulary = base['vocabulary']
     numbers = layers * (12 * width**2 + 13 * width) + (vocabulary + base['block']) * width
-    factors = layers * len(lora['targets']) * lora['rank'] * (width + max(4 * width, vocabulary))
+    inner = len(set(lora['targets']) - {'lm_head'})
+    heads = 'lm_head' in lora['targets']
+    factors = lora['rank'] * (inner * layers * 5 * width + heads * (width + vocabulary))
     if max(numbers, factors) > _most_numbers:
         raise LabError(f'the description stands for up to {max(numbers, factors):,} numbers: at most '
                        f'{_most_numbers:,} are built to check a certificate')

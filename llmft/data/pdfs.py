@@ -23,7 +23,7 @@ import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ..core import LabError, find_path, purpose_rng, shows_bar, usable_cores, write_atomic, write_json
+from ..core import LabError, find_path, purpose_rng, share_of, shows_bar, usable_cores, write_atomic, write_json
 from .corpora import Corpus, builtin_part, content_key
 from .tables import Documents, files_below
 
@@ -451,7 +451,7 @@ def split_files(names:list,           # of usable files
     "Which files are trained on and which are held out."
     _check_split(names, test_share)
     order = purpose_rng(seed, 'pdf files').permutation(len(names))
-    held_out = min(len(names) - 1, -int(-test_share * len(names) // 1))
+    held_out = min(len(names) - 1, share_of(test_share, len(names)))
     in_order = sorted(names)
     test = [in_order[row] for row in sorted(order[:held_out])]
     train = [in_order[row] for row in sorted(order[held_out:])]

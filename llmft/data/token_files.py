@@ -292,6 +292,7 @@ def _with_eots(rows, eot, first, side):
 
 
 _nothing = dict(batches=0, tokens=0, documents=0, control_like=0)
+_parts = dict(bin=('tokens', 2), sizes=('documents', 8))  # kind of file -> what it holds, and bytes of each
 
 
 def _note_of(folder, side):
@@ -302,9 +303,13 @@ def _note_of(folder, side):
 def _progress(folder, side):
     "The part that an interrupted preparation noted as written."
     note = _note_of(folder, side)
-    parts = [folder / f'.{side}.{kind}.partial' for kind in ('bin', 'sizes')]
-    done = read_json(note) if note.exists() and all(part.exists() for part in parts) else {}
-    return done if done.keys() == _nothing.keys() else _nothing
+    parts = {kind: folder / f'.{side}.{kind}.partial' for kind in _parts}
+    done = read_json(note) if note.exists() and all(part.exists() for part in parts.values()) else {}
+    if done.keys() != _nothing.keys():
+        return _nothing
+    # a machine that stopped may have lost what it had noted
+    whole = all(parts[kind].stat().st_size >= size * done[what] for kind, (what, size) in _parts.items())
+    return done if whole else _nothing
 
 
 def _further(done, rows, ids, control_like):

@@ -125,6 +125,8 @@ def load_tokenizer(name:str,  # of a model, as `find_model` knows it, or a folde
                        "generation would never stop; choose another")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.no_truncation()  # a trainer may have saved its own with the tokenizer
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 # %% ../../nbs/data/04_tokens.ipynb #3e1d53e3

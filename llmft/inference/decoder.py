@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['lean_classes', 'steady_ropes', 'most_packed', 'linear_map', 'is_lean', 'rotate', 'prefill_mask', 'LeanDecoder',
-           'GraphDecoder', 'ModelDecoder', 'CompiledDecoder', 'UnmaskedStepDecoder', 'RereadDecoder', 'forced_logits',
-           'general_decoder', 'decoder_for']
+           'GraphDecoder', 'ModelDecoder', 'fixed_slots', 'CompiledDecoder', 'UnmaskedStepDecoder', 'RereadDecoder',
+           'forced_logits', 'general_decoder', 'decoder_for']
 
 # %% ../../nbs/inference/01_decoder.ipynb #c1a51e55
 import contextlib
@@ -713,14 +713,18 @@ class ModelDecoder:
 _cache_block = 128  # slots: cache sizes are multiples, so that prompts of similar length share one compiled step
 
 
+def fixed_slots(slots: int) -> int:
+    "Slots of the fixed cache that holds so many, for which a step is compiled."
+    return -(-slots // _cache_block) * _cache_block
+
+# %% ../../nbs/inference/01_decoder.ipynb #1c6d64db
 class CompiledDecoder(ModelDecoder):
     "Prefill by a model's own forward, single steps by that forward compiled, over a cache of fixed size."
 
     def __init__(self, model, slots):
         super().__init__(model, slots)
         self.net = causal_model(model)
-        blocks = -(-slots // _cache_block)
-        self.cache = StaticCache(config=self.net.config, max_cache_len=blocks * _cache_block)
+        self.cache = StaticCache(config=self.net.config, max_cache_len=fixed_slots(slots))
 
     def _step_mask(self, ids_B1, places):
         "The mask of one step, made outside of what is compiled."

@@ -14,6 +14,7 @@ import torch
 from ..core import LabError
 from ..models.load import causal_model
 from ..models.meter import Meter, TensorMemory, per_second, resident_bytes
+from .decoder import fixed_slots
 from .generation import generate
 
 # %% ../../nbs/inference/03_latency.ipynb #ba9bfe13
@@ -43,6 +44,13 @@ def _peak_tensors(model, batches, max_new_tokens, options):
     return tensors.peak_bytes
 
 
+def _warmup_batches(batches, max_new_tokens, compiled):
+    "What is answered before the clock runs: the first batch, or one of each shape for which a step is compiled."
+    if not compiled:
+        return batches[:1]
+    return {(len(batch), fixed_slots(max(map(len, batch)) + max_new_tokens)): batch for batch in batches}.values()
+
+
 def answer_all(model,                 # a causal language model
                rows:list,             # prompts, lists of token ids
                batch_size:int,        # prompts at a time, in their order
@@ -51,7 +59,7 @@ def answer_all(model,                 # a causal language model
                pad_id:int=0,          # fills short prompts
                warmup_tokens:int=4,   # tokens of a first call on the first batch, which is not counted; 0 for none
                say=lambda done: None, # called with the number of prompts done, ten times at most
-               compiled:bool=False,   # as for `generate`; the warm-up is then the whole first batch
+               compiled:bool=False,   # as for `generate`; the warm-up then answers a batch of each compiled shape
 )->tuple:                             # (`Generated` of each batch; peak bytes: weights and what answering added)
     "Greedy answers to all of `rows`, after a warm-up that does not count."
     if batch_size < 1:
@@ -59,9 +67,9 @@ def answer_all(model,                 # a causal language model
     options = dict(stop_ids=stop_ids, pad_id=pad_id, compiled=compiled)
     batches = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
 
-    if warmup_tokens:
-        tokens = max_new_tokens if compiled else min(warmup_tokens, max_new_tokens)
-        generate(model, rows[:batch_size], tokens, **options)
+    tokens = max_new_tokens if compiled else min(warmup_tokens, max_new_tokens)
+    for batch in _warmup_batches(batches, max_new_tokens, compiled) if warmup_tokens else ():
+        generate(model, batch, tokens, **options)
     gc.collect()
     parts, meter = _timed_batches(model, batches, max_new_tokens, options, say)
     if next(model.parameters()).is_cuda:

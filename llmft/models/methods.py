@@ -62,6 +62,18 @@ def _quantisation_of(base):
     return 'nf4' if config.load_in_4bit else 'int8'
 
 
+def _adapter_on(model):
+    "The configuration of the active adapter of a model, or `None`; a `LabError` for one that is not a LoRA."
+    adapters = getattr(model, 'peft_config', None)
+    if not adapters:
+        return None
+    adapter = adapters[model.active_adapter]
+    if adapter.peft_type != 'LORA':
+        raise LabError(f'the model has an adapter of the kind {adapter.peft_type.value}: whole models and LoRA '
+                       'are trained here, so merge it first, or put a LoRA on the base')
+    return adapter
+
+
 def _start_of(adapter):
     "The name in `starts` of how the factors of a PEFT adapter began."
     begun = getattr(adapter, 'init_lora_weights', True)
@@ -99,11 +111,11 @@ class Method:
 
     @classmethod
     def of(cls, model):
-        "The method by which `model` is trained: read from its adapter, or from the facts that it carries."
+        "The method by which `model` is trained: of its active adapter, or of the facts that it carries."
         from llmft.models.load import causal_model
 
         base = causal_model(model)
-        adapter = getattr(model, 'peft_config', {}).get('default')
+        adapter = _adapter_on(model)
         if adapter is None:
             return getattr(model, 'training_facts', None) or cls(precision=_precision_of(base))
 

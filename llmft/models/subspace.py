@@ -148,7 +148,7 @@ def _numbers_in(names, sizes, factor, layer=None):
 def _fixed_blocks(names, sizes, config):
     "A block for all A and one for all B."
     d = config.dimension
-    cut = d - int(d * config.ratio)
+    cut = d - int(round(d * config.ratio, 9))
     if not 0 < cut < d:
         raise LabError(f'ratio {config.ratio} of {d} coordinates leaves one factor without any: '
                        'raise the intrinsic dimension')

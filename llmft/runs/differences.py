@@ -8,7 +8,7 @@ __all__ = ['flat', 'compare_runs', 'differences_text', 'render_again']
 # %% ../../nbs/runs/24_differences.ipynb #2d684a7d
 from pathlib import Path
 
-from ..core import LabError, find_path, read_json
+from ..core import LabError, find_path, read_json, short_hash
 from .identity import is_sealed, read_record, seal_record, written
 from .numbers import is_number, short_value, show_metric, show_number
 from .overview import first_sentence
@@ -197,5 +197,6 @@ def render_again(folder,           # of a run
         raise LabError(f'{path} is no notebook ({type(error).__name__}): give the one that was executed') from None
     page = write_reports(executed, record, folder)
     if is_done:
+        record.setdefault('given', short_hash(record['wrote']))  # its readers count as unchanged
         save_record(folder, seal_record(folder, record))
     return page

@@ -142,6 +142,11 @@ def _source_hashes(source, kind, fresh, without=None):
     return source_hashes(source, kind, fresh, without)
 
 
+def _given(record):
+    "What a finished run gives to its readers, as one hash, which stays when its page is written anew."
+    return record.get('given') or short_hash(record['wrote'])
+
+
 def _run_hashes(source, path, run, kind, fresh):
     "What the finished run in the folder `run` gives to a reader of `source`; a `LabError` when it was altered."
     record = read_record(run)
@@ -149,7 +154,7 @@ def _run_hashes(source, path, run, kind, fresh):
         return {source: f"unfinished {record['run'].get('id')}"}
     if problem := altered(run, record, fresh):
         raise LabError(f'{source}: {problem}: run it again')
-    return {source: short_hash(record['wrote'])} if path == run else _source_hashes(source, kind, fresh)
+    return {source: _given(record)} if path == run else _source_hashes(source, kind, fresh)
 
 
 def _outputs_of(params):
@@ -193,8 +198,8 @@ def _finished_sources(outputs):
             record = read_record(path.parent)
         except LabError:
             continue
-        if record['run']['status'] == 'done' and 'runs' not in record.get('params', {}):
-            found[f'{path.parent.parent.name}/{path.parent.name}'] = short_hash(record.get('wrote'))
+        if record['run']['status'] == 'done' and 'wrote' in record and 'runs' not in record.get('params', {}):
+            found[f'{path.parent.parent.name}/{path.parent.name}'] = _given(record)
     return found
 
 
@@ -215,12 +220,17 @@ def _from_home(name):
     return f'~/{path.relative_to(home)}' if home != path and path.is_relative_to(home) else name
 
 
+def _read_inputs(params):
+    "Name -> kind of the parameters that name inputs and count; a `train_run` takes the place of `trained`."
+    return {name: kind for name, kind in declared_inputs.items() if not (name == 'trained' and params.get('train_run'))}
+
+
 def inputs_of(params:dict,      # all parameters of a run
               fresh:bool=False, # read every byte again, regardless of remembered hashes
 )->dict:                        # parameter -> {name: SHA-256, version or revision}
     "The inputs of a run with these parameters, by content; a `LabError` for a run among it that was altered."
     outputs = _outputs_of(params)
-    named = [name for name in declared_inputs if isinstance(params.get(name), (str, list))]
+    named = [name for name in _read_inputs(params) if isinstance(params.get(name), (str, list))]
     found = {name: _inputs_of_one(name, params[name], outputs, fresh) for name in named}
     return {name: hashes for name, hashes in found.items() if hashes}
 
@@ -239,7 +249,7 @@ def runs_named(name:str,    # of a parameter that names inputs
 def runs_by_name(params:dict, # some or all parameters of a run
 )->dict:                      # parameter -> folder, whether it is there or not
     "Where the runs lie that parameters name by their names alone."
-    kinds = {name: kind for name, kind in declared_inputs.items() if kind.startswith('runs of ')}
+    kinds = {name: kind for name, kind in _read_inputs(params).items() if kind.startswith('runs of ')}
     named = {name: params[name] for name in kinds if isinstance(params.get(name), str) and params[name]}
     return {name: _place_of(run, kinds[name], _outputs_of(params))[1] for name, run in named.items()}
 

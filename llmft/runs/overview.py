@@ -92,11 +92,13 @@ def _status(folder, run):
 def _row(folder, record):
     "What the page says about one run."
     run = record['run']
-    return dict(notebook=folder.parent.name, name=folder.name, status=_status(folder, run),
+    status = _status(folder, run)
+    pages = ('live.html', 'report.html') if status == 'running' else ('report.html',)
+    return dict(notebook=folder.parent.name, name=folder.name, status=status,
                 started=str(run.get('started') or ''), seconds=run.get('seconds'),
                 words=first_sentence(run.get('verdict')) or str(run.get('error') or ''),
                 losses=sampled_losses(folder), params=record.get('params') or {},
-                page=next((page for page in ('live.html', 'report.html') if (folder / page).exists()), ''))
+                page=next((page for page in pages if (folder / page).exists()), ''))
 
 
 def overview_rows(outputs,  # folder of all runs

@@ -24,7 +24,7 @@ from llmft.models.cost import (
     trained_tensors,
 )
 
-from ..core import LabError, find_path, nearest, number_of
+from ..core import LabError, find_path, nearest, number_of, share_of
 from ..models.methods import Method
 from ..training.recipe import check_rate, optimisers
 from .params import check_choice, declared_names
@@ -62,11 +62,18 @@ class Settings:
     text_field: str = ''
     valid_share: float = 0.1         # held out where the data has no validation split
     replay_share: float = 0.0        # of the training positions, general text
+    intrinsic_dim: int = 0           # coordinates that all trained parameters are computed from, 0 for none
+    projection: str = ''             # from coordinates to parameters; identity leaves them as they are
 
     @property
     def step_rows(self):
         "Rows that an optimiser step learns from."
         return self.batch_size * self.gradient_accumulation
+
+    @property
+    def coordinates(self):
+        "Numbers that are trained in place of the parameters, or 0."
+        return 0 if self.projection == 'identity' else self.intrinsic_dim
 
 # %% ../../nbs/runs/13_plan.ipynb #034a559e
 def trains_a_model(params:dict,  # name -> value of all parameters of a notebook
@@ -90,13 +97,19 @@ def _plain_settings(params):
     return {name: value for name, value in params.items() if name in names}
 
 
+def _method_of(params):
+    "The method of a run; a subspace without targets is one of all weights."
+    if 'intrinsic_dim' in params and not params.get('lora_targets'):
+        params = params | dict(lora_rank=0)
+    return Method.from_params(SimpleNamespace(**params)).check_base()
+
+
 def settings_of(params:dict,  # name -> value of all parameters of a notebook
 )->Settings:
     "The settings of a run; a `LabError` for an unknown choice, and for processes that cannot share its work."
     for name, value in params.items():
         check_choice(name, value)
-    method = Method.from_params(SimpleNamespace(**params)).check_base()
-    settings = Settings(method=method, **_plain_settings(params))
+    settings = Settings(method=_method_of(params), **_plain_settings(params))
     _check_processes(settings)
     if 'learning_rate' in params:
         check_rate(settings.method, params['learning_rate'], settings.optimiser)
@@ -218,7 +231,7 @@ def _total_steps(settings, per_epoch):
     "Steps of the whole run: `max_steps` where it is set, else those of the epochs; None when unknown."
     if settings.max_steps:
         return settings.max_steps
-    return math.ceil(per_epoch * settings.num_epochs) if per_epoch else None
+    return share_of(settings.num_epochs, per_epoch) if per_epoch else None
 
 
 def count_steps(settings,  # from `settings_of`
@@ -227,7 +240,7 @@ def count_steps(settings,  # from `settings_of`
     "Optimiser steps of the run."
     per_epoch = math.ceil(rows / settings.step_rows) if rows else None
     total = _total_steps(settings, per_epoch)
-    warmup = None if total is None else math.ceil(settings.warmup_ratio * total)
+    warmup = None if total is None else share_of(settings.warmup_ratio, total)
     epochs = total / per_epoch if per_epoch and total else None
     return dict(per_epoch=per_epoch, total=total, warmup=warmup, epochs=epochs)
 
@@ -490,7 +503,8 @@ def _method_facts(config, settings, counts):
         nproc=settings.nproc,
         strategy=settings.strategy,
         parameters=counts['total'],
-        trainable=counts['trainable'],
+        trainable=settings.coordinates or counts['trainable'],
+        computed=counts['trainable'] if settings.coordinates else None,
         quantised_share=counts['quantised'] / counts['total'],
     )
 
@@ -639,6 +653,13 @@ def _model_text(plan):
     return f"{plan['model']} ({plan['architecture']}), {plan['method']}, {plan['precision']}, {processes}"
 
 
+def _trained_text(plan):
+    "How many numbers are trained: parameters, or the coordinates that they are computed from."
+    if plan['computed']:
+        return f"{number_of(plan['trainable'], 'coordinate')}, from which {plan['computed']:,} parameters are computed"
+    return f"{_number(plan['trainable'])} ({plan['trainable'] / plan['parameters']:.2%})"
+
+
 def _steps_text(plan):
     "Steps of an epoch, of the run and of the warm-up."
     per_epoch = f"{_number(plan['steps_per_epoch'])} an epoch"
@@ -653,7 +674,7 @@ def plan_rows(plan:dict,  # from `make_plan`
     return [
         ('model', _model_text(plan)),
         ('parameters', _number(plan['parameters'])),
-        ('trained', f"{_number(plan['trainable'])} ({plan['trainable'] / plan['parameters']:.2%})"),
+        ('trained', _trained_text(plan)),
         ('quantised', f"{plan['quantised_share']:.1%}"),
         ('rows', f"{_number(plan['rows'])} ({plan['rows_from']})"),
         ('batch', f"{step} ({plan['batch_from']})"),

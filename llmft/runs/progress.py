@@ -6,11 +6,11 @@
 __all__ = ['pipe_seconds', 'screen_seconds', 'total_steps', 'clock', 'progress_text', 'counting_text', 'Passing', 'Screen']
 
 # %% ../../nbs/runs/23_progress.ipynb #64f6ee4d
-import math
 import shutil
 import sys
 import threading
 
+from ..core import share_of
 from .numbers import is_number, show_number
 
 # %% ../../nbs/runs/23_progress.ipynb #e38a143f
@@ -23,7 +23,7 @@ def total_steps(row:dict,     # of log.jsonl, with step and epoch
     epochs = params.get('num_epochs')
     if not (is_number(epochs) and is_number(row.get('epoch')) and row['epoch']):
         return None
-    return math.ceil(round(row['step'] / row['epoch']) * epochs)
+    return share_of(epochs, round(row['step'] / row['epoch']))
 
 # %% ../../nbs/runs/23_progress.ipynb #33904e17
 def clock(seconds:float,  # a time span

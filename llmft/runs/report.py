@@ -476,7 +476,7 @@ def _clipped(text):
 def chips_html(changed:dict,  # name -> value
 )->str:                       # HTML; '' for nothing
     "The changed parameters as a list in one paragraph."
-    chips = [f'<li title="{_value_text(value)}"><b>{escape(name)}</b> {_clipped(escape(short_value(value)))}</li>'
+    chips = [f'<li title="{_value_text(value)}"><b>{escape(name)}</b> {escape(_clipped(short_value(value)))}</li>'
              for name, value in changed.items()]
     return f"""<ul class="chips" aria-label="changed parameters">{''.join(chips)}</ul>""" if chips else ''
 
@@ -907,7 +907,8 @@ def _provenance(record):
     facts |= {name: run[name] for name in ('command', 'started', 'ended')}
     if run['status'] == 'done':
         outputs = record.get('params', {}).get('outputs', 'outputs')
-        facts['check it'] = f"llmft verify {outputs}/{run['notebook']}/{run['name']}"
+        folder = shlex.quote(f"{outputs}/{run['notebook']}/{run['name']}")
+        facts['check it'] = f'llmft verify {folder}'
     facts |= {name: value for name, value in meta.items() if name != 'fingerprint'}
     if meta.get('git'):
         facts['git'] = _commit_text(meta['git'])

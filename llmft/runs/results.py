@@ -82,11 +82,13 @@ def seed_groups(results:dict,  # name of the run -> what `read_result` gives
 def over_seeds(results:dict,     # name of the run -> what `read_result` gives
                score,            # result -> a number, such as the logarithm of a perplexity
                measure,          # a `Measure`: the meaning of `score`
-):                               # a `Ranking` of the recipes; `None` without two seeds that all of them have
+):                               # a `Ranking` of the recipes; `None` unless all runs are of some that share two seeds
     "The recipes of a sweep with seeds, compared seed by seed."
     from llmft.runs.rivals import rank_seeds  # loads NumPy, which reading results does not need
 
     groups = seed_groups(results)
+    if sum(map(len, groups.values())) < len(results):  # runs that belong to no recipe would be left out
+        return None
     common = sorted(set.intersection(*map(set, groups.values()))) if groups else []
     if len(common) < 2:
         return None

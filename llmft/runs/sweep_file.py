@@ -457,7 +457,7 @@ def stage_points(stage,       # a stage from the file
         for own in cells:
             _check_overridden(stage, overridden, own)
             values = start | literals | own | overridden
-            values |= fill_params(given, values)
+            values |= {key: text for key, text in fill_params(given, values).items() if key not in overridden}
             name = point_name(stage, values | dict(config=config), own, sweep)
             points.append(_checked_point(notebook, values | dict(name=name), place))
     return points
@@ -550,7 +550,7 @@ def _check_free_seed(stage):
     "A `LabError` for a stage that sets a seed, or puts it into the names of its runs."
     given = [stage.get('matrix', {}), stage.get('override', {}), *stage.get('points', [])]
     given += [stage['params']] if isinstance(stage.get('params'), dict) else []
-    if any('seed' in values for values in given):
+    if any(isinstance(values, dict) and 'seed' in values for values in given):
         raise LabError(f'{place_of(stage)}seed is set in this stage and by seeds: keep one')
     if 'seed' in _placeholders(stage.get('name', '')):
         raise LabError(f"{place_of(stage, 'name')}seeds puts the seed into the names: leave {{seed}} out")

@@ -130,6 +130,7 @@ def point_result(point,       # a `Point`
     "How a point ended, flat."
     run = record.get('run', {})
     report = point.folder / 'report.html'
+    has_report = 'started' in run and report.exists()  # what lies there is of an earlier run where none began
 
     return dict(
         notebook=Path(point.notebook).stem,
@@ -140,7 +141,7 @@ def point_result(point,       # a `Point`
         cell=run.get('cell'),
         seconds=run.get('seconds'),
         ended=run.get('ended'),
-        report=shown_folder(report) if report.exists() else None,
+        report=shown_folder(report) if has_report else None,
     )
 
 # %% ../../nbs/runs/12_sweeps.ipynb #33e161d2

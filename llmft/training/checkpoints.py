@@ -423,8 +423,11 @@ def latest_checkpoint(folder,     # the run's checkpoints folder
 def prune_checkpoints(folder,          # the run's checkpoints folder
                       keep:int,        # newest checkpoints to keep
                       best_step=None,  # step of a checkpoint to keep in any case
+                      saved_step=None, # step of the one that was just written; later ones are of an attempt that failed
 ):
     "Delete all but the newest `keep` checkpoints and the best one."
-    for checkpoint in checkpoints(folder)[keep:]:
+    found = checkpoints(folder)
+    late = [] if saved_step is None else [path for path in found if path.name > f'step-{saved_step:06d}']
+    for checkpoint in late + [path for path in found if path not in late][keep:]:
         if checkpoint.name != f'step-{best_step or 0:06d}':
             shutil.rmtree(checkpoint, ignore_errors=True)

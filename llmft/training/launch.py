@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['log_mark', 'rank_code', 'agent_code', 'broken_lines', 'training_settings', 'built_facts', 'check_built',
            'write_order', 'own_gpu', 'die_with_parent', 'be_a_rank', 'rendezvous', 'start_ranks', 'join', 'culprit',
-           'tell_failure', 'follow', 'set_apart', 'take_weights', 'launch']
+           'tell_failure', 'follow', 'take_weights', 'launch']
 
 # %% ../../nbs/training/09_launch.ipynb #e256dddc
-import contextlib
 import inspect
 import json
 import os
@@ -27,6 +26,7 @@ import torch.distributed as dist
 from ..core import LabError, assets, read_json, shows_bar, usable_cores, write_json
 from ..models.adapters import trainable_parameters, weights_hash
 from ..models.methods import Method
+from ..models.modes import set_apart
 from .checkpoints import Progress, load_checkpoint
 from .fit import FitResult, fit
 from .ledger import GroupLedger, Ledger
@@ -51,12 +51,18 @@ def _size(examples):
     return None if examples is None else [len(examples), int(examples.supervised().sum())]
 
 
+def _drawn_weights(model):
+    "What is trained and drawn from a seed; DoRA's lengths are computed, which devices do with other rounding."
+    return {name: tensor for name, tensor in trainable_parameters(model).items()
+            if 'lora_magnitude_vector' not in name}
+
+
 def built_facts(model,  # what `build` gives
                 train,  # training examples
                 valid,  # held-out examples, or None
 )->dict:                # JSON-like; sizes are [examples, targets], weights are hashed
     "What the notebook and every rank must build alike."
-    weights = weights_hash(trainable_parameters(model))
+    weights = weights_hash(_drawn_weights(model))
     return {'training data': _size(train), 'held-out data': _size(valid), 'trained weights': weights}
 
 # %% ../../nbs/training/09_launch.ipynb #3ff91c9c
@@ -358,30 +364,6 @@ def follow(process:subprocess.Popen,  # torchrun
         bar.close()
         if process.poll() is None:
             _end(process)
-
-# %% ../../nbs/training/09_launch.ipynb #cebd265c
-def _move(model, device):
-    "Move a model with what its 8-bit layers hold in addition to their parameters."
-    model.to(device)
-    for module in model.modules():
-        state = getattr(module, 'state', None)
-        if getattr(state, 'CB', None) is not None:
-            state.CB = state.CB.to(device)
-            state.SCB = state.SCB.to(device)
-
-
-@contextlib.contextmanager
-def set_apart(model):
-    "Keep `model` off the GPU for a while; nothing to do on a CPU."
-    device = next(model.parameters()).device
-    if device.type == 'cuda':
-        _move(model, 'cpu')
-        torch.cuda.empty_cache()
-    try:
-        yield
-    finally:
-        if device.type == 'cuda':
-            _move(model, device)
 
 # %% ../../nbs/training/09_launch.ipynb #d9caa481
 @torch.no_grad()

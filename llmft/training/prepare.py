@@ -7,7 +7,6 @@ __all__ = ['Fit', 'planned_steps', 'examples_hash', 'prepare', 'resume', 'save']
 
 # %% ../../nbs/training/07_prepare.ipynb #b3b4bca2
 import contextlib
-import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from llmft.training.checkpoints import (
     save_checkpoint,
 )
 
-from ..core import LabError, jsonable, purpose_rng, seed_everything, sha256_of, short_hash
+from ..core import LabError, jsonable, purpose_rng, seed_everything, sha256_of, share_of, short_hash
 from ..data.batches import Plan, layouts
 from ..data.hashes import file_hashes
 from ..data.tokens import Examples
@@ -90,7 +89,7 @@ def planned_steps(examples:int,   # number of training examples
                   recipe:Recipe,  # its rows per step, and max_steps or num_epochs
 )->int:                           # optimiser steps
     "Optimiser steps of a run over `examples` training examples."
-    return recipe.max_steps or math.ceil(_plan(examples, recipe).steps_per_epoch * recipe.num_epochs)
+    return recipe.max_steps or share_of(recipe.num_epochs, _plan(examples, recipe).steps_per_epoch)
 
 # %% ../../nbs/training/07_prepare.ipynb #31e45db6
 def _array_hash(values):
@@ -323,4 +322,4 @@ def save(run: Fit):
     groups = groups | {_random_file(run): random_tensors}
     save_checkpoint(run.folder, run.progress.step, groups, state, run.group.rank, run.group.gather)
     if run.group.rank == 0:
-        prune_checkpoints(run.folder, run.recipe.keep_checkpoints, run.progress.best_step)
+        prune_checkpoints(run.folder, run.recipe.keep_checkpoints, run.progress.best_step, run.progress.step)

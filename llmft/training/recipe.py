@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from ..core import LabError, choose
+from ..core import LabError, choose, share_of
 from ..models.methods import Method
 
 # %% ../../nbs/training/03_recipe.ipynb #50c2482c
@@ -228,7 +228,7 @@ def warmup_steps(recipe:Recipe,  # its `warmup_ratio`
                  steps:int,      # optimiser steps of the whole run
 )->int:                          # optimiser steps
     "Number of steps in which the learning rate rises (the ceiling of its share)."
-    return math.ceil(recipe.warmup_ratio * steps)
+    return share_of(recipe.warmup_ratio, steps)
 
 # %% ../../nbs/training/03_recipe.ipynb #c5be3828
 def learning_rate_at(step:int,       # optimiser step, counted from 0

@@ -17,7 +17,7 @@ from llmft.inference import decoder
 from llmft.inference.generation import generate
 from llmft.models import cost
 from llmft.models import load as models
-from llmft.models.adapters import add_lora, trainable_parameters, weights_hash
+from llmft.models.adapters import add_lora, save_and_check, trainable_parameters, weights_hash
 from llmft.models.cost import memory_breakdown
 from llmft.models.load import check_model_settings, load_model, model_config
 from llmft.models.low_rank import add_low_rank, frozen_gpt2
@@ -514,6 +514,21 @@ def test_a_model_that_does_not_fit_says_so():
             load_model('preset:llama-tiny')
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.parametrize('merge', [False, True])
+def test_a_run_that_was_trained_where_its_base_fits_once_is_saved_there(tmp_path, merge):
+    net = trained()
+    ids_BT = torch.randint(0, 500, (1, 20))
+    sizes = sum(weight.nbytes for weight in net.parameters())
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + sizes // 2) / device.total_memory)
+    try:
+        settings = dict(tokenizer=None, merge=merge)
+        difference = save_and_check(net, tmp_path, lambda: load_model('preset:llama-tiny'), ids_BT, **settings)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert difference == 0 and (tmp_path / 'merged').exists() == merge
+    assert {weight.device.type for weight in net.parameters()} == {'cuda'}
 
 
 def test_peaks_are_measured_in_the_memory_that_is_free(monkeypatch):

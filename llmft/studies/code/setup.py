@@ -11,7 +11,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from ...core import LabError, short_hash
+from ...core import LabError, number_of, short_hash
+from ...data.corpora import content_key
 from ...data.replay import with_replay
 from ...data.tokens import load_tokenizer
 from ...models.methods import Method
@@ -84,15 +85,19 @@ def _problem_tasks(params, data):
     if params.problems == 'test':
         return data.tasks['test']
     sides, _ = load_tasks(params.problems, split_field=params.split_field, valid_share=.5, seed=params.seed, needs=())
-    return sides['train'] + sides['valid'] + sides['test']
+    return sides['test'] + sides['valid'] + sides['train']
 
 
 def runnable_tasks(params,        # problems: test or a file; split_field, num_problems, seed
                    data:TaskData, # whose test rows are meant by test
 )->list:                          # of `Task`
-    "The first `num_problems` tasks whose answers can be checked."
+    "The first `num_problems` tasks whose answers can be checked and that were not seen in training; those are counted."
     testable = [task for task in _problem_tasks(params, data) if task.tests or task.cases]
-    return testable[:params.num_problems or None]
+    seen = {content_key(task.input) for side in ('train', 'valid') for task in data.tasks[side]}
+    unseen = [task for task in testable if content_key(task.input) not in seen]
+    if dropped := len(testable) - len(unseen):
+        print(f'{number_of(dropped, "problem")} of {params.problems} left out: the run trains on them')
+    return unseen[:params.num_problems or None]
 
 # %% ../../../nbs/studies/code/04_setup.ipynb #dfa833e4
 def instruct_method(params,  # precision, lora_rank, lora_alpha, lora_dropout, lora_targets

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['judged_step', 'shown_steps', 'shown_characters', 'Comparison', 'compare_forecasts', 'error_table', 'spread_table',
-           'step_table', 'variable_table', 'speed_table', 'compared', 'trajectory_errors', 'without_equations',
-           'rank_forecasts', 'ceiling_words', 'comparison_verdict', 'comparison_details', 'example_text', 'metric_name',
-           'comparison_metrics', 'keep_errors', 'keep_steps', 'save_forecasts', 'forecast_rows']
+           'step_table', 'variable_table', 'speed_table', 'compared', 'compared_rows', 'trajectory_errors',
+           'without_equations', 'rank_forecasts', 'ceiling_words', 'comparison_verdict', 'comparison_details',
+           'example_text', 'metric_name', 'comparison_metrics', 'keep_errors', 'keep_steps', 'save_forecasts',
+           'forecast_rows']
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #aacc7235
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...core import LabError, number_of, write_json
+from ...core import number_of, short_hash, write_json
 from ...runs.numbers import show_number
 from ...runs.rivals import Measure, in_bullets, keep_scores, place_words, ranked, told
 from ...runs.tables import column, table
@@ -41,6 +42,7 @@ class Comparison:
     ahead: dict  # name -> scores by forecast step, from `step_scores`, and nll_H
     at_ten: dict  # name -> median error ten steps ahead; None when unknown
     names: list  # of the variables
+    apart: int = 1  # how many windows on one forecasts other steps; 1 where none forecast the same
 
     def gaps(self):
         "Absolute errors of every forecast, (N, H, V), by name."
@@ -71,6 +73,12 @@ def _compared_points(split, forecasts, count, given, horizon):
     step_time = float(split.times_T[1] - split.times_T[0])
     simple = baselines(given_NTV, horizon, step_time, split.metadata.get('system', 'unknown'))
     return {name: point_forecast(made.samples_NSHV) for name, made in forecasts.items()} | simple, simple
+
+
+def _windows_apart(metadata, horizon):
+    "How many windows on one forecasts other steps; 1 for whole series and for windows that share none."
+    stride = metadata.get('stride') or 0
+    return max(1, -(-horizon // stride)) if metadata.get('window') and stride else 1
 
 
 def _nll_by_step(forecasts, name):
@@ -105,7 +113,7 @@ def compare_forecasts(split:Split,     # that was forecast
     ahead = {name: curves | dict(nll_H=_nll_by_step(forecasts, name)) for name, curves in ahead.items()}
     at_ten = _mapped(lambda curve: _error_at(curve, judged_step), ahead)
     return Comparison(split.times_T, truth_NTV, future_NHV, points, list(simple), rows, originals, ahead, at_ten,
-                      names)
+                      names, _windows_apart(split.metadata, horizon))
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #b51371fe
 _error_columns = (
@@ -224,18 +232,37 @@ def _shown(error):
     return 'unknown' if error is None else f'{error:.3f}'
 
 
+def _rows_apart(readable_N, apart):
+    "Rows that can be read, each at least `apart` behind the one before."
+    rows = []
+    for row in np.flatnonzero(readable_N).tolist():
+        if not rows or row - rows[-1] >= apart:
+            rows.append(row)
+    return rows
+
+
+def compared_rows(comparison:Comparison,  # of one evaluation
+)->tuple:                                 # (row numbers, names of the forecasts that cover them)
+    "Trajectories that can be compared, windows without a common step; models that share none with others are left out."
+    readable = {name: np.isfinite(gap_NHV.mean((1, 2))) for name, gap_NHV in comparison.gaps().items()}
+    models = sorted(readable.keys() - set(comparison.simple), key=lambda name: (-readable[name].sum(), name))
+    shared_N = np.ones(len(comparison.future_NHV), bool)
+    names = []
+    for name in [*comparison.simple, *models]:
+        both_N = shared_N & readable[name]
+        if both_N.any():
+            shared_N = both_N
+            names.append(name)
+    return _rows_apart(shared_N, comparison.apart), names
+
+# %% ../../../nbs/studies/forecasting/12_comparison.ipynb #da8f17a0
 def trajectory_errors(comparison:Comparison,  # of one evaluation
                       step:int=0,             # steps ahead; 0 for the mean over all steps
 )->dict:                                      # name -> error of each trajectory, or None where none can be read
-    "Absolute errors on the trajectories that every readable forecast covers; a `LabError` when there is none."
-    whole = {name: gap_NHV.mean((1, 2)) for name, gap_NHV in comparison.gaps().items()}
-    readable = {name: np.isfinite(gap_N) for name, gap_N in whole.items() if np.isfinite(gap_N).any()}
-    shared_N = np.all(list(readable.values()), axis=0)
-    if not shared_N.any():
-        raise LabError('no trajectory is forecast by all that is compared: judge the models one at a time')
-
+    "Absolute errors on the rows that are compared, see `compared_rows`."
+    rows, names = compared_rows(comparison)
     steps = slice(step - 1, step) if step else slice(None)
-    return {name: gap_NHV[shared_N, steps].mean((1, 2)) if name in readable else None
+    return {name: gap_NHV[rows, steps].mean((1, 2)) if name in names else None
             for name, gap_NHV in comparison.gaps().items()}
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #f20e428e
@@ -251,7 +278,8 @@ def rank_forecasts(comparison:Comparison,  # of one evaluation
 ):                                         # a `Ranking`
     "The models and the rivals that are not given the equations, by their error."
     when = f'{number_of(step, "step")} ahead' if step else f'over {comparison.future_NHV.shape[1]} steps'
-    measure = Measure(f"{'median' if median else 'mean'} error {when}", items='trajectories')
+    items = 'trajectories' if comparison.apart == 1 else 'windows without a common step'
+    measure = Measure(f"{'median' if median else 'mean'} error {when}", items=items)
     return ranked(without_equations(trajectory_errors(comparison, step)), measure, median=median)
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #3b418d55
@@ -373,6 +401,7 @@ def keep_errors(folder,                 # of the run
 ):
     "Keep the error of each trajectory, over all steps and ten steps ahead, for the summary of the study."
     steps = dict(mae=0, mae_median=0, error_at_10=judged_step)
+    items = short_hash([items, compared_rows(comparison)[0]])
     if comparison.future_NHV.shape[1] < judged_step:
         del steps['error_at_10']
     for name, step in steps.items():

@@ -320,6 +320,16 @@ def _check_steps(given, horizon, steps):
                        'ask for fewer')
 
 
+def _check_digits(scaled_NTV, settings):
+    "A `LabError` when the grammar has too few digits for the numbers that are given and asked for."
+    largest = float(np.abs(scaled_NTV).max())
+    digits = settings.get('integer_digits', 2)
+    if settings.get('constrained', True) and largest >= 10**digits:
+        few = number_of(digits, 'integer digit')
+        raise LabError(f'the scaled data reach {largest:,.4g}, which {few} cannot write: '
+                       f'set integer_digits to {len(str(int(largest)))}, or prepare the data with a lower alpha')
+
+
 def _reading_scores(made, count):
     "How much could be read, and what generation took."
     forecasts, samples = made.samples_NSHV.shape[:2]
@@ -346,6 +356,7 @@ def evaluate_forecasts(model,         # a causal language model, with or without
         split.metadata[name] for name in ('steps', 'variables', 'precision', 'signed', 'names'))
     _check_steps(given, horizon, steps)
     count = min(trajectories or len(split), len(split))
+    _check_digits(split.scaled_NTV[:count], settings)
     texts = split.texts[:count]
     factors_NV = split.factors_NV[:count]
 

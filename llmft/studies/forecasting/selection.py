@@ -68,10 +68,12 @@ class ForecastJudge:
         return np.abs(forecast_NHV - truth_NTV[:, self.given:self.given + self.horizon]).mean((1, 2))
 
 # %% ../../../nbs/studies/forecasting/08_selection.ipynb #70d0c524
-def kept_steps(folder,  # the folder given to `fit`
-)->dict:                # step -> folder of its checkpoint
-    "The checkpoints of a run, in order."
-    return {int(path.name.split('-')[1]): path for path in sorted((Path(folder) / 'checkpoints').glob('step-*'))}
+def kept_steps(folder,    # the folder given to `fit`
+               every:int, # steps from one evaluation to the next
+)->dict:                  # step -> folder of its checkpoint
+    "The checkpoints of a run's evaluations, in order; one of an interruption would be a choice that others lack."
+    paths = {int(path.name.split('-')[1]): path for path in (Path(folder) / 'checkpoints').glob('step-*')}
+    return {step: paths[step] for step in sorted(paths) if step % every == 0 or step == max(paths)}
 
 # %% ../../../nbs/studies/forecasting/08_selection.ipynb #5f53ab8d
 def restore_step(model,       # with the same trained parameters
@@ -87,17 +89,19 @@ def restore_step(model,       # with the same trained parameters
 def best_forecaster(model,      # trained by `fit` with checkpoints kept; it ends with the best weights
                     folder,     # the folder given to `fit`
                     judge,      # model -> dict with 'mae', None when unknown
+                    every:int,  # steps from one evaluation to the next
 )->tuple:                       # (best row, all rows: dicts with step)
     "Judge every checkpoint of a run by its forecasts, and restore the one with the lowest mean absolute error."
     curve = []
-    for step, checkpoint in kept_steps(folder).items():
+    checkpoints = kept_steps(folder, every)
+    for step, checkpoint in checkpoints.items():
         restore_step(model, checkpoint)
         curve.append(dict(judge(model), step=step))
     if not curve:
         raise LabError(f'{folder} has no checkpoint: keep them with keep_checkpoints')
 
     best = min(curve, key=lambda row: math.inf if row['mae'] is None else row['mae'])
-    restore_step(model, kept_steps(folder)[best['step']])
+    restore_step(model, checkpoints[best['step']])
     return best, curve
 
 # %% ../../../nbs/studies/forecasting/08_selection.ipynb #69b50e32

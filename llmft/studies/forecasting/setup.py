@@ -14,11 +14,19 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from llmft.studies.forecasting.prepared import (
+    Split,
+    check_decimals,
+    check_steps,
+    prepare_series,
+    read_split,
+    series_windows,
+)
+
 from ...core import find_path
 from ...data.tokens import Examples, load_tokenizer
 from ...models.adapters import add_lora, load_adapter
 from ...models.load import load_model
-from .prepared import Split, check_decimals, prepare_series, read_split, series_windows
 
 # %% ../../../nbs/studies/forecasting/06_setup.ipynb #8570d36c
 small_simulation = 120  # trajectories, where the parameters name no data
@@ -46,12 +54,13 @@ class ForecastingData:
     lengths: np.ndarray  # positions of each training trajectory before it is cut
 
 # %% ../../../nbs/studies/forecasting/06_setup.ipynb #7743f874
-def forecasting_data(params,  # model, data, decimals, max_length, keep_tail, num_eval_samples, loss_from
+def forecasting_data(params,  # model, data, decimals, given, max_length, keep_tail, num_eval_samples, loss_from
 )->ForecastingData:
-    "The data of a training run; a `LabError` when there are none, or when they have other decimals."
+    "The data of a training run; a `LabError` when there are none, or when they were prepared otherwise."
     valid_part = read_split(params.data, 'valid')
     tokenizer = load_tokenizer(params.model)
     check_decimals(valid_part, params.decimals, params.data)
+    check_steps(valid_part, params.given, params.data)
     windows = series_windows(params.data, tokenizer, params.max_length, params.decimals, params.keep_tail,
                              params.num_eval_samples, params.loss_from)
     return ForecastingData(tokenizer, valid_part, *windows)

@@ -15,7 +15,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ...core import LabError, number_of, write_atomic
+from ...core import LabError, number_of, short_hash, write_atomic
 from ...runs.numbers import is_number, show_number, with_unit
 from ...runs.results import done_folders, read_result
 from ...runs.rivals import Measure, in_bullets, kept_scores, paired_scores, ranked, told
@@ -49,6 +49,7 @@ class StudyRows:
     tests: list  # runs of forecast_eval
     sources: list  # the data they used, in words
     folders: dict = field(default_factory=dict)  # notebook/run -> its folder
+    questions: dict = field(default_factory=dict)  # notebook/run -> a hash of what it was judged on
 
     def part(self, name: str) -> list:
         "The training runs of one part of the study: search, context or final."
@@ -69,6 +70,15 @@ def _source_text(series):
     "The data of a run in words."
     return (f"{series.get('source')}, {series.get('trajectories')} trajectories, scaling {series.get('scaling')}, "
             f"alpha {series.get('alpha'):g}")
+
+
+def _question(result):
+    "A hash of what a run was judged on: model, steps, trajectories, and the series whatever its decimals."
+    params = result['record']['params']
+    asked = [params.get(name) for name in ('num_eval_samples', 'given', 'valid_horizon', 'valid_samples')]
+    series = result['record']['meta'].get('series', {})
+    drawn = {name: series.get(name) for name in ('source', 'trajectories', 'scaling', 'alpha', 'context', 'split_seed')}
+    return short_hash([params.get('model'), asked, drawn])
 
 
 def _row(result):
@@ -93,8 +103,10 @@ def study_rows(results:list,  # from `study_results`
     rows = [_row(result) for result in results]
     trained = [row for row in rows if row['notebook'] == 'forecast_train']
     tests = [row for row in rows if row['notebook'] == 'forecast_eval']
-    folders = {f"{row['notebook']}/{row['run']}": result['folder'] for row, result in zip(rows, results, strict=True)}
-    return StudyRows(trained, tests, _sources(results), folders)
+    labels = [f"{row['notebook']}/{row['run']}" for row in rows]
+    folders = {label: result['folder'] for label, result in zip(labels, results, strict=True)}
+    questions = dict(zip(labels, map(_question, results), strict=True))
+    return StudyRows(trained, tests, _sources(results), folders, questions)
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #43ee9bee
 def study_text(study:StudyRows,  # from `study_rows`
@@ -321,6 +333,19 @@ def write_csv(path,       # where to write the table
     write_atomic(path, text.getvalue())
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #66a6ff6b
+def _comparable(rows, study):
+    "The training runs that were judged on the question of most of them, and how many were not."
+    asked = [study.questions.get(f"forecast_train/{row['run']}") for row in rows]
+    commonest = Counter(asked).most_common(1)[0][0] if rows else None
+    chosen = [row for row, question in zip(rows, asked, strict=True) if question == commonest]
+    return chosen, len(rows) - len(chosen)
+
+
+def _left_out_words(count):
+    "That runs which were judged on something else are not compared; nothing where there are none."
+    return f"Left out, as judged on other data, steps or trajectories: {number_of(count, 'run')}." if count else ''
+
+
 def _trained_name(row, label):
     "A training run by its name and what it tried."
     return f"{row['run']} ({label(row)})"
@@ -348,26 +373,28 @@ def _judged_words(rows):
 
 def _trained_words(study):
     "Which run won the search, and which context length is best; one seed each."
-    searched = [row for row in study.part('search') if row['valid_mae'] is not None]
-    lengths = [row for row in study.part('context') if row['valid_mae'] is not None]
+    searched, aside = _comparable([row for row in study.part('search') if row['valid_mae'] is not None], study)
+    lengths, short = _comparable([row for row in study.part('context') if row['valid_mae'] is not None], study)
     words = [_judged_words([*searched, *lengths])]
     if searched:
         best = told(_rank_trained(searched, study, _settings_words))
         words.append(f'The search had {number_of(len(searched), "run")}. {best}')
     if lengths:
         words.append(told(_rank_trained(lengths, study, _context_label)))
-    return ' '.join([*words, 'One seed each.']) if searched or lengths else ''
+    words += [_left_out_words(aside + short), 'One seed each.']
+    return ' '.join(filter(None, words)) if searched or lengths else ''
 
 
 def _lowest_words(rows, what, study, label):
     "Which training run has the lowest error, and how many tie with it; '' without runs."
-    known = [row for row in rows if row['valid_mae'] is not None]
+    known, others = _comparable([row for row in rows if row['valid_mae'] is not None], study)
     if not known:
         return ''
     ranking = _rank_trained(known, study, label)
     best = next(row for row in known if _trained_name(row, label) == ranking.best)
     tied = f'; {len(ranking.tied) - 1} tie with it' if ranking.tied[1:] else ''
-    return f'Lowest validation MAE of {number_of(len(known), what)}: {label(best)}{tied}.'
+    lowest = f'Lowest validation MAE of {number_of(len(known), what)}: {label(best)}{tied}.'
+    return f'{lowest} {_left_out_words(others)}'.strip()
 
 
 def _context_label(row):
@@ -442,8 +469,9 @@ def _others_words(rows, study):
 
 
 def _from_best(tests):
-    "Evaluations in the order of their median errors, those without one last."
-    return sorted(tests, key=lambda row: row['mae_median'] if is_number(row.get('mae_median')) else math.inf)
+    "Evaluations of most steps first, in the order of their median errors, those without one last."
+    return sorted(tests, key=lambda row: (-(row.get('horizon') or 0),
+                                          row['mae_median'] if is_number(row.get('mae_median')) else math.inf))
 
 
 def summary_verdict(study:StudyRows,  # from `study_rows`

@@ -71,7 +71,7 @@ def comparison_verdict(rows:list,  # from `compared_rows`
     batches = {row['run']: row['max_batch_size'] for row in rows}
     widest = ranked(batches, Measure('capacity', 'rows of full length', lower=False, tolerance=0))
     fastest = ranked({row['run']: row['seconds_per_step'] for row in rows}, Measure('time of a step', 's'))
-    quality = told(rank_trained(rows, {row['run']: row['folder'] for row in rows}, 'chunks'))
+    quality = told(rank_trained(rows, {row['run']: row['folder'] for row in rows}, 'files'))
     if not same_held_out(rows):
         quality = 'The runs were judged on different chunks or tokens, so the perplexities cannot be compared.'
     return in_bullets(f'{place_words(widest)} {place_words(fastest)}', quality,

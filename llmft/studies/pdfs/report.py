@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['most_files_shown', 'blanks', 'data_table', 'file_table', 'files_in_words', 'trial_table', 'trial_bars',
-           'perplexity_band', 'before_and_after', 'log_line', 'training_log', 'write_stats', 'final_facts',
+           'perplexity_band', 'before_and_after', 'by_file', 'log_line', 'training_log', 'write_stats', 'final_facts',
            'fill_report', 'report_values', 'conclude', 'pdf_verdict', 'search_metrics', 'quality_metrics']
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #b51786ae
@@ -13,10 +13,11 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from matplotlib import rc_context
 
 from ...core import number_of, write_atomic
-from ...data.tables import left_out
+from ...data.tables import Documents, left_out
 from ...runs.figures import Plot, ink, muted, new_plot, palette, style
 from ...runs.numbers import byte_unit
 from ...runs.rivals import in_bullets, rank_judged, told
@@ -142,6 +143,20 @@ def before_and_after(before:dict,  # from `judge`, before training
     named_before, named_after = (dict(judged, band=perplexity_band(judged['perplexity'])) for judged in (before, after))
     return evaluation_table(named_before, named_after, [column('band', 'interpretation')], documents='chunks')
 
+# %% ../../../nbs/studies/pdfs/03_report.ipynb #f0ece0d1
+def by_file(judged:dict,      # from `judge`, on chunks
+            chunks:Documents, # the held-out chunks
+)->dict:                      # the same with a loss and a number of targets for each file
+    "Scores of files: chunks of one file are alike, and would count as more evidence than they are."
+    owners = [name.rpartition('#')[0] for name in chunks.names]
+    files, owner_D = np.unique(owners, return_inverse=True)
+    targets_D = np.array(judged['document_targets'])
+    targets_F = np.bincount(owner_D, targets_D, len(files))
+    nats_F = np.bincount(owner_D, targets_D * np.nan_to_num(judged['document_losses']), len(files))
+    has_targets = targets_F > 0
+    losses = (nats_F[has_targets] / targets_F[has_targets]).tolist()
+    return judged | dict(document_losses=losses, document_targets=targets_F[has_targets].tolist())
+
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #5b965301
 def log_line(entry:dict,  # an object that `fit` logs
 )->str:                   # a line with its end
@@ -244,13 +259,13 @@ def conclude(params,        # lora_rank, quantisation, gradient_checkpointing, o
 
 # %% ../../../nbs/studies/pdfs/03_report.ipynb #88743323
 def pdf_verdict(conclusion:str,    # from `conclude`
-                before:dict,       # from `judge`, before training
+                before:dict,       # from `by_file`, before training
                 after:dict,        # the same afterwards
                 result:FitResult,  # from `launch`
                 forgot:str='',     # from `forgetting_words`
 )->str:                            # Markdown
     "What was achieved, how sure that is against the model before training, and how training ended."
-    ranking = rank_judged({'the trained model': after, 'the model before training': before}, 'chunks')
+    ranking = rank_judged({'the trained model': after, 'the model before training': before}, 'files')
     progress = result.progress
     ended = (f'Training ended at step {progress.step} of {result.steps} ({progress.stopped}); '
              f"n = {after['targets']:,} held-out tokens. Next: compare runs (params/sweeps/pdf_finetune.yaml).")

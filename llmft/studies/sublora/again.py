@@ -40,7 +40,8 @@ def _held_out_bpd(header, message, tokens, params):
     "The smoothed loss of a certificate's model on the held-out documents of a run, bits per token."
     model, _ = decoded_model(header, message)
     held_out = read_token_file(tokens, 'val')
-    rows = draw_sample(len(held_out), params['num_eval_samples'] or len(held_out), 0, 'held out')
+    count = min(params['num_eval_samples'] or len(held_out), len(held_out))
+    rows = draw_sample(len(held_out), count, 0, 'held out')
     scores = score_documents(model, held_out, rows, header['data']['vocabulary'], header['settings']['block'],
                              batch_tokens=params['batch_tokens'])
     alpha = header['claims']['bits_per_token']['alpha']

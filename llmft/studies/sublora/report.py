@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['document_table', 'HeldOut', 'held_out', 'held_out_table', 'trained_numbers', 'training_metrics', 'training_verdict',
-           'of_one_source', 'group_table', 'hypothesis_table', 'play_coverage', 'coverage_table', 'analysis_metrics',
-           'rank_allocations', 'analysis_verdict']
+           'of_one_source', 'bounds_runs', 'group_table', 'hypothesis_table', 'play_coverage', 'coverage_table',
+           'analysis_metrics', 'rank_allocations', 'analysis_verdict']
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #b858a39f
 import math
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file
 from ...bounds.betting import coverage
 from ...bounds.bounds import lowest_loss, smoothing_width
 from ...bounds.scoring import ALPHAS
-from ...core import number_of
+from ...core import LabError, number_of
 from ...runs.rivals import Measure, in_bullets, place_words, ranked, told
 from ...runs.tables import column, table, text_columns
 from .allocation import answers
@@ -142,6 +143,16 @@ def of_one_source(results:dict,  # name -> what `read_result` gives
     counts = Counter(map(_source_of, results.values()))
     (source, _), = counts.most_common(1)
     return {name: result for name, result in results.items() if _source_of(result) == source}
+
+# %% ../../../nbs/studies/sublora/06_report.ipynb #40a459ef
+def bounds_runs(runs:list,  # folders of runs, or none
+)->list:                    # those of sublora_bounds
+    "The runs that have bounds; a `LabError` when folders are given and none of them has."
+    found = [folder for folder in runs if Path(folder).parent.name == 'sublora_bounds']
+    if runs and not found:
+        raise LabError(f'runs names no folder of sublora_bounds ({runs[0]!r} first): give some, such as '
+                       'outputs/sublora_bounds/NAME')
+    return found
 
 # %% ../../../nbs/studies/sublora/06_report.ipynb #19bb4492
 _group_columns = (

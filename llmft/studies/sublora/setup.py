@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from ...bounds.certificates import build_model, model_facts
+from ...bounds.descriptions import check_spec
 from ...core import read_json, write_json
 from ...data.token_files import fetch_source, prepare_tokens, read_token_file, token_folder
 from ...data.tokens import cut
@@ -64,8 +65,9 @@ def _subspace_spec(params):
 def model_spec(params,          # the parameters of sublora_train that describe base, LoRA and subspace
                vocabulary:int,  # tokens that the data can hold
 )->dict:                        # base, lora, subspace, for `build_model`
-    "The description of a run's model."
-    return dict(base=_base_spec(params, vocabulary), lora=_lora_spec(params), subspace=_subspace_spec(params))
+    "The description of a run's model; a `LabError` for one that no certificate can hold."
+    return check_spec(dict(base=_base_spec(params, vocabulary), lora=_lora_spec(params),
+                           subspace=_subspace_spec(params)))
 
 # %% ../../../nbs/studies/sublora/01_setup.ipynb #13160e6c
 def subspace_of(model,  # from `build_model`
