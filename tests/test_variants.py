@@ -28,7 +28,7 @@ from llmft.models.methods import Method, starts
 from llmft.runs.plan import count_parameters, settings_of
 from llmft.runs.run import check_model_params
 from llmft.training.fit import fit
-from llmft.training.launch import training_settings
+from llmft.training.launch import built_facts, check_built, training_settings
 
 plain = Method('lora', 4, 8.0, 0.0, ('q_proj', 'down_proj'))
 variants = {
@@ -266,3 +266,18 @@ def test_pissa_on_quantised_weights_or_embeddings_is_refused_where_it_arises():
 def test_every_start_is_tried_here():
     assert set(starts) == {method.start for method in variants.values()} | {plain.start}
     assert len(list(itertools.chain(variants))) == 4
+
+
+def test_ranks_may_round_the_lengths_of_dora_otherwise_than_the_notebook():
+    net = variants['dora'].apply(load_model('base'), seed=0)
+    facts = built_facts(net, examples(), None)
+    lengths = [tensor for name, tensor in net.named_parameters() if 'lora_magnitude_vector' in name]
+    with torch.no_grad():
+        lengths[0].mul_(1 + 1e-6)
+    check_built(facts, built_facts(net, examples(), None))
+
+    factor = next(tensor for name, tensor in net.named_parameters() if 'lora_A' in name)
+    with torch.no_grad():
+        factor.add_(1)
+    with pytest.raises(LabError, match='built other trained weights'):
+        check_built(facts, built_facts(net, examples(), None))

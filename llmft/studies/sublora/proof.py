@@ -259,6 +259,5 @@ def proof_verdict(proof:Proof,  # of one predictor
     made_of = (f"That is {best['risk']:.3f} measured on m = {best['m']:,} training documents, plus "
                f"{best['bound'] - best['risk']:.3f} that K = {best['bits']:,.0f} bits cost with n = {best['n']:,}. "
                f'On {proof.held_out_documents:,} held-out documents the loss is {proof.held_out_bpd:.3f}.')
-    return in_bullets(answer, made_of, f'{_tried_text(proof.configurations)} tried and paid for. Next: llmft verify '
-                                       'checks the certificate, [certificate.llmft](certificate.llmft), from the file '
-                                       'alone.')
+    check = 'Next: llmft verify checks the certificate, [certificate.llmft](certificate.llmft), on the token files.'
+    return in_bullets(answer, made_of, f'{_tried_text(proof.configurations)} tried and paid for. {check}')
