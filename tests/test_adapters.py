@@ -15,13 +15,13 @@ from llmft.data.tokens import load_tokenizer
 from llmft.models.adapters import (
     add_lora,
     check_adapter,
-    merge_adapter,
     save_adapter,
     save_and_check,
     trainable_parameters,
     weights_hash,
 )
 from llmft.models.load import hidden_states, load_model, output_head, quantised_share
+from llmft.models.merging import merge_adapter
 
 targets = {'llama-tiny': ['q_proj', 'down_proj'], 'gpt2-tiny': ['c_attn', 'c_fc'], 'qwen2-tiny': ['q_proj', 'v_proj']}
 each_shape = pytest.mark.parametrize('shape', targets)

@@ -15,7 +15,6 @@ from llmft.inference.decoder import linear_map
 from llmft.models.adapters import (
     add_lora,
     check_adapter,
-    merge_adapter,
     save_adapter,
     save_and_check,
     trainable_parameters,
@@ -24,6 +23,7 @@ from llmft.models.adapters import (
 from llmft.models.cost import lora_parameter_count
 from llmft.models.export import export_model
 from llmft.models.load import load_model
+from llmft.models.merging import merge_adapter
 from llmft.models.methods import Method, starts
 from llmft.runs.plan import count_parameters, settings_of
 from llmft.runs.run import check_model_params

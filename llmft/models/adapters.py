@@ -320,9 +320,9 @@ def save_merged(model,   # a `PeftModel`; it is not changed
         _save_companions(merged, new, tokenizer)
         attention = merged.config._attn_implementation
         del merged
-        reloaded = load_model(str(new), precision, attention=attention)
+        read_BTV = logits_of(load_model(str(new), precision, attention=attention))
         what = f'{folder} is not the model that was saved in it: use the adapter as it is'
-        return check_equal(expected_BTV, logits_of(reloaded), tolerances[reloaded.dtype], what)
+        return check_equal(expected_BTV, read_BTV, tolerances[precisions[precision].dtype], what)
 
 # %% ../../nbs/models/03_adapters.ipynb #4d8c3114
 def save_and_check(model,           # trained: a `PreTrainedModel`, or a `PeftModel` around one
