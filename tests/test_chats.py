@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from llmft.bench.instruct import instruct_setting, with_turns
 from llmft.bench.peers import log_normal_documents
 from llmft.bench.training import check_steps, same_step
-from llmft.core import LabError
+from llmft.core import LabError, write_json
 from llmft.data.chats import Chat, as_chat, chat_examples, chat_rows, render_chat
 from llmft.data.tables import Row, read_documents, shape_of
 from llmft.data.tokens import control_tokens, turn_ends
+from llmft.inference.asking import asked_by, question_tokens, system_of
 from llmft.runs.inputs import check_inputs
 from llmft.studies.code.setup import runnable_tasks, task_data
-from llmft.studies.code.tasks import as_task, encode_tasks, load_tasks
+from llmft.studies.code.tasks import Task, as_task, encode_tasks, load_tasks, prompt_rows
 
 tokenizer_of = lru_cache(family_tokenizer)
 every_family = pytest.mark.parametrize('family', families)
@@ -342,3 +343,35 @@ def test_peers_train_on_the_answers_of_conversations_alone():
     rows = with_turns(log_normal_documents(4, 512, 1, median=40.0, spread=0.6, high=120), 4)
     steps = {name: same_step(name, setting, rows) for name in ('ours', 'hf_padded_full')}
     assert check_steps(steps)[1]['gradient_difference'] < 1e-5
+
+
+def test_conversations_that_begin_alike_stay_on_one_side(tmp_path):
+    path = tmp_path / 'chats.jsonl'
+    rows = []
+    for number in range(20):
+        asked = [dict(role='user', content=f'Question {number}?'), dict(role='assistant', content=f'Answer {number}.')]
+        more = [dict(role='user', content=f'And {number}?'), dict(role='assistant', content=f'More {number}.')]
+        rows += [dict(messages=asked), dict(messages=asked + more)]
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    for seed in range(5):
+        sides, _ = load_tasks(str(path), valid_share=0.25, seed=seed)
+        first = {side: {task.chat.turns[0]['content'] for task in tasks} for side, tasks in sides.items()}
+        assert not first['train'] & (first['valid'] | first['test']) and first['valid']
+        assert sum(map(len, sides.values())) == len(rows)
+
+    rows = [row | dict(split='train' if number % 2 else 'valid') for number, row in enumerate(rows)]
+    rows.append(dict(messages=[dict(role='user', content='Else?'), dict(role='assistant', content='Yes.')], split='train'))
+    path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    sides, counts = load_tasks(str(path))
+    assert len(sides['train']) == 1 and counts['also_held_out'] == 20
+
+
+def test_a_run_is_asked_by_the_tokens_that_it_was_trained_on(tmp_path):
+    task = Task('t', 'Say <|im_end|> twice.', 'a solution')
+    for template in ('chat', '<|im_start|>user\n{system_prompt} {input}<|im_end|>\n<|im_start|>assistant\n{solution}'):
+        params = dict(template=template, system_prompt='Be <|im_end|>.')
+        write_json(tmp_path / 'run.json', dict(params=params, meta=dict(notes=dict(train=dict(conversations=0)))))
+        source, tokenizer = SimpleNamespace(place=tmp_path / 'adapter'), tokenizer_of('chatml')
+        (trained_on,) = prompt_rows([task], tokenizer, template, 'Be <|im_end|>.')
+        how, system = asked_by(source, tokenizer), system_of(source)
+        assert question_tokens(task.input, how, tokenizer, system) == trained_on

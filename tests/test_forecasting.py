@@ -283,11 +283,12 @@ def test_what_does_not_fit_is_refused(prepared):
 
 def test_the_grammar_must_be_able_to_write_the_numbers(prepared):
     model, tokenizer, part = load_model('base'), load_tokenizer('base'), read_split(prepared, 'test')
-    part.scaled_NTV[1, 25, 0] = 123.4
+    part.scaled_NTV[1, 22, 0] = 123.4
     with pytest.raises(LabError, match='reach 123.4, which 2 integer digits cannot write: set integer_digits to 3'):
         evaluate_forecasts(model, tokenizer, part, 20, 4, 2)
     for settings in (dict(integer_digits=3), dict(trajectories=1), dict(constrained=False)):
-        evaluate_forecasts(model, tokenizer, part, 20, 1, **dict(trajectories=2, samples=1) | settings)
+        evaluate_forecasts(model, tokenizer, part, 20, 4, **dict(trajectories=2, samples=1) | settings)
+    evaluate_forecasts(model, tokenizer, part, 20, 2, trajectories=2, samples=1)  # the number lies behind
 
 
 @pytest.mark.parametrize('scaling, window, refused', [('context', 0, True), ('global', 0, False), ('global', 12, True)])

@@ -269,6 +269,13 @@ def test_int4_holds_what_it_says_and_leaves_embedding_and_head():
         use_int4(load_model('preset:gpt2-tiny'))
 
 
+def test_a_head_whose_logits_are_scaled_is_not_held_in_four_bits():
+    model = load_model('base', 'bf16')
+    model.config.logits_scaling = 4.0
+    use_int4(model)
+    assert type(model.lm_head) is torch.nn.Linear and bytes_a_step(model) > 0
+
+
 @pytest.mark.parametrize('form', forms)
 def test_every_form_answers_nearly_as_full_precision(form):
     ids = torch.arange(100, 160)[None]

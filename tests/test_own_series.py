@@ -30,7 +30,8 @@ from llmft.studies.forecasting.comparison import (
 )
 from llmft.studies.forecasting.forecast import Grammar, evaluate_forecasts
 from llmft.studies.forecasting.metrics import scaled_scores, score_forecast
-from llmft.studies.forecasting.prepared import prepare_series, read_split
+from llmft.studies.forecasting.prepared import prepare_series, read_split, series_key
+from llmft.studies.forecasting.selection import keep_errors
 from llmft.studies.forecasting.series import round_series, scale_factors, split_windows
 from llmft.studies.forecasting.sources import load_series
 
@@ -374,6 +375,15 @@ def test_a_table_is_evaluated_like_the_study(tmp_path, variables):
     assert len(drawn) == 5
 
 
+def test_series_in_other_decimals_are_the_same_series(tmp_path):
+    keys = {}
+    for decimals, seed in ((2, 42), (3, 42), (2, 7)):
+        folder = tmp_path / f'{decimals}-{seed}'
+        prepare_series(folder, simulate_count=40, precision=decimals, split_seed=seed)
+        keys[decimals, seed] = series_key(read_split(folder, 'valid').metadata)
+    assert keys[2, 42] == keys[3, 42] != keys[2, 7]
+
+
 def test_windows_that_forecast_the_same_steps_are_not_compared_as_if_apart(tmp_path):
     frame = pd.DataFrame(dict(time=range(200), load=2 + np.sin(np.arange(200) / 3)))
     rng = np.random.default_rng(0)
@@ -386,6 +396,11 @@ def test_windows_that_forecast_the_same_steps_are_not_compared_as_if_apart(tmp_p
         comparison = compare_forecasts(part, {'untrained': made}, {'untrained': scores}, 8, 4)
         rows, names = compared_rows(comparison)
         assert rows == list(range(0, len(part), apart)) and set(names) == set(comparison.points)
+
+        judge = SimpleNamespace(data=SimpleNamespace(valid_part=part), given=8, horizon=4)
+        judge.errors = lambda number, part=part: rng.random(len(part))
+        kept = keep_errors(tmp_path / str(stride), judge, {}, [{}])
+        assert {len(errors_N) for errors_N in kept.values()} == {len(rows)}
 
         ranking = rank_forecasts(comparison)
         assert {difference.items for difference in ranking.differences.values()} == {len(rows)}

@@ -276,6 +276,8 @@ def test_the_command_line_wins_over_what_a_sweep_fills_in(project):
     assert point.params['model'] == 'elsewhere/act/one'
     (point,) = expand(sweep(text), overrides=['model=mine'])[0]
     assert point.params['model'] == 'mine'
+    own = text.replace('matrix: {seed: [1]}', 'points: [{seed: 1}, {seed: 2, model: mine}]')
+    assert [point.params['model'] for point in expand(sweep(own))[0]] == ['outputs/act/one', 'mine']
 
 
 @pytest.mark.parametrize('name', ['own_series', 'forecast_study', 'forecast_search'])

@@ -604,7 +604,7 @@ def test_held_out_examples_without_a_target_are_refused_before_the_first_step(tm
 def test_checkpoints_are_in_the_order_of_their_steps_however_many_digits(tmp_path):
     for step in (999_800, 999_900, 1_000_000):
         (tmp_path / f'step-{step:06d}').mkdir()
-    checkpoints.prune_checkpoints(tmp_path, 2)
+    checkpoints.prune_checkpoints(tmp_path, 2, saved_step=1_000_000)
     assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ['step-1000000', 'step-999900']
 
 

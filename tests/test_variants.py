@@ -11,7 +11,9 @@ from training_runs import examples, recipe
 from transformers import AutoModelForCausalLM
 
 from llmft.core import LabError
+from llmft.inference.decoder import _merged_map as merged_map
 from llmft.inference.decoder import linear_map
+from llmft.inference.generation import generate
 from llmft.models.adapters import (
     add_lora,
     check_adapter,
@@ -281,3 +283,29 @@ def test_ranks_may_round_the_lengths_of_dora_otherwise_than_the_notebook():
         factor.add_(1)
     with pytest.raises(LabError, match='built other trained weights'):
         check_built(facts, built_facts(net, examples(), None))
+
+
+def adapted_layers(net):
+    return [module for module in net.modules() if hasattr(module, 'lora_A')]
+
+
+@each_variant
+def test_adapters_merged_for_decoding_multiply_as_the_adapters_do(variant):
+    net = trained(variants[variant])
+    for layer in adapted_layers(net):
+        inputs_RI = torch.randn(3, layer.in_features)
+        with torch.no_grad():
+            expected_RO, joined_RO = layer(inputs_RI), merged_map([layer])(inputs_RI)
+        assert (joined_RO - expected_RO).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize('shape', ['llama-tiny', 'qwen2-tiny'])
+def test_dora_over_16_bits_is_decoded_in_16_bits(shape):
+    net = trained(replace(variants['dora'], targets=('q_proj', 'k_proj', 'down_proj'), precision='bf16'), shape)
+    for layer in adapted_layers(net):
+        inputs_RI = torch.randn(3, layer.in_features, dtype=torch.bfloat16)
+        with torch.no_grad():
+            expected_RO, made_RO = layer(inputs_RI), linear_map(layer)(inputs_RI)
+        assert made_RO.dtype == torch.bfloat16
+        assert (made_RO - expected_RO).abs().max() <= 0.02 * expected_RO.abs().max()
+    assert generate(net, [[5, 6, 7]], 4).new_tokens == 4

@@ -161,12 +161,13 @@ def _stretched(adapted, module):
     "`adapted` with each output brought to the length that DoRA has learnt for it."
     (name,) = module.lora_variant
     ((down, up, scale),) = _adapter_products(module)
-    lengths_O = torch.linalg.norm(module.base_layer.weight + scale * (up.t() @ down), dim=1)
-    factors_O = module.lora_magnitude_vector[name].weight / lengths_O
+    weight = module.base_layer.weight.float() + scale * (up.t().float() @ down.float())
+    factors_O = module.lora_magnitude_vector[name].weight / torch.linalg.norm(weight, dim=1)
     bias = module.base_layer.bias
     if bias is None:
-        return lambda inputs_RI: adapted(inputs_RI) * factors_O
-    return lambda inputs_RI: torch.addcmul(bias, adapted(inputs_RI) - bias, factors_O)
+        return lambda inputs_RI: (adapted(inputs_RI) * factors_O).to(inputs_RI.dtype)
+    added_O = bias.float()
+    return lambda inputs_RI: torch.addcmul(added_O, adapted(inputs_RI) - added_O, factors_O).to(inputs_RI.dtype)
 
 
 @torch.no_grad()
@@ -192,7 +193,10 @@ def _merged_weight(module):
         return None
     weight = module.base_layer.weight.detach()
     deltas = [module.get_delta_weight(name).detach() for name in module.active_adapters if name in module.lora_A]
-    return sum(deltas, weight.float()).to(weight.dtype)
+    merged = sum(deltas, weight.float())
+    for name in module.lora_variant:  # a DoRA, whose rows have lengths of their own
+        merged *= (module.lora_magnitude_vector[name].weight.detach() / torch.linalg.norm(merged, dim=1))[:, None]
+    return merged.to(weight.dtype)
 
 
 def _merged_map(modules):

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
 from .merging import check_equal, is_quantised, load_adapter, logits_of, merge_in_place, tolerances
-from .modes import set_apart
+from .modes import moved, set_apart
 from .variants import check_lora, starts
 
 # %% ../../nbs/models/03_adapters.ipynb #8772326b
@@ -312,7 +312,7 @@ def save_merged(model,   # a `PeftModel`; it is not changed
     "Write `model` with its adapter merged to `folder`, and read it back. `LabError` when it is not the same model."
     device = causal_model(model).device
     with set_apart(model), _replacing(folder) as new:  # a GPU need not hold the model twice
-        merged = merge_in_place(copy.deepcopy(model).to(device))
+        merged = merge_in_place(moved(copy.deepcopy(model), device))
         expected_BTV = logits_of(merged)
         precision = next(name for name, precision in precisions.items() if precision.dtype == merged.dtype)
 

@@ -100,7 +100,7 @@ def use_int4(model,  # a causal language model; it is changed in place
 )->int:              # weights that are now held in four bits
     "Hold the linear layers of the blocks in four bits; embedding, head and shapes that the kernels do not take stay."
     base = causal_model(model)
-    head = output_head(model)
+    head = base.get_output_embeddings()
     replaced = 0
     for name, layer in list(base.named_modules()):
         if layer is not head and _can_be_int4(layer):

@@ -427,7 +427,7 @@ def prune_checkpoints(folder,          # the run's checkpoints folder
 ):
     "Delete all but the newest `keep` checkpoints and the best one."
     found = checkpoints(folder)
-    late = [] if saved_step is None else [path for path in found if path.name > f'step-{saved_step:06d}']
+    late = [] if saved_step is None else [path for path in found if int(path.name.removeprefix('step-')) > saved_step]
     for checkpoint in late + [path for path in found if path not in late][keep:]:
         if checkpoint.name != f'step-{best_step or 0:06d}':
             shutil.rmtree(checkpoint, ignore_errors=True)

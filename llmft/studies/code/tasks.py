@@ -212,13 +212,18 @@ def _said(turn):
     return f"{turn['role']}: {turn['content']}{calls}"
 
 
+def _said_before(chat, place):
+    "The tools of a conversation and its turns before a place."
+    tools = [json.dumps(tool, ensure_ascii=False) for tool in chat.tools]
+    return '\n'.join([*tools, *map(_said, chat.turns[:place])])
+
+
 def _conversation(row, name, fields):
     "A row that is a conversation: its last answer is the solution, and all before it is the problem."
     chat = as_chat(Row(row, name, name))
     last = max(place for place, turn in enumerate(chat.turns) if turn['role'] == 'assistant')
-    tools = [json.dumps(tool, ensure_ascii=False) for tool in chat.tools]
-    return Task(name, '\n'.join([*tools, *map(_said, chat.turns[:last])]), _said(chat.turns[last]),
-                _row_split(row, name, fields), chat=chat.until(last + 1))
+    return Task(name, _said_before(chat, last), _said(chat.turns[last]), _row_split(row, name, fields),
+                chat=chat.until(last + 1))
 
 
 def _reader_of(row):
@@ -323,21 +328,29 @@ def read_table(data:str,       # a .jsonl or .parquet file, or a hub name
     return [(row.values, row.name, split) for split, rows in splits.items() for row in rows]
 
 # %% ../../../nbs/studies/code/01_tasks.ipynb #d1be7ff8
+def _problem_key(task):
+    "A hash of what is asked first: conversations that begin alike stay on one side, since every answer is trained on."
+    if task.chat is None:
+        return content_key(task.input)
+    first = next(place for place, turn in enumerate(task.chat.turns) if turn['role'] == 'assistant')
+    return content_key(_said_before(task.chat, first) or task.input)
+
+
 def _draws(tasks, seed):
-    "Problem -> the number that decides its side."
-    return {task.input: draw_of(content_key(task.input), seed) for task in tasks}
+    "Key of a problem -> the number that decides its side."
+    return {key: draw_of(key, seed) for key in map(_problem_key, tasks)}
 
 
 def _hashed_splits(tasks, valid_share, seed, has_test):
     "Tasks of one side divided by their problems: a share for validation and, unless there is a test, for that."
-    share = fair_share((content_key(task.input) for task in tasks if _is_complete(task)), valid_share, seed)
+    share = fair_share((_problem_key(task) for task in tasks if _is_complete(task)), valid_share, seed)
     draws = _draws(tasks, seed)
     last = max(draws.values())
     test_below = share if has_test else min(share + valid_share, last)
 
     divided = []
     for task in tasks:
-        draw = draws[task.input]
+        draw = draws[_problem_key(task)]
         kept = 'test' if draw < test_below else 'train'
         divided.append(replace(task, split='valid' if draw < share else kept))
     return divided
@@ -367,8 +380,8 @@ def _table_tasks(table, input_field, training_field, split_field, valid_share, s
 
 def _not_held_out(sides):
     "The training tasks whose problem is in neither of the held-out splits."
-    held_out = {content_key(task.input) for task in sides['valid'] + sides['test']}
-    return [task for task in sides['train'] if content_key(task.input) not in held_out]
+    held_out = {_problem_key(task) for task in sides['valid'] + sides['test']}
+    return [task for task in sides['train'] if _problem_key(task) not in held_out]
 
 
 def _is_complete(task):
@@ -594,6 +607,7 @@ def encode_tasks(tasks:list,                      # of `Task`
 
     lengths = _length_notes(examples, without_answer, cut_notes, max_length, too_long)
     lost = int(examples.supervised().sum()) - cut_notes['targets']
-    return kept, dict(rows=len(tasks), examples=len(kept), **lengths, tokens=int(kept.slots.sum()),
+    return kept, dict(rows=len(tasks), examples=len(kept), conversations=sum(map(bool, (task.chat for task in tasks))),
+                      **lengths, tokens=int(kept.slots.sum()),
                       targets=cut_notes['targets'], loss_on=loss_on, targets_lost=lost,
                       control_like=looks_like_control(map(_written, tasks), tokenizer)), examples.slots

@@ -21,7 +21,7 @@ from ...runs.rivals import Measure, in_bullets, keep_scores, place_words, ranked
 from ...runs.tables import column, table
 from .baselines import baselines, ceiling, informed
 from .metrics import point_forecast, scaled_scores, score_forecast, step_scores
-from .prepared import Split
+from .prepared import Split, rows_apart, windows_apart
 from .published import published
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #e5b5a8b5
@@ -75,12 +75,6 @@ def _compared_points(split, forecasts, count, given, horizon):
     return {name: point_forecast(made.samples_NSHV) for name, made in forecasts.items()} | simple, simple
 
 
-def _windows_apart(metadata, horizon):
-    "How many windows on one forecasts other steps; 1 for whole series and for windows that share none."
-    stride = metadata.get('stride') or 0
-    return max(1, -(-horizon // stride)) if metadata.get('window') and stride else 1
-
-
 def _nll_by_step(forecasts, name):
     "The likelihood of the truth by step; `None` for what has no language model."
     return forecasts[name].nll_H if name in forecasts else None
@@ -113,7 +107,7 @@ def compare_forecasts(split:Split,     # that was forecast
     ahead = {name: curves | dict(nll_H=_nll_by_step(forecasts, name)) for name, curves in ahead.items()}
     at_ten = _mapped(lambda curve: _error_at(curve, judged_step), ahead)
     return Comparison(split.times_T, truth_NTV, future_NHV, points, list(simple), rows, originals, ahead, at_ten,
-                      names, _windows_apart(split.metadata, horizon))
+                      names, windows_apart(split.metadata, horizon))
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #b51371fe
 _error_columns = (
@@ -232,15 +226,6 @@ def _shown(error):
     return 'unknown' if error is None else f'{error:.3f}'
 
 
-def _rows_apart(readable_N, apart):
-    "Rows that can be read, each at least `apart` behind the one before."
-    rows = []
-    for row in np.flatnonzero(readable_N).tolist():
-        if not rows or row - rows[-1] >= apart:
-            rows.append(row)
-    return rows
-
-
 def compared_rows(comparison:Comparison,  # of one evaluation
 )->tuple:                                 # (row numbers, names of the forecasts that cover them)
     "Trajectories that can be compared, windows without a common step; models that share none with others are left out."
@@ -253,7 +238,7 @@ def compared_rows(comparison:Comparison,  # of one evaluation
         if both_N.any():
             shared_N = both_N
             names.append(name)
-    return _rows_apart(shared_N, comparison.apart), names
+    return rows_apart(shared_N, comparison.apart), names
 
 # %% ../../../nbs/studies/forecasting/12_comparison.ipynb #da8f17a0
 def trajectory_errors(comparison:Comparison,  # of one evaluation

@@ -356,7 +356,7 @@ def evaluate_forecasts(model,         # a causal language model, with or without
         split.metadata[name] for name in ('steps', 'variables', 'precision', 'signed', 'names'))
     _check_steps(given, horizon, steps)
     count = min(trajectories or len(split), len(split))
-    _check_digits(split.scaled_NTV[:count], settings)
+    _check_digits(split.scaled_NTV[:count, :given + horizon], settings)
     texts = split.texts[:count]
     factors_NV = split.factors_NV[:count]
 

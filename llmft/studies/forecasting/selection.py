@@ -21,6 +21,7 @@ from ...training.checkpoints import load_checkpoint
 from ...training.recipe import Recipe
 from .forecast import evaluate_forecasts
 from .metrics import point_forecast
+from .prepared import rows_apart, series_key, windows_apart
 from .setup import ForecastingData
 
 # %% ../../../nbs/studies/forecasting/08_selection.ipynb #6afafe91
@@ -113,7 +114,9 @@ def keep_errors(folder,     # of the run
     "The errors before training and of the best checkpoint; kept where every trajectory could be read."
     errors = dict(before=judge.errors(0), best=judge.errors(1 + curve.index(best)))
     shared_N = np.isfinite(errors['before']) & np.isfinite(errors['best'])
+    metadata = judge.data.valid_part.metadata
+    rows = rows_apart(shared_N, windows_apart(metadata, judge.horizon))
+    errors = {name: errors_N[rows] for name, errors_N in errors.items()}
     if shared_N.all():
-        metadata = {name: fact for name, fact in judge.data.valid_part.metadata.items() if name != 'precision'}
-        keep_scores(folder, 'valid_mae', short_hash([metadata, len(shared_N), judge.given, judge.horizon]), errors)
-    return {name: errors_N[shared_N] for name, errors_N in errors.items()}
+        keep_scores(folder, 'valid_mae', short_hash([series_key(metadata), rows, judge.given, judge.horizon]), errors)
+    return errors

@@ -22,6 +22,7 @@ from ...runs.rivals import Measure, in_bullets, kept_scores, paired_scores, rank
 from ...runs.tables import column, known_columns, table
 from .baselines import ceiling, informed, statistical, uninformed
 from .comparison import ceiling_words, compared, metric_name, without_equations
+from .prepared import series_key
 from .published import published, published_search
 from .report import judged_on
 
@@ -76,9 +77,7 @@ def _question(result):
     "A hash of what a run was judged on: model, steps, trajectories, and the series whatever its decimals."
     params = result['record']['params']
     asked = [params.get(name) for name in ('num_eval_samples', 'given', 'valid_horizon', 'valid_samples')]
-    series = result['record']['meta'].get('series', {})
-    drawn = {name: series.get(name) for name in ('source', 'trajectories', 'scaling', 'alpha', 'context', 'split_seed')}
-    return short_hash([params.get('model'), asked, drawn])
+    return short_hash([params.get('model'), asked, series_key(result['record']['meta'].get('series', {}))])
 
 
 def _row(result):
@@ -404,7 +403,7 @@ def _context_label(row):
 
 def _departures(study):
     "Where a final run did not take the settings of the winner of the search."
-    searched = study.part('search')
+    searched, _ = _comparable([row for row in study.part('search') if row['valid_mae'] is not None], study)
     winner = by_error(searched)[0] if searched else {}
     named = dict(learning_rate='learning rate', lora_rank='rank', precision='decimals')
     sentences = []
