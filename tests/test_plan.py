@@ -13,7 +13,6 @@ from llmft.core import LabError, project_root
 from llmft.data.batches import Plan, micro_batches
 from llmft.data.sources import fetched
 from llmft.data.tokens import Examples
-from llmft.models import cost
 from llmft.models.adapters import add_lora
 from llmft.models.cost import memory_breakdown
 from llmft.models.load import load_model, model_config
@@ -430,8 +429,7 @@ def test_full_fine_tuning_keeps_weights_that_its_rate_can_move(capsys):
 
 
 @pytest.mark.parametrize('scale, gpu', [('', 'h100'), ('laptop', '')])
-def test_memory_that_the_first_pages_name_is_what_the_plan_says(scale, gpu, monkeypatch):
-    monkeypatch.setattr(cost, '_writes_in_fp32', lambda: False)  # as on the processor that the pages speak of
+def test_memory_that_the_first_pages_name_is_what_the_plan_says(scale, gpu):
     if scale == 'laptop' and fetched('smollm2') is None:
         pytest.skip('SmolLM2 is not on this machine: llmft fetch smollm2')
     files = [str(root / f'params/finetune/{method}.yaml') for method in ('full', 'lora', 'qlora')]
