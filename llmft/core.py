@@ -137,10 +137,11 @@ def read_json(path):
 
 # %% ../nbs/core.ipynb #5a2d1c51
 def _sha256_of_file(file):
-    "SHA-256 of an open file, read in pieces where Python can."
-    if hasattr(hashlib, 'file_digest'):
-        return hashlib.file_digest(file, 'sha256').hexdigest()
-    return hashlib.sha256(file.read()).hexdigest()
+    "SHA-256 of an open file, read in pieces."
+    digest = hashlib.sha256()
+    for piece in iter(lambda: file.read(2**20), b''):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def sha256_of(what,  # bytes, text, or a `Path` whose file is read
@@ -217,11 +218,11 @@ assets = Path(__file__).parent / 'assets' if '__file__' in globals() else Path('
 
 # %% ../nbs/core.ipynb #74c42259
 def project_root() -> Path:
-    "The checkout of this package or the working directory: the nearest folder upwards with settings.ini and nbs."
+    "The checkout of this package or the working directory: the nearest folder upwards with experiments in nbs."
     package = Path(__file__).parent if '__file__' in globals() else Path.cwd()
     for start in (Path.cwd(), package):
         for folder in (start, *start.parents):
-            if (folder / 'settings.ini').exists() and (folder / 'nbs').is_dir():
+            if (folder / 'settings.ini').exists() and (folder / 'nbs/experiments').is_dir():
                 return folder
     return Path.cwd()
 

@@ -16,6 +16,7 @@ from llmft.cli import call
 from llmft.core import LabError, read_json, write_json
 from llmft.data.sources import fetched
 from llmft.data.tokens import load_tokenizer, turn_ends
+from llmft.inference import asking
 from llmft.inference.asking import chat_tokens, printable, talk_with
 from llmft.inference.generation import complete
 from llmft.models import export, gguf_writing
@@ -271,9 +272,15 @@ def test_try_shows_both_and_marks_what_differs(run, capsys):
     assert call(['try', './nowhere', 'x']) == 2
 
 
-def test_a_conversation_goes_on_and_begins_again(run):
+def test_a_conversation_goes_on_and_begins_again(run, monkeypatch):
     seen, lines = [], iter(['One', 'Two', '/reset', 'Three', '/system Be kind.', 'Four', '/quit'])
-    lengths = []
+    lengths, asked, stream = [], [], asking.stream_answer
+
+    def heard(model, tokenizer, ids, show, **options):
+        asked.append(tokenizer.decode(ids))
+        return stream(model, tokenizer, ids, show, **options)
+
+    monkeypatch.setattr(asking, 'stream_answer', heard)
 
     def read():
         lengths.append(len(seen))
@@ -281,6 +288,8 @@ def test_a_conversation_goes_on_and_begins_again(run):
 
     turns = talk_with(run[0], read, seen.append, max_new_tokens=6, temperature=0)
     assert [turn['content'] for turn in turns[:2]] == ['Be kind.', 'Four'] and turns[2]['role'] == 'assistant'
+    assert ['One' in text for text in asked] == [True, True, False, False]
+    assert ['Three' in text for text in asked] == [False, False, True, False] and 'Be kind.' in asked[3]
     tokenizer = load_tokenizer('base')
     two = chat_tokens(
         [dict(role='user', content='One'), dict(role='assistant', content='x'), dict(role='user', content='Two')],

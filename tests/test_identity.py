@@ -319,9 +319,11 @@ def test_a_page_that_is_written_anew_changes_nothing_for_those_who_read_the_run(
 def test_a_file_whose_name_is_no_text_is_noted_and_found_again(tmp_path):
     name = os.fsdecode(b'caf\xe9.txt')
     write_atomic(tmp_path / 'notes' / name, 'text')
+    write_atomic(tmp_path / 'notes' / os.fsdecode(b'old\xe9') / 'b.txt', 'more')
     run = run_it(tmp_path, data=str(tmp_path / 'notes'))
     record = read_run(run.folder)
-    assert record['run']['status'] == 'done' and list(record['read']['data']) == [f'{tmp_path}/notes/{name}']
+    assert record['run']['status'] == 'done' and set(record['read']['data']) == {
+        f'{tmp_path}/notes/{name}', os.fsdecode(os.fsencode(tmp_path) + b'/notes/old\xe9/b.txt')}
     assert b'caf\\udce9.txt' in (run.folder / 'run.json').read_bytes()
     assert inputs_of(record['params']) == record['read']
 

@@ -116,6 +116,9 @@ def test_chunks_batches_and_shared_rows_change_nothing():
         assert np.isclose(first.mean(), second.mean(), atol=1e-5), name
     means, tokens = whole.by_document()
     assert tokens.sum() == len(whole.kld_N) and np.average(means, weights=tokens) == pytest.approx(whole.kld_N.mean())
+    for place in range(len(documents)):
+        single = compare_tokens(own, reference, tokenizer, documents[place:place + 1], 96)
+        assert single.kld_N.mean() == pytest.approx(means[place], abs=1e-5) and len(single.kld_N) == tokens[place]
 
 
 def test_logits_of_all_tokens_are_never_held_at_once():

@@ -479,6 +479,33 @@ def test_mlflow_offline_holds_the_steps(tmp_path):
     assert run.info.status == 'FINISHED' and run.data.tags['method'] == 'lora' and run.data.params['lr'] == '0.0002'
 
 
+def test_a_resumed_run_continues_the_same_tracked_run(tmp_path):
+    mlflow = pytest.importorskip('mlflow', reason="mlflow is not installed: pip install -e '.[trackers]'")
+    for step in (1, 2, 3):
+        run = start_run('demo', space(tmp_path, tracker='mlflow'))
+        run.log(dict(step=step, loss=2.0 - step / 10))
+        write_json(run.folder / 'checkpoints/step.json', dict(step=step))
+        if step < 3:
+            close_folder(run.folder, 'failed', 'as asked')
+    run.finish(dict(loss=1.0))
+    client = mlflow.MlflowClient(tracking_uri=(run.folder / 'mlflow').as_uri())
+    [tracked] = client.search_runs([client.get_experiment_by_name('llmft').experiment_id])
+    steps = [metric.step for metric in client.get_metric_history(tracked.info.run_id, 'loss')]
+    assert sorted(steps) == [0, 1, 2, 3] and tracked.info.status == 'FINISHED'
+
+
+def test_wandb_resumes_under_the_same_id(tmp_path, monkeypatch):
+    monkeypatch.setenv('WANDB_MODE', 'disabled')
+    for status in ('failed', 'done'):
+        run = start_run('demo', space(tmp_path, tracker='wandb'))
+        run.log(dict(step=1, loss=1.5))
+        if status == 'failed':
+            close_folder(run.folder, 'failed', 'as asked')
+    run.finish(dict(loss=1.0))
+    names = [path.name.split('-')[-1] for path in run.folder.glob('wandb/offline-run-*')]
+    assert len(names) >= 1 and len(set(names)) == 1
+
+
 def test_a_tracker_that_dies_does_not_stop_the_run(tmp_path, capsys):
     run = start_run('demo', space(tmp_path, tracker='wandb'))
     run.tracker.send = lambda values: 1 / 0

@@ -149,10 +149,13 @@ def test_memory_output_and_files_have_limits(guarded):
     )
 
 
-def test_the_directory_is_empty_and_gone_afterwards():
+def test_the_directory_is_empty_and_gone_afterwards(monkeypatch):
     done = run_program('import os; print(os.listdir("."), os.getcwd())')
     assert done.stdout.startswith('[]') and not Path(done.stdout.split()[-1]).exists()
-    assert run_program('import os; print(sorted(os.environ))').stdout.count('KEY') == 0
+    monkeypatch.setenv('MY_API_KEY', 'a secret')
+    sandbox._close_all()
+    named = run_program('import os; print(sorted(os.environ))')
+    assert named.status == 'passed' and named.stdout.startswith('[') and 'KEY' not in named.stdout
 
 
 def test_outputs_are_compared_without_white_space_at_the_ends():

@@ -7,6 +7,7 @@ import argparse
 import functools
 import html
 import http.server
+import os
 import logging
 import re
 import shutil
@@ -35,7 +36,8 @@ def prepare():
     nbdev.quarto.refresh_quarto_yml()
     nbdev.doclinks._build_modidx()
     nbdev.serve.FilterDefaults = pages.Unexecuted
-    return nbdev.serve.proc_nbs(n_workers=2, force=True)
+    os.chdir(root)  # nbdev passes over files below a hidden folder, and a relative path has none above it
+    return nbdev.serve.proc_nbs(path='nbs', n_workers=2, force=True)
 
 
 def palette_css():

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
-export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONWARNINGS=ignore
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0 PYTHONWARNINGS=ignore
 
 say() { printf 'llmft: %s\n' "$*" >&2; }
 stop() { say "$@"; exit 2; }
@@ -26,10 +26,12 @@ quiet='is ignored: it is neither|^INFO: |^ *(Requirement already|Looking in|Coll
   sed -u -e 's/^Installing collected packages:.*/unpacking the packages/' -e 's/^Successfully installed .*/installed/'
 
 # nbdev's hooks clean notebooks on saving and merge them by cells; git finds their commands in .venv.
-if git rev-parse --git-dir >/dev/null 2>&1; then
-  if .venv/bin/nbdev_install_hooks >/dev/null 2>&1; then
-    git config --local merge.nbdev-merge.driver 'PATH=".venv/bin:$PATH" nbdev_merge %O %A %B %P'
-    printf '#!/bin/sh\nPATH=".venv/bin:$PATH" nbdev_trust\n' > "$(git rev-parse --git-path hooks)/post-merge"
-  else say 'the git hooks for notebooks could not be installed; everything else works'; fi
+# Only in a repository of its own: hooks of a surrounding one, or of all repositories of a user, are left alone.
+top=$(git rev-parse --show-toplevel 2>/dev/null || true)
+if [ -n "$top" ] && [ "$top" -ef . ] && ! git config core.hooksPath >/dev/null; then
+  .venv/bin/nbdev_install_hooks >/dev/null 2>&1 &&
+    git config --local merge.nbdev-merge.driver 'PATH=".venv/bin:$PATH" nbdev_merge %O %A %B %P' &&
+    printf '#!/bin/sh\nPATH=".venv/bin:$PATH" nbdev_trust\n' > "$(git rev-parse --git-path hooks)/post-merge" ||
+    say 'the git hooks for notebooks could not be installed; everything else works'
 fi
 touch .venv/installed

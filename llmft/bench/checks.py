@@ -423,6 +423,9 @@ def _speed(work, scale):
 
 def _check_training(scale):
     for file in _files:
+        if not (project_root() / f'params/{file}.yaml').is_file():  # a package without its checkout, as in Colab
+            yield Finding(f'params/{file}.yaml', missing='it comes with a checkout: git clone, then pip install -e .')
+            continue
         work = work_of(file, scale)
         lacks = _lacks(work)
         yield Finding(f'params/{file}.yaml', missing=lacks) if lacks else _speed(work, scale)

@@ -51,7 +51,7 @@ _few_files = 64
 
 def _memory_file(folder):
     "Where the hashes of the files that lie in `folder` itself are remembered."
-    return cache_folder() / 'hashes' / f'{sha256_of(str(folder))[:32]}.json'
+    return cache_folder() / 'hashes' / f'{sha256_of(os.fsencode(folder))[:32]}.json'
 
 
 def _is_entry(entry):

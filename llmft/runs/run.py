@@ -162,6 +162,7 @@ def _new_record(folder:Path,     # outputs/notebook/name
                 resumed:str,     # id of the run that resumes, or `None`
                 anew:str,        # why an earlier run does not count, or `None`
                 started:str,     # when its lock was taken, from `now`
+                tracked:str,     # id by which trackers know the attempt that it resumes, or `None`
 )->dict:                         # the content of run.json
     "The record of a run that begins now."
     program = Path(sys.argv[0]).name.replace('__main__.py', 'llmft')  # as `python -m llmft` names it
@@ -181,6 +182,7 @@ def _new_record(folder:Path,     # outputs/notebook/name
         cell=None,
         resumed=resumed,
         anew=anew,
+        tracked=tracked,
     )
     return dict(run=run, params=params, train={}, meta=meta, read=read)
 
@@ -246,7 +248,8 @@ def open_folder(folder,               # outputs/notebook/name
                 return old
 
             resumed = old['run'].get('id') if same and not is_done else None
-            record = _new_record(folder, params, identity, read, resumed, reason or None, started)
+            tracked = (old['run'].get('tracked') or resumed) if resumed else None
+            record = _new_record(folder, params, identity, read, resumed, reason or None, started, tracked)
             return _begin(folder, record, old)
         except BaseException:
             release(folder)

@@ -64,13 +64,18 @@ def _reason(error):
     return ' '.join(str(error).split())[:160] or type(error).__name__
 
 # %% ../../nbs/runs/00_trackers.ipynb #4c571f29
+def _tracked_id(run):
+    "The id by which trackers know a run: that of its first attempt, so that resumed ones continue it."
+    return run.get('tracked') or run['id']
+
+
 def _open_wandb(tracking, folder, record):
     "A wandb run with its files in the run's folder."
     os.environ.setdefault('WANDB_ERROR_REPORTING', 'false')
     wandb = require('wandb')
     run = record['run']
     settings = wandb.Settings(silent=True, console='off')
-    labels = dict(project='llmft', group=run['notebook'], name=run['name'], id=run['id'])
+    labels = dict(project='llmft', group=run['notebook'], name=run['name'], id=_tracked_id(run), resume='allow')
     opened = wandb.init(mode=tracking, dir=str(folder), config=record['params'], settings=settings, **labels)
 
     def end(metrics):
@@ -120,11 +125,11 @@ def _mlflow_run(client, record):
     run = record['run']
     found = client.get_experiment_by_name('llmft')
     experiment = found.experiment_id if found else client.create_experiment('llmft')
-    before = client.search_runs([experiment], f"tags.llmft_id = '{run['id']}'")
+    before = client.search_runs([experiment], f"tags.llmft_id = '{_tracked_id(run)}'")
     if before:
         return before[0].info.run_id
 
-    tags = dict(llmft_id=run['id'], notebook=run['notebook'])
+    tags = dict(llmft_id=_tracked_id(run), notebook=run['notebook'])
     made = client.create_run(experiment, run_name=run['name'], tags=tags).info.run_id
     for name, value in record['params'].items():
         client.log_param(made, name, value)
