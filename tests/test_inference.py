@@ -426,6 +426,8 @@ def test_the_experiment_and_the_comparison_leave_reports(tmp_path):
             and metrics['total_tokens'] <= 8
             and 'throughput_tokens_per_sec_batch2' in metrics
         )
+        answers = (tmp_path / 'inference' / form / 'answers.jsonl').read_text().splitlines()
+        assert answers and all(isinstance(json.loads(line)['right'], bool) for line in answers)
         assert_computed_again('inference', tmp_path / 'inference' / form)
     notebook, params = resolve_params(
         [root / 'nbs/experiments/inference_compare.ipynb'], overrides(outputs=str(tmp_path))

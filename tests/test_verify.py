@@ -39,10 +39,14 @@ def reseal(folder, **sections):
 # ---- the gallery
 
 
+older_than_a_parameter = ()  # runs of the gallery whose numbers cannot be computed again any more
+
+
 @pytest.mark.parametrize('folder', gallery, ids=lambda path: '/'.join(path.parts[-2:]))
 def test_what_is_committed_of_the_gallery_verifies(folder, capsys):
     status, lines, errors = verified(folder, capsys)
     if status == 2:
+        assert '/'.join(folder.parts[-2:]) in older_than_a_parameter
         assert not lines and len(errors) == 1 and 'this run is older than' in errors[0], (lines, errors)
         assert seal_check(folder, read_record(folder)).status == 'ok'
         return

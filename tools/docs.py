@@ -7,8 +7,8 @@ import argparse
 import functools
 import html
 import http.server
-import os
 import logging
+import os
 import re
 import shutil
 import sys
