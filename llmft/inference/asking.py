@@ -232,7 +232,7 @@ def _begun_by(line):
         return []
     if line == '/system' or line.startswith('/system '):
         content = line.removeprefix('/system').strip()
-        return [dict(role='system', content=content)] if content else []
+        return _system_turn(content)
     return None
 
 
@@ -253,9 +253,9 @@ def chat(model,      # in evaluation mode
         if line == '/quit':
             return turns
 
-        begun = _begun_by(line)
-        if begun is not None:
-            turns = begun or _system_turn(system)
+        first_turns = _begun_by(line)
+        if first_turns is not None:
+            turns = first_turns or _system_turn(system)
             show('a new conversation\n')
         elif line.startswith('/'):
             show('; '.join(f'{name}: {says}' for name, says in commands.items()) + '\n')

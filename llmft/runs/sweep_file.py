@@ -457,8 +457,7 @@ def stage_points(stage,       # a stage from the file
         for own in cells:
             _check_overridden(stage, overridden, own)
             values = start | literals | own | overridden
-            nearer = {**own, **overridden}  # what a point or the command line sets wins over the stage
-            values |= {key: text for key, text in fill_params(given, values).items() if key not in nearer}
+            values |= fill_params(given, values) | own | overridden  # a point and the command line win over the stage
             name = point_name(stage, values | dict(config=config), own, sweep)
             points.append(_checked_point(notebook, values | dict(name=name), place))
     return points

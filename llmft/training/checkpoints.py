@@ -404,9 +404,14 @@ def load_checkpoint(checkpoint: Path) -> tuple:
     return whole | part_groups(checkpoint), json.loads((checkpoint / 'state.json').read_text())
 
 # %% ../../nbs/training/04_checkpoints.ipynb #0d95b664
+def _step_of(checkpoint):
+    "The optimiser step in the name of a checkpoint's folder."
+    return int(checkpoint.name.removeprefix('step-'))
+
+
 def checkpoints(folder) -> list:
     "The checkpoint folders of a run, the newest first."
-    return sorted(Path(folder).glob('step-*'), key=lambda path: int(path.name.removeprefix('step-')), reverse=True)
+    return sorted(Path(folder).glob('step-*'), key=_step_of, reverse=True)
 
 # %% ../../nbs/training/04_checkpoints.ipynb #ecf944d7
 def latest_checkpoint(folder,     # the run's checkpoints folder
@@ -427,7 +432,7 @@ def prune_checkpoints(folder,          # the run's checkpoints folder
 ):
     "Delete all but the newest `keep` checkpoints and the best one."
     found = checkpoints(folder)
-    late = [] if saved_step is None else [path for path in found if int(path.name.removeprefix('step-')) > saved_step]
-    for checkpoint in late + [path for path in found if path not in late][keep:]:
+    whole = [path for path in found if saved_step is None or _step_of(path) <= saved_step]
+    for checkpoint in set(found) - set(whole[:keep]):
         if checkpoint.name != f'step-{best_step or 0:06d}':
             shutil.rmtree(checkpoint, ignore_errors=True)

@@ -336,21 +336,16 @@ def _problem_key(task):
     return content_key(_said_before(task.chat, first) or task.input)
 
 
-def _draws(tasks, seed):
-    "Key of a problem -> the number that decides its side."
-    return {key: draw_of(key, seed) for key in map(_problem_key, tasks)}
-
-
 def _hashed_splits(tasks, valid_share, seed, has_test):
     "Tasks of one side divided by their problems: a share for validation and, unless there is a test, for that."
-    share = fair_share((_problem_key(task) for task in tasks if _is_complete(task)), valid_share, seed)
-    draws = _draws(tasks, seed)
-    last = max(draws.values())
-    test_below = share if has_test else min(share + valid_share, last)
+    keys = list(map(_problem_key, tasks))
+    complete = [key for key, task in zip(keys, tasks, strict=True) if _is_complete(task)]
+    share = fair_share(complete, valid_share, seed)
+    draws = [draw_of(key, seed) for key in keys]
+    test_below = share if has_test else min(share + valid_share, max(draws))
 
     divided = []
-    for task in tasks:
-        draw = draws[_problem_key(task)]
+    for task, draw in zip(tasks, draws, strict=True):
         kept = 'test' if draw < test_below else 'train'
         divided.append(replace(task, split='valid' if draw < share else kept))
     return divided
@@ -607,7 +602,7 @@ def encode_tasks(tasks:list,                      # of `Task`
 
     lengths = _length_notes(examples, without_answer, cut_notes, max_length, too_long)
     lost = int(examples.supervised().sum()) - cut_notes['targets']
-    return kept, dict(rows=len(tasks), examples=len(kept), conversations=sum(map(bool, (task.chat for task in tasks))),
+    return kept, dict(rows=len(tasks), examples=len(kept), conversations=sum(task.chat is not None for task in tasks),
                       **lengths, tokens=int(kept.slots.sum()),
                       targets=cut_notes['targets'], loss_on=loss_on, targets_lost=lost,
                       control_like=looks_like_control(map(_written, tasks), tokenizer)), examples.slots

@@ -333,7 +333,8 @@ def write_csv(path,       # where to write the table
 
 # %% ../../../nbs/studies/forecasting/13_summary.ipynb #66a6ff6b
 def _comparable(rows, study):
-    "The training runs that were judged on the question of most of them, and how many were not."
+    "The training runs with an error that were judged on the question of most of them, and how many were not."
+    rows = [row for row in rows if row['valid_mae'] is not None]
     asked = [study.questions.get(f"forecast_train/{row['run']}") for row in rows]
     commonest = Counter(asked).most_common(1)[0][0] if rows else None
     chosen = [row for row, question in zip(rows, asked, strict=True) if question == commonest]
@@ -372,8 +373,8 @@ def _judged_words(rows):
 
 def _trained_words(study):
     "Which run won the search, and which context length is best; one seed each."
-    searched, aside = _comparable([row for row in study.part('search') if row['valid_mae'] is not None], study)
-    lengths, short = _comparable([row for row in study.part('context') if row['valid_mae'] is not None], study)
+    searched, aside = _comparable(study.part('search'), study)
+    lengths, short = _comparable(study.part('context'), study)
     words = [_judged_words([*searched, *lengths])]
     if searched:
         best = told(_rank_trained(searched, study, _settings_words))
@@ -386,7 +387,7 @@ def _trained_words(study):
 
 def _lowest_words(rows, what, study, label):
     "Which training run has the lowest error, and how many tie with it; '' without runs."
-    known, others = _comparable([row for row in rows if row['valid_mae'] is not None], study)
+    known, others = _comparable(rows, study)
     if not known:
         return ''
     ranking = _rank_trained(known, study, label)
@@ -403,7 +404,7 @@ def _context_label(row):
 
 def _departures(study):
     "Where a final run did not take the settings of the winner of the search."
-    searched, _ = _comparable([row for row in study.part('search') if row['valid_mae'] is not None], study)
+    searched, _ = _comparable(study.part('search'), study)
     winner = by_error(searched)[0] if searched else {}
     named = dict(learning_rate='learning rate', lora_rank='rank', precision='decimals')
     sentences = []
